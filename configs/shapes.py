@@ -1,0 +1,149 @@
+"""unCLIP on captioned shapes: a data set that is computed, four small networks, one CPU.
+
+    python -m ddpm_jax.train --config configs/shapes.py --workdir /tmp/shapes
+
+trains CLIP, the diffusion prior, a 32 x 32 decoder and a 32 -> 64 upsampler, and measures how faithful pictures are to
+captions. docs/shapes.md has the duration and the result of each variant and the hardware.
+
+Variants: `configs/shapes.py:quick` trains for a few minutes and shows the path, not good pictures;
+`configs/shapes.py:bundled` is the recipe of the weights that the package carries; `configs/shapes.py:smoke` makes a few
+steps of each stage with tiny networks.
+"""
+
+from ml_collections import ConfigDict
+
+VARIANTS = ("", "quick", "bundled", "smoke")
+
+
+def training(batch_size: int, num_steps: int, learning_rate: float, **overrides) -> dict:
+    """Return the part that every stage has."""
+    return {
+        "batch_size": batch_size,
+        "num_steps": num_steps,
+        "learning_rate": learning_rate,
+        "warmup_steps": min(100, num_steps // 10),
+        "decay": "cosine",
+        "final_fraction": 0.02,
+        "weight_decay": 0.01,
+        "b1": 0.9,
+        "b2": 0.99,
+        "eps": 1e-8,
+        "clip_norm": 1.0,
+        "ema_decay": 0.998,
+        "accumulate": 1,
+        "checkpoint_every": 500,
+        "log_every": 50,
+        "preview_every": 500,
+        "keep": 2,
+        "dtype": "float32",
+        "remat": False,
+    } | overrides
+
+
+def get_config(variant: str = "") -> ConfigDict:
+    """Return the config of a variant."""
+    if variant not in VARIANTS:
+        raise ValueError(f"variant must be one of {', '.join(map(repr, VARIANTS))}, got {variant!r}")
+    config = ConfigDict()
+    config.seed = 0
+    config.stages = ("clip", "prior", "decoder", "upsampler")
+    config.data = {"name": "shapes", "seed": 0, "num_examples": 40_000, "two_fraction": 0.4}
+    config.text = {"tokenizer": "compact", "length": 24}
+    config.clip = training(256, 1200, 1e-3) | {
+        "image_size": 32,
+        "patch": 4,
+        "embed_dim": 64,
+        "vision": {"width": 96, "layers": 3, "heads": 3},
+        "text": {"width": 96, "layers": 2, "heads": 3},
+        "activation": "gelu",
+        "weight_decay": 0.1,
+    }
+    config.prior = training(128, 2000, 1e-3) | {
+        "width": 128,
+        "layers": 4,
+        "heads": 4,
+        "text_encoder": None,
+        "embed_scale": 4.3,
+        "schedule": "cosine",
+        "diffusion_steps": 1000,
+        "drop_text": 0.1,
+        "activation": "gelu",
+    }
+    config.decoder = training(64, 4000, 1e-3) | {
+        "image_size": 32,
+        "channels": 64,
+        "channel_mult": (1, 3),
+        "num_res_blocks": 1,
+        "attention_resolutions": (4,),
+        "head_channels": 64,
+        "patch": 4,
+        "dropout": 0.0,
+        "context_width": 128,
+        "image_tokens": 4,
+        "text_encoder": None,
+        "schedule": "cosine",
+        "diffusion_steps": 1000,
+        "kind": "v",
+        "objective": "simple",
+        "variance": "fixed_small",
+        "min_snr_gamma": None,
+        "vlb_weight": 1e-3,
+        "drop_image": 0.1,
+        "drop_text": 0.3,
+    }
+    config.upsampler = training(32, 600, 1e-3) | {
+        "image_size": 64,
+        "low_size": 32,
+        "crop": 64,
+        "channels": 64,
+        "channel_mult": (1, 2),
+        "num_res_blocks": 1,
+        "patch": 4,
+        "dropout": 0.0,
+        "schedule": "cosine",
+        "diffusion_steps": 1000,
+        "kind": "v",
+        "min_snr_gamma": None,
+        "blur_sigma": 0.6,
+        "blur_rate": 0.5,
+        "noise": 0.1,
+    }
+    config.sample = {
+        "prior": {"steps": "25", "eta": None, "scale": 1.0, "candidates": 2},
+        "decoder": {"steps": "25", "eta": 0.0, "scale": 2.0},
+        "upsampler": {"steps": "10", "eta": 0.0, "scale": 1.0},
+        "batch_size": 64,
+    }
+    config.evaluation = {"num_captions": 512, "seed": 1}
+    config.tensorboard = False
+    config.progress = True
+    if variant == "quick":
+        config.data.num_examples = 8_000
+        config.clip.num_steps, config.prior.num_steps = 150, 250
+        config.decoder.num_steps, config.upsampler.num_steps = 250, 60
+        config.evaluation.num_captions = 64
+    if variant == "smoke":
+        smoke(config)
+    return config
+
+
+def smoke(config: ConfigDict) -> None:
+    """Shrink everything so that all stages take seconds."""
+    config.data.num_examples = 64
+    for stage in config.stages:
+        config[stage].update(
+            num_steps=2, batch_size=8, warmup_steps=1, log_every=1, checkpoint_every=1, preview_every=2
+        )
+    config.clip.update(patch=16, embed_dim=16, vision={"width": 16, "layers": 1, "heads": 2})
+    config.clip.update(text={"width": 16, "layers": 1, "heads": 2})
+    config.prior.update(width=16, layers=1, heads=2)
+    config.decoder.update(
+        channels=32, channel_mult=(1, 1), num_res_blocks=1, head_channels=16, patch=8, context_width=16
+    )
+    config.decoder.update(attention_resolutions=(2,))
+    config.upsampler.update(channels=32, channel_mult=(1, 1), patch=8)
+    config.sample.prior.update(steps="2", candidates=1)
+    config.sample.decoder.update(steps="2")
+    config.sample.upsampler.update(steps="2")
+    config.sample.batch_size = 8
+    config.evaluation.num_captions = 8

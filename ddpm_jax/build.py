@@ -1,0 +1,211 @@
+"""From a config to objects: the only module that reads a ConfigDict.
+
+Everything it makes takes plain keyword arguments; a field that cannot work is a ValueError that names it.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import optax
+
+from ddpm_jax.data import captions, shapes
+from ddpm_jax.data.tokenizer import ClipTokenizer, CompactTokenizer, Tokenizer
+from ddpm_jax.losses import min_snr
+from ddpm_jax.models.clip import CLIP, VisionTransformer
+from ddpm_jax.models.decoder import Decoder
+from ddpm_jax.models.prior import DiffusionPrior
+from ddpm_jax.models.text_encoder import TextEncoder
+from ddpm_jax.models.transformer import gelu, quick_gelu
+from ddpm_jax.models.unet import UNet, check_image_size
+from ddpm_jax.models.upsampler import Upsampler
+from ddpm_jax.pipelines.stages import Sampling
+from ddpm_jax.process import GaussianProcess, make_process
+from ddpm_jax.schedules import cosine_betas, linear_betas
+from ddpm_jax.types import Source
+
+Config = Mapping[str, Any]
+STAGES = ("clip", "prior", "decoder", "upsampler")
+# What a stage's result depends on besides its own part; the rest of the config may change between runs.
+DEPENDS = {
+    "clip": ("data", "text"),
+    "prior": ("data", "text", "clip"),
+    "decoder": ("data", "text", "clip"),
+    "upsampler": ("data",),
+}
+
+
+def _choose(config: Config, field: str, options: Mapping[str, Any]) -> Any:
+    if config[field] not in options:
+        raise ValueError(f"{field}={config[field]!r} must be one of {', '.join(map(repr, options))}")
+    return options[config[field]]
+
+
+def _dtype(config: Config) -> Any:
+    return _choose(config, "dtype", {"float32": jnp.float32, "bfloat16": jnp.bfloat16})
+
+
+def _activation(config: Config) -> Any:
+    return _choose(config, "activation", {"gelu": gelu, "quick_gelu": quick_gelu})
+
+
+def make_tokenizer(config: Config) -> Tokenizer:
+    """Make the tokenizer that `config.text.tokenizer` names."""
+    makers = {"clip": ClipTokenizer, "compact": lambda: CompactTokenizer(captions.VOCABULARY)}
+    return _choose(config["text"], "tokenizer", makers)()
+
+
+def make_source(config: Config, *, resolution: int, split: str = "train", seed: int | None = None) -> Source:
+    """Make a split of the data set that `config.data` names, at a resolution."""
+    data = config["data"]
+    if data["name"] != "shapes":
+        raise ValueError(f"data.name={data['name']!r} must be 'shapes'")
+    return shapes.ShapesSource(
+        data["seed"] if seed is None else seed,
+        resolution,
+        split,
+        length=data["num_examples"],
+        two_fraction=data["two_fraction"],
+    )
+
+
+def make_stage_process(config: Config) -> GaussianProcess:
+    """Make the noise process of a stage."""
+    schedule = _choose(config, "schedule", {"linear": linear_betas, "cosine": cosine_betas})
+    return make_process(schedule(config["diffusion_steps"]))
+
+
+def _text_encoder(config: Config, text: Config, vocab_size: int) -> TextEncoder | None:
+    own = config["text_encoder"]
+    if own is None:
+        return None
+    return TextEncoder(
+        vocab_size,
+        text["length"],
+        own["width"],
+        own["layers"],
+        own["heads"],
+        remat=config["remat"],
+        dtype=_dtype(config),
+        name="text_encoder",
+    )
+
+
+def make_clip(config: Config, vocab_size: int) -> CLIP:
+    """Make CLIP from `config.clip`."""
+    clip = config["clip"]
+    shared = {"activation": _activation(clip), "remat": clip["remat"], "dtype": _dtype(clip)}
+    vision, text = clip["vision"], clip["text"]
+    return CLIP(
+        VisionTransformer(
+            clip["image_size"], clip["patch"], vision["width"], vision["layers"], vision["heads"], **shared
+        ),
+        TextEncoder(vocab_size, config["text"]["length"], text["width"], text["layers"], text["heads"], **shared),
+        clip["embed_dim"],
+    )
+
+
+def make_prior(config: Config, vocab_size: int) -> DiffusionPrior:
+    """Make the diffusion prior from `config.prior`."""
+    prior = config["prior"]
+    return DiffusionPrior(
+        config["clip"]["embed_dim"],
+        config["text"]["length"],
+        prior["width"],
+        prior["layers"],
+        prior["heads"],
+        text_encoder=_text_encoder(prior, config["text"], vocab_size),
+        activation=_activation(prior),
+        remat=prior["remat"],
+        dtype=_dtype(prior),
+    )
+
+
+def _unet(config: Config, out_channels: int, **overrides) -> UNet:
+    return UNet(
+        **{
+            "channels": config["channels"],
+            "out_channels": out_channels,
+            "channel_mult": tuple(config["channel_mult"]),
+            "num_res_blocks": config["num_res_blocks"],
+            "patch": config["patch"],
+            "dropout": config["dropout"],
+            "remat": config["remat"],
+            "dtype": _dtype(config),
+        }
+        | overrides
+    )
+
+
+def make_decoder(config: Config, vocab_size: int) -> Decoder:
+    """Make the decoder from `config.decoder`."""
+    decoder = config["decoder"]
+    check_image_size(decoder["image_size"], decoder["patch"], len(decoder["channel_mult"]))
+    unet = _unet(
+        decoder,
+        6 if decoder["variance"] == "learned_range" else 3,
+        attention_resolutions=tuple(decoder["attention_resolutions"]),
+        head_channels=decoder["head_channels"],
+    )
+    return Decoder(
+        unet,
+        config["clip"]["embed_dim"],
+        decoder["context_width"],
+        decoder["image_tokens"],
+        text_encoder=_text_encoder(decoder, config["text"], vocab_size),
+        dtype=_dtype(decoder),
+    )
+
+
+def make_upsampler(config: Config) -> Upsampler:
+    """Make the super-resolution network from `config.upsampler`."""
+    up = config["upsampler"]
+    if up["image_size"] % up["low_size"] or (up["image_size"] // up["low_size"]).bit_count() != 1:
+        raise ValueError(
+            f"upsampler.image_size={up['image_size']} must be upsampler.low_size={up['low_size']} times a power of two"
+        )
+    for size in (up["image_size"], up["crop"]):
+        check_image_size(size, up["patch"], len(up["channel_mult"]))
+    return Upsampler(_unet(up, 3, attention_resolutions=(), mid_attention=False))
+
+
+def make_weighting(config: Config) -> Any:
+    """Return the loss weighting of a stage, or None."""
+    gamma = config["min_snr_gamma"]
+    return None if gamma is None else min_snr(gamma, config["kind"])
+
+
+def make_sampling(config: Config, stage: str) -> Sampling:
+    """Return how a stage is sampled, from `config.sample`."""
+    how = config["sample"][stage]
+    return Sampling(str(how["steps"]), how["eta"], how["scale"])
+
+
+def make_stage_optimizer(config: Config) -> tuple[optax.GradientTransformation, optax.Schedule]:
+    """Make a stage's optimizer and learning-rate schedule."""
+    from ddpm_jax.training.optimizer import make_optimizer
+
+    names = ("learning_rate", "warmup_steps", "decay", "final_fraction", "b1", "b2", "eps", "weight_decay", "clip_norm")
+    return make_optimizer(total_steps=config["num_steps"], **{name: config[name] for name in names})
+
+
+def check_config(config: Config) -> None:
+    """Raise ValueError, naming the field, for what no stage could work with; builds every network's description."""
+    unknown = [stage for stage in config["stages"] if stage not in STAGES]
+    if unknown:
+        raise ValueError(f"stages contains {unknown[0]!r}; a stage is one of {', '.join(STAGES)}")
+    for stage in STAGES:
+        for field in ("num_steps", "batch_size", "log_every", "checkpoint_every", "keep", "accumulate"):
+            if config[stage][field] < 1:
+                raise ValueError(f"{stage}.{field}={config[stage][field]} must be at least 1")
+    if config["decoder"]["image_size"] != config["upsampler"]["low_size"]:
+        raise ValueError(
+            f"upsampler.low_size={config['upsampler']['low_size']} must be "
+            f"decoder.image_size={config['decoder']['image_size']}"
+        )
+    vocab_size = make_tokenizer(config).vocab_size
+    make_clip(config, vocab_size), make_prior(config, vocab_size)
+    make_decoder(config, vocab_size), make_upsampler(config)
+    for stage in STAGES[1:]:
+        make_stage_process(config[stage])
+        make_sampling(config, stage)

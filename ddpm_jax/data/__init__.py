@@ -1,0 +1,1 @@
+"""Data: the built-in captioned shapes, tokenizers, record transforms and the Grain loader."""

@@ -1,0 +1,93 @@
+"""The training loader: an endless, shuffled, resumable stream of batches, on Grain.
+
+The stream is one fixed sequence of records x[0], x[1], ...: epoch after epoch of the source, each shuffled anew from
+the seed. Global batch b is x[b B], ..., x[(b + 1) B - 1]; host h of H reads the h-th of its H equal blocks and nothing
+else. So the concatenation of the hosts' batches in host order is the same batch for every number of hosts.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import grain
+from absl import flags
+
+from ddpm_jax.types import Source
+
+
+class _HostBlocks(grain.MapDataset):
+    """The records of one host: record i of its batch b is record `b * batch + host * block + i` of the parent."""
+
+    def __init__(self, parent: grain.MapDataset, batch: int, host: int, hosts: int):
+        super().__init__(parent)
+        self._batch, self._host, self._block = batch, host, batch // hosts
+
+    def __len__(self) -> int:
+        return len(self._parent) // self._batch * self._block
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return self.slice(index)
+        number, offset = divmod(index, self._block)
+        return self._parent[number * self._batch + self._host * self._block + offset]
+
+
+def make_loader(
+    source: Source,
+    *,
+    batch_size: int,
+    seed: int,
+    transforms: Sequence[Callable[[dict], dict] | Any] = (),
+    shard_index: int = 0,
+    shard_count: int = 1,
+    num_threads: int = 1,
+    num_workers: int = 0,
+    prefetch: int = 4,
+) -> grain.DatasetIterator:
+    """Make an endless iterator over batches of records.
+
+    Batches run on over the end of an epoch, so no record is dropped. The sequence depends on the source, `seed`,
+    `batch_size` and `transforms` alone, not on the hosts, threads and workers that read it.
+
+    Args:
+        source: records with numpy arrays (and strings) of fixed shape.
+        batch_size: records in the global batch, over all hosts.
+        seed: of the shuffles and the random transforms, in [0, 2**32).
+        transforms: applied to each record in order; see `ddpm_jax.data.transforms`.
+        shard_index: this host's number, usually `jax.process_index()`.
+        shard_count: the number of hosts, usually `jax.process_count()`.
+        num_threads: threads that read ahead; with 0, batches are made when they are asked for.
+        num_workers: worker processes; 0 reads in this process.
+        prefetch: batches to read ahead.
+
+    Returns:
+        An iterator over dicts of numpy arrays with a leading axis of batch_size / shard_count. `get_state()` returns
+        its position as plain data, and `set_state` of an equally made iterator continues with the batch after it.
+        `close()` stops its threads and workers.
+
+    Raises:
+        ValueError: if the source is empty, or a number is out of its range.
+    """
+    if batch_size < 1 or shard_count < 1 or batch_size % shard_count:
+        raise ValueError(f"batch_size must be a positive multiple of shard_count={shard_count}, got {batch_size}.")
+    if not 0 <= shard_index < shard_count:
+        raise ValueError(f"shard_index must lie in [0, {shard_count}), got {shard_index}.")
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"seed must lie in [0, 2**32), got {seed}.")
+    if len(source) < 1:
+        raise ValueError("source must have at least one record.")
+    records = grain.MapDataset.source(source).seed(seed).shuffle().repeat()
+    # The transforms come before the split into hosts, so that a random one sees the record's global position.
+    for transform in transforms:
+        is_random = hasattr(transform, "random_map")
+        records = records.random_map(transform.random_map) if is_random else records.map(transform)
+    batches = _HostBlocks(records, batch_size, shard_index, shard_count).batch(batch_size // shard_count)
+    threads = 0 if num_workers else num_threads
+    reading = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=prefetch if threads else 0)
+    stream = batches.to_iter_dataset(reading)
+    if num_workers:
+        if not flags.FLAGS.is_parsed():
+            flags.FLAGS.mark_as_parsed()  # Grain reads a flag of its own here, which fails outside absl's app.run
+        stream = stream.mp_prefetch(
+            grain.MultiprocessingOptions(num_workers=num_workers, per_worker_buffer_size=prefetch)
+        )
+    return iter(stream)

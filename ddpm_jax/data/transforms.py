@@ -1,0 +1,59 @@
+"""Transforms of single records, in numpy, for `make_loader`.
+
+A transform is a callable record -> record; one that needs randomness has a method `random_map(record, rng)` instead,
+and gets a generator that depends on the loader's seed and the record's position alone. Records are never changed in
+place. Instances can be pickled, so that worker processes can run them.
+"""
+
+import dataclasses
+
+import numpy as np
+
+from ddpm_jax.data.tokenizer import Tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class Tokenize:
+    """Replace the string `key` by "tokens" int32[length] and "mask" bool[length]."""
+
+    tokenizer: Tokenizer
+    length: int
+    key: str = "caption"
+
+    def __call__(self, record: dict) -> dict:
+        tokens, mask = self.tokenizer([record[self.key]], self.length)
+        rest = {name: value for name, value in record.items() if name != self.key}
+        return rest | {"tokens": tokens[0], "mask": mask[0]}
+
+
+@dataclasses.dataclass(frozen=True)
+class Keep:
+    """Drop every entry that is not named."""
+
+    names: tuple[str, ...]
+
+    def __call__(self, record: dict) -> dict:
+        return {name: record[name] for name in self.names}
+
+
+@dataclasses.dataclass(frozen=True)
+class RandomCrop:
+    """Cut a random square window of `size` pixels out of the picture `key`, uint8[H, W, C] -> uint8[size, size, C].
+
+    Super-resolution networks are fully convolutional and are trained on crops (Dhariwal and Nichol 2021, unCLIP
+    section 2.2).
+
+    Raises:
+        ValueError: on a picture smaller than the window.
+    """
+
+    size: int
+    key: str = "image"
+
+    def random_map(self, record: dict, rng: np.random.Generator) -> dict:
+        image = record[self.key]
+        height, width = image.shape[:2]
+        if min(height, width) < self.size:
+            raise ValueError(f"size must be at most the picture's {height} x {width} pixels, got {self.size}.")
+        top, left = int(rng.integers(height - self.size + 1)), int(rng.integers(width - self.size + 1))
+        return record | {self.key: image[top : top + self.size, left : left + self.size]}

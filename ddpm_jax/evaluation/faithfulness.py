@@ -1,0 +1,91 @@
+"""Faithfulness of generated pictures to the scenes their captions describe, measured with the raw oracle.
+
+A picture counts as right in an attribute when all objects of its scene are right in it; `all` needs every attribute,
+the number of objects included. Objects are matched to the scene's by the assignment with the most agreement.
+"""
+
+import itertools
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from ddpm_jax.data.shapes import Scene, place_of, relation_of
+from ddpm_jax.evaluation.oracle import Reading, ReadObject, read
+
+ATTRIBUTES: tuple[str, ...] = ("count", "shape", "colour", "size", "background", "position")
+_OF_OBJECTS = ("shape", "colour", "size")
+
+
+def _position(scene: Scene, found: Sequence[ReadObject | None]) -> bool:
+    """Return whether the place of the one object, or the relation of the two, is the scene's."""
+    if any(thing is None for thing in found):
+        return False
+    centres = [(thing.x, thing.y) for thing in found]
+    if len(centres) == 1:
+        return place_of(*centres[0]) == scene.place
+    return relation_of(*centres) == scene.relation
+
+
+def judge(scene: Scene, reading: Reading) -> dict[str, bool]:
+    """Compare one reading with the scene it should show.
+
+    Returns:
+        A bool for each of `ATTRIBUTES` ("position" is the place of a single object and the relation of two) and for
+        "all". Of a missing object every attribute is wrong; a superfluous one spoils "count" and "all" alone.
+    """
+    wanted = scene.objects
+    candidates = reading.objects + (None,) * max(0, len(wanted) - len(reading.objects))
+    best, best_key = None, None
+    for found in itertools.permutations(candidates[: len(wanted) + 2], len(wanted)):
+        agree = {
+            name: [
+                thing is not None and getattr(thing, name) == getattr(want, name)
+                for want, thing in zip(wanted, found, strict=True)
+            ]
+            for name in _OF_OBJECTS
+        }
+        position = _position(scene, found)
+        key = (sum(map(sum, agree.values())), position)
+        if best_key is None or key > best_key:
+            best, best_key = {name: all(flags) for name, flags in agree.items()} | {"position": position}, key
+    best |= {"count": len(reading.objects) == len(wanted), "background": reading.background == scene.background}
+    return {name: best[name] for name in ATTRIBUTES} | {"all": all(best.values())}
+
+
+def score(images: np.ndarray, scenes: Sequence[Scene]) -> dict:
+    """Measure how many pictures show what their scenes say.
+
+    Args:
+        images: uint8[N, R, R, 3].
+        scenes: N scenes.
+
+    Returns:
+        {"n": N, "rates": {attribute: fraction}, "examples": {attribute: bool[N]}} over `ATTRIBUTES` and "all".
+
+    Raises:
+        ValueError: if there are no pictures, or not as many as scenes.
+    """
+    if len(images) != len(scenes) or not len(scenes):
+        raise ValueError(f"images and scenes must be as many and not none, got {len(images)} and {len(scenes)}.")
+    verdicts = [judge(scene, read(np.asarray(image))) for image, scene in zip(images, scenes, strict=True)]
+    examples = {name: np.array([v[name] for v in verdicts]) for name in (*ATTRIBUTES, "all")}
+    return {"n": len(scenes), "rates": {k: float(v.mean()) for k, v in examples.items()}, "examples": examples}
+
+
+def wilson_interval(successes: int, n: int, z: float = 1.959964) -> tuple[float, float]:
+    """Return the Wilson score interval of a rate, 95 % by default (Wilson 1927, JASA 22)."""
+    rate = successes / n
+    middle = (rate + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * np.sqrt(rate * (1 - rate) / n + z * z / (4 * n * n))
+    return float(max(0.0, middle - half)), float(min(1.0, middle + half))
+
+
+def table(results: Mapping[str, dict]) -> str:
+    """Lay results of `score` out as a Markdown table, one row each, with 95 % Wilson intervals for "all"."""
+    header = ("captions", "N", *ATTRIBUTES, "all right", "95 % interval")
+    lines = ["| " + " | ".join(header) + " |", "|" + " --- |" * len(header)]
+    for name, result in results.items():
+        low, high = wilson_interval(round(result["rates"]["all"] * result["n"]), result["n"])
+        cells = [f"{100 * result['rates'][key]:.1f} %" for key in (*ATTRIBUTES, "all")]
+        lines.append(f"| {name} | {result['n']} | " + " | ".join(cells) + f" | {100 * low:.1f}-{100 * high:.1f} % |")
+    return "\n".join(lines)

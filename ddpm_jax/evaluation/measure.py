@@ -1,0 +1,100 @@
+"""Faithfulness of a pipeline to captions that state everything, one picture a caption, none chosen."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import tqdm
+
+from ddpm_jax import build
+from ddpm_jax.evaluation import faithfulness
+from ddpm_jax.pipelines.unclip import UnCLIP
+
+SPLITS = {
+    "single": "one object",
+    "held_out": "one object, held-out colour-shape pair",
+    "two": "two objects",
+    "two_held_out": "two objects, held-out relation",
+}
+# "Why a prior?" (DALL-E 2, figure 8): what the decoder is given as image embedding, and whether it sees the caption.
+CONDITIONS: dict[str, dict[str, Any]] = {
+    "caption alone": {"embedding": "none", "use_text": True},
+    "caption + CLIP text embedding": {"embedding": "text", "use_text": True},
+    "caption + prior's image embedding": {"embedding": "prior", "use_text": True},
+    "caption + true image embedding": {"embedding": "image", "use_text": True},
+    "CLIP text embedding alone": {"embedding": "text", "use_text": False},
+    "prior's image embedding alone": {"embedding": "prior", "use_text": False},
+    "true image embedding alone": {"embedding": "image", "use_text": False},
+}
+
+
+def measure(
+    pipeline: UnCLIP,
+    split: str,
+    *,
+    num_captions: int,
+    seed: int,
+    progress: bool = True,
+    **how: Any,
+) -> dict[str, Any]:
+    """Draw a picture for each of a split's captions and read it back.
+
+    Args:
+        pipeline: what draws.
+        split: of the captioned shapes, see `data.shapes.ShapesSource`.
+        num_captions: N.
+        seed: of captions and noise.
+        progress: True shows a bar on stderr.
+        **how: options of `UnCLIP.generate`; embedding="image" takes the embedding of the true picture.
+
+    Returns:
+        The result of `faithfulness.score`, and "captions" and "images" uint8[N, R, R, 3].
+    """
+    if num_captions < 1:
+        raise ValueError(f"num_captions={num_captions} must be at least 1")
+    size = pipeline.config["clip"]["image_size"]
+    source = build.make_source(pipeline.config, resolution=size, split=split, seed=seed)
+    source.length = max(source.length, num_captions)
+    records = [source[i] for i in range(num_captions)]
+    captions = [record["caption"] for record in records]
+    if how.get("embedding") == "image":
+        how["images"] = np.stack([record["image"] for record in records])
+    hidden = not progress or jax.process_index() != 0
+    with tqdm.tqdm(total=num_captions, desc=split, unit="image", dynamic_ncols=True, disable=hidden) as bar:
+        images = pipeline.generate(captions, seed=seed, report=bar.update, **how)
+    scored = faithfulness.score(images, [source.scene(i) for i in range(num_captions)])
+    return scored | {"captions": captions, "images": images}
+
+
+def measure_all(
+    pipeline: UnCLIP,
+    *,
+    num_captions: int,
+    seed: int,
+    splits: Sequence[str] = tuple(SPLITS),
+    progress: bool = True,
+    on_result: Callable[[str, dict[str, Any]], None] | None = None,
+) -> dict[str, dict[str, Any]]:
+    """Measure every split with the whole pipeline. Returns split -> result of `measure`."""
+    results = {}
+    for split in splits:
+        results[split] = measure(pipeline, split, num_captions=num_captions, seed=seed, progress=progress)
+        if on_result is not None:
+            on_result(split, results[split])
+    return results
+
+
+def compare_conditions(
+    pipeline: UnCLIP, *, num_captions: int, seed: int, split: str = "single", progress: bool = True
+) -> dict[str, dict[str, Any]]:
+    """Measure one split with each of `CONDITIONS` ("why a prior?"). Returns condition -> result of `measure`."""
+    return {
+        name: measure(pipeline, split, num_captions=num_captions, seed=seed, progress=progress, **how)
+        for name, how in CONDITIONS.items()
+    }
+
+
+def summary(results: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Return what is worth storing of results: N and rates."""
+    return {name: {"n": result["n"], "rates": result["rates"]} for name, result in results.items()}

@@ -1,0 +1,243 @@
+"""Per-example training losses; nothing here averages over the batch.
+
+The variational bound of a diffusion model (DDPM eq. 5, in nats; this module reports bits per dimension) is a sum over
+steps:
+
+    L_vlb = L_T + sum_{t = 1 .. T-1} KL(q(x_{t-1} | x_t, x0) || p(x_{t-1} | x_t)) - log p(x0 | x_0)
+
+where, with t = 0 the least noisy step, the last term is the likelihood of 8-bit data under a Gaussian integrated over
+the 256 bins (DDPM eq. 13). L_T has no parameters. One uniformly drawn step, times T, estimates the sum without bias.
+
+    simple:  || target - output ||^2                      (DDPM eq. 14)
+    vlb:     T * L_t                                      (Improved DDPM eq. 4)
+    hybrid:  simple + vlb_weight * T * L_t                (Improved DDPM eq. 16), L_t with the mean held constant
+
+With vlb_weight = 0.001 the hybrid is that of the paper and that of the published code with rescaled learned sigmas,
+which multiplies L_t by T / 1000. The code without the rescaling weights L_t by 1: vlb_weight = 1 / T.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jax.scipy.special import log_ndtr
+
+from ddpm_jax.process import KINDS, GaussianProcess, Prediction, predict, q_posterior, q_sample, split_output, target
+from ddpm_jax.types import Denoiser, Kind, Variance
+
+Objective = Literal["simple", "hybrid", "vlb"]
+OBJECTIVES = ("simple", "hybrid", "vlb")
+Weighting = Callable[[jax.Array], jax.Array]
+
+
+def denoising_loss(
+    process: GaussianProcess,
+    denoise: Denoiser,
+    key: jax.Array,
+    x0: jax.Array,
+    *,
+    kind: Kind = "eps",
+    objective: Objective = "simple",
+    variance: Variance = "fixed_small",
+    weighting: Weighting | None = None,
+    vlb_weight: float = 1e-3,
+    t: jax.Array | None = None,
+    noise: jax.Array | None = None,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Return the loss of every example at one timestep each; the objectives are in the module docstring.
+
+    Args:
+        process: T steps; ``denoise`` receives ``process.timestep_map[t]``.
+        denoise: the network, parameters and conditions closed over.
+        key: one typed key, for t and noise.
+        x0: float[B, ..., C], clean data; in [-1, 1] where L_0 is to mean bits of 8-bit data.
+        kind: what the network predicts: "eps", "x0" or "v".
+        objective: "simple", "hybrid" or "vlb".
+        variance: "fixed_small", "fixed_large" or "learned_range"; "hybrid" needs the last, "simple" excludes it, since
+            it would leave the variance half untrained.
+        weighting: log_snr float32[B] -> weight float32[B] of the squared error, e.g. ``min_snr(5.0, kind)``.
+        vlb_weight: lambda of the hybrid objective.
+        t: int32[B] in [0, T), instead of uniform draws.
+        noise: float[B, ..., C], instead of standard normal draws.
+
+    Returns:
+        loss, float32[B], and aux, each float32[B]: "mse", the unweighted squared error, mean over dimensions; and for
+        "hybrid" and "vlb", "vlb", the term L_t in bits per dimension (not multiplied by T).
+
+    Raises:
+        ValueError: if an option is unknown, options contradict each other, or shapes do not fit.
+    """
+    _check_objective(objective, variance, weighting)
+    if x0.ndim < 1 or not jnp.issubdtype(x0.dtype, jnp.floating):
+        raise ValueError(f"x0 must be a batch of floats (images in [-1, 1]), got {x0.dtype}{list(x0.shape)}")
+    x0 = x0.astype(process.betas.dtype)
+    t_key, noise_key = jax.random.split(key)
+    if t is None:
+        t = jax.random.randint(t_key, x0.shape[:1], 0, process.num_steps)
+    if noise is None:
+        noise = jax.random.normal(noise_key, x0.shape, x0.dtype)
+    xt = q_sample(process, x0, t, noise)
+    output = denoise(xt, process.timestep_map[t]).astype(x0.dtype)
+    mean_output, range_output = split_output(output, xt, variance)
+    mse = _mean_per_example((target(process, x0, noise, t, kind=kind) - mean_output) ** 2)
+    aux = {"mse": mse}
+    if objective == "simple":
+        return _weighted(process, mse, t, weighting), aux
+    if objective == "hybrid":
+        # The squared error alone trains the mean; the bound would drown it in noise (Improved DDPM, section 3.1).
+        output = jnp.concatenate([jax.lax.stop_gradient(mean_output), range_output], axis=-1)
+    aux["vlb"] = vlb_terms(process, predict(process, output, xt, t, kind=kind, variance=variance), x0, xt, t)
+    vlb = process.num_steps * aux["vlb"]
+    if objective == "vlb":
+        return vlb, aux
+    return _weighted(process, mse, t, weighting) + vlb_weight * vlb, aux
+
+
+def vlb_terms(
+    process: GaussianProcess, prediction: Prediction, x0: jax.Array, xt: jax.Array, t: jax.Array
+) -> jax.Array:
+    """Return the term of the variational bound at each example's timestep, in bits per dimension.
+
+    L_t = KL(q(x_{t-1} | x_t, x0) || p(x_{t-1} | x_t)) for t > 0, and -log p(x0 | x_0) at t = 0 (DDPM eqs. 5 and 13).
+
+    Args:
+        process: T steps.
+        prediction: the model's reverse step, from ``process.predict`` at the same xt and t.
+        x0: float[B, ...] in [-1, 1].
+        xt: float[B, ...].
+        t: int32[B] in [0, T).
+
+    Returns:
+        float32[B], mean over dimensions.
+
+    Raises:
+        ValueError: if the shapes do not fit.
+    """
+    mean, _, log_variance = q_posterior(process, x0, xt, t)
+    kl = normal_kl(mean, log_variance, prediction.mean, prediction.log_variance)
+    nll = -discretized_log_likelihood(x0, prediction.mean, 0.5 * prediction.log_variance)
+    return jnp.where(t == 0, _mean_per_example(nll), _mean_per_example(kl)) / math.log(2.0)
+
+
+def normal_kl(mean1: jax.Array, log_variance1: jax.Array, mean2: jax.Array, log_variance2: jax.Array) -> jax.Array:
+    """Return KL(N(mean1, exp(log_variance1)) || N(mean2, exp(log_variance2))) in nats, elementwise.
+
+    (exp(d) - 1 - d + (mean1 - mean2)^2 / exp(log_variance2)) / 2 with d = log_variance1 - log_variance2; all arguments
+    have one shape.
+    """
+    difference = log_variance1 - log_variance2
+    # exp(d) - 1 - d near d = 0 would cancel; expm1 keeps it.
+    return 0.5 * (jnp.expm1(difference) - difference + (mean1 - mean2) ** 2 * jnp.exp(-log_variance2))
+
+
+def discretized_log_likelihood(x: jax.Array, mean: jax.Array, log_scale: jax.Array) -> jax.Array:
+    """Return the log probability of 8-bit data under a Gaussian integrated over its bin, in nats (DDPM eq. 13).
+
+    x in {-1, -1 + 2/255, ..., 1}; the bin of x is x +- 1/255, the outermost two reach to infinity. Computed from
+    log-CDFs, so that it is finite and has a gradient at any distance from the mean.
+
+    Args:
+        x: float[...] in [-1, 1].
+        mean: float[...].
+        log_scale: float[...], log of the standard deviation.
+
+    Returns:
+        float[...], <= 0.
+    """
+    inverse_scale = jnp.exp(-log_scale)
+    centred = x - mean
+    # By symmetry the bin is mirrored to the lower tail, where log-CDFs lose nothing.
+    upper = (1.0 / 255.0 - jnp.abs(centred)) * inverse_scale
+    lower = (-1.0 / 255.0 - jnp.abs(centred)) * inverse_scale
+    log_upper, log_lower = log_ndtr(upper), log_ndtr(lower)
+    tiny = jnp.finfo(log_upper.dtype).eps
+    inside = log_upper + jnp.log(-jnp.expm1(jnp.minimum(log_lower - log_upper, -tiny)))
+    below = log_ndtr((centred + 1.0 / 255.0) * inverse_scale)
+    above = log_ndtr((1.0 / 255.0 - centred) * inverse_scale)
+    return jnp.where(x < -0.999, below, jnp.where(x > 0.999, above, inside))
+
+
+def min_snr(gamma: float, kind: Kind) -> Weighting:
+    """Return min-SNR-gamma weights of the squared error of a network of this kind (Hang et al. 2023, section 3.4).
+
+    min(snr, gamma) for x0, min(snr, gamma) / snr for eps, min(snr, gamma) / (snr + 1) for v: the same weight on x0.
+
+    Args:
+        gamma: where the weight stops growing, > 0; 5 in the paper.
+        kind: "eps", "x0" or "v".
+
+    Returns:
+        log_snr float32[B] -> weight float32[B].
+
+    Raises:
+        ValueError: if gamma <= 0 or kind is unknown.
+    """
+    if gamma <= 0:
+        raise ValueError(f"{gamma=} must be positive")
+    if kind not in KINDS:
+        raise ValueError(f"{kind=} must be one of {KINDS}")
+
+    def weight(log_snr: jax.Array) -> jax.Array:
+        log_weight = jnp.minimum(log_snr, math.log(gamma))
+        if kind == "eps":
+            log_weight = log_weight - log_snr
+        elif kind == "v":
+            log_weight = log_weight - jax.nn.softplus(log_snr)
+        return jnp.exp(log_weight)
+
+    return weight
+
+
+def contrastive_loss(
+    z_image: jax.Array, z_text: jax.Array, log_scale: jax.Array
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Return CLIP's symmetric contrastive loss of every pair (Radford et al. 2021, figure 3).
+
+    With logits_ij = exp(log_scale) <z_image_i, z_text_j>: the mean of -log softmax_j(logits)_ii and
+    -log softmax_i(logits)_ii.
+
+    Args:
+        z_image: float[B, D], l2-normalised by the caller; row i belongs to row i of z_text.
+        z_text: float[B, D], l2-normalised by the caller.
+        log_scale: float[], log of the inverse temperature, clamped by the caller.
+
+    Returns:
+        loss, float32[B], and aux, each float32[B]: "image_to_text" and "text_to_image", 1 where the right partner has
+        the largest logit.
+
+    Raises:
+        ValueError: if the embeddings are not two matrices of one shape.
+    """
+    if z_image.ndim != 2 or z_image.shape != z_text.shape:
+        raise ValueError(f"z_image and z_text must be [B, D] of one shape, got {z_image.shape} and {z_text.shape}")
+    dtype = jnp.promote_types(z_image.dtype, jnp.float32)
+    logits = jnp.exp(log_scale).astype(dtype) * jnp.matmul(z_image.astype(dtype), z_text.astype(dtype).T)
+    by_text = jnp.diagonal(jax.nn.log_softmax(logits, axis=1))
+    by_image = jnp.diagonal(jax.nn.log_softmax(logits, axis=0))
+    pairs = jnp.arange(logits.shape[0])
+    aux = {
+        "image_to_text": (jnp.argmax(logits, axis=1) == pairs).astype(dtype),
+        "text_to_image": (jnp.argmax(logits, axis=0) == pairs).astype(dtype),
+    }
+    return -0.5 * (by_text + by_image), aux
+
+
+def _check_objective(objective: str, variance: str, weighting: Weighting | None) -> None:
+    if objective not in OBJECTIVES:
+        raise ValueError(f"{objective=} must be one of {OBJECTIVES}")
+    if objective == "hybrid" and variance != "learned_range":
+        raise ValueError(f"objective='hybrid' trains the variance and needs variance='learned_range', got {variance=}")
+    if objective == "simple" and variance == "learned_range":
+        raise ValueError("objective='simple' would leave variance='learned_range' untrained; use objective='hybrid'")
+    if objective == "vlb" and weighting is not None:
+        raise ValueError("weighting applies to the squared error, which objective='vlb' does not have")
+
+
+def _weighted(process: GaussianProcess, mse: jax.Array, t: jax.Array, weighting: Weighting | None) -> jax.Array:
+    return mse if weighting is None else weighting(process.log_snr[t]) * mse
+
+
+def _mean_per_example(x: jax.Array) -> jax.Array:
+    return jnp.mean(x, axis=tuple(range(1, x.ndim)))

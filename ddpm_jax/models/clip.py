@@ -1,0 +1,88 @@
+"""CLIP: an image tower and a text tower trained to agree (Radford et al. 2021)."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from ddpm_jax.models.text_encoder import TextEncoder, end_position
+from ddpm_jax.models.transformer import Transformer, gelu
+
+
+class VisionTransformer(nn.Module):
+    """ViT with a class token and a norm before the blocks, as CLIP has it. images: [B, S, S, 3] -> [B, width]."""
+
+    image_size: int
+    patch: int
+    width: int
+    layers: int
+    heads: int
+    activation: Callable = gelu
+    remat: bool = False
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, images: jax.Array) -> jax.Array:
+        b, size = images.shape[0], self.image_size
+        if images.shape[1:] != (size, size, 3) or size % self.patch:
+            raise ValueError(
+                f"images have shape {images.shape}; this CLIP takes [B, {size}, {size}, 3], a size that "
+                f"patch={self.patch} must divide"
+            )
+        norm = lambda name: nn.LayerNorm(epsilon=1e-5, dtype=self.dtype, name=name)  # noqa: E731
+        p = (self.patch, self.patch)
+        x = nn.Conv(self.width, p, strides=p, padding="VALID", use_bias=False, dtype=self.dtype, name="patch")(images)
+        x = x.reshape(b, -1, self.width)
+        init = nn.initializers.normal(self.width**-0.5)
+        first = self.param("class", init, (self.width,), jnp.float32).astype(self.dtype)
+        x = jnp.concatenate([jnp.broadcast_to(first, (b, 1, self.width)), x], axis=1)
+        position = self.param("position", init, (x.shape[1], self.width), jnp.float32)
+        x = norm("ln_pre")(x + position[None].astype(self.dtype))
+        x = Transformer(self.layers, self.heads, self.activation, self.remat, self.dtype, name="transformer")(x)
+        return norm("ln_post")(x[:, 0])
+
+
+class CLIP(nn.Module):
+    """Two towers and a temperature (CLIP 2.3).
+
+    `log_scale` starts at ln(1 / 0.07) and is clamped so that the scale stays at most 100. Embeddings are returned
+    as the projections give them; `normalize` makes them unit vectors.
+    """
+
+    vision: VisionTransformer
+    text: TextEncoder
+    embed_dim: int
+
+    def setup(self):
+        project = lambda width: nn.Dense(  # noqa: E731
+            self.embed_dim, use_bias=False, kernel_init=nn.initializers.normal(width**-0.5)
+        )
+        self.image_projection = project(self.vision.width)
+        self.text_projection = project(self.text.width)
+        self.log_scale = self.param("log_scale", lambda _: jnp.asarray(math.log(1 / 0.07), jnp.float32))
+
+    def encode_image(self, images: jax.Array) -> jax.Array:
+        """Embed images in [-1, 1], float32[B, S, S, 3]. Returns float32[B, embed_dim], not normalised."""
+        return self.image_projection(self.vision(images).astype(jnp.float32))
+
+    def encode_text(self, tokens: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Embed tokens, int32[B, L], with mask bool[B, L] True at real tokens.
+
+        Returns (float32[B, embed_dim] not normalised, hidden states [B, L, width]).
+        """
+        hidden = self.text(tokens)
+        last = jnp.take_along_axis(hidden, end_position(mask)[:, None, None], axis=1)[:, 0]
+        return self.text_projection(last.astype(jnp.float32)), hidden
+
+    def __call__(self, images: jax.Array, tokens: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Return (z_image, z_text, log_scale): unit embeddings float32[B, embed_dim] and the clamped log scale."""
+        z_image, z_text = normalize(self.encode_image(images)), normalize(self.encode_text(tokens, mask)[0])
+        return z_image, z_text, jnp.minimum(self.log_scale, math.log(100.0))
+
+
+def normalize(z: jax.Array) -> jax.Array:
+    """Scale the last axis to unit length; a zero vector stays zero instead of becoming NaN."""
+    return z * jax.lax.rsqrt(jnp.maximum(jnp.sum(jnp.square(z), axis=-1, keepdims=True), 1e-12))

@@ -1,0 +1,70 @@
+"""The unCLIP decoder: an ADM U-Net that draws what a CLIP image embedding, and a caption, describe (DALL-E 2, 2.1)."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from ddpm_jax.models.unet import UNet
+
+
+class Decoder(nn.Module):
+    """U-Net conditioned on an image embedding and on text.
+
+    The image embedding is projected and added to the time embedding, and projected to `image_tokens` context tokens
+    that precede the text tokens; the CLIP text embedding is projected and added to the time embedding too (Karlo).
+    Dropped conditions leave no trace: the image embedding is replaced by learned null vectors, text tokens are
+    hidden from attention and the text embedding is replaced by a learned one.
+    """
+
+    unet: UNet
+    embed_dim: int
+    context_width: int
+    image_tokens: int = 4
+    text_encoder: nn.Module | None = None
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self,
+        xt: jax.Array,
+        t: jax.Array,
+        z_image: jax.Array,
+        z_text: jax.Array,
+        text: jax.Array,
+        text_mask: jax.Array,
+        keep_image: jax.Array | None = None,
+        keep_text: jax.Array | None = None,
+        *,
+        train: bool = False,
+    ) -> jax.Array:
+        """Predict the process' output for xt.
+
+        xt: float32[B, H, W, 3]; t: [B]; z_image, z_text: float32[B, D] of unit length; text: hidden states
+        [B, L, W] or, with a text_encoder, int32[B, L]; text_mask: bool[B, L]; keep_image, keep_text: bool[B], None
+        keeps all. Returns float32[B, H, W, unet.out_channels].
+        """
+        b = xt.shape[0]
+        keep_image = jnp.ones(b, bool) if keep_image is None else keep_image
+        keep_text = jnp.ones(b, bool) if keep_text is None else keep_text
+        dense = lambda features, name: nn.Dense(features, dtype=self.dtype, name=name)  # noqa: E731
+        emb_width, k, width = 4 * self.unet.channels, self.image_tokens, self.context_width
+        init = nn.initializers.normal(0.02)
+        # Unit vectors have entries of size 1/sqrt(D): bring them to unit variance before a projection.
+        gain = self.embed_dim**0.5
+        z_image, z_text = (z_image * gain).astype(self.dtype), (z_text * gain).astype(self.dtype)
+        null_z = self.param("null_image", init, (self.embed_dim,), jnp.float32).astype(self.dtype)
+        null_text = self.param("null_text", init, (emb_width,), jnp.float32).astype(self.dtype)
+        z_image = jnp.where(keep_image[:, None], z_image, null_z[None])
+        text_emb = jnp.where(keep_text[:, None], dense(emb_width, "text_emb")(z_text), null_text[None])
+        emb = dense(emb_width, "image_emb")(z_image) + text_emb
+        tokens = dense(k * width, "image_tokens_in")(z_image).reshape(b, k, width)
+        if self.text_encoder is not None:
+            text = self.text_encoder(text)
+        hidden = dense(width, "text_in")(text.astype(self.dtype))
+        hidden = nn.LayerNorm(epsilon=1e-5, dtype=self.dtype, name="text_ln")(hidden)
+        hidden = jnp.where(keep_text[:, None, None], hidden, 0)
+        context = jnp.concatenate([tokens, hidden], axis=1)
+        mask = jnp.pad(text_mask & keep_text[:, None], ((0, 0), (k, 0)), constant_values=True)
+        return self.unet(xt, t, emb, context, mask, train=train)

@@ -1,0 +1,73 @@
+"""The diffusion prior: from a caption to a CLIP image embedding (DALL-E 2, section 2.2)."""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from ddpm_jax.models.layers import TimeEmbedding
+from ddpm_jax.models.transformer import Transformer, causal_mask, gelu
+
+
+class DiffusionPrior(nn.Module):
+    """A causal transformer that predicts the clean image embedding from a noised one.
+
+    The sequence is: encoded text (L tokens), CLIP text embedding, time, noised image embedding, and a learned query
+    whose output is the prediction. Padding is never seen. A dropped caption leaves no trace: its tokens are hidden
+    and its embedding is replaced by a learned one.
+
+    `text` is either hidden states of a frozen text encoder (Karlo's way) or, if `text_encoder` is given, token ids
+    which that encoder, trained with the prior, reads (the paper's way).
+    """
+
+    embed_dim: int
+    context: int
+    width: int
+    layers: int
+    heads: int
+    text_encoder: nn.Module | None = None
+    activation: Callable = gelu
+    remat: bool = False
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self,
+        zt: jax.Array,
+        t: jax.Array,
+        z_text: jax.Array,
+        text: jax.Array,
+        text_mask: jax.Array,
+        keep_text: jax.Array | None = None,
+    ) -> jax.Array:
+        """Predict the clean embedding.
+
+        zt: float32[B, D], noised and scaled by the caller; t: [B]; z_text: float32[B, D], unit length;
+        text: [B, L, W] or int32[B, L]; text_mask: bool[B, L], True at real tokens; keep_text: bool[B] or None.
+        Returns float32[B, D].
+        """
+        b, d = zt.shape
+        keep = jnp.ones(b, bool) if keep_text is None else keep_text
+        dense = lambda name: nn.Dense(self.width, dtype=self.dtype, name=name)  # noqa: E731
+        if self.text_encoder is not None:
+            text = self.text_encoder(text)
+        length = text.shape[1]
+        if length != self.context:
+            raise ValueError(f"text has {length} tokens; this prior was built for {self.context}")
+        init = nn.initializers.normal(0.02)
+        null = self.param("null_text", init, (self.width,), jnp.float32).astype(self.dtype)
+        query = self.param("query", init, (self.width,), jnp.float32).astype(self.dtype)
+        text = jnp.where(keep[:, None, None], dense("text_in")(text.astype(self.dtype)), 0)
+        z_text = jnp.where(keep[:, None], dense("z_text_in")(z_text.astype(self.dtype) * d**0.5), null[None])
+        time = TimeEmbedding(self.width, self.width, self.dtype, name="time")(t)
+        noised = dense("zt_in")(zt.astype(self.dtype))
+        last = jnp.broadcast_to(query, (b, self.width))
+        x = jnp.concatenate([text, jnp.stack([z_text, time, noised, last], axis=1)], axis=1)
+        x = x + self.param("position", init, (length + 4, self.width), jnp.float32)[None].astype(self.dtype)
+        seen = jnp.pad(text_mask & keep[:, None], ((0, 0), (0, 4)), constant_values=True)
+        mask = causal_mask(length + 4) & seen[:, None, None, :]
+        x = Transformer(self.layers, self.heads, self.activation, self.remat, self.dtype, name="transformer")(x, mask)
+        x = nn.LayerNorm(epsilon=1e-5, dtype=self.dtype, name="ln_final")(x[:, -1])
+        return nn.Dense(d, dtype=jnp.float32, name="out")(x.astype(jnp.float32))

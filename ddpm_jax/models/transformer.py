@@ -1,0 +1,66 @@
+"""The pre-norm transformer behind CLIP, the text encoders and the diffusion prior."""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from ddpm_jax.models.layers import attention
+
+
+def quick_gelu(x: jax.Array) -> jax.Array:
+    """Return `x * sigmoid(1.702 x)`, the activation of OpenAI's CLIP weights."""
+    return x * jax.nn.sigmoid(1.702 * x)
+
+
+def gelu(x: jax.Array) -> jax.Array:
+    """Return the exact `x * Phi(x)`, the activation of GLIDE, Karlo and open_clip."""
+    return jax.nn.gelu(x, approximate=False)
+
+
+class Block(nn.Module):
+    """One pre-norm block: `x + attn(ln_1(x))`, then `x + mlp(ln_2(x))`. x: [B, N, width]."""
+
+    heads: int
+    activation: Callable = gelu
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+        b, n, width = x.shape
+        if width % self.heads:
+            raise ValueError(f"heads={self.heads} must divide width={width}")
+        norm = lambda name: nn.LayerNorm(epsilon=1e-5, dtype=self.dtype, name=name)  # noqa: E731
+        dense = lambda features, name: nn.Dense(features, dtype=self.dtype, name=name)  # noqa: E731
+        qkv = dense(3 * width, "qkv")(norm("ln_1")(x)).reshape(b, n, 3, self.heads, width // self.heads)
+        h = attention(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2], mask)
+        x = x + dense(width, "out")(h.reshape(b, n, width))
+        h = self.activation(dense(4 * width, "mlp_1")(norm("ln_2")(x)))
+        return x + dense(width, "mlp_2")(h)
+
+
+class Transformer(nn.Module):
+    """A stack of blocks. x: [B, N, width]; mask: bool, broadcastable to [B, heads, N, N], True = may see.
+
+    With `remat` the activations of each block are recomputed in the backward pass.
+    """
+
+    layers: int
+    heads: int
+    activation: Callable = gelu
+    remat: bool = False
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+        block = nn.remat(Block) if self.remat else Block
+        for i in range(self.layers):
+            x = block(self.heads, self.activation, self.dtype, name=f"block_{i}")(x, mask)
+        return x
+
+
+def causal_mask(n: int) -> jax.Array:
+    """Return bool[1, 1, n, n]: position i may see positions 0..i."""
+    return jnp.tril(jnp.ones((n, n), bool))[None, None]

@@ -1,0 +1,83 @@
+"""The device mesh and the placement of batches on it: the only module that makes a mesh."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+DATA_AXIS = "data"
+
+
+def make_mesh(axes: Mapping[str, int], *, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """Make a mesh with the named axes, in the order given.
+
+    The axes are of type Auto: under the Explicit axes that `jax.make_mesh` defaults to, a table look-up by a sharded
+    index (`alpha_bar[t]`) and a reshape of a sharded axis fail to trace.
+
+    Args:
+      axes: axis name -> number of devices along it; one of them may be -1, which takes the devices that are left.
+      devices: the devices to use, all of them. Every device of every process by default.
+
+    Returns:
+      A `jax.sharding.Mesh` that uses each device once.
+
+    Raises:
+      ValueError: when the sizes do not multiply to the number of devices.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    names, sizes = tuple(axes), list(axes.values())
+    if not names:
+        raise ValueError(f'{axes=} names no axis; a mesh for data parallelism is {{"data": -1}}')
+    if any(size < 1 and size != -1 for size in sizes) or sizes.count(-1) > 1:
+        raise ValueError(f"{axes=}: every size must be at least 1, and only one may be -1 (the devices that are left)")
+    fixed = math.prod(size for size in sizes if size != -1)
+    if len(devices) % fixed != 0 or (-1 not in sizes and fixed != len(devices)):
+        raise ValueError(f"{axes=} does not fit {len(devices)} devices: the sizes must multiply to {len(devices)}")
+    sizes = [len(devices) // fixed if size == -1 else size for size in sizes]
+    return jax.make_mesh(sizes, names, axis_types=(AxisType.Auto,) * len(names), devices=devices)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """Return the sharding that puts a whole copy of an array on every device of `mesh`."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def data_sharding(mesh: Mesh) -> NamedSharding:
+    """Return the sharding that splits the leading axis of an array over the axis "data" of `mesh`."""
+    return NamedSharding(mesh, PartitionSpec(DATA_AXIS))
+
+
+def shard_batch(batch: Any, mesh: Mesh) -> Any:
+    """Put a batch on the devices, its leading axis split over the axis "data".
+
+    Args:
+      batch: a tree of numpy arrays [B, ...], where B counts the examples of this process alone.
+      mesh: a mesh with an axis "data".
+
+    Returns:
+      The same tree of `jax.Array` [B * number of processes, ...].
+
+    Raises:
+      ValueError: when an array has no leading axis or does not hold numbers, or the whole batch does not divide over
+        the devices.
+    """
+    sharding = data_sharding(mesh)
+    processes, shards = jax.process_count(), mesh.shape[DATA_AXIS]
+    for path, array in jax.tree_util.tree_leaves_with_path(batch):
+        shape = np.shape(array)
+        if np.asarray(array).dtype.kind in "OSU":
+            raise ValueError(
+                f"batch{jax.tree_util.keystr(path)} holds text or objects, which no device can; "
+                "the loader's transforms must encode it or leave it out"
+            )
+        if not shape or shape[0] * processes % shards != 0:
+            raise ValueError(
+                f"batch{jax.tree_util.keystr(path)} has shape {shape}, but its leading axis must be a multiple of the "
+                f"{shards} devices along {DATA_AXIS!r} (over {processes} processes)"
+            )
+    if processes == 1:
+        return jax.device_put(batch, sharding)
+    return jax.tree.map(lambda array: jax.make_array_from_process_local_data(sharding, array), batch)

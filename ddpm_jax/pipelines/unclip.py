@@ -1,0 +1,218 @@
+"""unCLIP as one object: captions in, pictures out (DALL-E 2, Ramesh et al. 2022)."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ddpm_jax import build
+from ddpm_jax.data.tokenizer import Tokenizer, tokenizer_from_config
+from ddpm_jax.models.clip import CLIP
+from ddpm_jax.models.decoder import Decoder
+from ddpm_jax.models.prior import DiffusionPrior
+from ddpm_jax.models.upsampler import Upsampler
+from ddpm_jax.pipelines import stages
+from ddpm_jax.pipelines.stages import Sampling, Text
+from ddpm_jax.process import GaussianProcess
+from ddpm_jax.samplers import example_keys
+
+Embedding = Literal["prior", "text", "image", "none"]
+EMBEDDINGS = ("prior", "text", "image", "none")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class UnCLIP:
+    """Networks, their processes and parameters, and how to sample them.
+
+    Make one with `UnCLIP.from_config`, or with `pipelines.load`. `params` has an entry for each stage.
+    """
+
+    clip: CLIP
+    prior: DiffusionPrior
+    decoder: Decoder
+    upsampler: Upsampler
+    processes: Mapping[str, GaussianProcess]
+    sampling: Mapping[str, Sampling]
+    params: Mapping[str, Any]
+    tokenizer: Tokenizer
+    config: Mapping[str, Any]
+
+    @classmethod
+    def from_config(
+        cls, config: Mapping[str, Any], params: Mapping[str, Any], tokenizer: Mapping[str, Any]
+    ) -> "UnCLIP":
+        """Build the pipeline that a run's config describes, around its parameters.
+
+        Args:
+            config: the resolved config.
+            params: parameters of each stage.
+            tokenizer: what `Tokenizer.to_config` returned when the run began.
+        """
+        words = tokenizer_from_config(tokenizer)
+        diffusion = build.STAGES[1:]
+        return cls(
+            clip=build.make_clip(config, words.vocab_size),
+            prior=build.make_prior(config, words.vocab_size),
+            decoder=build.make_decoder(config, words.vocab_size),
+            upsampler=build.make_upsampler(config),
+            processes={stage: build.make_stage_process(config[stage]) for stage in diffusion},
+            sampling={stage: build.make_sampling(config, stage) for stage in diffusion},
+            params=params,
+            tokenizer=words,
+            config=config,
+        )
+
+    @property
+    def image_size(self) -> int:
+        """Side of the pictures that `generate` returns, in pixels."""
+        return self.config["upsampler"]["image_size"]
+
+    def generate(
+        self,
+        prompts: Sequence[str],
+        *,
+        seed: int = 0,
+        embedding: Embedding = "prior",
+        images: np.ndarray | None = None,
+        use_text: bool = True,
+        prior_scale: float | None = None,
+        decoder_scale: float | None = None,
+        batch_size: int | None = None,
+        low_res: bool = False,
+        report: Callable[[int], None] | None = None,
+    ) -> np.ndarray:
+        """Draw one picture for every prompt.
+
+        Picture i depends on seed, i and prompt i; neither on the batch size nor on the other prompts.
+
+        Args:
+            prompts: captions, none of them empty; one too long is cut, with a warning.
+            seed: of all noise.
+            embedding: what the decoder is given as image embedding: the "prior"'s, the CLIP "text" embedding, the true
+                embedding of `images` ("image"), or the null embedding ("none").
+            images: uint8[N, S, S, 3] of CLIP's size, for embedding="image".
+            use_text: whether the decoder is given the caption.
+            prior_scale: guidance scale of the prior; the config's by default.
+            decoder_scale: guidance scale of the decoder; the config's by default.
+            batch_size: pictures at a time; the config's by default.
+            low_res: True returns the decoder's pictures, not enlarged.
+            report: called with the number of pictures each time some are done.
+
+        Returns:
+            uint8[N, R, R, 3].
+
+        Raises:
+            ValueError: if there is no prompt, one is empty or has an unknown word, or an argument does not fit.
+        """
+        if embedding not in EMBEDDINGS:
+            raise ValueError(f"{embedding=} must be one of {', '.join(EMBEDDINGS)}")
+        if (embedding == "image") != (images is not None):
+            raise ValueError('images are needed for embedding="image", and only then')
+        if images is not None and len(images) != len(prompts):
+            raise ValueError(f"images must be as many as prompts, got {len(images)} and {len(prompts)}")
+        if not len(prompts):
+            raise ValueError("prompts must hold at least one caption")
+        tokens, mask = self.tokenizer(list(prompts), self.config["text"]["length"])
+        size = min(batch_size or self.config["sample"]["batch_size"], len(prompts))
+        keys = example_keys(jax.random.key(seed), len(prompts))
+        scales = {"prior": prior_scale, "decoder": decoder_scale}
+        options = _Options(self, embedding, use_text, low_res, tuple(sorted(scales.items())))
+        done = []
+        for rows in _batches(len(prompts), size):
+            picture = None if images is None else jnp.asarray(images[rows])
+            out = _generate(options, self.params, tokens[rows], mask[rows], keys[rows], picture)
+            fresh = min(len(prompts) - size * len(done), size)
+            done.append(np.asarray(out)[:fresh])
+            if report is not None:
+                report(fresh)
+        return np.concatenate(done)
+
+    def sampling_of(self, stage: str, scale: float | None) -> Sampling:
+        """Return how a stage is sampled, with another guidance scale if one is given."""
+        sampling = self.sampling[stage]
+        return sampling if scale is None else dataclasses.replace(sampling, scale=scale)
+
+
+def _batches(count: int, size: int) -> Iterator[np.ndarray]:
+    """Yield rows of every batch; the last repeats the last row, so that all batches have one shape."""
+    for start in range(0, count, size):
+        yield np.minimum(np.arange(start, start + size), count - 1)
+
+
+class _Options(NamedTuple):
+    """What the compiled program depends on besides the shapes of its arguments."""
+
+    pipeline: UnCLIP
+    embedding: Embedding
+    use_text: bool
+    low_res: bool
+    scales: tuple[tuple[str, float | None], ...]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _generate(
+    options: _Options,
+    params: Mapping[str, Any],
+    tokens: jax.Array,
+    mask: jax.Array,
+    keys: jax.Array,
+    images: jax.Array | None,
+) -> jax.Array:
+    """Run all stages for one batch. Returns uint8[B, R, R, 3]."""
+    p, scales = options.pipeline, dict(options.scales)
+    config = p.config
+    text = stages.encode_text(p.clip, params["clip"], tokens, mask)
+    stage_keys = [jax.vmap(lambda key, n=n: jax.random.fold_in(key, n))(keys) for n in range(3)]
+    everything, nothing = jnp.ones(len(tokens), bool), jnp.zeros(len(tokens), bool)
+    if options.embedding == "prior":
+        z_image = stages.draw_embedding(
+            p.prior,
+            params["prior"],
+            p.processes["prior"],
+            _for_network(text, tokens, p.prior),
+            stage_keys[0],
+            sampling=p.sampling_of("prior", scales["prior"]),
+            embed_scale=config["prior"]["embed_scale"],
+            candidates=config["sample"]["prior"]["candidates"],
+        )
+    elif options.embedding == "image":
+        z_image = stages.encode_image(p.clip, params["clip"], stages.to_float(images))
+    else:
+        z_image = text.z
+    decoder = config["decoder"]
+    pictures = stages.draw_image(
+        p.decoder,
+        params["decoder"],
+        p.processes["decoder"],
+        z_image,
+        _for_network(text, tokens, p.decoder),
+        stage_keys[1],
+        size=decoder["image_size"],
+        sampling=p.sampling_of("decoder", scales["decoder"]),
+        kind=decoder["kind"],
+        variance=decoder["variance"],
+        keep_image=nothing if options.embedding == "none" else everything,
+        keep_text=everything if options.use_text else nothing,
+    )
+    if not options.low_res:
+        up = config["upsampler"]
+        pictures = stages.upsample(
+            p.upsampler,
+            params["upsampler"],
+            p.processes["upsampler"],
+            pictures,
+            stage_keys[2],
+            size=up["image_size"],
+            sampling=p.sampling["upsampler"],
+            kind=up["kind"],
+        )
+    return stages.to_uint8(pictures)
+
+
+def _for_network(text: Text, tokens: jax.Array, network: Any) -> Text:
+    """Give token ids to a network that has a text encoder of its own."""
+    return text if network.text_encoder is None else text.replace(hidden=tokens)

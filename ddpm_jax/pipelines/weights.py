@@ -1,0 +1,124 @@
+"""Pipelines from disk: from a training run, from the weights that the package carries, and into one file.
+
+A weights file is safetensors: arrays named <stage>/<module>/.../<parameter>, and in its metadata the resolved config,
+the tokenizer and the version, so that loading needs no flags. Reading it runs no code from it.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import flax.traverse_util
+import jax.numpy as jnp
+import numpy as np
+
+import ddpm_jax
+from ddpm_jax import build
+from ddpm_jax.pipelines.unclip import UnCLIP
+
+FORMAT = "ddpm_jax unclip 1"
+RUN_FILE = "run.json"
+
+
+class LoadError(RuntimeError):
+    """Weights or a run could not be loaded; the message is one sentence."""
+
+
+def load(path: str | os.PathLike | None = None, *, ema: bool = True) -> UnCLIP:
+    """Load a pipeline.
+
+    Args:
+        path: a workdir of `ddpm_jax.train`, a weights file, or None for the weights that the package carries.
+        ema: for a workdir, True takes the averaged parameters and False the raw ones.
+
+    Raises:
+        LoadError: if there is nothing to load there, or it cannot be read.
+    """
+    if path is None:
+        with resources.as_file(resources.files("ddpm_jax") / "weights" / "shapes.safetensors") as file:
+            return load_file(file)
+    path = Path(path)
+    if path.is_dir():
+        return load_run(path, ema=ema)
+    if not path.exists():
+        raise LoadError(f"{path} does not exist; give the workdir of a training run or a weights file")
+    return load_file(path)
+
+
+def read_run(workdir: str | os.PathLike) -> dict[str, Any]:
+    """Read what a training run wrote of itself: {"config", "tokenizer", "version"}.
+
+    Raises:
+        LoadError: if the directory is missing or is not a workdir of this package.
+    """
+    workdir = Path(workdir)
+    if not workdir.is_dir():
+        raise LoadError(f"workdir {workdir} does not exist")
+    try:
+        run = json.loads((workdir / RUN_FILE).read_text())
+        return {"config": run["config"], "tokenizer": run["tokenizer"], "version": run["version"]}
+    except FileNotFoundError:
+        raise LoadError(f"workdir {workdir} holds no training run (it has no {RUN_FILE})") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise LoadError(f"{workdir / RUN_FILE} cannot be read as a training run: {error}") from None
+
+
+def load_run(workdir: str | os.PathLike, *, ema: bool = True) -> UnCLIP:
+    """Load the pipeline that a training run made; every stage must have a checkpoint."""
+    from ddpm_jax.training.checkpoint import CheckpointError, restore_params
+
+    run = read_run(workdir)
+    params = {}
+    for stage in build.STAGES:
+        try:
+            params[stage], _ = restore_params(Path(workdir) / stage, ema=ema)
+        except CheckpointError as error:
+            raise LoadError(f"stage {stage} of {workdir} cannot be loaded: {error}") from error
+    return UnCLIP.from_config(run["config"], params, run["tokenizer"])
+
+
+def load_file(path: str | os.PathLike) -> UnCLIP:
+    """Load a weights file; parameters become float32."""
+    import safetensors
+
+    try:
+        with safetensors.safe_open(str(path), framework="numpy") as file:
+            meta = file.metadata() or {}
+            if meta.get("format") != FORMAT:
+                raise LoadError(f"{path} is not a weights file of this package (format {meta.get('format')!r})")
+            flat = {name: jnp.asarray(file.get_tensor(name), jnp.float32) for name in file.keys()}  # noqa: SIM118
+        config, tokenizer = json.loads(meta["config"]), json.loads(meta["tokenizer"])
+    except (OSError, safetensors.SafetensorError, ValueError, KeyError) as error:
+        raise LoadError(f"weights file {path} cannot be read: {error}") from None
+    params = flax.traverse_util.unflatten_dict(flat, sep="/")
+    missing = [stage for stage in build.STAGES if stage not in params]
+    if missing:
+        raise LoadError(f"weights file {path} lacks the stage {missing[0]}")
+    return UnCLIP.from_config(config, params, tokenizer)
+
+
+def save_file(pipeline: UnCLIP, path: str | os.PathLike, *, dtype: Any = np.float16) -> None:
+    """Write a pipeline's parameters, config and tokenizer to one file, whole or not at all."""
+    from safetensors.numpy import save_file as save
+
+    flat = flax.traverse_util.flatten_dict(dict(pipeline.params), sep="/")
+    arrays = {name: np.ascontiguousarray(np.asarray(array), dtype) for name, array in flat.items()}
+    overflow = [name for name, array in arrays.items() if not np.isfinite(array).all()]
+    if overflow:
+        raise ValueError(f"{overflow[0]} has values that {np.dtype(dtype).name} cannot hold")
+    meta: Mapping[str, str] = {
+        "format": FORMAT,
+        "version": ddpm_jax.__version__,
+        "config": json.dumps(pipeline.config),
+        "tokenizer": json.dumps(pipeline.tokenizer.to_config()),
+    }
+    path = Path(path)
+    new = path.with_name(path.name + ".tmp")
+    try:
+        save(arrays, str(new), metadata=dict(meta))
+        os.replace(new, path)
+    finally:
+        new.unlink(missing_ok=True)

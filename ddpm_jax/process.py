@@ -1,0 +1,386 @@
+r"""The Gaussian noise process of diffusion models in discrete time: forward, posterior, and what a network predicts.
+
+Derivation (Ho et al. 2020, "DDPM"; Nichol & Dhariwal 2021, "Improved DDPM"; Salimans & Ho 2022). With betas
+beta_t in (0, 1), t = 0 .. T - 1, alpha_t = 1 - beta_t and x_{-1} = x0 the clean data, noise is added step by step:
+
+    (1)  q(x_t | x_{t-1}) = N(sqrt(alpha_t) x_{t-1}, beta_t I)
+
+Composing Gaussians gives any x_t in one draw, with alpha_bar_t = prod_{s <= t} alpha_s (DDPM eq. 4):
+
+    (2)  x_t = sqrt(alpha_bar_t) x0 + sqrt(1 - alpha_bar_t) eps,   eps ~ N(0, I)
+
+Bayes' rule on (1) and (2), with alpha_bar_prev = alpha_bar_{t-1} and alpha_bar_{-1} = 1, gives the posterior
+(DDPM eqs. 6 and 7):
+
+    (3)  q(x_{t-1} | x_t, x0) = N(c_x0 x0 + c_xt x_t, beta_tilde_t I)
+    (4)  c_x0 = beta_t sqrt(alpha_bar_prev) / (1 - alpha_bar_t)
+         c_xt = (1 - alpha_bar_prev) sqrt(alpha_t) / (1 - alpha_bar_t)
+    (5)  beta_tilde_t = beta_t (1 - alpha_bar_prev) / (1 - alpha_bar_t)
+
+The reverse step p(x_{t-1} | x_t) is (3) with x0 replaced by the network's estimate. Writing alpha = sqrt(alpha_bar_t)
+and sigma = sqrt(1 - alpha_bar_t), the network may predict any of three equivalent quantities:
+
+    (6)  eps:  x0 = (x_t - sigma eps) / alpha                       (DDPM eq. 15)
+    (7)  x0:   eps = (x_t - alpha x0) / sigma
+    (8)  v = alpha eps - sigma x0:  x0 = alpha x_t - sigma v,  eps = sigma x_t + alpha v    (Salimans & Ho, section 4)
+
+The variance of the reverse step lies between two bounds, and is one of them or learned in log space with a network
+output v in [-1, 1] (Improved DDPM eq. 15, in the [-1, 1] form of its code):
+
+    (9)  fixed_small:    beta_tilde_t                (exact when x0 is a point)
+    (10) fixed_large:    beta_t                      (exact when x0 ~ N(0, I)); beta_tilde_1 at t = 0
+    (11) learned_range:  exp(f log beta_t + (1 - f) log beta_tilde_t),   f = (v + 1) / 2
+
+beta_tilde_0 = 0 has no logarithm; its log is replaced by that of beta_tilde_1 ("clipped"), as in the DDPM code.
+
+A process that keeps only timesteps S_0 < S_1 < ... has the same marginals (2) at those steps, hence (Improved DDPM
+eq. 19)
+
+    (12) beta'_i = 1 - alpha_bar_{S_i} / alpha_bar_{S_{i-1}}
+"""
+
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+from ddpm_jax.schedules import respaced_timesteps
+from ddpm_jax.types import Kind, Variance
+
+KINDS = ("eps", "x0", "v")
+VARIANCES = ("fixed_small", "fixed_large", "learned_range")
+
+
+@struct.dataclass
+class GaussianProcess:
+    """The tables of one noise process, float32[T] each; make it with ``make_process``.
+
+    Attributes:
+        betas: beta_t of (1).
+        alpha_bar: alpha_bar_t of (2).
+        alpha_bar_low: what float32 leaves of alpha_bar; ``respace`` adds both in float64, since (12) subtracts
+            neighbours that agree to four digits.
+        alpha_bar_prev: alpha_bar_{t-1}, 1 at t = 0.
+        sqrt_alpha_bar, sqrt_one_minus_alpha_bar: alpha and sigma of (6) to (8).
+        sqrt_recip_alpha_bar, sqrt_recipm1_alpha_bar: 1 / alpha and sigma / alpha.
+        posterior_coef_x0, posterior_coef_xt: (4).
+        posterior_variance, posterior_log_variance: (5), and its clipped log.
+        log_betas, large_log_variance: log beta_t, and the log of (10).
+        log_snr: log(alpha_bar / (1 - alpha_bar)).
+        timestep_map: int32[T], the timestep the network was trained with for each step of this process.
+    """
+
+    betas: jax.Array
+    alpha_bar: jax.Array
+    alpha_bar_low: jax.Array
+    alpha_bar_prev: jax.Array
+    sqrt_alpha_bar: jax.Array
+    sqrt_one_minus_alpha_bar: jax.Array
+    sqrt_recip_alpha_bar: jax.Array
+    sqrt_recipm1_alpha_bar: jax.Array
+    posterior_coef_x0: jax.Array
+    posterior_coef_xt: jax.Array
+    posterior_variance: jax.Array
+    posterior_log_variance: jax.Array
+    log_betas: jax.Array
+    large_log_variance: jax.Array
+    log_snr: jax.Array
+    timestep_map: jax.Array
+
+    @property
+    def num_steps(self) -> int:
+        """T, the number of noise steps."""
+        return self.betas.shape[0]
+
+
+@struct.dataclass
+class Prediction:
+    """What one network output says about the step from x_t to x_{t-1}; every field has the shape of xt.
+
+    Attributes:
+        x0: the clean data.
+        eps: the noise that goes with x0 by (2), also after an ``x0_transform``.
+        mean: mean of p(x_{t-1} | x_t), (3).
+        variance, log_variance: of p(x_{t-1} | x_t), (9) to (11). ``log_variance`` is clipped at t = 0.
+    """
+
+    x0: jax.Array
+    eps: jax.Array
+    mean: jax.Array
+    variance: jax.Array
+    log_variance: jax.Array
+
+
+def make_process(
+    betas: np.ndarray | Sequence[float],
+    timestep_map: np.ndarray | Sequence[int] | None = None,
+    *,
+    dtype: jax.typing.DTypeLike = jnp.float32,
+) -> GaussianProcess:
+    """Make the tables of the process (1) from its betas.
+
+    Args:
+        betas: [T], each in (0, 1); taken as float64.
+        timestep_map: int[T], what the network receives as t at each step; 0 .. T - 1 by default.
+        dtype: dtype of the tables; they are computed in float64 in any case.
+
+    Returns:
+        A GaussianProcess.
+
+    Raises:
+        ValueError: if betas is not a vector with entries in (0, 1), or timestep_map has another length.
+    """
+    betas = np.asarray(betas, np.float64)
+    if betas.ndim != 1 or betas.size < 1:
+        raise ValueError(f"betas must be a vector of at least 1 step, got shape {betas.shape}")
+    if not np.all((betas > 0.0) & (betas < 1.0)):
+        raise ValueError(f"betas must be inside (0, 1), got values from {betas.min():g} to {betas.max():g}")
+    if timestep_map is None:
+        timestep_map = np.arange(betas.size)
+    timestep_map = np.asarray(timestep_map, np.int32)
+    if timestep_map.shape != betas.shape:
+        raise ValueError(f"timestep_map must have one entry a step: shape {betas.shape}, got {timestep_map.shape}")
+    return _from_tables(betas, np.cumprod(1.0 - betas), timestep_map, dtype)
+
+
+def respace(process: GaussianProcess, spec: str | int | Sequence[int]) -> GaussianProcess:
+    """Return the shorter process that visits only some of the timesteps, (12).
+
+    The marginals at the kept steps are unchanged, so the network is too; it goes on receiving the original timesteps
+    through ``timestep_map``. Respacing a respaced process composes the two.
+
+    Args:
+        process: T steps, its tables concrete (not traced).
+        spec: see ``schedules.respaced_timesteps``.
+
+    Returns:
+        A GaussianProcess of as many steps as the spec keeps.
+
+    Raises:
+        ValueError: if the spec is invalid for T steps.
+    """
+    kept = respaced_timesteps(process.num_steps, spec)
+    alpha_bar = np.asarray(process.alpha_bar, np.float64) + np.asarray(process.alpha_bar_low, np.float64)
+    alpha_bar = alpha_bar[kept]
+    betas = 1.0 - alpha_bar / np.append(1.0, alpha_bar[:-1])
+    return _from_tables(betas, alpha_bar, np.asarray(process.timestep_map)[kept], process.betas.dtype)
+
+
+def _from_tables(
+    betas: np.ndarray, alpha_bar: np.ndarray, timestep_map: np.ndarray, dtype: jax.typing.DTypeLike
+) -> GaussianProcess:
+    """Fill every table from float64 betas and alpha_bar."""
+    alpha_bar_prev = np.append(1.0, alpha_bar[:-1])
+    posterior_variance = betas * (1.0 - alpha_bar_prev) / (1.0 - alpha_bar)  # (5)
+    # The variance is 0 at t = 0 and has no log there; with a single step there is no neighbour to borrow from.
+    first = posterior_variance[1] if betas.size > 1 else betas[0]
+    clipped = np.append(first, posterior_variance[1:])
+    rounded = np.asarray(alpha_bar, dtype).astype(np.float64)
+
+    def table(values: np.ndarray) -> jax.Array:
+        return jnp.asarray(values, dtype)
+
+    return GaussianProcess(
+        betas=table(betas),
+        alpha_bar=table(alpha_bar),
+        alpha_bar_low=table(alpha_bar - rounded),
+        alpha_bar_prev=table(alpha_bar_prev),
+        sqrt_alpha_bar=table(np.sqrt(alpha_bar)),
+        sqrt_one_minus_alpha_bar=table(np.sqrt(1.0 - alpha_bar)),
+        sqrt_recip_alpha_bar=table(np.sqrt(1.0 / alpha_bar)),
+        sqrt_recipm1_alpha_bar=table(np.sqrt(1.0 / alpha_bar - 1.0)),
+        posterior_coef_x0=table(betas * np.sqrt(alpha_bar_prev) / (1.0 - alpha_bar)),  # (4)
+        posterior_coef_xt=table((1.0 - alpha_bar_prev) * np.sqrt(1.0 - betas) / (1.0 - alpha_bar)),  # (4)
+        posterior_variance=table(posterior_variance),
+        posterior_log_variance=table(np.log(clipped)),
+        log_betas=table(np.log(betas)),
+        large_log_variance=table(np.log(np.append(first, betas[1:]))),  # (10)
+        log_snr=table(np.log(alpha_bar) - np.log(1.0 - alpha_bar)),
+        timestep_map=jnp.asarray(timestep_map, jnp.int32),
+    )
+
+
+def q_sample(process: GaussianProcess, x0: jax.Array, t: jax.Array, eps: jax.Array) -> jax.Array:
+    """Draw x_t given x0 and its noise: sqrt(alpha_bar_t) x0 + sqrt(1 - alpha_bar_t) eps, (2), DDPM eq. 4.
+
+    Args:
+        process: T steps.
+        x0: float[B, ...].
+        t: int32[B] in [0, T).
+        eps: float[B, ...], standard normal.
+
+    Returns:
+        xt, [B, ...].
+
+    Raises:
+        ValueError: if the shapes do not fit.
+    """
+    _check_shapes(x0, t, eps, "eps")
+    return _at(process.sqrt_alpha_bar, t, x0) * x0 + _at(process.sqrt_one_minus_alpha_bar, t, x0) * eps
+
+
+def q_posterior(
+    process: GaussianProcess, x0: jax.Array, xt: jax.Array, t: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Return mean, variance and clipped log variance of q(x_{t-1} | x_t, x0), (3) to (5), DDPM eqs. 6 and 7.
+
+    Args:
+        process: T steps.
+        x0: float[B, ...].
+        xt: float[B, ...].
+        t: int32[B] in [0, T).
+
+    Returns:
+        Three arrays of the shape of xt. The variance is 0 at t = 0; its log there is that at t = 1.
+
+    Raises:
+        ValueError: if the shapes do not fit.
+    """
+    _check_shapes(x0, t, xt, "xt")
+    mean = _at(process.posterior_coef_x0, t, xt) * x0 + _at(process.posterior_coef_xt, t, xt) * xt
+    variance = jnp.broadcast_to(_at(process.posterior_variance, t, xt), xt.shape)
+    log_variance = jnp.broadcast_to(_at(process.posterior_log_variance, t, xt), xt.shape)
+    return mean, variance, log_variance
+
+
+def target(process: GaussianProcess, x0: jax.Array, eps: jax.Array, t: jax.Array, *, kind: Kind) -> jax.Array:
+    """Return what a network of this kind should output: eps, x0, or v = alpha eps - sigma x0, (8).
+
+    Args:
+        process: T steps.
+        x0: float[B, ...].
+        eps: float[B, ...].
+        t: int32[B] in [0, T).
+        kind: "eps", "x0" or "v".
+
+    Returns:
+        The target, [B, ...].
+
+    Raises:
+        ValueError: if kind is unknown or the shapes do not fit.
+    """
+    _check_kind(kind)
+    _check_shapes(x0, t, eps, "eps")
+    if kind == "eps":
+        return eps
+    if kind == "x0":
+        return x0
+    return _at(process.sqrt_alpha_bar, t, x0) * eps - _at(process.sqrt_one_minus_alpha_bar, t, x0) * x0
+
+
+def predict(
+    process: GaussianProcess,
+    output: jax.Array,
+    xt: jax.Array,
+    t: jax.Array,
+    *,
+    kind: Kind,
+    variance: Variance = "fixed_small",
+    x0_transform: Callable[[jax.Array], jax.Array] | None = None,
+) -> Prediction:
+    """Read a network output as the reverse step p(x_{t-1} | x_t): (6) to (8) for x0, (3) for the mean, (9) to (11).
+
+    Args:
+        process: T steps.
+        output: float[B, ..., C], or [B, ..., 2C] with variance="learned_range"; any float dtype.
+        xt: float[B, ..., C], the network's input.
+        t: int32[B] in [0, T), steps of this process (not original timesteps).
+        kind: what the network predicts: "eps", "x0" or "v".
+        variance: "fixed_small", "fixed_large" or "learned_range".
+        x0_transform: applied to the estimate of x0, e.g. ``guidance.static_threshold()``; eps then follows by (7). It
+            is here, and not a wrapper around the denoiser, because a clipped x0 written back as eps at alpha = 1e-4
+            would be lost to cancellation.
+
+    Returns:
+        A Prediction in the dtype of the tables.
+
+    Raises:
+        ValueError: if kind or variance is unknown or the output does not have the channels they need.
+    """
+    _check_kind(kind)
+    _check_t(t, xt)
+    mean_output, range_output = split_output(output.astype(process.betas.dtype), xt, variance)
+    xt = xt.astype(process.betas.dtype)
+    x0, eps = _to_x0_eps(process, mean_output, xt, t, kind)
+    if x0_transform is not None:
+        x0 = x0_transform(x0)
+        eps = _eps_from_x0(process, x0, xt, t)
+    mean, model_variance, log_variance = q_posterior(process, x0, xt, t)
+    if variance == "fixed_large":
+        log_variance = jnp.broadcast_to(_at(process.large_log_variance, t, xt), xt.shape)  # (10)
+        model_variance = jnp.exp(log_variance)
+    elif variance == "learned_range":
+        fraction = (range_output + 1.0) / 2.0
+        upper = _at(process.log_betas, t, xt)
+        log_variance = fraction * upper + (1.0 - fraction) * log_variance  # (11)
+        model_variance = jnp.exp(log_variance)
+    return Prediction(x0, eps, mean, model_variance, log_variance)
+
+
+def split_output(output: jax.Array, xt: jax.Array, variance: Variance) -> tuple[jax.Array, jax.Array | None]:
+    """Split a network output into its prediction and the v of the learned range (None for a fixed variance).
+
+    Args:
+        output: float[B, ..., C], or [B, ..., 2C] with variance="learned_range".
+        xt: float[B, ..., C], the network's input.
+        variance: "fixed_small", "fixed_large" or "learned_range".
+
+    Returns:
+        The prediction, [B, ..., C], and v, [B, ..., C] or None.
+
+    Raises:
+        ValueError: if variance is unknown or the output does not have the channels it needs.
+    """
+    if variance not in VARIANCES:
+        raise ValueError(f"{variance=} must be one of {VARIANCES}")
+    channels = xt.shape[-1]
+    if variance == "learned_range":
+        if output.shape != (*xt.shape[:-1], 2 * channels):
+            raise ValueError(
+                f"variance='learned_range' needs an output with 2C = {2 * channels} channels, "
+                f"got output {output.shape} for xt {xt.shape}"
+            )
+        return output[..., :channels], output[..., channels:]
+    if output.shape != xt.shape:
+        raise ValueError(f"{variance=} needs an output of the shape of xt {xt.shape}, got {output.shape}")
+    return output, None
+
+
+def _to_x0_eps(
+    process: GaussianProcess, output: jax.Array, xt: jax.Array, t: jax.Array, kind: Kind
+) -> tuple[jax.Array, jax.Array]:
+    if kind == "eps":
+        x0 = _at(process.sqrt_recip_alpha_bar, t, xt) * xt - _at(process.sqrt_recipm1_alpha_bar, t, xt) * output  # (6)
+        return x0, output
+    if kind == "x0":
+        return output, _eps_from_x0(process, output, xt, t)
+    alpha, sigma = _at(process.sqrt_alpha_bar, t, xt), _at(process.sqrt_one_minus_alpha_bar, t, xt)
+    return alpha * xt - sigma * output, sigma * xt + alpha * output  # (8)
+
+
+def _eps_from_x0(process: GaussianProcess, x0: jax.Array, xt: jax.Array, t: jax.Array) -> jax.Array:
+    alpha, sigma = _at(process.sqrt_alpha_bar, t, xt), _at(process.sqrt_one_minus_alpha_bar, t, xt)
+    return (xt - alpha * x0) / sigma  # (7)
+
+
+def _at(table: jax.Array, t: jax.Array, like: jax.Array) -> jax.Array:
+    """Read table[t] with singleton axes up to the rank of ``like``."""
+    return table[t].reshape(t.shape + (1,) * (like.ndim - 1))
+
+
+def _check_kind(kind: str) -> None:
+    if kind not in KINDS:
+        raise ValueError(f"{kind=} must be one of {KINDS}")
+
+
+def _check_t(t: jax.Array, x: jax.Array) -> None:
+    if x.ndim < 1 or t.shape != x.shape[:1] or not jnp.issubdtype(t.dtype, jnp.integer):
+        raise ValueError(f"t must be integers of shape {x.shape[:1]}, one an example, got {t.dtype}{list(t.shape)}")
+
+
+def _check_shapes(x0: jax.Array, t: jax.Array, other: jax.Array, name: str) -> None:
+    if x0.shape != other.shape:
+        raise ValueError(f"{name} must have the shape of x0 {x0.shape}, got {other.shape}")
+    _check_t(t, x0)

@@ -1,0 +1,41 @@
+"""What a finished run leaves to look at: a captioned grid of pictures and the faithfulness table."""
+
+from pathlib import Path
+from typing import Any
+
+from ddpm_jax.evaluation import faithfulness, measure
+from ddpm_jax.pipelines.unclip import UnCLIP
+from ddpm_jax.training import pictures
+from ddpm_jax.training.run import write_json
+
+
+def write_faithfulness(
+    pipeline: UnCLIP, directory: Path, *, num_captions: int, seed: int, progress: bool = True
+) -> str:
+    """Measure every split; write samples.png and faithfulness.json; return the table in Markdown."""
+    results = measure.measure_all(pipeline, num_captions=num_captions, seed=seed, progress=progress)
+    save_grid(directory / "samples.png", results, per_result=8)
+    stored = {"num_captions": num_captions, "seed": seed, "splits": measure.summary(results)}
+    write_json(directory / "faithfulness.json", stored)
+    return faithfulness.table({measure.SPLITS[split]: result for split, result in results.items()})
+
+
+def write_comparison(pipeline: UnCLIP, directory: Path, *, num_captions: int, seed: int, progress: bool = True) -> str:
+    """Measure "why a prior?"; write why_a_prior.png and why_a_prior.json; return the table in Markdown."""
+    results = measure.compare_conditions(pipeline, num_captions=num_captions, seed=seed, progress=progress)
+    save_grid(directory / "why_a_prior.png", results, per_result=8, label_rows=True)
+    write_json(
+        directory / "why_a_prior.json",
+        {"num_captions": num_captions, "seed": seed, "conditions": measure.summary(results)},
+    )
+    return faithfulness.table(results)
+
+
+def save_grid(path: Path, results: dict[str, dict[str, Any]], *, per_result: int, label_rows: bool = False) -> None:
+    """Write the first pictures of each result, a row each, with their captions, or with the result's name."""
+    images, captions = [], []
+    for name, result in results.items():
+        count = min(per_result, len(result["images"]))
+        images += list(result["images"][:count])
+        captions += [name] * count if label_rows else result["captions"][:count]
+    pictures.save_png(path, pictures.grid(images, captions, columns=count))

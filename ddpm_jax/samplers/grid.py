@@ -1,0 +1,46 @@
+"""The time grid a sampler walks along: from the noisiest step down to the data."""
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from ddpm_jax.process import GaussianProcess
+
+
+@struct.dataclass
+class Point:
+    """One point of a time grid, or all N + 1 of them stacked. x = alpha x0 + sigma eps there.
+
+    Attributes:
+        index: int32, the step of the process; -1 at the data.
+        t: int32, the original timestep, what the network receives; -1 at the data, where it is never called.
+        alpha: float32, 1 at the data.
+        sigma: float32, 0 at the data.
+        beta: float32, 1 - (alpha / alpha of the next point)^2, the noise added between the next point and this one; 0
+            at the data. From a table made in float64: the difference would be lost to cancellation here.
+    """
+
+    index: jax.Array
+    t: jax.Array
+    alpha: jax.Array
+    sigma: jax.Array
+    beta: jax.Array
+
+
+def time_grid(process: GaussianProcess) -> Point:
+    """Return the T + 1 points of a process in sampling order: steps T - 1 .. 0, then the data.
+
+    A sampler takes T transitions between them, and evaluates the network at the first T points only.
+    """
+    dtype = process.betas.dtype
+
+    def downwards(table: jax.Array, at_data: float) -> jax.Array:
+        return jnp.append(table[::-1], jnp.asarray(at_data, table.dtype))
+
+    return Point(
+        index=downwards(jnp.arange(process.num_steps, dtype=jnp.int32), -1),
+        t=downwards(process.timestep_map, -1),
+        alpha=downwards(process.sqrt_alpha_bar.astype(dtype), 1.0),
+        sigma=downwards(process.sqrt_one_minus_alpha_bar.astype(dtype), 0.0),
+        beta=downwards(process.betas, 0.0),
+    )

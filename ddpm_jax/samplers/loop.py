@@ -1,0 +1,83 @@
+"""The one loop that runs every sampler: a scan of a ``Step`` over a time grid, with a key for every example."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from ddpm_jax.process import GaussianProcess, Prediction, predict
+from ddpm_jax.samplers.ancestral import ancestral_step
+from ddpm_jax.samplers.grid import Point, time_grid
+from ddpm_jax.samplers.noise import per_example_normal, transition_keys
+from ddpm_jax.types import Denoiser, Kind, Step, Variance
+
+
+def sample(
+    process: GaussianProcess,
+    denoise: Denoiser,
+    keys: jax.Array,
+    shape: tuple[int, ...],
+    *,
+    step: Step | None = None,
+    kind: Kind = "eps",
+    variance: Variance = "fixed_small",
+    x0_transform: Callable[[jax.Array], jax.Array] | None = None,
+    x_init: jax.Array | None = None,
+    trajectory: bool = False,
+) -> jax.Array | tuple[jax.Array, jax.Array]:
+    """Draw one sample for every key: start from noise and take T steps down the time grid, as one ``lax.scan``.
+
+    Sample i is a function of keys[i] (and of whatever the denoiser makes of example i) only. Use it under ``jax.jit``
+    with process, parameters and keys as arguments; outside, it compiles anew for every call.
+
+    Args:
+        process: T steps, usually from ``respace``; T network calls with the steps of this package.
+        denoise: the network, parameters, conditions and guidance closed over; receives original timesteps int32[B].
+        keys: typed keys [B], from ``example_keys``.
+        shape: of one example, e.g. (H, W, C) or (D,).
+        step: ``ancestral_step()`` by default, ``ddim_step(eta)``, ...
+        kind: what the network predicts: "eps", "x0" or "v".
+        variance: "fixed_small", "fixed_large" or "learned_range".
+        x0_transform: applied to every estimate of x0, e.g. ``guidance.static_threshold()``.
+        x_init: float[B, *shape] to start from, instead of standard normal noise.
+        trajectory: also return the state after every step.
+
+    Returns:
+        x0, float32[B, *shape]; with ``trajectory`` the pair of it and float32[T, B, *shape], whose last entry it is.
+
+    Raises:
+        ValueError: if keys or x_init do not fit, or kind, variance and the network's output contradict each other.
+    """
+    _check_keys(keys)
+    step = ancestral_step() if step is None else step
+    dtype = process.betas.dtype
+    if x_init is None:
+        x_init = per_example_normal(transition_keys(keys, 0), jnp.zeros((keys.shape[0], *shape), dtype))
+    elif x_init.shape != (keys.shape[0], *shape):
+        raise ValueError(f"x_init must have shape {(keys.shape[0], *shape)} (keys, *shape), got {x_init.shape}")
+
+    def predict_fn(xt: jax.Array, point: Point) -> Prediction:
+        output = denoise(xt, jnp.broadcast_to(point.t, xt.shape[:1]))
+        index = jnp.broadcast_to(point.index, xt.shape[:1])
+        return predict(process, output, xt, index, kind=kind, variance=variance, x0_transform=x0_transform)
+
+    def transition(state: tuple, inputs: tuple) -> tuple[tuple, jax.Array | None]:
+        xt, carry = state
+        number, here, there = inputs
+        xt, carry = step.update(predict_fn, transition_keys(keys, number), xt, here, there, carry)
+        return (xt, carry), xt if trajectory else None
+
+    x_init = x_init.astype(dtype)
+    grid = time_grid(process)
+    here, there = jax.tree.map(lambda a: a[:-1], grid), jax.tree.map(lambda a: a[1:], grid)
+    numbers = jnp.arange(1, process.num_steps + 1)  # 0 is the initial noise
+    (x0, _), states = jax.lax.scan(transition, (x_init, step.init(x_init)), (numbers, here, there))
+    return (x0, states) if trajectory else x0
+
+
+def _check_keys(keys: jax.Array) -> None:
+    if not jnp.issubdtype(keys.dtype, jax.dtypes.prng_key) or keys.ndim != 1:
+        raise ValueError(
+            f"keys must be a vector of typed keys, one an example, as from example_keys(jax.random.key(0), n), "
+            f"got {keys.dtype}{list(keys.shape)}"
+        )

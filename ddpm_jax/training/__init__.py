@@ -1,0 +1,1 @@
+"""One training loop for every stage: state, optimizer, step, checkpoints, metrics, previews."""

@@ -1,0 +1,126 @@
+"""CLIP embeddings of a data set, computed once and shared by the stages that are conditioned on them."""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, SupportsIndex
+
+import jax
+import numpy as np
+import tqdm
+from absl import logging
+
+from ddpm_jax.types import Source
+
+NAMES = ("z_image", "z_text")
+
+
+class EmbeddedSource:
+    """A source whose records also have "z_image" and "z_text", float32[D], from a cache."""
+
+    def __init__(self, source: Source, embeddings: Mapping[str, np.ndarray]):
+        for name, array in embeddings.items():
+            if len(array) != len(source):
+                raise ValueError(f"{name} holds {len(array)} embeddings, the source has {len(source)} records")
+        self.source, self.embeddings = source, embeddings
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __repr__(self) -> str:
+        return f"EmbeddedSource({self.source!r})"
+
+    def __getitem__(self, index: SupportsIndex) -> dict[str, Any]:
+        index = index.__index__()
+        return self.source[index] | {name: array[index] for name, array in self.embeddings.items()}
+
+
+def cached_embeddings(
+    directory: str | os.PathLike,
+    source: Source,
+    transforms: tuple[Callable[[dict], dict], ...],
+    embed: Callable[[dict[str, np.ndarray]], tuple[jax.Array, jax.Array]],
+    *,
+    fingerprint: Mapping[str, Any],
+    batch_size: int = 256,
+    progress: bool = True,
+) -> dict[str, np.ndarray]:
+    """Return {"z_image", "z_text"}, float32[N, D] each, read from `directory` or computed and written there.
+
+    Args:
+        directory: of the cache; it appears complete or not at all.
+        source: N records.
+        transforms: bring a record to what `embed` takes.
+        embed: a batch of records -> (z_image, z_text), unit vectors float32[B, D]. The batch always has `batch_size`
+            rows; the last one is padded.
+        fingerprint: plain data that says what was embedded by what; a cache with another one is computed anew.
+        batch_size: B.
+        progress: True shows a bar on stderr.
+    """
+    directory = Path(directory)
+    mark = json.dumps(fingerprint, sort_keys=True)
+    cached = _read(directory, mark)
+    if cached is not None:
+        return cached
+    rows: dict[str, list[np.ndarray]] = {name: [] for name in NAMES}
+    count = len(source)
+    hidden = not progress or jax.process_index() != 0
+    with tqdm.tqdm(total=count, desc="embed", unit="image", dynamic_ncols=True, disable=hidden) as bar:
+        for start in range(0, count, batch_size):
+            records = [_apply(source[i], transforms) for i in range(start, min(start + batch_size, count))]
+            filled = len(records)
+            records += [records[-1]] * (batch_size - filled)
+            batch = {name: np.stack([record[name] for record in records]) for name in records[0]}
+            for name, z in zip(NAMES, embed(batch)):
+                rows[name].append(np.asarray(z, np.float32)[:filled])
+            bar.update(filled)
+    arrays = {name: np.concatenate(parts) for name, parts in rows.items()}
+    if jax.process_index() == 0:
+        _write(directory, mark, arrays)
+    return arrays
+
+
+def tree_fingerprint(tree: Any) -> str:
+    """Return a SHA-256 over all arrays of a tree, in the order of their names."""
+    digest = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        digest.update(jax.tree_util.keystr(path).encode())
+        digest.update(np.ascontiguousarray(leaf).tobytes())
+    return digest.hexdigest()
+
+
+def _apply(record: dict, transforms: tuple[Callable[[dict], dict], ...]) -> dict:
+    for transform in transforms:
+        record = transform(record)
+    return record
+
+
+def _read(directory: Path, mark: str) -> dict[str, np.ndarray] | None:
+    try:
+        if (directory / "fingerprint.json").read_text() != mark:
+            logging.info("the embeddings in %s are of other data or another CLIP and are computed anew", directory)
+            return None
+        return {name: np.load(directory / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in NAMES}
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        logging.warning("the embeddings in %s cannot be read and are computed anew: %s", directory, error)
+        return None
+
+
+def _write(directory: Path, mark: str, arrays: Mapping[str, np.ndarray]) -> None:
+    new = directory.with_name(directory.name + ".tmp")
+    shutil.rmtree(new, ignore_errors=True)
+    try:
+        new.mkdir(parents=True)
+        for name, array in arrays.items():
+            np.save(new / f"{name}.npy", array, allow_pickle=False)
+        (new / "fingerprint.json").write_text(mark)
+        shutil.rmtree(directory, ignore_errors=True)
+        os.replace(new, directory)
+    except OSError:
+        shutil.rmtree(new, ignore_errors=True)
+        raise

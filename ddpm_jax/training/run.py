@@ -1,0 +1,242 @@
+"""A whole run: the stages of a pipeline, one after the other, in one working directory.
+
+workdir/run.json              the resolved config, the tokenizer, the version
+workdir/<stage>/              checkpoints/, previews/, metrics.jsonl
+workdir/embeddings/           CLIP embeddings of the data set, computed once
+"""
+
+import json
+import os
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from absl import logging
+
+import ddpm_jax
+from ddpm_jax import build
+from ddpm_jax.data.loader import make_loader
+from ddpm_jax.data.tokenizer import Tokenizer
+from ddpm_jax.data.transforms import Keep, RandomCrop, Tokenize
+from ddpm_jax.parallel.mesh import make_mesh
+from ddpm_jax.pipelines import stages
+from ddpm_jax.pipelines.weights import RUN_FILE, LoadError, read_run
+from ddpm_jax.training.checkpoint import NOT_COMPARED, config_differences, lock_workdir, restore_params
+from ddpm_jax.training.embeddings import EmbeddedSource, cached_embeddings, tree_fingerprint
+from ddpm_jax.training.loop import train
+from ddpm_jax.training.tasks import ClipTask, DecoderTask, PriorTask, UpsamplerTask
+from ddpm_jax.types import Source, Task
+
+NUM_PREVIEWS = 16
+
+
+def run_stages(config: Mapping[str, Any], workdir: str | os.PathLike, names: Sequence[str]) -> None:
+    """Train stages in the order of the config; finished ones are skipped, an unfinished one continues.
+
+    Args:
+        config: the resolved config, plain dicts.
+        workdir: created if missing; must be empty or hold a run with this config.
+        names: the stages to train.
+
+    Raises:
+        ValueError: if the config cannot work or a stage needs another one that has not been trained.
+        LoadError: if the directory is foreign.
+        CheckpointError, TrainingDiverged, Interrupted, WorkdirInUse: see `training.loop` and `training.checkpoint`.
+    """
+    build.check_config(config)
+    workdir = Path(workdir)
+    if workdir.exists() and not workdir.is_dir():
+        raise LoadError(f"workdir {workdir} is a file, not a directory")
+    with lock_workdir(workdir):
+        tokenizer = build.make_tokenizer(config)
+        _claim(workdir, config, tokenizer)
+        for name in names:
+            _STAGES[name](_Run(config, workdir, tokenizer))
+
+
+class _Run:
+    """What the stages of one run share."""
+
+    def __init__(self, config: Mapping[str, Any], workdir: Path, tokenizer: Tokenizer):
+        self.config, self.workdir, self.tokenizer = config, workdir, tokenizer
+        self.clip = build.make_clip(config, tokenizer.vocab_size)
+
+    def tokenize(self) -> Tokenize:
+        """Return the transform that reads captions."""
+        return Tokenize(self.tokenizer, self.config["text"]["length"])
+
+    def clip_params(self, stage: str) -> Any:
+        """Return CLIP's averaged parameters."""
+        if not (self.workdir / "clip" / "checkpoints").is_dir():
+            raise ValueError(f"stage {stage} needs a trained CLIP in {self.workdir}; train the stage clip first")
+        params, _ = restore_params(self.workdir / "clip")
+        return params
+
+    def train(self, task: Task, source: Source, transforms: Sequence[Any]) -> None:
+        """Train one stage."""
+        config, name = self.config, task.name
+        stage = config[name]
+        mesh = make_mesh({"data": -1})
+        loader = make_loader(
+            source,
+            batch_size=stage["batch_size"],
+            seed=config["seed"],
+            transforms=transforms,
+            shard_index=jax.process_index(),
+            shard_count=jax.process_count(),
+        )
+        tx, schedule = build.make_stage_optimizer(stage)
+        kept = {field: config[field] for field in ("seed", *build.DEPENDS[name], name)}
+        train(
+            task,
+            loader,
+            workdir=self.workdir / name,
+            num_steps=stage["num_steps"],
+            tx=tx,
+            schedule=schedule,
+            mesh=mesh,
+            seed=config["seed"],
+            ema_decay=stage["ema_decay"],
+            accumulate=stage["accumulate"],
+            checkpoint_every=stage["checkpoint_every"],
+            log_every=stage["log_every"],
+            preview_every=stage["preview_every"],
+            keep=stage["keep"],
+            config=kept,
+            version=ddpm_jax.__version__,
+            tensorboard=config["tensorboard"],
+            progress=config["progress"],
+            items_per_step=stage["batch_size"],
+        )
+
+    def embedded(self, source: Source, clip_params: Any) -> EmbeddedSource:
+        """Return the source with its CLIP embeddings, computed when they are not there yet."""
+        embed = jax.jit(self._embed)
+        cache = cached_embeddings(
+            self.workdir / "embeddings",
+            source,
+            (self.tokenize(), Keep(("image", "tokens", "mask"))),
+            lambda batch: embed(clip_params, batch),
+            fingerprint={"clip": tree_fingerprint(clip_params), "source": repr(source)},
+            progress=self.config["progress"],
+        )
+        return EmbeddedSource(source, cache)
+
+    def _embed(self, params: Any, batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        images = stages.to_float(batch["image"])
+        text = stages.encode_text(self.clip, params, batch["tokens"], batch["mask"])
+        return stages.encode_image(self.clip, params, images), text.z
+
+    def previews(self, source: Source, transforms: Sequence[Callable], task: Any) -> dict[str, np.ndarray]:
+        """Return a prepared batch of the first records."""
+        records = []
+        for i in range(min(NUM_PREVIEWS, len(source))):
+            record = source[i]
+            for transform in transforms:
+                record = transform(record)
+            records.append(record)
+        batch = {name: np.stack([record[name] for record in records]) for name in records[0]}
+        return task.prepare(task.frozen, batch) if task.frozen is not None else batch
+
+
+def _train_clip(run: _Run) -> None:
+    source = build.make_source(run.config, resolution=run.config["clip"]["image_size"])
+    run.train(ClipTask(run.clip), source, (run.tokenize(), Keep(("image", "tokens", "mask"))))
+
+
+def _train_prior(run: _Run) -> None:
+    config = run.config["prior"]
+    params = run.clip_params("prior")
+    source = run.embedded(build.make_source(run.config, resolution=run.config["clip"]["image_size"]), params)
+    task = PriorTask(
+        build.make_prior(run.config, run.tokenizer.vocab_size),
+        run.clip,
+        None if config["text_encoder"] else params,
+        build.make_stage_process(config),
+        embed_scale=config["embed_scale"],
+        drop_text=config["drop_text"],
+    )
+    run.train(task, source, (run.tokenize(), Keep(("tokens", "mask", "z_image", "z_text"))))
+
+
+def _train_decoder(run: _Run) -> None:
+    config = run.config["decoder"]
+    params = run.clip_params("decoder")
+    clip_source = build.make_source(run.config, resolution=run.config["clip"]["image_size"])
+    cache = run.embedded(clip_source, params).embeddings
+    source = EmbeddedSource(build.make_source(run.config, resolution=config["image_size"]), cache)
+    transforms = (run.tokenize(), Keep(("image", "tokens", "mask", "z_image", "z_text")))
+    task = DecoderTask(
+        build.make_decoder(run.config, run.tokenizer.vocab_size),
+        run.clip,
+        None if config["text_encoder"] else params,
+        build.make_stage_process(config),
+        image_size=config["image_size"],
+        sampling=build.make_sampling(run.config, "decoder"),
+        weighting=build.make_weighting(config),
+        **{name: config[name] for name in ("kind", "objective", "variance", "vlb_weight", "drop_image", "drop_text")},
+    )
+    task.preview_batch = run.previews(source, transforms, task)
+    run.train(task, source, transforms)
+
+
+def _train_upsampler(run: _Run) -> None:
+    config = run.config["upsampler"]
+    source = build.make_source(run.config, resolution=config["image_size"])
+    keep = Keep(("image",))
+    task = UpsamplerTask(
+        build.make_upsampler(run.config),
+        build.make_stage_process(config),
+        sampling=build.make_sampling(run.config, "upsampler"),
+        weighting=build.make_weighting(config),
+        **{name: config[name] for name in ("image_size", "low_size", "kind", "blur_sigma", "blur_rate", "noise")},
+    )
+    task.preview_batch = run.previews(source, (keep,), task)
+    crop = () if config["crop"] == config["image_size"] else (RandomCrop(config["crop"]),)
+    run.train(task, source, (keep, *crop))
+
+
+_STAGES: dict[str, Callable[[_Run], None]] = {
+    "clip": _train_clip,
+    "prior": _train_prior,
+    "decoder": _train_decoder,
+    "upsampler": _train_upsampler,
+}
+
+
+def _claim(workdir: Path, config: Mapping[str, Any], tokenizer: Tokenizer) -> None:
+    """Write run.json into a new working directory; refuse a foreign one, or a run of another config."""
+    if (workdir / RUN_FILE).exists():
+        saved = read_run(workdir)["config"]
+        ignore = NOT_COMPARED | {"sample", "evaluation", "stages"}
+        differences = config_differences(saved, json.loads(json.dumps(config)), ignore=ignore)
+        if differences:
+            raise LoadError(
+                f"workdir {workdir} holds a run of another config: {'; '.join(differences)}; give that config or "
+                "another workdir"
+            )
+    elif any(entry.name != ".lock" for entry in workdir.iterdir()):
+        raise LoadError(f"workdir {workdir} is not empty and holds no training run; give a new or empty directory")
+    write_json(
+        workdir / RUN_FILE, {"version": ddpm_jax.__version__, "config": config, "tokenizer": tokenizer.to_config()}
+    )
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file, whole or not at all."""
+    if jax.process_index() != 0:
+        return
+    handle, new = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
+    try:
+        with os.fdopen(handle, "w") as file:
+            json.dump(value, file, indent=1)
+            file.write("\n")
+        os.chmod(new, 0o644)
+        os.replace(new, path)
+    except OSError as error:
+        Path(new).unlink(missing_ok=True)
+        logging.error("could not write %s: %s", path, error)
+        raise

@@ -1,0 +1,122 @@
+"""One update of the parameters and of their moving average."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from ddpm_jax.training.state import TrainState
+from ddpm_jax.types import Task
+
+TrainStep = Callable[[TrainState, Any, jax.Array], tuple[TrainState, dict[str, jax.Array]]]
+RESERVED_METRICS = ("loss", "grad_norm", "param_norm", "lr", "finite")
+
+
+def ema_decay_at(step: jax.Array, decay: float, *, warmup: bool = True) -> jax.Array:
+    """Return the decay of the moving average for the update after `step` updates.
+
+    d(n) = min(decay, (1 + n) / (10 + n)), the ramp of `tf.train.ExponentialMovingAverage(num_updates=n)`: the average
+    forgets the random start at once and reaches `decay` when it holds enough steps.
+
+    Args:
+      step: int32[], n >= 0.
+      decay: in [0, 1).
+      warmup: False uses `decay` from the first update.
+
+    Returns:
+      float32[].
+    """
+    n = jnp.asarray(step, jnp.float32)
+    return jnp.minimum(decay, (1 + n) / (10 + n)) if warmup else jnp.full_like(n, decay)
+
+
+def make_train_step(
+    task: Task,
+    tx: optax.GradientTransformation,
+    *,
+    ema_decay: float,
+    ema_warmup: bool = True,
+    accumulate: int = 1,
+    schedule: optax.Schedule | None = None,
+) -> TrainStep:
+    """Make the pure function `(state, batch, key) -> (state, metrics)`; the caller jits it and donates the state.
+
+    The key is folded with `state.step`, so the same key is given at every step. An update whose loss or gradient is not
+    finite is not made: the state comes back as it went in, and `metrics["finite"]` is False.
+
+    Args:
+      task: its `loss(params, batch, key)` gives (float32[B], dict of float32[] or float32[B]).
+      tx: the optimizer.
+      ema_decay: decay of the parameters' moving average, in [0, 1).
+      ema_warmup: see `ema_decay_at`.
+      accumulate: micro-batches a batch is cut into, one after the other; it must divide B. The update is that of the
+        whole batch up to rounding, except that each micro-batch draws its own noise.
+      schedule: adds the learning rate to the metrics.
+
+    Returns:
+      The step. Its metrics are float32[] `loss`, `grad_norm` (before clipping), `param_norm` (before the update), `lr`
+      and the task's own, averaged over the batch, and bool[] `finite`.
+
+    Raises:
+      ValueError: for an argument out of its range and, while tracing, when `accumulate` does not divide the batch or a
+        metric of the task takes a name that is the step's.
+    """
+    if not 0 <= ema_decay < 1:
+        raise ValueError(f"{ema_decay=} must be in [0, 1)")
+    if accumulate < 1:
+        raise ValueError(f"{accumulate=} must be at least 1")
+
+    def step(state: TrainState, batch: Any, key: jax.Array) -> tuple[TrainState, dict[str, jax.Array]]:
+        key = jax.random.fold_in(key, state.step)
+        (loss, metrics), grads = _gradients(task, state.params, batch, key, accumulate)
+        clash = sorted(set(metrics) & set(RESERVED_METRICS))
+        if clash:
+            raise ValueError(f"task {task.name!r} returns metrics named {clash}, which the training step uses itself")
+        grad_norm = optax.tree.norm(grads)
+        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+
+        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        decay = ema_decay_at(state.step, ema_decay, warmup=ema_warmup)
+        ema_params = jax.tree.map(lambda ema, p: ema + (1 - decay) * (p - ema), state.ema_params, params)
+        updated = TrainState(state.step + 1, params, ema_params, opt_state)
+        new_state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), updated, state)
+
+        metrics |= {"loss": loss, "grad_norm": grad_norm, "param_norm": optax.tree.norm(state.params)}
+        if schedule is not None:
+            metrics["lr"] = jnp.asarray(schedule(state.step), jnp.float32)
+        return new_state, metrics | {"finite": finite}
+
+    return step
+
+
+def _gradients(task: Task, params: Any, batch: Any, key: jax.Array, accumulate: int) -> tuple[tuple, Any]:
+    """Return ((mean loss, mean metrics), gradients of the mean loss), over `accumulate` micro-batches."""
+
+    def mean_loss(params: Any, batch: Any, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+        loss, metrics = task.loss(params, batch, key)
+        means = {name: jnp.mean(value, dtype=jnp.float32) for name, value in metrics.items()}
+        return jnp.mean(loss, dtype=jnp.float32), means
+
+    value_and_grad = jax.value_and_grad(mean_loss, has_aux=True)
+    if accumulate == 1:
+        return value_and_grad(params, batch, key)
+
+    def split(array: jax.Array) -> jax.Array:
+        if array.shape[0] % accumulate != 0:
+            raise ValueError(f"{accumulate=} must divide the batch, whose leading axis is {array.shape[0]}")
+        # Every accumulate-th example, so that a batch sharded over devices stays where it is.
+        return jnp.swapaxes(array.reshape(-1, accumulate, *array.shape[1:]), 0, 1)
+
+    micro_batches = jax.tree.map(split, batch)
+    keys = jax.random.split(key, accumulate)
+    first = jax.tree.map(lambda x: x[0], micro_batches)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(value_and_grad, params, first, keys[0]))
+
+    def add(total: Any, micro: tuple) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, total, value_and_grad(params, *micro)), None
+
+    total, _ = jax.lax.scan(add, zeros, (micro_batches, keys))
+    return jax.tree.map(lambda x: x / accumulate, total)

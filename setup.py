@@ -1,0 +1,46 @@
+"""Package definition. The bare install is the functional core: jax, flax, numpy."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+VERSION = re.search(r'^__version__ = "(.+)"$', (HERE / "ddpm_jax" / "__init__.py").read_text(), re.MULTILINE).group(1)
+
+TRAIN = [
+    "absl-py>=2.1",
+    "clu>=0.0.12",
+    "ftfy>=6.1",
+    "grain>=0.2.12",
+    "ml_collections>=1.0",
+    "optax>=0.2.4",
+    "orbax-checkpoint>=0.11.20",
+    "pillow>=10.0",
+    "regex>=2023.12",
+    "safetensors>=0.4.3",
+    "scipy>=1.11",
+    "tqdm>=4.66",
+]
+TEST = [*TRAIN, "pytest>=8.0", "ruff>=0.12"]
+
+setup(
+    name="ddpm_jax",
+    version=VERSION,
+    description="Diffusion models in JAX, from DDPM to the whole unCLIP (DALL-E 2) pipeline",
+    long_description=(HERE / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["ddpm_jax", "ddpm_jax.*"]),
+    package_data={"ddpm_jax": ["data/*.txt.gz", "weights/*.safetensors"]},
+    install_requires=["jax>=0.7.0", "flax>=0.10.0", "numpy>=1.26"],
+    extras_require={
+        "train": TRAIN,
+        "tensorboard": ["tensorboard>=2.16", "tensorflow-cpu>=2.16"],
+        "test": TEST,
+        "parity": [*TEST, "open-clip-torch>=2.32"],
+        "tpu": ["jax[tpu]>=0.7.0"],
+        "cuda": ["jax[cuda12]>=0.7.0"],
+    },
+)

@@ -1,0 +1,20 @@
+"""Every test runs on the CPU with 8 simulated devices, refuses implicit broadcasting, and caches what it compiles."""
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+
+CACHE = Path(os.environ.get("JAX_COMPILATION_CACHE_DIR", Path(__file__).parent / ".cache" / "jax"))
+
+CACHE.mkdir(parents=True, exist_ok=True)
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    (CACHE.parent / ".gitignore").write_text("*\n")
+
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_compilation_cache_dir", str(CACHE))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

@@ -1,0 +1,66 @@
+"""Meshes and the placement of batches."""
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import AxisType, PartitionSpec
+
+from ddpm_jax.parallel.mesh import data_sharding, make_mesh, replicated, shard_batch
+
+
+def test_minus_one_takes_every_device_and_axes_are_auto():
+    mesh = make_mesh({"data": -1})
+    assert mesh.shape == {"data": jax.device_count()}
+    assert mesh.axis_types == (AxisType.Auto,)
+    assert set(mesh.devices.flat) == set(jax.devices())
+
+
+def test_two_axes_keep_their_order():
+    mesh = make_mesh({"data": -1, "model": 2})
+    assert mesh.axis_names == ("data", "model")
+    assert mesh.devices.shape == (jax.device_count() // 2, 2)
+
+
+def test_given_devices_are_used():
+    mesh = make_mesh({"data": 2}, devices=jax.devices()[1:3])
+    assert list(mesh.devices) == jax.devices()[1:3]
+
+
+@pytest.mark.parametrize("axes", [{"data": 3}, {"data": 1}, {"data": 16}, {"data": -1, "model": 3}])
+def test_sizes_that_do_not_fit_are_refused(axes):
+    with pytest.raises(ValueError, match="must multiply to 8"):
+        make_mesh(axes)
+
+
+@pytest.mark.parametrize("axes", [{"data": 0}, {"data": -2}, {"data": -1, "model": -1}, {}])
+def test_sizes_without_meaning_are_refused(axes):
+    with pytest.raises(ValueError, match="axes="):
+        make_mesh(axes)
+
+
+def test_shard_batch_splits_the_leading_axis_and_keeps_the_values():
+    mesh = make_mesh({"data": -1})
+    batch = {"image": np.arange(16 * 6, dtype=np.uint8).reshape(16, 2, 3), "label": np.arange(16, dtype=np.int32)}
+    sharded = shard_batch(batch, mesh)
+    for name, array in batch.items():
+        np.testing.assert_array_equal(np.asarray(sharded[name]), array)
+        assert sharded[name].sharding.is_equivalent_to(data_sharding(mesh), array.ndim)
+        for index, shard in enumerate(sorted(sharded[name].addressable_shards, key=lambda s: s.index[0].start)):
+            np.testing.assert_array_equal(np.asarray(shard.data), array[2 * index : 2 * index + 2])
+
+
+def test_shardings():
+    mesh = make_mesh({"data": -1})
+    assert replicated(mesh).spec == PartitionSpec()
+    assert data_sharding(mesh).spec == PartitionSpec("data")
+
+
+@pytest.mark.parametrize("array", [np.zeros((12, 3)), np.zeros(())])
+def test_a_batch_that_does_not_divide_is_refused(array):
+    with pytest.raises(ValueError, match=r"\['image'\].*multiple of the 8 devices"):
+        shard_batch({"image": array}, make_mesh({"data": -1}))
+
+
+def test_text_is_refused():
+    with pytest.raises(ValueError, match=r"\['caption'\] holds text"):
+        shard_batch({"caption": np.array(["a star"] * 8)}, make_mesh({"data": -1}))
