@@ -47,32 +47,33 @@ def get_config(variant: str = "") -> ConfigDict:
     config = ConfigDict()
     config.seed = 0
     config.stages = ("clip", "prior", "decoder", "upsampler")
-    config.data = {"name": "shapes", "seed": 0, "num_examples": 40_000, "two_fraction": 0.4}
+    config.data = {"name": "shapes", "seed": 0, "num_examples": 40_000, "two_fraction": 0.25}
     config.text = {"tokenizer": "compact", "length": 24}
-    config.clip = training(256, 1200, 1e-3) | {
+    config.clip = training(256, 500, 2e-3) | {
         "image_size": 32,
+        "family": 4,
         "patch": 4,
         "embed_dim": 64,
-        "vision": {"width": 96, "layers": 3, "heads": 3},
-        "text": {"width": 96, "layers": 2, "heads": 3},
-        "activation": "gelu",
+        "vision": {"width": 64, "layers": 3, "heads": 1},
+        "text": {"width": 96, "layers": 2, "heads": 2},
+        "activation": "quick_gelu",
         "weight_decay": 0.1,
     }
-    config.prior = training(128, 2000, 1e-3) | {
-        "width": 128,
-        "layers": 4,
-        "heads": 4,
+    config.prior = training(128, 1200, 2e-3) | {
+        "width": 96,
+        "layers": 3,
+        "heads": 2,
         "text_encoder": None,
         "embed_scale": 4.3,
         "schedule": "cosine",
         "diffusion_steps": 1000,
         "drop_text": 0.1,
-        "activation": "gelu",
+        "activation": "quick_gelu",
     }
-    config.decoder = training(64, 4000, 1e-3) | {
+    config.decoder = training(32, 6500, 2e-3, checkpoint_every=1000, preview_every=2000) | {
         "image_size": 32,
         "channels": 64,
-        "channel_mult": (1, 3),
+        "channel_mult": (1, 2),
         "num_res_blocks": 1,
         "attention_resolutions": (4,),
         "head_channels": 64,
@@ -83,27 +84,28 @@ def get_config(variant: str = "") -> ConfigDict:
         "text_encoder": None,
         "schedule": "cosine",
         "diffusion_steps": 1000,
-        "kind": "v",
+        "kind": "x0",
         "objective": "simple",
         "variance": "fixed_small",
-        "min_snr_gamma": None,
+        "stratified": True,
+        "weighting": {"power": 0.5, "bound": 4.0},
         "vlb_weight": 1e-3,
         "drop_image": 0.1,
         "drop_text": 0.3,
     }
-    config.upsampler = training(32, 600, 1e-3) | {
+    config.upsampler = training(32, 1000, 1.5e-3) | {
         "image_size": 64,
         "low_size": 32,
-        "crop": 64,
+        "crop": 32,
         "channels": 64,
-        "channel_mult": (1, 2),
-        "num_res_blocks": 1,
+        "channel_mult": (1,),
+        "num_res_blocks": 2,
         "patch": 4,
         "dropout": 0.0,
         "schedule": "cosine",
         "diffusion_steps": 1000,
-        "kind": "v",
-        "min_snr_gamma": None,
+        "kind": "x0",
+        "weighting": None,
         "blur_sigma": 0.6,
         "blur_rate": 0.5,
         "noise": 0.1,
@@ -111,7 +113,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.sample = {
         "prior": {"steps": "25", "eta": None, "scale": 1.0, "candidates": 2},
         "decoder": {"steps": "25", "eta": 0.0, "scale": 2.0},
-        "upsampler": {"steps": "10", "eta": 0.0, "scale": 1.0},
+        "upsampler": {"steps": "8", "eta": 0.0, "scale": 1.0},
         "batch_size": 64,
     }
     config.evaluation = {"num_captions": 512, "seed": 1}

@@ -3,15 +3,15 @@
 Everything it makes takes plain keyword arguments; a field that cannot work is a ValueError that names it.
 """
 
-from collections.abc import Mapping
-from typing import Any
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any, get_args
 
 import jax.numpy as jnp
-import optax
 
 from ddpm_jax.data import captions, shapes
 from ddpm_jax.data.tokenizer import ClipTokenizer, CompactTokenizer, Tokenizer
-from ddpm_jax.losses import min_snr
+from ddpm_jax.losses import Objective, check_objective, snr_power
 from ddpm_jax.models.clip import CLIP, VisionTransformer
 from ddpm_jax.models.decoder import Decoder
 from ddpm_jax.models.prior import DiffusionPrior
@@ -20,9 +20,12 @@ from ddpm_jax.models.transformer import gelu, quick_gelu
 from ddpm_jax.models.unet import UNet, check_image_size
 from ddpm_jax.models.upsampler import Upsampler
 from ddpm_jax.pipelines.stages import Sampling
-from ddpm_jax.process import GaussianProcess, make_process
+from ddpm_jax.process import GaussianProcess, make_process, respace
 from ddpm_jax.schedules import cosine_betas, linear_betas
-from ddpm_jax.types import Source
+from ddpm_jax.types import Kind, Source, Variance
+
+if TYPE_CHECKING:
+    import optax
 
 Config = Mapping[str, Any]
 STAGES = ("clip", "prior", "decoder", "upsampler")
@@ -171,8 +174,8 @@ def make_upsampler(config: Config) -> Upsampler:
 
 def make_weighting(config: Config) -> Any:
     """Return the loss weighting of a stage, or None."""
-    gamma = config["min_snr_gamma"]
-    return None if gamma is None else min_snr(gamma, config["kind"])
+    how = config["weighting"]
+    return None if how is None else snr_power(how["power"], how["bound"], config["kind"])
 
 
 def make_sampling(config: Config, stage: str) -> Sampling:
@@ -181,7 +184,7 @@ def make_sampling(config: Config, stage: str) -> Sampling:
     return Sampling(str(how["steps"]), how["eta"], how["scale"])
 
 
-def make_stage_optimizer(config: Config) -> tuple[optax.GradientTransformation, optax.Schedule]:
+def make_stage_optimizer(config: Config) -> "tuple[optax.GradientTransformation, optax.Schedule]":
     """Make a stage's optimizer and learning-rate schedule."""
     from ddpm_jax.training.optimizer import make_optimizer
 
@@ -192,20 +195,62 @@ def make_stage_optimizer(config: Config) -> tuple[optax.GradientTransformation, 
 def check_config(config: Config) -> None:
     """Raise ValueError, naming the field, for what no stage could work with; builds every network's description."""
     unknown = [stage for stage in config["stages"] if stage not in STAGES]
-    if unknown:
-        raise ValueError(f"stages contains {unknown[0]!r}; a stage is one of {', '.join(STAGES)}")
+    if unknown or not config["stages"]:
+        found = repr(unknown[0]) if unknown else "nothing"
+        raise ValueError(f"stages contains {found}; a stage is one of {', '.join(STAGES)}")
     for stage in STAGES:
         for field in ("num_steps", "batch_size", "log_every", "checkpoint_every", "keep", "accumulate"):
-            if config[stage][field] < 1:
-                raise ValueError(f"{stage}.{field}={config[stage][field]} must be at least 1")
+            _check_least(config[stage], f"{stage}.{field}", 1)
+        _check_least(config[stage], f"{stage}.preview_every", 0)
+    _check_least(config["sample"], "sample.batch_size", 1)
+    _check_least(config["sample"]["prior"], "sample.prior.candidates", 1)
+    _check_least(config["evaluation"], "evaluation.num_captions", 1)
+    vocab_size = make_tokenizer(config).vocab_size
+    make_clip(config, vocab_size)
+    for stage, make in {"prior": make_prior, "decoder": make_decoder}.items():
+        with _naming(stage):
+            make(config, vocab_size)
+    with _naming("upsampler"):
+        make_upsampler(config)
     if config["decoder"]["image_size"] != config["upsampler"]["low_size"]:
         raise ValueError(
             f"upsampler.low_size={config['upsampler']['low_size']} must be "
             f"decoder.image_size={config['decoder']['image_size']}"
         )
-    vocab_size = make_tokenizer(config).vocab_size
-    make_clip(config, vocab_size), make_prior(config, vocab_size)
-    make_decoder(config, vocab_size), make_upsampler(config)
     for stage in STAGES[1:]:
-        make_stage_process(config[stage])
-        make_sampling(config, stage)
+        with _naming(stage):
+            process = make_stage_process(config[stage])
+        with _naming(f"sample.{stage}"):
+            respace(process, make_sampling(config, stage).steps)
+    _check_objectives(config)
+    for size in {config["clip"]["image_size"], config["decoder"]["image_size"], config["upsampler"]["image_size"]}:
+        with _naming("data"):
+            make_source(config, resolution=size)
+
+
+def _check_objectives(config: Config) -> None:
+    for stage in ("decoder", "upsampler"):
+        with _naming(stage):
+            _choose(config[stage], "kind", dict.fromkeys(get_args(Kind)))
+            make_weighting(config[stage])
+    with _naming("decoder"):
+        _choose(config["decoder"], "variance", dict.fromkeys(get_args(Variance)))
+        _choose(config["decoder"], "objective", dict.fromkeys(get_args(Objective)))
+        check_objective(
+            config["decoder"]["objective"], config["decoder"]["variance"], make_weighting(config["decoder"])
+        )
+
+
+def _check_least(part: Config, field: str, least: int) -> None:
+    value = part[field.rpartition(".")[2]]
+    if value < least:
+        raise ValueError(f"{field}={value} must be at least {least}")
+
+
+@contextlib.contextmanager
+def _naming(part: str) -> Iterator[None]:
+    """Put the part of the config that is at fault before the message of a ValueError."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{part}: {error}") from error

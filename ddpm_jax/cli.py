@@ -1,64 +1,233 @@
-"""What the command-line programs share: errors in one sentence, and exit statuses."""
+"""What the command-line programs share: flags, errors and warnings in one sentence, and exit statuses.
 
+Each program has a `flags.FlagValues` of its own, so that all of them can be imported, and run, in one process.
+"""
+
+import difflib
+import importlib.util
+import logging as python_logging
 import os
+import re
 import sys
-from collections.abc import Callable
+import traceback
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
-from absl import app, flags, logging
+EXTRA = "install ddpm_jax[train], which has all that the commands need"
+for _package in ("absl", "ml_collections"):
+    if importlib.util.find_spec(_package) is None:
+        sys.exit(f"error: the package {_package} is not installed; {EXTRA}")
+
+from absl import flags, logging  # noqa: E402 (after the check above)
 
 USAGE_ERROR = 2
 FAILURE = 1
+PACKAGE = str(Path(__file__).parent) + os.sep
+# Errors that are written for users, by module: one whose module was never imported cannot have been raised.
+ERRORS = {
+    "ddpm_jax.pipelines.weights": ("LoadError",),
+    "ddpm_jax.training.checkpoint": ("CheckpointError", "WorkdirInUse"),
+    "ddpm_jax.training.loop": ("Interrupted", "TrainingDiverged"),
+}
+REASONS = {
+    "invalid literal for int": "is not a whole number",
+    "could not convert string to float": "is not a number",
+    "Non-boolean argument": "is neither true nor false",
+}
 
 
-def run(main: Callable[[list[str]], Any]) -> None:
+class UsageError(Exception):
+    """A wrong flag, or a config field that does not exist; the message is one sentence."""
+
+
+def run(main: Callable[[], Any], flag_values: flags.FlagValues, *, config: str | None = None) -> None:
     """Run a program: parse flags, call `main`, and turn what users can mend into one sentence and a status.
 
-    Status 2 is a wrong flag or config field, 1 a failure, 128 + n a stop by signal n after saving.
+    Ends the process unless all went well. Status 2 is a wrong flag or config field, 1 a failure, 128 + n a stop by
+    signal n after saving.
+
+    Args:
+        main: the program.
+        flag_values: its flags.
+        config: the name of its config flag, if it has one.
     """
-    logging.set_verbosity(logging.WARNING)
-    logging.use_absl_handler()
-
-    def parse(argv: list[str]) -> list[str]:
-        try:
-            return flags.FLAGS(argv)
-        except flags.Error as error:
-            _stop(str(error).splitlines()[0], USAGE_ERROR)
-        except (AttributeError, KeyError, ValueError, TypeError, OSError) as error:
-            # A config file or an override that does not fit: ml_collections raises what Python raised inside.
-            _stop(_sentence(error), USAGE_ERROR)
-
-    def guarded(argv: list[str]) -> None:
-        try:
-            main(argv)
-        except Exception as error:
-            if not _is_for_users(error):
-                raise
-            _stop(_sentence(error), 128 + error.signum if hasattr(error, "signum") else FAILURE)
-        except KeyboardInterrupt:
-            _stop("interrupted", 130)
-
-    app.run(guarded, flags_parser=parse)
+    _say_in_one_line()
+    try:
+        if not _wants_help(flag_values):
+            _parse(flag_values, config)
+            main()
+    except KeyboardInterrupt:
+        _stop("interrupted", 130)
+    except Exception as error:
+        message = _sentence(error)
+        if message is None:
+            raise
+        _stop(message, _status(error))
 
 
-def _is_for_users(error: Exception) -> bool:
-    from ddpm_jax.pipelines.weights import LoadError
-    from ddpm_jax.training.checkpoint import CheckpointError, WorkdirInUse
-    from ddpm_jax.training.loop import Interrupted, TrainingDiverged
+def check_can_write(path: str | os.PathLike, *, what: str) -> None:
+    """Raise UsageError, naming the flag `what`, unless a file could be made at a path; makes nothing."""
+    path = Path(path)
+    if path.is_dir():
+        raise UsageError(f"{what}={path} is a directory; give the name of a file")
+    parent = path.absolute().parent
+    while not parent.exists():
+        parent = parent.parent
+    if not parent.is_dir():
+        raise UsageError(f"{what}={path} cannot be written: {parent} is not a directory")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise UsageError(f"{what}={path} cannot be written: no permission to write into {parent}")
 
-    ours = (LoadError, CheckpointError, WorkdirInUse, Interrupted, TrainingDiverged)
-    return isinstance(error, (ValueError, OSError, *ours))
+
+# ---- Flags -----------------------------------------------------------------------------------------------------------
 
 
-def _sentence(error: BaseException) -> str:
-    text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
-    if isinstance(error, OSError) and error.strerror:
-        text = f"{error.filename or 'a file'}: {error.strerror}"
-    return " ".join(text.split()) or type(error).__name__
+def _wants_help(flag_values: flags.FlagValues) -> bool:
+    if not {"--help", "-help", "-h", "--helpfull"} & set(sys.argv[1:]):
+        return False
+    print((sys.modules["__main__"].__doc__ or "").strip())
+    for name in sorted(flag_values):
+        flag = flag_values[name]
+        default = "" if flag.default in (None, False) else f" (default {flag.default})"
+        print(f"  --{name}: {flag.help}{default}")
+    return True
+
+
+def _parse(flag_values: flags.FlagValues, config: str | None) -> None:
+    if config is not None:
+        _check_config_flags(config, sys.argv[1:])
+    try:
+        rest = flag_values(sys.argv)[1:]
+    except flags.Error as error:
+        raise UsageError(_explain(str(error))) from error
+    if rest:
+        raise UsageError(f"unknown argument {rest[0]!r}; flags begin with --")
+    # Libraries that look at flags of their own find the defaults.
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()
+
+
+def _explain(text: str) -> str:
+    """Return a flag's error in words that do not need Python."""
+    match = re.match(r"flag (--[^=]+=.*?): (.*)", text, re.DOTALL)
+    for start, meaning in REASONS.items():
+        if match and start in match[2]:
+            return f"{match[1]} {meaning}"
+    return text.removeprefix("flag ").splitlines()[0]
+
+
+def _check_config_flags(name: str, argv: list[str]) -> None:
+    """Raise UsageError for a config file that gives no config, and for an override of a field that it does not have."""
+    chosen = [i for i, word in enumerate(argv) if re.match(rf"--?{name}(=|$)", word)]
+    overrides = [match for word in argv if (match := re.match(rf"--?(?:no)?{name}\.([^=]+)", word))]
+    if not chosen:
+        if overrides:
+            raise UsageError(f"--{name} is needed, before {overrides[0][0]}")
+        return
+    _, _, value = argv[chosen[0]].partition("=")
+    value = value or "".join(argv[chosen[0] + 1 : chosen[0] + 2])
+    fields = dict(_fields(_load_config(name, value)))
+    for match in overrides:
+        if match[1] not in fields:
+            near = _nearest(match[1], list(fields))
+            raise UsageError(f"the config has no field {match[1]}; did you mean {near}?")
+
+
+def _load_config(name: str, value: str) -> Any:
+    path, colon, variant = value.partition(":")
+    if not Path(path).is_file():
+        raise UsageError(f"--{name}={value}: there is no file {path or 'without a name'}")
+    try:
+        spec = importlib.util.spec_from_file_location(f"{name}_file", path)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module.get_config(*([variant] if colon else []))
+    except ValueError as error:
+        raise UsageError(f"--{name}={value}: {error}") from error
+    except ModuleNotFoundError:
+        raise
+    except Exception as error:
+        line = traceback.extract_tb(error.__traceback__)[-1]
+        where = f", line {line.lineno}" if line.filename.endswith(path) else ""
+        raise UsageError(f"config file {path} does not work: {type(error).__name__}: {error}{where}") from error
+
+
+def _fields(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield (dotted name, value) of every field, parts before what they hold."""
+    for name, value in config.items():
+        yield prefix + name, value
+        if isinstance(value, Mapping) or hasattr(value, "to_dict"):
+            yield from _fields(value, f"{prefix}{name}.")
+
+
+def _nearest(name: str, fields: list[str]) -> str:
+    """Return the field most like a name: one in the same part of the config before one elsewhere."""
+    part = name.rpartition(".")[0]
+    siblings = [field for field in fields if part and field.rpartition(".")[0] == part]
+    found = difflib.get_close_matches(name, siblings, 1, cutoff=0.6)
+    return (found or difflib.get_close_matches(name, fields, 1, cutoff=0.0))[0]
+
+
+# ---- Errors and warnings ---------------------------------------------------------------------------------------------
+
+
+def _sentence(error: Exception) -> str | None:
+    """Return what to tell a user of an error, on one line; None for what only a programmer can mend."""
+    ours = tuple(getattr(sys.modules[m], name) for m, names in ERRORS.items() if m in sys.modules for name in names)
+    text: str | None = None
+    if isinstance(error, ModuleNotFoundError) and not (error.name or "").startswith("ddpm_jax"):
+        text = f"the package {error.name} is not installed; {EXTRA}"
+    elif isinstance(error, OSError):
+        place = f"{error.filename}: " if error.filename else ""
+        text = place + (error.strerror or str(error) or type(error).__name__)
+    elif isinstance(error, (UsageError, *ours)) or (isinstance(error, ValueError) and _raised_here(error)):
+        text = str(error)
+    elif "RESOURCE_EXHAUSTED" in str(error) or isinstance(error, MemoryError):
+        text = f"out of memory; a smaller batch_size or a larger accumulate needs less ({error})"
+    return None if text is None else " ".join(text.split())
+
+
+def _raised_here(error: Exception) -> bool:
+    """Return whether this package raised an error itself: its checks speak to users, those of libraries do not."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return bool(frames) and os.path.abspath(frames[-1].filename).startswith(PACKAGE)
+
+
+def _status(error: Exception) -> int:
+    if isinstance(error, UsageError):
+        return USAGE_ERROR
+    return 128 + error.signum if hasattr(error, "signum") else FAILURE
 
 
 def _stop(message: str, status: int) -> None:
     sys.stdout.flush()
     print(f"error: {message}", file=sys.stderr, flush=True)
     # Writer threads of a failed checkpoint could keep the interpreter alive.
-    os._exit(status) if status != USAGE_ERROR else sys.exit(status)
+    os._exit(status)
+
+
+class _OneLine(python_logging.Handler):
+    """Prints what this package has to say, and what others warn of, a line each."""
+
+    def emit(self, record: python_logging.LogRecord) -> None:
+        """Print one record."""
+        if record.levelno < python_logging.WARNING and not record.pathname.startswith(PACKAGE):
+            return
+        level = "" if record.levelno <= python_logging.INFO else f"{record.levelname.lower()}: "
+        print(level + " ".join(record.getMessage().split()), file=sys.stderr, flush=True)
+
+
+def _say_in_one_line() -> None:
+    """Send log lines and warnings to stderr in the form of the errors."""
+    logger = logging.get_absl_logger()
+    logging.set_verbosity(logging.INFO)
+    logger.handlers[:] = [_OneLine()]
+    logger.propagate = False
+
+    def show(message: Warning | str, category: type[Warning], *_: Any) -> None:
+        del category
+        print(f"warning: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
+
+    warnings.showwarning = show

@@ -6,38 +6,47 @@ Prints a table and writes faithfulness.json and samples.png into the workdir (or
 
 from pathlib import Path
 
-from absl import flags
-
 from ddpm_jax import cli
 
+# isort: split
+from absl import flags
+
+FLAGS = flags.FlagValues()
 _WORKDIR = flags.DEFINE_string(
-    "workdir", None, "Workdir of a training run, or a weights file; bundled weights if none."
+    "workdir", None, "Workdir of a training run, or a weights file; bundled weights if none.", flag_values=FLAGS
 )
-_OUT = flags.DEFINE_string("out", None, "Directory for the results; the workdir if it is one.")
-_NUM = flags.DEFINE_integer("num_captions", None, "Captions a row; that of the config if none.", lower_bound=1)
-_SEED = flags.DEFINE_integer("seed", None, "Seed of captions and noise; that of the config if none.", lower_bound=0)
-_COMPARE = flags.DEFINE_bool("compare", False, 'Also measure "why a prior?".')
+_OUT = flags.DEFINE_string(
+    "out", None, "Directory for the results; the workdir if it is one. Created if missing.", flag_values=FLAGS
+)
+_NUM = flags.DEFINE_integer(
+    "num_captions", None, "Captions a row; that of the config if none.", lower_bound=1, flag_values=FLAGS
+)
+_SEED = flags.DEFINE_integer(
+    "seed", None, "Seed of captions and noise; that of the config if none.", lower_bound=0, flag_values=FLAGS
+)
+_COMPARE = flags.DEFINE_bool("compare", False, 'Also measure "why a prior?".', flag_values=FLAGS)
 
 
-def main(argv: list[str]) -> None:
+def main() -> None:
     """Run the program."""
-    if argv[1:]:
-        raise ValueError(f"unknown argument {argv[1]!r}; flags begin with --")
+    is_file = _WORKDIR.value is None or Path(_WORKDIR.value).is_file()
+    if is_file and not _OUT.value:
+        raise cli.UsageError("--out is needed, a directory for the results")
+    out = Path(_OUT.value or _WORKDIR.value)
+    if _OUT.value:
+        cli.check_can_write(out / "faithfulness.json", what="--out")
     from ddpm_jax import report
     from ddpm_jax.pipelines import load
 
     pipeline = load(_WORKDIR.value)
-    out = _OUT.value or (_WORKDIR.value if _WORKDIR.value and Path(_WORKDIR.value).is_dir() else None)
-    if out is None:
-        raise ValueError("--out is needed, a directory for the results")
-    Path(out).mkdir(parents=True, exist_ok=True)
     settings = pipeline.config["evaluation"]
     num = _NUM.value or settings["num_captions"]
     seed = settings["seed"] if _SEED.value is None else _SEED.value
-    print(report.write_faithfulness(pipeline, Path(out), num_captions=num, seed=seed), flush=True)
+    out.mkdir(parents=True, exist_ok=True)
+    print(report.write_faithfulness(pipeline, out, num_captions=num, seed=seed), flush=True)
     if _COMPARE.value:
-        print(report.write_comparison(pipeline, Path(out), num_captions=num, seed=seed), flush=True)
+        print(report.write_comparison(pipeline, out, num_captions=num, seed=seed), flush=True)
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, FLAGS)

@@ -3,31 +3,39 @@
 Without a workdir the small weights that the package carries are used.
 """
 
-from absl import flags
-
 from ddpm_jax import cli
 
-_PROMPT = flags.DEFINE_multi_string("prompt", None, "What to draw; may be repeated.")
-_OUT = flags.DEFINE_string("out", None, "PNG file to write.")
+# isort: split
+from absl import flags
+
+FLAGS = flags.FlagValues()
+_PROMPT = flags.DEFINE_multi_string("prompt", None, "What to draw; may be repeated.", flag_values=FLAGS)
+_OUT = flags.DEFINE_string("out", None, "PNG file to write.", flag_values=FLAGS)
 _WORKDIR = flags.DEFINE_string(
-    "workdir", None, "Workdir of a training run, or a weights file; bundled weights if none."
+    "workdir", None, "Workdir of a training run, or a weights file; bundled weights if none.", flag_values=FLAGS
 )
-_SEED = flags.DEFINE_integer("seed", 0, "Seed of all noise.", lower_bound=0)
-_COUNT = flags.DEFINE_integer("count", 1, "Pictures a prompt.", lower_bound=1)
-_SCALE = flags.DEFINE_float("scale", None, "Guidance scale of the decoder; that of the config if none.")
-_PRIOR_SCALE = flags.DEFINE_float("prior_scale", None, "Guidance scale of the prior; that of the config if none.")
-_COLUMNS = flags.DEFINE_integer("columns", None, "Pictures a row.", lower_bound=1)
-_RAW = flags.DEFINE_bool("raw_weights", False, "Use raw instead of averaged weights of a workdir.")
+_SEED = flags.DEFINE_integer("seed", 0, "Seed of all noise.", lower_bound=0, flag_values=FLAGS)
+_COUNT = flags.DEFINE_integer("count", 1, "Pictures a prompt.", lower_bound=1, flag_values=FLAGS)
+_SCALE = flags.DEFINE_float(
+    "scale", None, "Guidance scale of the decoder; that of the config if none.", flag_values=FLAGS
+)
+_PRIOR_SCALE = flags.DEFINE_float(
+    "prior_scale", None, "Guidance scale of the prior; that of the config if none.", flag_values=FLAGS
+)
+_COLUMNS = flags.DEFINE_integer("columns", None, "Pictures a row.", lower_bound=1, flag_values=FLAGS)
+_RAW = flags.DEFINE_bool("raw_weights", False, "Use raw instead of averaged weights of a workdir.", flag_values=FLAGS)
 
 
-def main(argv: list[str]) -> None:
+def main() -> None:
     """Run the program."""
-    if argv[1:]:
-        raise ValueError(f"unknown argument {argv[1]!r}; give prompts with --prompt")
     if not _PROMPT.value or not _OUT.value:
-        raise ValueError("--prompt and --out are needed")
+        raise cli.UsageError("--prompt and --out are needed")
     if not _OUT.value.lower().endswith(".png"):
-        raise ValueError(f"--out={_OUT.value} must end in .png")
+        raise cli.UsageError(f"--out={_OUT.value} must end in .png")
+    # What can be told at once is told before the weights are loaded.
+    cli.check_can_write(_OUT.value, what="--out")
+    if not all(prompt.strip() for prompt in _PROMPT.value):
+        raise cli.UsageError("--prompt is empty; say what to show, in at least one word")
     import tqdm
 
     from ddpm_jax.pipelines import load
@@ -44,4 +52,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, FLAGS)

@@ -63,8 +63,8 @@ class Task(Protocol):
 
     name: str
     frozen: Any
-    """Parameters of frozen networks, a pytree of arrays, or None. They are an argument of ``prepare``: closed over, they
-    would be constants of the compiled program."""
+    """Parameters of frozen networks, a pytree of arrays, or None: an argument of ``prepare``, since what is closed over
+    becomes a constant of the compiled program."""
 
     def init(self, key: jax.Array) -> Any:
         """Return the parameters to train, a pytree of float32 arrays."""

@@ -21,7 +21,7 @@ from ddpm_jax import (
     target,
     vlb_terms,
 )
-from ddpm_jax.losses import discretized_log_likelihood
+from ddpm_jax.losses import discretized_log_likelihood, snr_power, stratified_timesteps
 
 KEY = jax.random.key(0)
 BETAS = {"linear": linear_betas(1000), "cosine": cosine_betas(1000)}
@@ -274,3 +274,31 @@ def test_other_errors():
         min_snr(5.0, "noise")
     with pytest.raises(ValueError, match="of one shape"):
         contrastive_loss(jnp.zeros((2, 3)), jnp.zeros((3, 3)), jnp.zeros(()))
+
+
+@pytest.mark.parametrize("kind", ["eps", "x0", "v"])
+@pytest.mark.parametrize(("power", "bound"), [(0.5, 4.0), (0.0, 1.0), (1.0, 5.0)])
+def test_snr_power_is_one_weight_on_x0_for_every_kind(kind, power, bound):
+    log_snr = np.linspace(-8.0, 8.0, 33)
+    snr = np.exp(log_snr)
+    # The squared error of x0 is that of eps / snr and that of v / (snr + 1).
+    on_x0 = {"x0": 1.0, "eps": snr, "v": snr + 1.0}[kind]
+    weight = snr_power(power, bound, kind)(jnp.asarray(log_snr, jnp.float32))
+    np.testing.assert_allclose(np.asarray(weight) * on_x0, np.minimum(snr**power, bound), rtol=2e-5)
+
+
+def test_snr_power_errors():
+    with pytest.raises(ValueError, match="power"):
+        snr_power(1.5, 1.0, "x0")
+    with pytest.raises(ValueError, match="bound"):
+        snr_power(0.5, 0.0, "x0")
+
+
+def test_stratified_timesteps_are_uniform_and_evenly_spread():
+    keys = jax.random.split(jax.random.key(0), 4000)
+    t = np.asarray(jax.vmap(lambda key: stratified_timesteps(key, 8, 40))(keys))
+    assert t.min() == 0 and t.max() == 39
+    # One in each eighth of [0, 40), for every batch.
+    np.testing.assert_array_equal(np.sort(t // 5, axis=1), np.tile(np.arange(8), (4000, 1)))
+    counts = np.bincount(t[:, 3], minlength=40)  # any one position is uniform: chi-square, 39 degrees of freedom
+    assert ((counts - 100.0) ** 2 / 100.0).sum() < 75

@@ -14,16 +14,20 @@ from ddpm_jax.data.tokenizer import Tokenizer
 
 @dataclasses.dataclass(frozen=True)
 class Tokenize:
-    """Replace the string `key` by "tokens" int32[length] and "mask" bool[length]."""
+    """Replace the string `key` by "tokens" int32[length] and "mask" bool[length].
+
+    A tuple of strings, the captions of a family, gives int32[size, length] and bool[size, length].
+    """
 
     tokenizer: Tokenizer
     length: int
     key: str = "caption"
 
     def __call__(self, record: dict) -> dict:
-        tokens, mask = self.tokenizer([record[self.key]], self.length)
+        text = record[self.key]
+        tokens, mask = self.tokenizer([text] if isinstance(text, str) else list(text), self.length)
         rest = {name: value for name, value in record.items() if name != self.key}
-        return rest | {"tokens": tokens[0], "mask": mask[0]}
+        return rest | ({"tokens": tokens[0], "mask": mask[0]} if isinstance(text, str) else {"tokens": tokens, "mask": mask})
 
 
 @dataclasses.dataclass(frozen=True)

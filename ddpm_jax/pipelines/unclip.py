@@ -107,15 +107,9 @@ class UnCLIP:
 
         Raises:
             ValueError: if there is no prompt, one is empty or has an unknown word, or an argument does not fit.
+            TypeError: if `prompts` is one string.
         """
-        if embedding not in EMBEDDINGS:
-            raise ValueError(f"{embedding=} must be one of {', '.join(EMBEDDINGS)}")
-        if (embedding == "image") != (images is not None):
-            raise ValueError('images are needed for embedding="image", and only then')
-        if images is not None and len(images) != len(prompts):
-            raise ValueError(f"images must be as many as prompts, got {len(images)} and {len(prompts)}")
-        if not len(prompts):
-            raise ValueError("prompts must hold at least one caption")
+        _check_request(prompts, embedding, images, batch_size)
         tokens, mask = self.tokenizer(list(prompts), self.config["text"]["length"])
         size = min(batch_size or self.config["sample"]["batch_size"], len(prompts))
         keys = example_keys(jax.random.key(seed), len(prompts))
@@ -135,6 +129,23 @@ class UnCLIP:
         """Return how a stage is sampled, with another guidance scale if one is given."""
         sampling = self.sampling[stage]
         return sampling if scale is None else dataclasses.replace(sampling, scale=scale)
+
+
+def _check_request(prompts: Sequence[str], embedding: str, images: np.ndarray | None, batch_size: int | None) -> None:
+    if embedding not in EMBEDDINGS:
+        raise ValueError(f"{embedding=} must be one of {', '.join(EMBEDDINGS)}")
+    if isinstance(prompts, str):
+        raise TypeError("prompts must be a sequence of captions, got one string; put it into a list")
+    if not len(prompts):
+        raise ValueError("prompts must hold at least one caption")
+    if batch_size is not None and batch_size < 1:
+        raise ValueError(f"{batch_size=} must be at least 1")
+    if (embedding == "image") != (images is not None):
+        raise ValueError('images are needed for embedding="image", and only then')
+    if images is not None and len(images) != len(prompts):
+        raise ValueError(f"images must be as many as prompts, got {len(images)} and {len(prompts)}")
+    if images is not None and images.dtype != np.uint8:
+        raise ValueError(f"images must be uint8, got {images.dtype}")
 
 
 def _batches(count: int, size: int) -> Iterator[np.ndarray]:

@@ -68,16 +68,23 @@ def read_run(workdir: str | os.PathLike) -> dict[str, Any]:
 
 def load_run(workdir: str | os.PathLike, *, ema: bool = True) -> UnCLIP:
     """Load the pipeline that a training run made; every stage must have a checkpoint."""
-    from ddpm_jax.training.checkpoint import CheckpointError, restore_params
-
     run = read_run(workdir)
+    # Here and not above: it loads Orbax, which a weights file does not need.
+    from ddpm_jax.training.checkpoint import CheckpointError, config_differences, restore_params
+
     params = {}
     for stage in build.STAGES:
         try:
-            params[stage], _ = restore_params(Path(workdir) / stage, ema=ema)
+            params[stage], config = restore_params(Path(workdir) / stage, ema=ema)
         except CheckpointError as error:
             raise LoadError(f"stage {stage} of {workdir} cannot be loaded: {error}") from error
-    return UnCLIP.from_config(run["config"], params, run["tokenizer"])
+        differences = config_differences(config, {field: run["config"].get(field) for field in config})
+        if differences:
+            raise LoadError(
+                f"the checkpoint of stage {stage} in {workdir} is not of this run, whose config is in {RUN_FILE}: "
+                f"{'; '.join(differences)}"
+            )
+    return _assemble(workdir, run["config"], params, run["tokenizer"])
 
 
 def load_file(path: str | os.PathLike) -> UnCLIP:
@@ -97,7 +104,17 @@ def load_file(path: str | os.PathLike) -> UnCLIP:
     missing = [stage for stage in build.STAGES if stage not in params]
     if missing:
         raise LoadError(f"weights file {path} lacks the stage {missing[0]}")
-    return UnCLIP.from_config(config, params, tokenizer)
+    return _assemble(path, config, params, tokenizer)
+
+
+def _assemble(place: str | os.PathLike, config: Any, params: Mapping[str, Any], tokenizer: Any) -> UnCLIP:
+    try:
+        return UnCLIP.from_config(config, params, tokenizer)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise LoadError(
+            f"{place} was made by another version of this package: its config does not fit ({type(error).__name__}: "
+            f"{error})"
+        ) from error
 
 
 def save_file(pipeline: UnCLIP, path: str | os.PathLike, *, dtype: Any = np.float16) -> None:

@@ -1,5 +1,6 @@
 """CLIP embeddings of a data set, computed once and shared by the stages that are conditioned on them."""
 
+import errno
 import hashlib
 import json
 import os
@@ -51,7 +52,7 @@ def cached_embeddings(
     """Return {"z_image", "z_text"}, float32[N, D] each, read from `directory` or computed and written there.
 
     Args:
-        directory: of the cache; it appears complete or not at all.
+        directory: of the cache; it appears complete or not at all, and its parent exists.
         source: N records.
         transforms: bring a record to what `embed` takes.
         embed: a batch of records -> (z_image, z_text), unit vectors float32[B, D]. The batch always has `batch_size`
@@ -59,6 +60,9 @@ def cached_embeddings(
         fingerprint: plain data that says what was embedded by what; a cache with another one is computed anew.
         batch_size: B.
         progress: True shows a bar on stderr.
+
+    Raises:
+        OSError: when the cache cannot be written; nothing of it is left behind.
     """
     directory = Path(directory)
     mark = json.dumps(fingerprint, sort_keys=True)
@@ -106,7 +110,7 @@ def _read(directory: Path, mark: str) -> dict[str, np.ndarray] | None:
         return {name: np.load(directory / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in NAMES}
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, EOFError) as error:
         logging.warning("the embeddings in %s cannot be read and are computed anew: %s", directory, error)
         return None
 
@@ -121,6 +125,8 @@ def _write(directory: Path, mark: str, arrays: Mapping[str, np.ndarray]) -> None
         (new / "fingerprint.json").write_text(mark)
         shutil.rmtree(directory, ignore_errors=True)
         os.replace(new, directory)
-    except OSError:
+    except OSError as error:
         shutil.rmtree(new, ignore_errors=True)
-        raise
+        # numpy tells a short write by the number of items, without an errno.
+        reason = error.strerror or f"{error}; is the disk full?"
+        raise OSError(error.errno or errno.EIO, f"could not write the embeddings: {reason}", str(directory)) from error

@@ -51,8 +51,8 @@ def grid(
     if columns < 1 or scale < 1:
         raise ValueError(f"{columns=} and {cell_scale=} must be at least 1")
 
-    font = ImageFont.load_default()
-    texts = [wrap(caption, width * scale, font.getlength) for caption in captions or [""] * count]
+    font = ImageFont.load_default(size=12)
+    texts = [wrap(caption, width * scale - _PADDING, font.getlength) for caption in captions or [""] * count]
     line_height = sum(font.getmetrics()) + 1 if hasattr(font, "getmetrics") else 12
     text_height = max(len(lines) for lines in texts) * line_height
     cell_width, cell_height = width * scale + _PADDING, height * scale + text_height + _PADDING

@@ -6,31 +6,33 @@ workdir/embeddings/           CLIP embeddings of the data set, computed once
 """
 
 import json
+import math
 import os
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from absl import logging
 
 import ddpm_jax
 from ddpm_jax import build
+from ddpm_jax.data.contrast import Families
 from ddpm_jax.data.loader import make_loader
 from ddpm_jax.data.tokenizer import Tokenizer
 from ddpm_jax.data.transforms import Keep, RandomCrop, Tokenize
-from ddpm_jax.parallel.mesh import make_mesh
+from ddpm_jax.parallel.mesh import DATA_AXIS, make_mesh
 from ddpm_jax.pipelines import stages
 from ddpm_jax.pipelines.weights import RUN_FILE, LoadError, read_run
-from ddpm_jax.training.checkpoint import NOT_COMPARED, config_differences, lock_workdir, restore_params
+from ddpm_jax.training.checkpoint import NOT_COMPARED, SUBDIRECTORY, config_differences, lock_workdir, restore_params
 from ddpm_jax.training.embeddings import EmbeddedSource, cached_embeddings, tree_fingerprint
 from ddpm_jax.training.loop import train
+from ddpm_jax.training.state import abstract_state
 from ddpm_jax.training.tasks import ClipTask, DecoderTask, PriorTask, UpsamplerTask
 from ddpm_jax.types import Source, Task
 
 NUM_PREVIEWS = 16
+_DECODER_LOSS = ("kind", "objective", "variance", "vlb_weight", "stratified", "drop_image", "drop_text")
 
 
 def run_stages(config: Mapping[str, Any], workdir: str | os.PathLike, names: Sequence[str]) -> None:
@@ -48,13 +50,21 @@ def run_stages(config: Mapping[str, Any], workdir: str | os.PathLike, names: Seq
     """
     build.check_config(config)
     workdir = Path(workdir)
-    if workdir.exists() and not workdir.is_dir():
-        raise LoadError(f"workdir {workdir} is a file, not a directory")
+    # Before the lock too, which would leave its file in a directory that is not ours.
+    _check_workdir(workdir, config)
+    run = _Run(config, workdir, build.make_tokenizer(config))
+    if not (workdir / RUN_FILE).exists():
+        _rehearse(run)
     with lock_workdir(workdir):
-        tokenizer = build.make_tokenizer(config)
-        _claim(workdir, config, tokenizer)
+        _check_workdir(workdir, config)
+        run.claim()
         for name in names:
-            _STAGES[name](_Run(config, workdir, tokenizer))
+            run.start(name)
+
+
+def is_trained(config: Mapping[str, Any], workdir: str | os.PathLike, stage: str) -> bool:
+    """Return whether a stage has a checkpoint of its last step."""
+    return (Path(workdir) / stage / SUBDIRECTORY / str(config[stage]["num_steps"])).is_dir()
 
 
 class _Run:
@@ -64,13 +74,22 @@ class _Run:
         self.config, self.workdir, self.tokenizer = config, workdir, tokenizer
         self.clip = build.make_clip(config, tokenizer.vocab_size)
 
+    def claim(self) -> None:
+        """Write run.json."""
+        run = {"version": ddpm_jax.__version__, "config": self.config, "tokenizer": self.tokenizer.to_config()}
+        write_json(self.workdir / RUN_FILE, run)
+
+    def start(self, stage: str) -> None:
+        """Train a stage, or find it finished."""
+        _STAGES[stage](self)
+
     def tokenize(self) -> Tokenize:
         """Return the transform that reads captions."""
         return Tokenize(self.tokenizer, self.config["text"]["length"])
 
     def clip_params(self, stage: str) -> Any:
         """Return CLIP's averaged parameters."""
-        if not (self.workdir / "clip" / "checkpoints").is_dir():
+        if not is_trained(self.config, self.workdir, "clip"):
             raise ValueError(f"stage {stage} needs a trained CLIP in {self.workdir}; train the stage clip first")
         params, _ = restore_params(self.workdir / "clip")
         return params
@@ -82,7 +101,7 @@ class _Run:
         mesh = make_mesh({"data": -1})
         loader = make_loader(
             source,
-            batch_size=stage["batch_size"],
+            batch_size=stage["batch_size"] // stage.get("family", 1),
             seed=config["seed"],
             transforms=transforms,
             shard_index=jax.process_index(),
@@ -143,23 +162,41 @@ class _Run:
 
 
 def _train_clip(run: _Run) -> None:
-    source = build.make_source(run.config, resolution=run.config["clip"]["image_size"])
+    config = run.config["clip"]
+    source = Families(build.make_source(run.config, resolution=config["image_size"]), config["family"])
     run.train(ClipTask(run.clip), source, (run.tokenize(), Keep(("image", "tokens", "mask"))))
 
 
-def _train_prior(run: _Run) -> None:
+def _prior_task(run: _Run, clip_params: Any) -> PriorTask:
     config = run.config["prior"]
-    params = run.clip_params("prior")
-    source = run.embedded(build.make_source(run.config, resolution=run.config["clip"]["image_size"]), params)
-    task = PriorTask(
+    return PriorTask(
         build.make_prior(run.config, run.tokenizer.vocab_size),
         run.clip,
-        None if config["text_encoder"] else params,
+        None if config["text_encoder"] else clip_params,
         build.make_stage_process(config),
         embed_scale=config["embed_scale"],
         drop_text=config["drop_text"],
     )
-    run.train(task, source, (run.tokenize(), Keep(("tokens", "mask", "z_image", "z_text"))))
+
+
+def _train_prior(run: _Run) -> None:
+    params = run.clip_params("prior")
+    source = run.embedded(build.make_source(run.config, resolution=run.config["clip"]["image_size"]), params)
+    run.train(_prior_task(run, params), source, (run.tokenize(), Keep(("tokens", "mask", "z_image", "z_text"))))
+
+
+def _decoder_task(run: _Run, clip_params: Any) -> DecoderTask:
+    config = run.config["decoder"]
+    return DecoderTask(
+        build.make_decoder(run.config, run.tokenizer.vocab_size),
+        run.clip,
+        None if config["text_encoder"] else clip_params,
+        build.make_stage_process(config),
+        image_size=config["image_size"],
+        sampling=build.make_sampling(run.config, "decoder"),
+        weighting=build.make_weighting(config),
+        **{name: config[name] for name in _DECODER_LOSS},
+    )
 
 
 def _train_decoder(run: _Run) -> None:
@@ -169,31 +206,27 @@ def _train_decoder(run: _Run) -> None:
     cache = run.embedded(clip_source, params).embeddings
     source = EmbeddedSource(build.make_source(run.config, resolution=config["image_size"]), cache)
     transforms = (run.tokenize(), Keep(("image", "tokens", "mask", "z_image", "z_text")))
-    task = DecoderTask(
-        build.make_decoder(run.config, run.tokenizer.vocab_size),
-        run.clip,
-        None if config["text_encoder"] else params,
-        build.make_stage_process(config),
-        image_size=config["image_size"],
-        sampling=build.make_sampling(run.config, "decoder"),
-        weighting=build.make_weighting(config),
-        **{name: config[name] for name in ("kind", "objective", "variance", "vlb_weight", "drop_image", "drop_text")},
-    )
+    task = _decoder_task(run, params)
     task.preview_batch = run.previews(source, transforms, task)
     run.train(task, source, transforms)
 
 
-def _train_upsampler(run: _Run) -> None:
+def _upsampler_task(run: _Run) -> UpsamplerTask:
     config = run.config["upsampler"]
-    source = build.make_source(run.config, resolution=config["image_size"])
-    keep = Keep(("image",))
-    task = UpsamplerTask(
+    return UpsamplerTask(
         build.make_upsampler(run.config),
         build.make_stage_process(config),
         sampling=build.make_sampling(run.config, "upsampler"),
         weighting=build.make_weighting(config),
         **{name: config[name] for name in ("image_size", "low_size", "kind", "blur_sigma", "blur_rate", "noise")},
     )
+
+
+def _train_upsampler(run: _Run) -> None:
+    config = run.config["upsampler"]
+    source = build.make_source(run.config, resolution=config["image_size"])
+    keep = Keep(("image",))
+    task = _upsampler_task(run)
     task.preview_batch = run.previews(source, (keep,), task)
     crop = () if config["crop"] == config["image_size"] else (RandomCrop(config["crop"]),)
     run.train(task, source, (keep, *crop))
@@ -207,8 +240,33 @@ _STAGES: dict[str, Callable[[_Run], None]] = {
 }
 
 
-def _claim(workdir: Path, config: Mapping[str, Any], tokenizer: Tokenizer) -> None:
-    """Write run.json into a new working directory; refuse a foreign one, or a run of another config."""
+def _rehearse(run: _Run) -> None:
+    """Raise ValueError for what would stop a stage only after those before it have been trained; computes nothing."""
+    mesh = make_mesh({"data": -1})
+    tasks: dict[str, Callable[[], Task]] = {
+        "clip": lambda: ClipTask(run.clip),
+        "prior": lambda: _prior_task(run, clip_params={}),
+        "decoder": lambda: _decoder_task(run, clip_params={}),
+        "upsampler": lambda: _upsampler_task(run),
+    }
+    for name, make_task in tasks.items():
+        stage = run.config[name]
+        parts = {"devices": mesh.shape[DATA_AXIS], "accumulate": stage["accumulate"], "family": stage.get("family", 1)}
+        unit = math.prod(parts.values())
+        if stage["batch_size"] % unit:
+            product = " x ".join(f"{count} ({what})" for what, count in parts.items() if count > 1)
+            raise ValueError(f"{name}.batch_size={stage['batch_size']} must be a multiple of {unit} = {product}")
+        try:
+            tx, _ = build.make_stage_optimizer(stage)
+            abstract_state(make_task(), tx, jax.random.key(0), mesh)
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"the config of stage {name} cannot work: {error}") from error
+
+
+def _check_workdir(workdir: Path, config: Mapping[str, Any]) -> None:
+    """Raise LoadError for a foreign directory, or one with a run of another config."""
+    if workdir.exists() and not workdir.is_dir():
+        raise LoadError(f"workdir {workdir} is a file, not a directory")
     if (workdir / RUN_FILE).exists():
         saved = read_run(workdir)["config"]
         ignore = NOT_COMPARED | {"sample", "evaluation", "stages"}
@@ -218,25 +276,24 @@ def _claim(workdir: Path, config: Mapping[str, Any], tokenizer: Tokenizer) -> No
                 f"workdir {workdir} holds a run of another config: {'; '.join(differences)}; give that config or "
                 "another workdir"
             )
-    elif any(entry.name != ".lock" for entry in workdir.iterdir()):
+    elif workdir.exists() and any(not _is_own(entry.name) for entry in workdir.iterdir()):
         raise LoadError(f"workdir {workdir} is not empty and holds no training run; give a new or empty directory")
-    write_json(
-        workdir / RUN_FILE, {"version": ddpm_jax.__version__, "config": config, "tokenizer": tokenizer.to_config()}
-    )
+
+
+def _is_own(name: str) -> bool:
+    """Return whether a run that was killed before it wrote run.json may have left a file of this name."""
+    return name == ".lock" or (name.startswith(RUN_FILE) and name.endswith(".tmp"))
 
 
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON file, whole or not at all."""
     if jax.process_index() != 0:
         return
-    handle, new = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
+    # One name, so that what a kill leaves is written over by the next run.
+    new = path.with_name(path.name + ".tmp")
     try:
-        with os.fdopen(handle, "w") as file:
-            json.dump(value, file, indent=1)
-            file.write("\n")
-        os.chmod(new, 0o644)
+        new.write_text(json.dumps(value, indent=1) + "\n")
         os.replace(new, path)
     except OSError as error:
-        Path(new).unlink(missing_ok=True)
-        logging.error("could not write %s: %s", path, error)
-        raise
+        new.unlink(missing_ok=True)
+        raise OSError(error.errno, f"could not write the file: {error.strerror}", str(path)) from error

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ddpm_jax.guidance import drop
-from ddpm_jax.losses import Objective, Weighting, contrastive_loss, denoising_loss
+from ddpm_jax.losses import Objective, Weighting, contrastive_loss, denoising_loss, stratified_timesteps
 from ddpm_jax.models.clip import CLIP
 from ddpm_jax.models.decoder import Decoder
 from ddpm_jax.models.layers import downsample2
@@ -54,7 +54,16 @@ class ClipTask:
         return batch
 
     def loss(self, params: Params, batch: Batch, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """Return the symmetric cross-entropy of every pair, and how often its partner is ranked first."""
+        """Return the symmetric cross-entropy of every pair, and how often its partner is ranked first.
+
+        Batches of families ([B, family, ...], `data.contrast`) are laid out as one batch of B * family pairs.
+        """
+        size = self.model.vision.image_size
+        batch = {
+            "image": batch["image"].reshape(-1, size, size, 3),
+            "tokens": batch["tokens"].reshape(-1, batch["tokens"].shape[-1]),
+            "mask": batch["mask"].reshape(-1, batch["mask"].shape[-1]),
+        }
         z_image, z_text, log_scale = self.model.apply(
             params, stages.to_float(batch["image"]), batch["tokens"], batch["mask"]
         )
@@ -142,6 +151,7 @@ class DecoderTask(_WithText):
     vlb_weight: float = 1e-3
     drop_image: float = 0.1
     drop_text: float = 0.5
+    stratified: bool = False
     preview_batch: Batch | None = None
     name: str = "decoder"
 
@@ -154,7 +164,7 @@ class DecoderTask(_WithText):
     def loss(self, params: Params, batch: Batch, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Return the loss of every example."""
         x0 = stages.to_float(batch["image"])
-        noise_key, image_key, text_key, dropout_key = jax.random.split(key, 4)
+        noise_key, image_key, text_key, dropout_key, t_key = jax.random.split(key, 5)
         denoise = stages.decoder_denoiser(
             self.model,
             params,
@@ -175,6 +185,7 @@ class DecoderTask(_WithText):
             variance=self.variance,
             weighting=self.weighting,
             vlb_weight=self.vlb_weight,
+            t=stratified_timesteps(t_key, x0.shape[0], self.process.num_steps) if self.stratified else None,
         )
 
     def preview(self, params: Params, key: jax.Array) -> np.ndarray | None:

@@ -1,0 +1,445 @@
+"""The commands: what goes wrong ends in one sentence, a status, and nothing half-written."""
+
+import contextlib
+import logging
+import os
+import re
+import runpy
+import shutil
+import subprocess
+import sys
+import warnings
+
+import pytest
+from absl import logging as absl_logging
+from tiny_run import ROOT, train_flags
+
+from ddpm_jax.training.checkpoint import Checkpoints, lock_workdir
+
+SMOKE = f"{ROOT / 'configs' / 'shapes.py'}:smoke"
+A_WORD = "a small red star on a white background"
+
+
+@contextlib.contextmanager
+def as_command(program, *argv):
+    """Run a command in this process; its end is a SystemExit, and what it does to logging does not last."""
+    logger = absl_logging.get_absl_logger()
+    handlers, propagate, level = logger.handlers[:], logger.propagate, logger.level
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "_exit", sys.exit)
+        patch.setattr(sys, "argv", [program, *map(str, argv)])
+        patch.setattr(warnings, "showwarning", warnings.showwarning)
+        yield lambda: runpy.run_module(f"ddpm_jax.{program}", run_name="__main__", alter_sys=True)
+    logger.handlers[:], logger.propagate = handlers, propagate
+    logger.setLevel(level)
+
+
+@pytest.fixture
+def call(capfd):
+    """Return call(program, *flags) -> (status, stdout, stderr)."""
+
+    def run(program, *argv):
+        capfd.readouterr()
+        status = 0
+        with as_command(program, *argv) as command:
+            try:
+                command()
+            except SystemExit as stop:
+                status = stop.code or 0
+        out, err = capfd.readouterr()
+        return status, out, err
+
+    return run
+
+
+def assert_one_sentence(result, status, *parts):
+    """The last line of stderr is the only one that is not a warning, and says what is wanted."""
+    code, _, err = result
+    lines = [line for line in err.splitlines() if line.strip()]
+    assert code == status, err
+    assert len(lines) == 1 and lines[0].startswith("error: "), err
+    for part in parts:
+        assert part in lines[0]
+
+
+def listing(directory):
+    return sorted(str(path.relative_to(directory)) for path in directory.rglob("*"))
+
+
+@contextlib.contextmanager
+def small_disk(path, size):
+    """Mount a disk of `size` bytes, where the system lets us."""
+    path.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(path)]
+    if os.geteuid() != 0 or not shutil.which("mount") or subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("needs the right to mount")
+    try:
+        yield path
+    finally:
+        subprocess.run(["umount", "-l", str(path)], check=True)
+
+
+@pytest.fixture(scope="module")
+def with_clip(tmp_path_factory):
+    """A workdir with a trained CLIP, checkpoints of steps 1 and 2; to be copied, not changed."""
+    directory = tmp_path_factory.mktemp("with_clip") / "run"
+    with as_command("train", *train_flags(directory), "--stage", "clip") as command:
+        command()
+    return directory
+
+
+@pytest.fixture
+def clip_run(with_clip, tmp_path):
+    return shutil.copytree(with_clip, tmp_path / "clip_run")
+
+
+@pytest.fixture(scope="module")
+def trained(with_clip, tmp_path_factory):
+    """A finished run."""
+    directory = shutil.copytree(with_clip, tmp_path_factory.mktemp("trained") / "run")
+    with as_command("train", *train_flags(directory)) as command:
+        command()
+    return directory
+
+
+# ---- Flags and config ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "flags,parts",
+    [
+        (["--config.decoder.batch_sise=3"], ["no field decoder.batch_sise; did you mean decoder.batch_size?"]),
+        (["--config.decodr.batch_size=3"], ["no field decodr.batch_size; did you mean decoder.batch_size?"]),
+        (["--config.sed=3"], ["no field sed; did you mean seed?"]),
+        (["--config.decoder.batch_size=many"], ["--config.decoder.batch_size=many is not a whole number"]),
+        (["--config.decoder.batch_size=2.5"], ["--config.decoder.batch_size=2.5 is not a whole number"]),
+        (["--config.decoder.learning_rate=fast"], ["--config.decoder.learning_rate=fast is not a number"]),
+        (["--config.progress=perhaps"], ["--config.progress=perhaps is neither true nor false"]),
+        (["--confg=3"], ["Unknown command line flag 'confg'"]),
+        (["--nonsense", "3"], ["Unknown command line flag 'nonsense'"]),
+        (["word"], ["unknown argument 'word'"]),
+        (["--stage", "encoder"], ["--stage=encoder is not a stage of this config", "clip, prior, decoder, upsampler"]),
+    ],
+)
+def test_a_wrong_flag(call, tmp_path, flags, parts):
+    workdir = tmp_path / "new"
+    assert_one_sentence(call("train", "--config", SMOKE, "--workdir", workdir, *flags), 2, *parts)
+    assert not workdir.exists()
+
+
+def test_a_wrong_config_file(call, tmp_path):
+    result = call("train", "--config", tmp_path / "nowhere.py", "--workdir", tmp_path / "new")
+    assert_one_sentence(result, 2, f"--config={tmp_path}/nowhere.py: there is no file")
+    result = call("train", f"--config={SMOKE}y", "--workdir", tmp_path / "new")
+    assert_one_sentence(result, 2, "variant must be one of", "'smokey'")
+    (tmp_path / "odd.py").write_text("def get_config():\n    return nothing\n")
+    result = call("train", "--config", tmp_path / "odd.py", "--workdir", tmp_path / "new")
+    assert_one_sentence(result, 2, "odd.py does not work: NameError: name 'nothing' is not defined, line 2")
+    (tmp_path / "odd.py").write_text("x = (\n")
+    assert_one_sentence(call("train", "--config", tmp_path / "odd.py", "--workdir", tmp_path / "new"), 2, "SyntaxError")
+    assert_one_sentence(call("train", "--workdir", tmp_path / "new"), 2, "--config is needed")
+    assert_one_sentence(call("train", "--config.seed=3"), 2, "--config is needed, before --config.seed")
+    assert_one_sentence(call("train", "--config", SMOKE), 2, "--workdir is needed")
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    "fields,parts",
+    [
+        ({"decoder__num_steps": 0}, ["decoder.num_steps=0 must be at least 1"]),
+        ({"clip__num_steps": -3}, ["clip.num_steps=-3 must be at least 1"]),
+        (
+            {"decoder__image_size": 30},
+            ["decoder: image size 30 cannot be halved by this U-Net", "multiple of 8"],
+        ),
+        ({"upsampler__crop": 20}, ["upsampler: image size 20 cannot be halved"]),
+        ({"decoder__batch_size": 12}, ["decoder.batch_size=12 must be a multiple of 8 = 8 (devices)"]),
+        ({"decoder__accumulate": 3}, ["decoder.batch_size=8 must be a multiple of 24 = 8 (devices) x 3 (accumulate)"]),
+        ({"upsampler__warmup_steps": 5}, ["the config of stage upsampler cannot work: warmup_steps=5 must be between"]),
+        ({"decoder__kind": "noise"}, ["decoder: kind='noise' must be one of 'eps', 'x0', 'v'"]),
+        ({"decoder__objective": "hybrid"}, ["decoder: objective='hybrid'", "variance='learned_range'"]),
+        ({"sample__decoder__steps": "few"}, ["sample.decoder: spec='few' must be like"]),
+        ({"sample__batch_size": 0}, ["sample.batch_size=0 must be at least 1"]),
+        ({"text__tokenizer": "words"}, ["tokenizer='words' must be one of 'clip', 'compact'"]),
+        ({"stages": "('clip','encoder')"}, ["stages contains 'encoder'; a stage is one of clip, prior"]),
+    ],
+)
+def test_a_config_that_cannot_work_stops_before_anything_is_trained(call, tmp_path, fields, parts):
+    workdir = tmp_path / "new"
+    assert_one_sentence(call("train", *train_flags(workdir, **fields)), 1, *parts)
+    assert not workdir.exists()
+
+
+@pytest.mark.parametrize("program", ["train", "sample", "evaluate"])
+def test_help_lists_the_flags(call, program):
+    status, out, err = call(program, "--help")
+    assert (status, err) == (0, "")
+    assert f"python -m ddpm_jax.{program}" in out
+    assert "--workdir: " in out
+
+
+# ---- Workdirs --------------------------------------------------------------------------------------------------------
+
+
+def sample_flags(tmp_path, *flags):
+    return ["--prompt", A_WORD, "--out", tmp_path / "out.png", *flags]
+
+
+def test_a_missing_workdir(call, tmp_path):
+    result = call("sample", *sample_flags(tmp_path), "--workdir", tmp_path / "nowhere")
+    assert_one_sentence(result, 1, f"{tmp_path}/nowhere does not exist; give the workdir of a training run")
+    result = call("evaluate", "--workdir", tmp_path / "nowhere")
+    assert_one_sentence(result, 1, f"{tmp_path}/nowhere does not exist")
+    assert listing(tmp_path) == []
+
+
+def test_a_foreign_workdir_is_left_as_it_is(call, tmp_path):
+    foreign = tmp_path / "letters"
+    foreign.mkdir()
+    (foreign / "letter.txt").write_text("dear")
+    result = call("train", *train_flags(foreign))
+    assert_one_sentence(result, 1, f"workdir {foreign} is not empty and holds no training run")
+    assert_one_sentence(call("sample", *sample_flags(tmp_path), "--workdir", foreign), 1, "holds no training run")
+    assert_one_sentence(call("evaluate", "--workdir", foreign), 1, "holds no training run")
+    assert listing(foreign) == ["letter.txt"]
+    result = call("train", *train_flags(foreign / "letter.txt"))
+    assert_one_sentence(result, 1, "letter.txt is a file, not a directory")
+    result = call("sample", *sample_flags(tmp_path), "--workdir", foreign / "letter.txt")
+    assert_one_sentence(result, 1, "weights file", "letter.txt cannot be read")
+
+
+def test_a_run_json_that_is_cut_short(call, clip_run, tmp_path):
+    text = (clip_run / "run.json").read_text()
+    (clip_run / "run.json").write_text(text[: len(text) // 2])
+    for result in (
+        call("train", *train_flags(clip_run)),
+        call("sample", *sample_flags(tmp_path), "--workdir", clip_run),
+    ):
+        assert_one_sentence(result, 1, "run.json cannot be read as a training run")
+
+
+def test_a_workdir_in_use(call, clip_run):
+    with lock_workdir(clip_run):
+        result = call("train", *train_flags(clip_run))
+    assert_one_sentence(result, 1, f"workdir {clip_run} is in use by another run (pid {os.getpid()})")
+
+
+def test_a_workdir_that_cannot_be_made(call, tmp_path):
+    (tmp_path / "file").touch()
+    result = call("train", *train_flags(tmp_path / "file" / "run"))
+    assert_one_sentence(result, 1, f"{tmp_path}/file/run")
+
+
+def test_a_stage_before_clip(call, tmp_path):
+    result = call("train", *train_flags(tmp_path / "run"), "--stage", "prior")
+    assert_one_sentence(result, 1, "stage prior needs a trained CLIP", "train the stage clip first")
+
+
+def test_a_stage_after_half_a_clip(call, clip_run):
+    shutil.rmtree(clip_run / "clip" / "checkpoints" / "2")
+    result = call("train", *train_flags(clip_run), "--stage", "decoder")
+    assert_one_sentence(result, 1, "stage decoder needs a trained CLIP")
+
+
+def test_an_unfinished_run_has_nothing_to_sample_from(call, clip_run, tmp_path):
+    result = call("sample", *sample_flags(tmp_path), "--workdir", clip_run)
+    assert_one_sentence(result, 1, "stage prior of", "there is no checkpoint in")
+
+
+# ---- Checkpoints -----------------------------------------------------------------------------------------------------
+
+
+def test_another_config(call, clip_run):
+    before = listing(clip_run)
+    result = call("train", *train_flags(clip_run, clip__learning_rate=0.5))
+    assert_one_sentence(
+        result, 1, "holds a run of another config: clip.learning_rate is", "there and 0.5 here", "another workdir"
+    )
+    assert listing(clip_run) == before
+
+
+def test_a_checkpoint_of_another_config(call, clip_run, tmp_path):
+    """The directory of a stage was copied from another run."""
+    other = tmp_path / "other"
+    (other / "clip").mkdir(parents=True)
+    run = (clip_run / "run.json").read_text()
+    (other / "run.json").write_text(re.sub(r'("seed": )0', r"\g<1>7", run, count=1))
+    shutil.copytree(clip_run / "clip", other / "clip", dirs_exist_ok=True)
+    result = call("train", *train_flags(other, seed=7), "--stage", "clip")
+    assert_one_sentence(result, 1, "was made with another config: seed is 0 there and 7 here")
+    result = call("sample", *sample_flags(tmp_path), "--workdir", other)
+    assert_one_sentence(result, 1, "the checkpoint of stage clip", "seed is 0 there and 7 here")
+
+
+def cut(checkpoint):
+    for path in checkpoint.rglob("*"):
+        if path.is_file() and path.stat().st_size > 500 and path.parent.name == "d":
+            os.truncate(path, path.stat().st_size // 2)
+
+
+def test_a_truncated_checkpoint(call, clip_run):
+    checkpoints = clip_run / "clip" / "checkpoints"
+    cut(checkpoints / "2")
+    status, _, err = call("train", *train_flags(clip_run), "--stage", "clip")
+    lines = err.splitlines()
+    assert status == 0, err
+    assert len(lines) == 2 and lines[0].startswith(f"warning: checkpoint {checkpoints}/2 cannot be read"), err
+    assert lines[1] == "clip: continues after step 1"
+    assert Checkpoints(clip_run / "clip", read_only=True).steps() == [1, 2]
+
+
+def test_no_checkpoint_can_be_read(call, clip_run):
+    for step in ("1", "2"):
+        cut(clip_run / "clip" / "checkpoints" / step)
+    status, _, err = call("train", *train_flags(clip_run), "--stage", "clip")
+    *lines, last = err.splitlines()
+    assert status == 1
+    assert len(lines) == 2 and all(line.startswith("warning: checkpoint ") for line in lines)
+    assert last.startswith("error: none of the checkpoints in")
+
+
+def test_a_full_disk_before_training(call, tmp_path):
+    with small_disk(tmp_path / "disk", 60_000) as disk:
+        result = call("train", *train_flags(disk / "run"), "--stage", "clip")
+        assert_one_sentence(result, 1, "not enough space for checkpoints in", "are needed and")
+
+
+def test_a_full_disk_while_training(call, tmp_path, monkeypatch):
+    """Somebody else took the room after the run had begun."""
+    monkeypatch.setattr(Checkpoints, "check_space", lambda self, state: None)
+    with small_disk(tmp_path / "disk", 120_000) as disk:
+        result = call("train", *train_flags(disk / "run"), "--stage", "clip")
+        assert_one_sentence(result, 1, "could not write the checkpoint of step", "No space left on device")
+        assert not [name for name in listing(disk) if "tmp" in name]
+
+
+def test_a_full_disk_at_the_first_file(call, tmp_path):
+    with small_disk(tmp_path / "disk", 4096) as disk:
+        result = call("train", *train_flags(disk / "run"))
+        assert_one_sentence(result, 1, "No space left on device")
+        assert not [name for name in listing(disk) if "tmp" in name]
+
+
+# ---- Prompts and pictures --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "flags,parts",
+    [
+        (["--prompt", "", "--out", "x.png"], ["--prompt is empty"]),
+        (["--prompt", "  ", "--out", "x.png"], ["--prompt is empty"]),
+        (["--prompt", A_WORD], ["--prompt and --out are needed"]),
+        (["--out", "x.png"], ["--prompt and --out are needed"]),
+        (["--prompt", A_WORD, "--out", "/dev/full"], ["--out=/dev/full must end in .png"]),
+        (["--prompt", A_WORD, "--out", "/dev/full/x.png"], ["/dev/full is not a directory"]),
+        (["--prompt", A_WORD, "--out", "x.png", "--count", "0"], ["--count=0: 0 is not a positive integer"]),
+        (["--prompt", A_WORD, "--out", "x.png", "--seed", "one"], ["--seed=one is not a whole number"]),
+    ],
+)
+def test_a_wrong_request(call, tmp_path, monkeypatch, flags, parts):
+    monkeypatch.chdir(tmp_path)
+    assert_one_sentence(call("sample", *flags), 2, *parts)
+    assert listing(tmp_path) == []
+
+
+def test_a_directory_that_cannot_be_written(call, tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    assert_one_sentence(call("sample", *sample_flags(tmp_path)), 2, "--out=", "no permission to write into")
+    (tmp_path / "dir.png").mkdir()
+    result = call("sample", "--prompt", A_WORD, "--out", tmp_path / "dir.png")
+    assert_one_sentence(result, 2, "is a directory; give the name of a file")
+    assert_one_sentence(call("evaluate"), 2, "--out is needed, a directory for the results")
+
+
+@pytest.mark.parametrize(
+    "prompt,parts",
+    [
+        ("?!...", ["the text is empty: say what to show"]),
+        ("a small red stat", ['the word "stat" is not in the vocabulary; the nearest known word is "star"']),
+    ],
+)
+def test_a_prompt_that_says_nothing(call, trained, tmp_path, prompt, parts):
+    flags = ["--prompt", prompt, "--out", tmp_path / "out.png", "--workdir", trained]
+    status, _, err = call("sample", *flags)
+    assert status == 1
+    assert err.splitlines()[-1].startswith("error: ") and all(part in err for part in parts)
+    assert listing(tmp_path) == []
+
+
+def test_a_long_prompt_is_cut_with_one_warning(call, trained, tmp_path):
+    prompt = " ".join(["star"] * 500)
+    flags = ["--prompt", prompt, "--prompt", A_WORD, "--out", tmp_path / "out.png", "--workdir", trained]
+    status, out, err = call("sample", *flags)
+    assert status == 0, err
+    assert [line for line in err.splitlines() if "warning" in line] == [
+        'warning: the text "star star star star star star star st..." is 502 tokens, cut to 24.'
+    ]
+    assert f"wrote {tmp_path}/out.png: 2 pictures of 32 x 32 pixels" in out
+    with small_disk(tmp_path / "disk", 8192) as disk:
+        (disk / "filler").write_bytes(b"x" * 4096)
+        flags = ["--prompt", A_WORD, "--prompt", A_WORD, "--out", disk / "out.png", "--workdir", trained]
+        status, _, err = call("sample", *flags)
+        last = err.splitlines()[-1]
+        assert status == 1
+        assert last == f"error: {disk}/out.png: could not write the picture: No space left on device"
+        assert listing(disk) == ["filler"]
+
+
+def test_a_finished_run(call, trained):
+    """It left its results, and the same command again trains nothing and measures again."""
+    assert {"samples.png", "faithfulness.json", "run.json"} <= {path.name for path in trained.iterdir()}
+    assert not [name for name in listing(trained) if "tmp" in name]
+    metrics = {path: path.read_bytes() for path in trained.glob("*/metrics.jsonl")}
+    table = (trained / "faithfulness.json").read_bytes()
+    (trained / "faithfulness.json").unlink()
+    status, out, err = call("train", *train_flags(trained))
+    assert status == 0, err
+    for stage in ("clip", "prior", "decoder", "upsampler"):
+        assert f"{stage}: is finished after step 2" in err
+    assert "| one object |" in out
+    assert {path: path.read_bytes() for path in trained.glob("*/metrics.jsonl")} == metrics
+    assert (trained / "faithfulness.json").read_bytes() == table
+
+
+# ---- What the commands load ------------------------------------------------------------------------------------------
+
+
+def run_python(code):
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)}
+    )
+    return result.returncode, result.stdout, result.stderr
+
+
+def test_sampling_from_a_weights_file_loads_nothing_for_training():
+    modules = "import ddpm_jax.cli, ddpm_jax.pipelines, ddpm_jax.training.pictures, sys; print(*sys.modules)"
+    status, out, err = run_python(modules)
+    assert status == 0, err
+    heavy = {"orbax", "grain", "tensorflow", "clu", "scipy", "optax", "tensorstore", "ml_collections"}
+    heavy &= {name.partition(".")[0] for name in out.split()}
+    # jax itself imports scipy, and flax optax, in some versions.
+    _, base, _ = run_python("import jax, flax.linen, sys; print(*sys.modules)")
+    assert heavy <= {name.partition(".")[0] for name in base.split()}
+    assert "ddpm_jax.training.checkpoint" not in out.split()
+
+
+@pytest.mark.parametrize("missing,needed_at", [("absl", "import"), ("grain", "training")])
+def test_a_bare_install_is_told_what_to_install(missing, needed_at, tmp_path):
+    flags = ["train", *train_flags(tmp_path / "run")] if needed_at == "training" else ["sample", "--help"]
+    code = (
+        f"import sys, runpy; sys.modules[{missing!r}] = None; sys.argv = {flags!r}; "
+        f"runpy.run_module('ddpm_jax.{flags[0]}', run_name='__main__', alter_sys=True)"
+    )
+    status, _, err = run_python(code)
+    assert status == 1
+    assert err.splitlines()[-1] == (
+        f"error: the package {missing} is not installed; install ddpm_jax[train], which has all that the commands need"
+    )
+    assert "Traceback" not in err
+
+
+def test_a_bug_keeps_its_traceback(call, monkeypatch, tmp_path):
+    """Only what this package's own checks say is shortened: an error inside a library is for a bug report."""
+    monkeypatch.setattr("ddpm_jax.build.check_config", lambda config: logging.Formatter(style="?"))
+    with pytest.raises(ValueError, match="Style must be one of"):
+        call("train", *train_flags(tmp_path / "run"))

@@ -1,0 +1,122 @@
+"""The cache of CLIP embeddings: complete or absent, and never of another CLIP or data set."""
+
+import numpy as np
+import pytest
+
+from ddpm_jax.training.embeddings import NAMES, EmbeddedSource, cached_embeddings, tree_fingerprint
+
+
+class Numbers:
+    """Record i is the vector (i, 1)."""
+
+    def __init__(self, count=11):
+        self.count = count
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, index):
+        return {"x": np.array([index, 1.0], np.float32)}
+
+
+class Embed:
+    """Counts its batches; breaks at the one with number `break_at`."""
+
+    def __init__(self, break_at=None):
+        self.shapes, self.break_at = [], break_at
+
+    def __call__(self, batch):
+        self.shapes.append(batch["x"].shape)
+        if len(self.shapes) == self.break_at:
+            raise KeyboardInterrupt
+        return 2 * batch["x"], batch["x"] + 1
+
+
+def compute(directory, embed, mark="one", count=11):
+    fingerprint = {"clip": mark, "source": count}
+    return cached_embeddings(
+        directory, Numbers(count), (), embed, fingerprint=fingerprint, batch_size=4, progress=False
+    )
+
+
+def expected(count=11):
+    x = np.stack([np.arange(count), np.ones(count)], axis=1).astype(np.float32)
+    return {"z_image": 2 * x, "z_text": x + 1}
+
+
+def assert_equal(arrays, count=11):
+    assert set(arrays) == set(NAMES)
+    for name, array in expected(count).items():
+        np.testing.assert_array_equal(arrays[name], array)
+
+
+def test_they_are_computed_once_in_batches_of_one_shape(tmp_path):
+    first, second = Embed(), Embed()
+    assert_equal(compute(tmp_path / "e", first))
+    assert first.shapes == [(4, 2)] * 3
+    assert_equal(compute(tmp_path / "e", second))
+    assert second.shapes == []
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["e"]
+
+
+@pytest.mark.parametrize("mark,count", [("two", 11), ("one", 7)])
+def test_another_clip_or_source_computes_them_anew(tmp_path, mark, count):
+    compute(tmp_path / "e", Embed())
+    embed = Embed()
+    assert_equal(compute(tmp_path / "e", embed, mark, count), count)
+    assert embed.shapes
+    assert_equal(compute(tmp_path / "e", Embed(break_at=1), mark, count), count)
+
+
+def test_an_interruption_leaves_nothing(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        compute(tmp_path / "e", Embed(break_at=2))
+    assert list(tmp_path.iterdir()) == []
+    assert_equal(compute(tmp_path / "e", Embed()))
+
+
+def test_what_a_kill_left_is_cleared(tmp_path):
+    (tmp_path / "e.tmp").mkdir()
+    (tmp_path / "e.tmp" / "z_image.npy").write_bytes(b"half")
+    assert_equal(compute(tmp_path / "e", Embed()))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["e"]
+
+
+@pytest.mark.parametrize("size", [0, 10, 100])
+def test_a_truncated_cache_is_computed_anew(tmp_path, size):
+    compute(tmp_path / "e", Embed())
+    path = tmp_path / "e" / "z_text.npy"
+    path.write_bytes(path.read_bytes()[:size])
+    embed = Embed()
+    assert_equal(compute(tmp_path / "e", embed))
+    assert len(embed.shapes) == 3
+
+
+def test_a_full_disk(tmp_path, monkeypatch):
+    def full(path, array, **options):
+        path.write_bytes(b"half")
+        raise OSError("22 requested and 3 written")  # as numpy says it
+
+    monkeypatch.setattr(np, "save", full)
+    with pytest.raises(OSError, match="could not write the embeddings: 22 requested and 3 written; is the disk full"):
+        compute(tmp_path / "e", Embed())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_source_with_its_embeddings():
+    source = EmbeddedSource(Numbers(), expected())
+    assert len(source) == 11
+    record = source[3]
+    np.testing.assert_array_equal(record["x"], [3, 1])
+    np.testing.assert_array_equal(record["z_image"], [6, 2])
+    with pytest.raises(ValueError, match="z_image holds 7 embeddings, the source has 11 records"):
+        EmbeddedSource(Numbers(), expected(7))
+
+
+def test_the_fingerprint_sees_every_bit_and_name():
+    tree = {"a": np.arange(6.0, dtype=np.float32).reshape(2, 3), "b": {"c": np.zeros(2, np.float32)}}
+    changed = {"a": tree["a"], "b": {"c": np.array([0.0, -0.0], np.float32)}}
+    renamed = {"a": tree["a"], "b": {"d": tree["b"]["c"]}}
+    marks = {tree_fingerprint(t) for t in (tree, changed, renamed)}
+    assert len(marks) == 3
+    assert tree_fingerprint({name: tree[name] for name in ("b", "a")}) == tree_fingerprint(tree)

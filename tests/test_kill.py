@@ -1,0 +1,145 @@
+"""Runs that are killed and stopped, in every stage, end with the bits of one that nobody touched.
+
+DDPM_JAX_KILLS=3 kills and stops each stage three times instead of once.
+"""
+
+import itertools
+import os
+import random
+import signal
+import time
+
+import jax
+import numpy as np
+import pytest
+from tiny_run import STAGES, finish, start, train_flags
+
+from ddpm_jax.training.checkpoint import ARRAYS, Checkpoints
+from ddpm_jax.training.metrics import read_metrics
+
+KILLS = int(os.environ.get("DDPM_JAX_KILLS", "1"))
+STEPS, EVERY = 60, 15
+
+
+def command(workdir, *flags):
+    logged = {f"{stage}__log_every": 1 for stage in STAGES}
+    return [*train_flags(workdir, num_steps=STEPS, checkpoint_every=EVERY, **logged), *flags]
+
+
+def last_step(workdir, stage):
+    rows = read_metrics(workdir / stage)
+    return rows[-1]["step"] if rows else 0
+
+
+def stop_at(process, workdir, stage, step, signum):
+    """Signal a process once it has logged a step, or passed it. Returns (status, stderr)."""
+    deadline = time.monotonic() + 600
+    while last_step(workdir, stage) < step:
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    process.send_signal(signum)
+    status, _, err = finish(process)
+    return status, err
+
+
+def assert_resumed_at(before, workdir, stage):
+    """What a stop left in the log is there to the letter: no step was made again."""
+    rows = read_metrics(workdir / stage)
+    assert rows[: len(before)] == before
+    assert [row["step"] for row in rows] == list(range(1, len(rows) + 1))
+
+
+def trees(workdir, stage):
+    checkpoints = Checkpoints(workdir / stage, read_only=True)
+    assert checkpoints.steps()[-1] == STEPS
+    restored = {name: checkpoints.restore_tree(name)[0] for name in ARRAYS}
+    checkpoints.close()
+    return restored
+
+
+def assert_same_bits(workdir, reference):
+    for stage in STAGES:
+        ours, theirs = trees(workdir, stage), trees(reference, stage)
+        assert jax.tree.structure(ours) == jax.tree.structure(theirs)
+        for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+            assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+        assert [row["step"] for row in read_metrics(workdir / stage)] == list(range(1, STEPS + 1))
+        losses = [[row["loss"] for row in read_metrics(directory / stage)] for directory in (workdir, reference)]
+        assert losses[0] == losses[1]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("uninterrupted") / "run"
+    status, out, err = finish(start("train", *command(directory, "--noevaluate")))
+    assert status == 0, err
+    assert "trained clip, prior, decoder, upsampler" in out
+    return directory
+
+
+def test_kill_and_stop_in_every_stage(tmp_path, uninterrupted):
+    workdir, stopped = tmp_path / "run", []
+    seed = random.randrange(2**32)
+    print(f"random.Random({seed})")
+    draw = random.Random(seed)
+    for stage, _ in itertools.product(STAGES, range(KILLS)):
+        # Each signal comes at a random step of what is left, with a margin: the run goes on while it is on its way.
+        for signum in (signal.SIGKILL, signal.SIGTERM):
+            begin = last_step(workdir, stage)
+            process = start("train", *command(workdir, "--noevaluate"))
+            step = draw.randint(begin + 1, begin + max(1, (STEPS - 20 - begin) // 2))
+            status, err = stop_at(process, workdir, stage, step, signum)
+            for earlier, before in stopped:
+                assert_resumed_at(before, workdir, earlier)
+            if signum == signal.SIGKILL:
+                assert status == -signal.SIGKILL, err
+                # A step that was logged but not saved is made again, so its line may change.
+                saved = Checkpoints(workdir / stage, read_only=True).steps()
+                stopped.append((stage, read_metrics(workdir / stage)[: saved[-1] if saved else 0]))
+                continue
+            assert status == 143, err
+            after = last_step(workdir, stage)
+            assert (
+                f"error: {stage}: stopped by SIGTERM after step {after} of {STEPS}; the same command continues" in err
+            )
+            assert Checkpoints(workdir / stage, read_only=True).steps()[-1] == after
+            stopped.append((stage, read_metrics(workdir / stage)))
+    status, _, err = finish(start("train", *command(workdir, "--noevaluate")))
+    assert status == 0, err
+    for stage, before in stopped:
+        assert_resumed_at(before, workdir, stage)
+    assert_same_bits(workdir, uninterrupted)
+
+
+def test_kill_between_stages_and_while_measuring(tmp_path, uninterrupted):
+    """Killed when CLIP's last checkpoint has appeared, so before or while the embeddings are computed; then at the end.
+
+    Meanwhile a second run in the same directory is refused.
+    """
+    workdir = tmp_path / "run"
+    process = start("train", *command(workdir))
+    while not (workdir / "clip" / "checkpoints" / str(STEPS)).exists():
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.01)
+    process.kill()
+    finish(process)
+    assert not (workdir / "prior" / "checkpoints" / str(STEPS)).exists()
+
+    process = start("train", *command(workdir))
+    while last_step(workdir, "prior") < 1:
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.01)
+    status, _, err = finish(start("train", *command(workdir)))
+    assert (status, err) == (1, f"error: workdir {workdir} is in use by another run (pid {process.pid})\n")
+
+    assert process.stdout.readline().startswith("trained clip, prior, decoder, upsampler")
+    process.kill()
+    finish(process)
+    assert not (workdir / "faithfulness.json").exists()
+
+    status, out, err = finish(start("train", *command(workdir)))
+    assert status == 0, err
+    assert "| one object |" in out
+    assert (workdir / "faithfulness.json").exists() and (workdir / "samples.png").exists()
+    assert_same_bits(workdir, uninterrupted)

@@ -1,0 +1,345 @@
+"""Networks: what conditions do, that dropped ones do nothing, bit for bit, and what compute types and remat change.
+
+All parameters are random, since at its start a network ignores its conditions: zeros stand in front of its output.
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from random_networks import fast_jit, normal, random_params, with_zeros
+
+from ddpm_jax.models.clip import CLIP, VisionTransformer, normalize
+from ddpm_jax.models.decoder import Decoder
+from ddpm_jax.models.prior import DiffusionPrior
+from ddpm_jax.models.text_encoder import TextEncoder, end_position
+from ddpm_jax.models.unet import UNet
+from ddpm_jax.models.upsampler import Upsampler
+
+B, L, D, W, VOCAB = 3, 5, 6, 7, 11
+MASK = jnp.array([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1], [1, 1, 0, 0, 0]], bool)
+T = jnp.array([3, 400, 999], jnp.int32)
+ALL, NONE, ODD = jnp.ones(B, bool), jnp.zeros(B, bool), jnp.array([True, False, True])
+INPUTS = {
+    "t": T,
+    "z_image": normal(1, B, D),
+    "z_text": normal(2, B, D),
+    "text": normal(3, B, L, W),
+    "mask": MASK,
+    "keep_image": ALL,
+    "keep_text": ALL,
+}
+# Something else in place of every condition, and of padding alone.
+OTHER = {
+    "z_image": normal(4, B, D),
+    "z_text": normal(5, B, D),
+    "text": normal(6, B, L, W),
+    "mask": jnp.array([[1, 1, 1, 1, 0], [1, 1, 0, 0, 0], [1, 1, 1, 1, 1]], bool),
+}
+TOKENS = jnp.array([[1, 4, 2, 0, 0], [1, 5, 6, 7, 2], [1, 2, 0, 0, 0]], jnp.int32)
+OTHER_TOKENS = jnp.array([[1, 8, 9, 2, 0], [1, 2, 0, 0, 0], [1, 3, 4, 5, 2]], jnp.int32)
+
+
+def encoder(**options):
+    return TextEncoder(VOCAB, L, 8, 1, 2, name="text_encoder", **options)
+
+
+def make_decoder(own_text=False, **options):
+    unet = UNet(16, 3, (1, 2), 1, (4,), head_channels=8, groups=4, **options)
+    return Decoder(unet, D, 8, text_encoder=encoder(**options) if own_text else None, dtype=unet.dtype)
+
+
+def make_prior(own_text=False, **options):
+    return DiffusionPrior(D, L, 8, 2, 2, text_encoder=encoder(**options) if own_text else None, **options)
+
+
+def bind(network, x, text):
+    """Return (params, run): run(params=..., **changed inputs) is one compiled program for all of them."""
+    if isinstance(network, Decoder):
+        names = ("t", "z_image", "z_text", "text", "mask", "keep_image", "keep_text")
+    else:
+        names = ("t", "z_text", "text", "mask", "keep_text")
+    inputs = INPUTS | {"x": x, "text": text}
+    order = ("x", *names)
+    params = random_params(network.init, *(inputs[name] for name in order))
+    program = fast_jit(network.apply)
+
+    def run(params=params, **changed):
+        return np.asarray(program(params, *((inputs | changed)[name] for name in order)))
+
+    return params, run
+
+
+X = {"decoder": normal(0, B, 8, 8, 3), "prior": normal(0, B, D)}
+
+
+@functools.cache
+def bound(name, own_text=False):
+    network = {"decoder": make_decoder, "prior": make_prior}[name](own_text)
+    return bind(network, X[name], TOKENS if own_text else INPUTS["text"])
+
+
+NETWORKS = [(name, own_text) for name in ("decoder", "prior") for own_text in (False, True)]
+
+
+def other_text(own_text):
+    return {"text": OTHER_TOKENS if own_text else OTHER["text"]}
+
+
+@pytest.mark.parametrize("own_text", [False, True])
+def test_a_dropped_image_leaves_no_trace(own_text):
+    _, run = bound("decoder", own_text)
+    dropped = run(keep_image=NONE)
+    np.testing.assert_array_equal(dropped, run(keep_image=NONE, z_image=OTHER["z_image"]))
+    assert np.isfinite(dropped).all()
+    assert (run() != dropped).any((1, 2, 3)).all()
+
+
+@pytest.mark.parametrize("name,own_text", NETWORKS)
+def test_a_dropped_caption_leaves_no_trace(name, own_text):
+    _, run = bound(name, own_text)
+    dropped = run(keep_text=NONE)
+    changes = {"z_text": OTHER["z_text"], "mask": OTHER["mask"]} | other_text(own_text)
+    for change in [{field: value} for field, value in changes.items()] + [changes]:
+        np.testing.assert_array_equal(dropped, run(keep_text=NONE, **change))
+    assert np.isfinite(dropped).all()
+    assert (run() != dropped).reshape(B, -1).any(1).all()
+
+
+def test_with_both_dropped_nothing_but_the_picture_and_the_time_matters():
+    _, run = bound("decoder")
+    null = {"keep_image": NONE, "keep_text": NONE}
+    np.testing.assert_array_equal(run(**null), run(**null, **OTHER))
+    assert (run(**null) != run(**null, t=T[::-1]))[0].any()
+    assert (run(**null) != run(**null, x=X["decoder"] + 0.1)).all()
+
+
+@pytest.mark.parametrize("name,own_text", NETWORKS)
+def test_every_kept_condition_matters_in_every_row(name, own_text):
+    _, run = bound(name, own_text)
+    kept = run()
+    conditions = ["z_text", "text", "mask"] + ["z_image"] * (name == "decoder")
+    for condition in conditions:
+        changed = run(**{condition: (OTHER | other_text(own_text))[condition]})
+        difference = np.abs(changed - kept).reshape(B, -1).max(1)
+        assert (difference > 1e-4).all(), (condition, difference)
+
+
+@pytest.mark.parametrize("name,own_text", NETWORKS)
+def test_padding_does_not_matter(name, own_text):
+    _, run = bound(name, own_text)
+    text = TOKENS if own_text else INPUTS["text"]
+    mask = MASK if own_text else MASK[..., None]
+    padding = jnp.where(mask, text, other_text(own_text)["text"])
+    assert (padding != text).any()
+    np.testing.assert_array_equal(run(), run(text=padding))
+
+
+@pytest.mark.parametrize("name,own_text", NETWORKS)
+def test_a_row_does_not_depend_on_the_others(name, own_text):
+    _, run = bound(name, own_text)
+    changes = OTHER | other_text(own_text) | {"x": X[name] + 1.0, "t": T + 50, "keep_text": NONE, "keep_image": NONE}
+    inputs = INPUTS | {"x": X[name], "text": TOKENS if own_text else INPUTS["text"]}
+    row = jnp.arange(B) == 1
+    mixed = {
+        field: jnp.where(row.reshape((B,) + (1,) * (value.ndim - 1)), value, inputs[field])
+        for field, value in changes.items()
+    }
+    kept, changed = run(), run(**mixed)
+    np.testing.assert_array_equal(kept[[0, 2]], changed[[0, 2]])
+    assert (kept[1] != changed[1]).any()
+
+
+def test_rows_are_dropped_one_by_one():
+    _, run = bound("decoder")
+    whole, image, text = run(), run(keep_image=ODD), run(keep_text=ODD)
+    np.testing.assert_array_equal(image[[0, 2]], whole[[0, 2]])
+    np.testing.assert_array_equal(image[1], run(keep_image=NONE)[1])
+    np.testing.assert_array_equal(text[[0, 2]], whole[[0, 2]])
+    np.testing.assert_array_equal(text[1], run(keep_text=NONE)[1])
+
+
+@pytest.mark.parametrize("name", ["decoder", "prior"])
+def test_no_mask_of_drops_keeps_everything(name):
+    _, run = bound(name)
+    np.testing.assert_array_equal(run(), run(keep_text=None, keep_image=None))
+
+
+@pytest.mark.parametrize(
+    "condition,paths",
+    [("z_image", ["image_emb", "image_tokens_in"]), ("caption", ["text_emb", "text_in"])],
+)
+def test_the_embedding_and_the_tokens_are_two_paths_of_a_condition(condition, paths):
+    """Each alone carries the condition to the output; with both closed nothing of it arrives."""
+    params, run = bound("decoder")
+    names = ["z_image"] if condition == "z_image" else ["z_text", "text"]
+    change = {name: OTHER[name] for name in names}
+    for path in paths:
+        cut = with_zeros(params, "params", path)
+        assert (run(params=cut) != run(params=cut, **change)).any((1, 2, 3)).all(), path
+    cut = functools.reduce(lambda tree, path: with_zeros(tree, "params", path), paths, params)
+    np.testing.assert_array_equal(run(params=cut), run(params=cut, **change))
+
+
+def test_the_image_is_four_tokens_that_all_matter():
+    params, run = bound("decoder")
+    tokens = params["params"]["image_tokens_in"]["kernel"]
+    assert tokens.shape == (D, 4 * 8)
+    for i in range(4):
+        cut = tokens.reshape(D, 4, 8).at[:, i].set(0.0).reshape(D, -1)
+        changed = {
+            "params": params["params"] | {"image_tokens_in": params["params"]["image_tokens_in"] | {"kernel": cut}}
+        }
+        assert (run(params=changed) != run()).any(), i
+
+
+def test_the_prior_reads_the_noised_embedding_and_the_time():
+    _, run = bound("prior")
+    for change in ({"x": X["prior"] + 0.1}, {"t": T[::-1]}):
+        assert (np.abs(run(**change) - run())[0] > 1e-5).any()
+
+
+def test_the_prior_takes_texts_of_one_length_only():
+    prior = make_prior()
+    z, short = normal(0, B, D), normal(0, B, L - 1, W)
+    with pytest.raises(ValueError, match=f"text has {L - 1} tokens; this prior was built for {L}"):
+        prior.init(jax.random.key(0), z, T, z, short, MASK[:, 1:])
+
+
+@pytest.mark.parametrize("name,make", [("decoder", make_decoder), ("prior", make_prior)])
+def test_compute_type_and_remat_keep_the_parameters_and_about_the_output(name, make):
+    params, run = bound(name, True)
+    tree = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), params)
+    for options, tolerance in (({"remat": True}, 1e-5), ({"dtype": jnp.bfloat16, "remat": True}, 0.1)):
+        own_params, own_run = bind(make(True, **options), X[name], TOKENS)
+        assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), own_params) == tree
+        out, expected = own_run(params=params), run()
+        assert out.dtype == np.float32
+        assert np.abs(out - expected).max() <= tolerance * np.abs(expected).max()
+
+
+def test_the_unet_predicts_zero_at_its_start():
+    unet = UNet(8, 3, (1,), 1, (), mid_attention=False, groups=4)
+    out, params = fast_jit(lambda key: unet.init_with_output(key, X["decoder"], T))(jax.random.key(0))
+    np.testing.assert_array_equal(out, jnp.zeros_like(out))
+    assert params["params"]["in_conv"]["kernel"].any()
+
+
+def test_dropout_is_for_training_and_needs_its_key():
+    unet = UNet(16, 3, (1,), 1, (), mid_attention=False, groups=4, dropout=0.5)
+    x = X["decoder"]
+    params = random_params(unet.init, x, T)
+    run = fast_jit(lambda key: unet.apply(params, x, T, train=True, rngs={"dropout": key}))
+    once, again, other = run(jax.random.key(0)), run(jax.random.key(0)), run(jax.random.key(1))
+    np.testing.assert_array_equal(once, again)
+    assert (once != other).any()
+    with pytest.raises(Exception, match="dropout"):
+        jax.eval_shape(functools.partial(unet.apply, train=True), params, x, T)
+
+
+def test_the_unet_refuses_an_image_that_it_cannot_halve():
+    unet = UNet(16, 3, (1, 1, 1), 1, (), mid_attention=False, groups=4, patch=2)
+    for shape in ((1, 12, 16, 3), (1, 16, 12, 3)):
+        with pytest.raises(ValueError, match="image size 12 cannot be halved .* multiple of 8"):
+            jax.eval_shape(unet.init, jax.random.key(0), jnp.zeros(shape), T[:1])
+    out = jax.eval_shape(lambda key: unet.init_with_output(key, jnp.zeros((1, 8, 24, 3)), T[:1])[0], jax.random.key(0))
+    assert out.shape == (1, 8, 24, 3)
+
+
+def make_upsampler():
+    return Upsampler(UNet(16, 3, (1, 2), 1, (), mid_attention=False, groups=4))
+
+
+def test_the_upsampler_sees_the_small_picture_has_no_attention_and_fits_every_size():
+    upsampler = make_upsampler()
+    x, low = normal(0, 2, 8, 8, 3), normal(1, 2, 4, 4, 3)
+    params = random_params(upsampler.init, x, T[:2], low)
+    names = {part.key for path, _ in jax.tree_util.tree_leaves_with_path(params) for part in path}
+    assert not [name for name in names if "attn" in name or "qkv" in name]
+    run = fast_jit(upsampler.apply)
+    out = run(params, x, T[:2], low)
+    assert (out != run(params, x, T[:2], low.at[1].add(0.1)))[1].any()
+    np.testing.assert_array_equal(out[0], run(params, x, T[:2], low.at[1].add(0.1))[0])
+    # The same parameters on a larger picture; the small one is resized, so any ratio will do.
+    larger = jax.eval_shape(upsampler.apply, params, jnp.zeros((2, 32, 16, 3)), T[:2], low)
+    assert larger.shape == (2, 32, 16, 3)
+
+
+CLIP_SIZE = 8
+
+
+@functools.cache
+def bound_clip():
+    vision = VisionTransformer(CLIP_SIZE, 4, 8, 1, 2)
+    clip = CLIP(vision, TextEncoder(VOCAB, L, 8, 1, 2), D)
+    images = jnp.clip(normal(0, B, CLIP_SIZE, CLIP_SIZE, 3), -1, 1)
+    params = random_params(clip.init, images, TOKENS, MASK)
+    return clip, params, images, fast_jit(clip.apply)
+
+
+def test_clip_embeddings_are_unit_vectors_and_depend_on_their_own_row():
+    _, params, images, run = bound_clip()
+    z_image, z_text, log_scale = run(params, images, TOKENS, MASK)
+    for z in (z_image, z_text):
+        assert z.shape == (B, D) and z.dtype == jnp.float32
+        np.testing.assert_allclose(np.linalg.norm(np.asarray(z, np.float64), axis=1), 1.0, atol=1e-6)
+    assert log_scale == 1.0
+    row = jnp.arange(B) == 1
+    images = jnp.where(row[:, None, None, None], -images, images)
+    tokens, mask = jnp.where(row[:, None], OTHER_TOKENS, TOKENS), jnp.where(row[:, None], OTHER["mask"], MASK)
+    changed = run(params, images, tokens, mask)
+    for before, after in zip((z_image, z_text), changed[:2], strict=True):
+        np.testing.assert_array_equal(before[::2], after[::2])
+        assert (before[1] != after[1]).all()
+
+
+@pytest.mark.parametrize("value,scale", [(math.log(1 / 0.07), 1 / 0.07), (math.log(100.0), 100.0), (7.0, 100.0)])
+def test_clip_scale_is_at_most_100(value, scale):
+    _, params, images, run = bound_clip()
+    params = {"params": params["params"] | {"log_scale": jnp.float32(value)}}
+    np.testing.assert_allclose(np.exp(run(params, images, TOKENS, MASK)[2]), scale, rtol=1e-5)
+
+
+def test_clip_starts_at_its_published_temperature():
+    clip, _, images, _ = bound_clip()
+    params = fast_jit(clip.init)(jax.random.key(0), images, TOKENS, MASK)
+    np.testing.assert_allclose(np.exp(params["params"]["log_scale"]), 1 / 0.07, rtol=1e-6)
+
+
+def test_clip_reads_the_text_up_to_its_end():
+    _, params, images, run = bound_clip()
+    z = run(params, images, TOKENS, MASK)[1]
+    np.testing.assert_array_equal(z, run(params, images, jnp.where(MASK, TOKENS, 9), MASK)[1])
+    assert (z != run(params, images, TOKENS.at[:, 0].set(8), MASK)[1]).all()
+    np.testing.assert_array_equal(end_position(MASK), [2, 4, 1])
+
+
+def test_clip_names_what_does_not_fit():
+    clip, params, images, _ = bound_clip()
+    for size in (CLIP_SIZE - 1, 2 * CLIP_SIZE):
+        with pytest.raises(ValueError, match=r"this CLIP takes \[B, 8, 8, 3\]"):
+            jax.eval_shape(clip.apply, params, jnp.zeros((B, size, size, 3)), TOKENS, MASK)
+    with pytest.raises(ValueError, match="tokens have length 6, the text encoder was built for at most 5"):
+        jax.eval_shape(clip.apply, params, images, jnp.zeros((B, 6), jnp.int32), jnp.ones((B, 6), bool))
+    odd = VisionTransformer(9, 4, 8, 1, 2)
+    with pytest.raises(ValueError, match="patch=4 must divide"):
+        jax.eval_shape(odd.init, jax.random.key(0), jnp.zeros((1, 9, 9, 3)))
+    heads = TextEncoder(VOCAB, L, 8, 1, 3)
+    with pytest.raises(ValueError, match="heads=3 must divide width=8"):
+        jax.eval_shape(heads.init, jax.random.key(0), TOKENS)
+
+
+def test_a_text_shorter_than_the_context_is_read_alike():
+    module = TextEncoder(VOCAB, L, 8, 2, 2)
+    params = random_params(module.init, TOKENS)
+    whole, part = module.apply(params, TOKENS), module.apply(params, TOKENS[:, :3])
+    np.testing.assert_allclose(whole[:, :3], part, atol=1e-5)
+
+
+def test_normalize_keeps_zero_and_its_gradient_finite():
+    z = jnp.array([[0.0, 0.0], [3.0, 4.0]])
+    np.testing.assert_allclose(normalize(z), [[0, 0], [0.6, 0.8]], atol=1e-7)
+    assert np.isfinite(jax.grad(lambda z: normalize(z).sum())(z)).all()
