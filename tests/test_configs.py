@@ -16,9 +16,10 @@ from ddpm_jax import build
 from ddpm_jax.models.clip import normalize
 from ddpm_jax.pipelines import stages
 from ddpm_jax.train import plain
+from ddpm_jax.training import run
 from ddpm_jax.training.state import TrainState
 from ddpm_jax.training.step import make_train_step
-from ddpm_jax.training.tasks import ClipTask, DecoderTask, PriorTask, UpsamplerTask
+from ddpm_jax.training.tasks import ClipTask, UpsamplerTask
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 
@@ -38,41 +39,14 @@ def count(tree):
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
 
 
-def make_tasks(config, vocab_size, clip_params=None):
-    """The tasks of a config. `clip_params` may be any tree where nothing is computed."""
-    clip = build.make_clip(config, vocab_size)
-    prior, decoder, up = config["prior"], config["decoder"], config["upsampler"]
-    process = {stage: build.make_stage_process(config[stage]) for stage in build.STAGES[1:]}
-    frozen = {stage: None if config[stage]["text_encoder"] else clip_params for stage in ("prior", "decoder")}
-    fields = ("kind", "objective", "variance", "vlb_weight", "drop_image", "drop_text")
-    up_fields = ("image_size", "low_size", "kind", "blur_sigma", "blur_rate", "noise")
+def make_tasks(config, clip_params):
+    """The tasks as a run makes them. `clip_params` may be any tree where nothing is computed."""
+    own = run._Run(config, Path("unused"), build.make_tokenizer(config))
     return {
-        "clip": ClipTask(clip),
-        "prior": PriorTask(
-            build.make_prior(config, vocab_size),
-            clip,
-            frozen["prior"],
-            process["prior"],
-            embed_scale=prior["embed_scale"],
-            drop_text=prior["drop_text"],
-        ),
-        "decoder": DecoderTask(
-            build.make_decoder(config, vocab_size),
-            clip,
-            frozen["decoder"],
-            process["decoder"],
-            decoder["image_size"],
-            build.make_sampling(config, "decoder"),
-            weighting=build.make_weighting(decoder),
-            **{name: decoder[name] for name in fields},
-        ),
-        "upsampler": UpsamplerTask(
-            build.make_upsampler(config),
-            process["upsampler"],
-            sampling=build.make_sampling(config, "upsampler"),
-            weighting=build.make_weighting(up),
-            **{name: up[name] for name in up_fields},
-        ),
+        "clip": ClipTask(own.clip),
+        "prior": run._prior_task(own, clip_params),
+        "decoder": run._decoder_task(own, clip_params),
+        "upsampler": run._upsampler_task(own),
     }
 
 
@@ -113,9 +87,7 @@ def test_smoke_takes_a_train_step_of_every_stage(name):
     tokens, mask = tokenizer(["a red circle", "a blue star"], config["text"]["length"])
     picture = lambda size: rng.integers(0, 256, (2, size, size, 3)).astype(np.uint8)
     text = {"tokens": tokens, "mask": mask}
-    tasks = make_tasks(config, tokenizer.vocab_size)
-    clip_params = random_params(tasks["clip"].init)
-    tasks = make_tasks(config, tokenizer.vocab_size, clip_params)
+    tasks = make_tasks(config, random_params(make_tasks(config, {})["clip"].init))
     images = picture(config["clip"]["image_size"])
     embeddings = {name: normalize(normal(1, 2, config["clip"]["embed_dim"])) for name in ("z_image", "z_text")}
     batches = {
@@ -126,7 +98,6 @@ def test_smoke_takes_a_train_step_of_every_stage(name):
     }
     for stage, task in tasks.items():
         tx, schedule = build.make_stage_optimizer(config[stage])
-
         params = random_params(task.init)
 
         def train_once(params, batch, key, task=task, tx=tx, schedule=schedule):
@@ -151,9 +122,8 @@ def documented():
 def test_the_full_size_config_has_the_parameters_that_its_docstring_says_and_the_papers():
     module = FILES["unclip"]
     config = plain(module.get_config().to_dict())
-    vocab_size = build.make_tokenizer(config).vocab_size
-    assert vocab_size == 49408
-    tasks = make_tasks(config, vocab_size, clip_params={})
+    assert build.make_tokenizer(config).vocab_size == 49408
+    tasks = make_tasks(config, {})
     fields = module.upsampler_1024()
     tasks["second"] = UpsamplerTask(
         build.make_upsampler({"upsampler": fields}),
@@ -194,6 +164,6 @@ def test_the_full_size_transformers_have_the_parameters_of_their_closed_form():
     # patches without bias, class token, positions, norms before and after the blocks
     assert count(shapes["vision"]) == (3 * 16 * 16 + 1 + positions) * 1280 + 4 * 1280 + 32 * block(1280)
     assert count(shapes["image_projection"]) + count(shapes["text_projection"]) == (1280 + 1024) * 1024
-    prior = jax.eval_shape(make_tasks(config, 49408, {})["prior"].init, jax.random.key(0))["params"]
+    prior = jax.eval_shape(make_tasks(config, {})["prior"].init, jax.random.key(0))["params"]
     assert count(prior["transformer"]) == 24 * block(2048)
     assert prior["position"].shape == (77 + 4, 2048)

@@ -71,7 +71,7 @@ def make_task(name):
     return UpsamplerTask(network, PROCESS, 2 * SIZE, SIZE, SAMPLING, kind="v", weighting=min_snr(5.0, "v"), noise=0.1)
 
 
-TASKS = ["clip", "prior", "prior own text", "decoder", "decoder hybrid own text", "upsampler"]
+TASKS = ["clip", "prior own text", "decoder", "decoder hybrid own text", "upsampler"]
 
 
 @pytest.mark.parametrize("name", TASKS)
@@ -150,6 +150,23 @@ def test_dropout_is_on_in_training_and_the_conditions_arrive_where_they_belong()
     assert xt.shape == (B, SIZE, SIZE, 3) and t.shape == (B,)
     for given, name in ((z_image, "z_image"), (z_text, "z_text"), (text, "tokens"), (mask, "mask")):
         np.testing.assert_array_equal(given, batch[name])
+
+
+def test_stratified_timesteps_cover_the_process():
+    network = Recorder()
+    task = DecoderTask(network, CLIP_NETWORK, None, PROCESS, SIZE, SAMPLING, stratified=True)
+    loss, _ = task.loss({}, make_batch(100), jax.random.key(0))
+    assert loss.shape == (100,)
+    # 100 examples of a process of 100 steps: each step once.
+    np.testing.assert_array_equal(np.sort(network.args[1]), np.arange(100))
+
+
+def test_families_are_one_batch_of_all_their_pairs():
+    task, batch = make_task("clip"), make_batch()
+    families = {name: batch[name].reshape(2, B // 2, *batch[name].shape[1:]) for name in ("image", "tokens", "mask")}
+    params = random_params(task.init)
+    run = fast_jit(lambda batch: task.loss(params, batch, jax.random.key(0))[0])
+    np.testing.assert_array_equal(run(families), run(batch))
 
 
 def test_the_prior_drops_captions_and_its_loss_is_the_error_of_scaled_embeddings():
