@@ -80,6 +80,7 @@ def get_config(variant: str = "") -> ConfigDict:
         "dropout": 0.0,
         "context_width": 128,
         "image_tokens": 4,
+        "pool_text": False,
         "text_encoder": None,
         "schedule": "cosine",
         "diffusion_steps": 1000,

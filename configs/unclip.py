@@ -102,6 +102,7 @@ def get_config(variant: str = "") -> ConfigDict:
         "dropout": 0.1,
         "context_width": 2048,
         "image_tokens": 4,
+        "pool_text": False,
         "text_encoder": {"width": 2048, "layers": 24, "heads": 32},
         "schedule": "cosine",
         "diffusion_steps": 1000,

@@ -155,6 +155,7 @@ def make_decoder(config: Config, vocab_size: int) -> Decoder:
         config["clip"]["embed_dim"],
         decoder["context_width"],
         decoder["image_tokens"],
+        pool_text=decoder["pool_text"],
         text_encoder=_text_encoder(decoder, config["text"], vocab_size),
         dtype=_dtype(decoder),
     )

@@ -208,6 +208,15 @@ def _stop(message: str, status: int) -> None:
     os._exit(status)
 
 
+def _say(text: str) -> None:
+    """Print a line to stderr, above the progress bars if there are any."""
+    line = " ".join(text.split())
+    if "tqdm" in sys.modules:
+        sys.modules["tqdm"].tqdm.write(line, file=sys.stderr)
+    else:
+        print(line, file=sys.stderr, flush=True)
+
+
 class _OneLine(python_logging.Handler):
     """Prints what this package has to say, and what others warn of, a line each."""
 
@@ -216,7 +225,7 @@ class _OneLine(python_logging.Handler):
         if record.levelno < python_logging.WARNING and not record.pathname.startswith(PACKAGE):
             return
         level = "" if record.levelno <= python_logging.INFO else f"{record.levelname.lower()}: "
-        print(level + " ".join(record.getMessage().split()), file=sys.stderr, flush=True)
+        _say(level + record.getMessage())
 
 
 def _say_in_one_line() -> None:
@@ -228,6 +237,6 @@ def _say_in_one_line() -> None:
 
     def show(message: Warning | str, category: type[Warning], *_: Any) -> None:
         del category
-        print(f"warning: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
+        _say(f"warning: {message}")
 
     warnings.showwarning = show

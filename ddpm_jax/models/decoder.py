@@ -13,7 +13,9 @@ class Decoder(nn.Module):
     """U-Net conditioned on an image embedding and on text.
 
     The image embedding is projected and added to the time embedding, and projected to `image_tokens` context tokens
-    that precede the text tokens; the CLIP text embedding is projected and added to the time embedding too (Karlo).
+    that precede the text tokens; the CLIP text embedding is projected and added to the time embedding too (Karlo). With
+    `pool_text` the mean of the text tokens is as well (Imagen, section 2.4), so that words reach every
+    layer and not only those with attention.
     Dropped conditions leave no trace: the image embedding is replaced by learned null vectors, text tokens are
     hidden from attention and the text embedding is replaced by a learned one.
     """
@@ -22,6 +24,7 @@ class Decoder(nn.Module):
     embed_dim: int
     context_width: int
     image_tokens: int = 4
+    pool_text: bool = False
     text_encoder: nn.Module | None = None
     dtype: Any = jnp.float32
 
@@ -65,6 +68,10 @@ class Decoder(nn.Module):
         hidden = dense(width, "text_in")(text.astype(self.dtype))
         hidden = nn.LayerNorm(epsilon=1e-5, dtype=self.dtype, name="text_ln")(hidden)
         hidden = jnp.where(keep_text[:, None, None], hidden, 0)
+        if self.pool_text:
+            seen = (text_mask & keep_text[:, None]).astype(self.dtype)[:, :, None]
+            pooled = jnp.sum(hidden * seen, axis=1) / jnp.maximum(jnp.sum(seen, axis=1), 1)
+            emb = emb + dense(emb_width, "text_pool")(pooled)
         context = jnp.concatenate([tokens, hidden], axis=1)
         mask = jnp.pad(text_mask & keep_text[:, None], ((0, 0), (k, 0)), constant_values=True)
         return self.unet(xt, t, emb, context, mask, train=train)
