@@ -43,9 +43,7 @@ def test_nothing_held_out_is_a_training_scene():
     colour, shape = next(iter(shapes.HELD_OUT_PAIRS))
     assert not is_training_scene(Scene((Object(shape, colour, "small", 0.5, 0.5),), "white", place="center"))
     first, relation, second = next(iter(shapes.HELD_OUT_RELATIONS))
-    colours = [
-        next(c for c in shapes.COLOURS if (c, name) not in shapes.HELD_OUT_PAIRS) for name in (first, second)
-    ]
+    colours = [next(c for c in shapes.COLOURS if (c, name) not in shapes.HELD_OUT_PAIRS) for name in (first, second)]
     objects = (Object(first, colours[0], "small", 0.5, 0.3), Object(second, colours[1], "small", 0.5, 0.7))
     assert not is_training_scene(Scene(objects, "white", relation=relation))
 

@@ -27,7 +27,9 @@ class Tokenize:
         text = record[self.key]
         tokens, mask = self.tokenizer([text] if isinstance(text, str) else list(text), self.length)
         rest = {name: value for name, value in record.items() if name != self.key}
-        return rest | ({"tokens": tokens[0], "mask": mask[0]} if isinstance(text, str) else {"tokens": tokens, "mask": mask})
+        return rest | (
+            {"tokens": tokens[0], "mask": mask[0]} if isinstance(text, str) else {"tokens": tokens, "mask": mask}
+        )
 
 
 @dataclasses.dataclass(frozen=True)
