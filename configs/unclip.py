@@ -186,7 +186,7 @@ def smoke(config: ConfigDict) -> None:
         image_size=16, channels=32, channel_mult=(1, 1), num_res_blocks=1, head_channels=16, context_width=16
     )
     config.decoder.update(attention_resolutions=(8,), text_encoder={"width": 16, "layers": 1, "heads": 2})
-    config.upsampler.update(image_size=64, low_size=16, crop=16, channels=32, channel_mult=(1, 1), num_res_blocks=1)
+    config.upsampler.update(image_size=64, low_size=16, crop=16, channels=32, channel_mult=(1,), num_res_blocks=1)
     config.sample.prior.update(steps="2")
     config.sample.decoder.update(steps="2")
     config.sample.upsampler.update(steps="2")

@@ -7,6 +7,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ddpm_jax.models.text_encoder import TextEncoder, end_position
 from ddpm_jax.models.transformer import Transformer, gelu
@@ -39,10 +40,28 @@ class VisionTransformer(nn.Module):
         init = nn.initializers.normal(self.width**-0.5)
         first = self.param("class", init, (self.width,), jnp.float32).astype(self.dtype)
         x = jnp.concatenate([jnp.broadcast_to(first, (b, 1, self.width)), x], axis=1)
-        position = self.param("position", init, (x.shape[1], self.width), jnp.float32)
+        position = self.param("position", _sincos_2d, (x.shape[1], self.width), jnp.float32)
         x = norm("ln_pre")(x + position[None].astype(self.dtype))
         x = Transformer(self.layers, self.heads, self.activation, self.remat, self.dtype, name="transformer")(x)
         return norm("ln_post")(x[:, 0])
+
+
+def _sincos_2d(key: jax.Array, shape: tuple[int, int], dtype: Any) -> jax.Array:
+    """Start the positions of a class token and a square grid of patches at sines and cosines of row and column.
+
+    Neighbours begin alike and far patches differ, at the amplitude of the patches themselves; from small random vectors
+    the place of an object is what CLIP learns last.
+    """
+    del key
+    count, width = shape
+    side, quarter = math.isqrt(count - 1), width // 4
+    frequencies = np.pi / 2 * np.arange(1, quarter + 1) / quarter * side / 2
+    angles = ((np.arange(side) + 0.5) / side)[:, None] * frequencies
+    waves = np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
+    rows, columns = np.repeat(waves, side, axis=0), np.tile(waves, (side, 1))
+    table = np.zeros(shape)
+    table[1:, : 4 * quarter] = np.concatenate([rows, columns], axis=1)
+    return jnp.asarray(table, dtype)
 
 
 class CLIP(nn.Module):
