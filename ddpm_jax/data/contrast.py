@@ -1,8 +1,8 @@
 """Hard negatives for contrastive training: scenes that differ from one another in one thing.
 
-In a batch of random scenes almost any attribute tells two captions apart, so CLIP hardly needs the shape, and never needs
-to know which of two objects is the red one. Families of near-identical scenes ask for exactly that; Yuksekgonul et al.
-2022 do it with captions ("When and why vision-language models behave like bags-of-words", section 4).
+In a batch of random scenes almost any attribute tells two captions apart, so CLIP hardly needs the shape, and never
+needs to know which of two objects is the red one. Families of near-identical scenes ask for exactly that; Yuksekgonul
+et al. 2022 do it with captions ("When and why vision-language models behave like bags-of-words", section 4).
 """
 
 import dataclasses
