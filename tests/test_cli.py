@@ -424,7 +424,7 @@ def test_sampling_from_a_weights_file_loads_nothing_for_training():
     assert "ddpm_jax.training.checkpoint" not in out.split()
 
 
-@pytest.mark.parametrize("missing,needed_at", [("absl", "import"), ("grain", "training")])
+@pytest.mark.parametrize("missing,needed_at", [("ml_collections", "import"), ("grain", "training")])
 def test_a_bare_install_is_told_what_to_install(missing, needed_at, tmp_path):
     flags = ["train", *train_flags(tmp_path / "run")] if needed_at == "training" else ["sample", "--help"]
     code = (
