@@ -376,3 +376,10 @@ def test_a_run_without_a_trained_stage_names_it(tmp_path):
     (tmp_path / RUN_FILE).write_text(json.dumps(run))
     assert read_run(tmp_path) == run
     refuse(tmp_path, "stage clip")
+
+
+def test_the_bundled_weights_draw():
+    pipeline = load()
+    images = pipeline.generate(["a small red star in the center on white"], low_res=True)
+    assert images.shape == (1, 32, 32, 3)
+    assert images[0, 0].mean() > 200  # the background is what even an early state follows

@@ -122,7 +122,7 @@ def save_file(pipeline: UnCLIP, path: str | os.PathLike, *, dtype: Any = np.floa
     from safetensors.numpy import save_file as save
 
     flat = flax.traverse_util.flatten_dict(dict(pipeline.params), sep="/")
-    arrays = {name: np.ascontiguousarray(np.asarray(array), dtype) for name, array in flat.items()}
+    arrays = {name: np.array(array, dtype, order="C") for name, array in flat.items()}
     overflow = [name for name, array in arrays.items() if not np.isfinite(array).all()]
     if overflow:
         raise ValueError(f"{overflow[0]} has values that {np.dtype(dtype).name} cannot hold")
