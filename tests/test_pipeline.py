@@ -291,7 +291,7 @@ def test_a_weights_file_comes_back_rounded_to_half_precision(weights):
     assert theirs.config == ours.config and theirs.tokenizer.to_config() == ours.tokenizer.to_config()
     assert jax.tree.structure(dict(ours.params)) == jax.tree.structure(dict(theirs.params))
     for a, b in zip(jax.tree.leaves(ours.params), jax.tree.leaves(theirs.params), strict=True):
-        assert b.dtype == np.float32
+        assert b.dtype == np.float32 and b.shape == a.shape
         np.testing.assert_allclose(b, a, rtol=2**-11, atol=2**-25)
     assert dataclasses.replace(theirs, params=ours.params).sampling == ours.sampling
     assert [entry.name for entry in weights.parent.iterdir()] == [weights.name]
