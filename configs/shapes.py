@@ -6,8 +6,8 @@ trains CLIP, the diffusion prior, a 32 x 32 decoder and a 32 -> 64 upsampler, an
 captions. docs/shapes.md has the duration and the result of each variant and the hardware.
 
 The weights that the package carries are an early result of this config, from before the last changes to CLIP's families
-and positions (docs/shapes.md). Variants: `configs/shapes.py:quick` is meant to train for a few minutes and show the path,
-not good pictures; `configs/shapes.py:smoke` makes a few steps of each stage with tiny networks.
+and positions (docs/shapes.md). Variants: `configs/shapes.py:quick` is meant to train for a few minutes and show the
+path, not good pictures; `configs/shapes.py:smoke` makes a few steps of each stage with tiny networks.
 """
 
 from ml_collections import ConfigDict
