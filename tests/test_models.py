@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from random_networks import fast_jit, normal, random_params, with_zeros
 
-from ddpm_jax.models.clip import CLIP, VisionTransformer, normalize
+from ddpm_jax.models.clip import CLIP, VisionTransformer, _at_most, normalize
 from ddpm_jax.models.decoder import Decoder
 from ddpm_jax.models.prior import DiffusionPrior
 from ddpm_jax.models.text_encoder import TextEncoder, end_position
@@ -49,7 +49,8 @@ def encoder(**options):
 
 def make_decoder(own_text=False, **options):
     unet = UNet(16, 3, (1, 2), 1, (4,), head_channels=8, groups=4, **options)
-    return Decoder(unet, D, 8, pool_text=True, text_encoder=encoder(**options) if own_text else None, dtype=unet.dtype)
+    own = encoder(**options) if own_text else None
+    return Decoder(unet, D, 8, pool_text=True, layout_channels=3, text_encoder=own, dtype=unet.dtype)
 
 
 def make_prior(own_text=False, **options):
@@ -303,6 +304,13 @@ def test_clip_scale_is_at_most_100(value, scale):
     np.testing.assert_allclose(np.exp(run(params, images, TOKENS, MASK)[2]), scale, rtol=1e-5)
 
 
+@pytest.mark.parametrize("value,passes", [(4.0, (1, 1)), (5.0, (1, 0))])
+def test_the_clamped_scale_can_come_down_again(value, passes):
+    """A gradient that lowers the scale passes everywhere; one that raises it stops at the clamp, ln 100 = 4.6."""
+    slopes = [float(jax.grad(lambda x, sign=sign: sign * _at_most(x, math.log(100.0)))(value)) for sign in (1.0, -1.0)]
+    assert slopes == [passes[0], -passes[1]]
+
+
 def test_clip_starts_at_its_published_temperature():
     clip, _, images, _ = bound_clip()
     params = fast_jit(clip.init)(jax.random.key(0), images, TOKENS, MASK)
@@ -330,6 +338,22 @@ def test_clip_names_what_does_not_fit():
     heads = TextEncoder(VOCAB, L, 8, 1, 3)
     with pytest.raises(ValueError, match="heads=3 must divide width=8"):
         jax.eval_shape(heads.init, jax.random.key(0), TOKENS)
+
+
+def test_a_convolutional_stem_shrinks_the_picture_before_the_patches():
+    """Two layers of stride 2 in front of patches of 8 pixels: 2 x 2 tokens of 2 x 2 feature vectors each."""
+    images = jnp.clip(normal(0, B, 16, 16, 3), -1, 1)
+    vision = VisionTransformer(16, 8, 8, 1, 2, stem=(4, 6))
+    params = random_params(vision.init, images)
+    shapes = jax.tree.map(jnp.shape, params["params"])
+    assert shapes["stem_0"] == {"kernel": (3, 3, 3, 4)} and shapes["stem_1"] == {"kernel": (3, 3, 4, 6)}
+    assert shapes["patch"] == {"kernel": (2, 2, 6, 8)} and shapes["position"] == (1 + 2 * 2, 8)
+    out = vision.apply(params, images)
+    assert out.shape == (B, 8) and (out[1:] != vision.apply(params, images[:-1])).all()
+    with pytest.raises(ValueError, match="patch=8 must be a multiple of 16"):
+        jax.eval_shape(
+            VisionTransformer(16, 8, 8, 1, 2, stem=(4, 4, 4, 4)).init, jax.random.key(0), jnp.zeros((1, 16, 16, 3))
+        )
 
 
 def test_a_text_shorter_than_the_context_is_read_alike():

@@ -53,7 +53,7 @@ class Families:
 
 
 def variants(scene: Scene, rng: np.random.Generator, count: int) -> list[Scene]:
-    """Return `count` training scenes, different from `scene` and from one another, each one change away from it."""
+    """Return `count` training scenes, each one change away from `scene`; one may come twice if another is not found."""
     family = [scene]
     for _ in range(count):
         for _ in range(_TRIES):

@@ -1,5 +1,6 @@
 """CLIP: an image tower and a text tower trained to agree (Radford et al. 2021)."""
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -14,13 +15,20 @@ from ddpm_jax.models.transformer import Transformer, gelu
 
 
 class VisionTransformer(nn.Module):
-    """ViT with a class token and a norm before the blocks, as CLIP has it. images: [B, S, S, 3] -> [B, width]."""
+    """ViT with a class token and a norm before the blocks, as CLIP has it. images: [B, S, S, 3] -> [B, width].
+
+    `stem` lists the widths of 3 x 3 convolutions of stride 2 that go before the patches (Xiao et al. 2021, "Early
+    convolutions help transformers see better"): small data sets need the locality. The patches keep their size in
+    pixels, so that `patch` must be a multiple of 2^len(stem). An empty stem is the published CLIP, but for the start of
+    the positions.
+    """
 
     image_size: int
     patch: int
     width: int
     layers: int
     heads: int
+    stem: tuple[int, ...] = ()
     activation: Callable = gelu
     remat: bool = False
     dtype: Any = jnp.float32
@@ -33,9 +41,18 @@ class VisionTransformer(nn.Module):
                 f"images have shape {images.shape}; this CLIP takes [B, {size}, {size}, 3], a size that "
                 f"patch={self.patch} must divide"
             )
+        if self.patch % 2 ** len(self.stem):
+            raise ValueError(
+                f"patch={self.patch} must be a multiple of {2 ** len(self.stem)}, by which the {len(self.stem)} layers "
+                "of the stem shrink the picture"
+            )
         norm = lambda name: nn.LayerNorm(epsilon=1e-5, dtype=self.dtype, name=name)  # noqa: E731
-        p = (self.patch, self.patch)
-        x = nn.Conv(self.width, p, strides=p, padding="VALID", use_bias=False, dtype=self.dtype, name="patch")(images)
+        x = images
+        for i, features in enumerate(self.stem):
+            x = nn.Conv(features, (3, 3), strides=2, padding=1, use_bias=False, dtype=self.dtype, name=f"stem_{i}")(x)
+            x = nn.relu(norm(f"stem_ln_{i}")(x))
+        p = (self.patch // 2 ** len(self.stem),) * 2
+        x = nn.Conv(self.width, p, strides=p, padding="VALID", use_bias=False, dtype=self.dtype, name="patch")(x)
         x = x.reshape(b, -1, self.width)
         init = nn.initializers.normal(self.width**-0.5)
         first = self.param("class", init, (self.width,), jnp.float32).astype(self.dtype)
@@ -99,7 +116,18 @@ class CLIP(nn.Module):
     def __call__(self, images: jax.Array, tokens: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Return (z_image, z_text, log_scale): unit embeddings float32[B, embed_dim] and the clamped log scale."""
         z_image, z_text = normalize(self.encode_image(images)), normalize(self.encode_text(tokens, mask)[0])
-        return z_image, z_text, jnp.minimum(self.log_scale, math.log(100.0))
+        return z_image, z_text, _at_most(self.log_scale, math.log(100.0))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _at_most(x: jax.Array, high: float) -> jax.Array:
+    """Return min(x, high), with a gradient that may still bring x down from above."""
+    return jnp.minimum(x, high)
+
+
+_at_most.defvjp(
+    lambda x, high: (jnp.minimum(x, high), x), lambda high, x, g: (jnp.where((x > high) & (g < 0), 0.0, g),)
+)
 
 
 def normalize(z: jax.Array) -> jax.Array:

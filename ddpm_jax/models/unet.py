@@ -48,13 +48,15 @@ class UNet(nn.Module):
         emb: jax.Array | None = None,
         context: jax.Array | None = None,
         context_mask: jax.Array | None = None,
+        layout: jax.Array | None = None,
         *,
         train: bool = False,
     ) -> jax.Array:
         """Run the network.
 
         x: float[B, H, W, C]; t: [B]; emb: [B, 4 * channels], added to the time embedding; context: [B, M, D] tokens
-        for the attention layers with context_mask bool[B, M]. Returns float32[B, H, W, out_channels].
+        for the attention layers with context_mask bool[B, M]; layout: [B, H/patch, W/patch, E], concatenated to the
+        picture behind the stem. Returns float32[B, H, W, out_channels].
         Raises ValueError if the image size cannot be halved as often as the network has levels.
         """
         check_image_size(x.shape[1], self.patch, len(self.channel_mult))
@@ -75,7 +77,10 @@ class UNet(nn.Module):
                 return h
             return attention_class(self.head_channels, self.groups, self.dtype, name=name)(h, context, context_mask)
 
-        h = conv(self.channels, 3, "in_conv", self.dtype)(space_to_depth(x.astype(self.dtype), self.patch))
+        h = space_to_depth(x.astype(self.dtype), self.patch)
+        if layout is not None:
+            h = jnp.concatenate([h, layout.astype(self.dtype)], axis=-1)
+        h = conv(self.channels, 3, "in_conv", self.dtype)(h)
         skips = [h]
         levels = len(self.channel_mult)
         for level, mult in enumerate(self.channel_mult):
