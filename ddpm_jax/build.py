@@ -101,7 +101,13 @@ def make_clip(config: Config, vocab_size: int) -> CLIP:
     vision, text = clip["vision"], clip["text"]
     return CLIP(
         VisionTransformer(
-            clip["image_size"], clip["patch"], vision["width"], vision["layers"], vision["heads"], **shared
+            clip["image_size"],
+            clip["patch"],
+            vision["width"],
+            vision["layers"],
+            vision["heads"],
+            tuple(vision.get("stem", ())),  # weights from before there were stems say nothing of them
+            **shared,
         ),
         TextEncoder(vocab_size, config["text"]["length"], text["width"], text["layers"], text["heads"], **shared),
         clip["embed_dim"],
@@ -156,6 +162,7 @@ def make_decoder(config: Config, vocab_size: int) -> Decoder:
         decoder["context_width"],
         decoder["image_tokens"],
         pool_text=decoder["pool_text"],
+        layout_channels=decoder.get("layout_channels", 0),
         text_encoder=_text_encoder(decoder, config["text"], vocab_size),
         dtype=_dtype(decoder),
     )
@@ -167,6 +174,13 @@ def make_upsampler(config: Config) -> Upsampler:
     if up["image_size"] % up["low_size"] or (up["image_size"] // up["low_size"]).bit_count() != 1:
         raise ValueError(
             f"upsampler.image_size={up['image_size']} must be upsampler.low_size={up['low_size']} times a power of two"
+        )
+    if up["crop"] > up["image_size"]:
+        raise ValueError(f"upsampler.crop={up['crop']} must be at most upsampler.image_size={up['image_size']}")
+    if up["crop"] % (up["image_size"] // up["low_size"]):
+        raise ValueError(
+            f"upsampler.crop={up['crop']} must be a multiple of {up['image_size'] // up['low_size']}, by which "
+            "upsampler.image_size exceeds upsampler.low_size"
         )
     for size in (up["image_size"], up["crop"]):
         check_image_size(size, up["patch"], len(up["channel_mult"]))
@@ -202,7 +216,14 @@ def check_config(config: Config) -> None:
     for stage in STAGES:
         for field in ("num_steps", "batch_size", "log_every", "checkpoint_every", "keep", "accumulate"):
             _check_least(config[stage], f"{stage}.{field}", 1)
-        _check_least(config[stage], f"{stage}.preview_every", 0)
+        leasts = {"preview_every": 0, "layout_channels": 0, "patch": 1, "family": 1, "low_size": 1, "crop": 1}
+        for field in leasts.keys() & config[stage].keys():
+            _check_least(config[stage], f"{stage}.{field}", leasts[field])
+        if config[stage]["ema_decay"] == 1:
+            raise ValueError(f"{stage}.ema_decay=1 must be below 1, or the average never leaves the first parameters")
+        for field in ("drop_image", "drop_text", "blur_rate", "ema_decay", "dropout"):
+            if field in config[stage]:
+                _check_fraction(config[stage], f"{stage}.{field}")
     _check_least(config["sample"], "sample.batch_size", 1)
     _check_least(config["sample"]["prior"], "sample.prior.candidates", 1)
     _check_least(config["evaluation"], "evaluation.num_captions", 1)
@@ -222,7 +243,9 @@ def check_config(config: Config) -> None:
         with _naming(stage):
             process = make_stage_process(config[stage])
         with _naming(f"sample.{stage}"):
-            respace(process, make_sampling(config, stage).steps)
+            sampling = make_sampling(config, stage)
+            respace(process, sampling.steps)
+            sampling.step()
     _check_objectives(config)
     for size in {config["clip"]["image_size"], config["decoder"]["image_size"], config["upsampler"]["image_size"]}:
         with _naming("data"):
@@ -232,6 +255,8 @@ def check_config(config: Config) -> None:
 def _check_objectives(config: Config) -> None:
     for stage in ("decoder", "upsampler"):
         with _naming(stage):
+            if stage == "upsampler" and config[stage]["blur_sigma"] <= 0:
+                raise ValueError(f"blur_sigma={config[stage]['blur_sigma']} must be positive; blur_rate=0 never blurs")
             _choose(config[stage], "kind", dict.fromkeys(get_args(Kind)))
             make_weighting(config[stage])
     with _naming("decoder"):
@@ -246,6 +271,12 @@ def _check_least(part: Config, field: str, least: int) -> None:
     value = part[field.rpartition(".")[2]]
     if value < least:
         raise ValueError(f"{field}={value} must be at least {least}")
+
+
+def _check_fraction(part: Config, field: str) -> None:
+    value = part[field.rpartition(".")[2]]
+    if not 0 <= value <= 1:
+        raise ValueError(f"{field}={value} must lie between 0 and 1")
 
 
 @contextlib.contextmanager

@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from ddpm_jax.evaluation import faithfulness, measure
 from ddpm_jax.pipelines.unclip import UnCLIP
 from ddpm_jax.training import pictures
@@ -33,6 +35,8 @@ def write_comparison(pipeline: UnCLIP, directory: Path, *, num_captions: int, se
 
 def save_grid(path: Path, results: dict[str, dict[str, Any]], *, per_result: int, label_rows: bool = False) -> None:
     """Write the first pictures of each result, a row each, with their captions, or with the result's name."""
+    if jax.process_index() != 0:
+        return
     images, captions = [], []
     for name, result in results.items():
         count = min(per_result, len(result["images"]))

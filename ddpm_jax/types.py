@@ -1,7 +1,7 @@
 """The conventions every room of the house shares, and the callables the code speaks.
 
 Arrays
-    Images are uint8 up to the loader and float32 ``[B, H, W, C]`` in [-1, 1] past it.
+    Images are uint8 up to the batch and float32 ``[B, H, W, C]`` in [-1, 1] inside losses, samplers and networks.
     A timestep ``t`` is ``int32[B]`` in [0, T); 0 is the least noisy step, T - 1 is (almost) pure noise.
     ``xt`` may have any rank: ``[B, H, W, C]`` for images, ``[B, D]`` for embeddings. The last axis holds the channels.
     Losses and samplers compute in float32 whatever the dtype of the network.

@@ -4,6 +4,7 @@ import contextlib
 import json
 import logging
 import os
+import re
 import runpy
 import shutil
 import subprocess
@@ -97,8 +98,10 @@ def clip_run(with_clip, tmp_path):
 def trained(with_clip, tmp_path_factory):
     """A finished run."""
     directory = shutil.copytree(with_clip, tmp_path_factory.mktemp("trained") / "run")
-    with as_command("train", *train_flags(directory)) as command:
+    # Previews too: their networks run on all devices, with conditions that were prepared on the host.
+    with as_command("train", *train_flags(directory, decoder__preview_every=1)) as command:
         command()
+    assert (directory / "decoder" / "previews" / "step_000002_ema.png").exists()
     return directory
 
 
@@ -272,6 +275,27 @@ def test_a_checkpoint_of_another_config(call, clip_run, tmp_path):
     assert_one_sentence(result, 1, "the checkpoint of stage clip", "seed is 0 there and 7 here")
 
 
+def test_a_stage_that_has_saved_nothing_may_be_changed(call, clip_run):
+    status, _, err = call("train", *train_flags(clip_run, prior__learning_rate=0.5), "--stage", "clip")
+    assert status == 0, err
+    assert json.loads((clip_run / "run.json").read_text())["config"]["prior"]["learning_rate"] == 0.5
+
+
+def test_a_stage_goes_on_with_its_own_clip_only(call, trained, tmp_path):
+    """CLIP was trained anew under the stages that were trained with the old one."""
+    other = shutil.copytree(trained, tmp_path / "other")
+    status, _, err = call("train", *train_flags(tmp_path / "new", seed=3), "--stage", "clip")
+    assert status == 0, err
+    shutil.rmtree(other / "clip")
+    shutil.copytree(tmp_path / "new" / "clip", other / "clip")
+    for file in (other / "clip").rglob("config/*"):
+        file.write_text(re.sub(r'"seed": ?3', '"seed": 0', file.read_text()))
+    result = call("sample", *sample_flags(tmp_path), "--workdir", other)
+    assert_one_sentence(result, 1, "stage prior of", "was trained with another CLIP")
+    status, _, err = call("train", *train_flags(other), "--stage", "prior")
+    assert status == 1 and "was made with another config: clip_weights is" in err.splitlines()[-1]
+
+
 def cut(checkpoint):
     for path in checkpoint.rglob("*"):
         if path.is_file() and path.stat().st_size > 500 and path.parent.name == "d":
@@ -413,7 +437,10 @@ def run_python(code):
 
 
 def test_sampling_from_a_weights_file_loads_nothing_for_training():
-    modules = "import ddpm_jax.cli, ddpm_jax.pipelines, ddpm_jax.training.pictures, sys; print(*sys.modules)"
+    modules = (
+        "import ddpm_jax.cli, ddpm_jax.pipelines, ddpm_jax.training.pictures, sys; ddpm_jax.pipelines.load(); "
+        "print(*sys.modules)"
+    )
     status, out, err = run_python(modules)
     assert status == 0, err
     heavy = {"orbax", "grain", "tensorflow", "clu", "scipy", "optax", "tensorstore", "ml_collections"}

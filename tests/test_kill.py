@@ -113,7 +113,7 @@ def test_kill_and_stop_in_every_stage(tmp_path, uninterrupted):
 
 
 def test_kill_between_stages_and_while_measuring(tmp_path, uninterrupted):
-    """Killed when CLIP's last checkpoint has appeared, so before or while the embeddings are computed; then at the end.
+    """Killed when CLIP's last checkpoint has appeared, so before or while embeddings are computed; stopped at the end.
 
     Meanwhile a second run in the same directory is refused.
     """
@@ -134,8 +134,9 @@ def test_kill_between_stages_and_while_measuring(tmp_path, uninterrupted):
     assert (status, err) == (1, f"error: workdir {workdir} is in use by another run (pid {process.pid})\n")
 
     assert process.stdout.readline().startswith("trained clip, prior, decoder, upsampler")
-    process.kill()
-    finish(process)
+    process.terminate()
+    status, _, err = finish(process)
+    assert status == 143 and "error: stopped by SIGTERM; what was finished is kept\n" in err
     assert not (workdir / "faithfulness.json").exists()
 
     status, out, err = finish(start("train", *command(workdir)))

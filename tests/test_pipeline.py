@@ -361,6 +361,16 @@ def test_a_file_without_a_stage_or_with_another_config_is_one_sentence(weights, 
     refuse(bad, "cannot be read")
 
 
+def test_parameters_of_another_shape_are_named(weights, tmp_path):
+    arrays, meta = read(weights)
+    bad = tmp_path / "bad.safetensors"
+    arrays["clip/params/text_projection/kernel"] = zeros(3, 3, dtype=np.float16)
+    save_arrays(arrays, str(bad), metadata=meta)
+    with pytest.raises(ValueError, match="the parameters do not fit the networks.*kernel") as caught:
+        load(bad).generate(["a red circle"])
+    assert "\n" not in str(caught.value)
+
+
 def test_a_directory_that_is_not_a_run_is_one_sentence(tmp_path):
     with pytest.raises(LoadError, match="does not exist"):
         read_run(tmp_path / "missing")
@@ -381,5 +391,6 @@ def test_a_run_without_a_trained_stage_names_it(tmp_path):
 def test_the_bundled_weights_draw():
     pipeline = load()
     images = pipeline.generate(["a small red star in the center on white"], low_res=True)
-    assert images.shape == (1, 32, 32, 3)
+    size = pipeline.config["decoder"]["image_size"]
+    assert images.shape == (1, size, size, 3)
     assert images[0, 0].mean() > 200  # the background is what even an early state follows

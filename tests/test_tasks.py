@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from random_networks import fast_jit, normal, random_params
 
@@ -13,9 +14,12 @@ from ddpm_jax.models.prior import DiffusionPrior
 from ddpm_jax.models.text_encoder import TextEncoder
 from ddpm_jax.models.unet import UNet
 from ddpm_jax.models.upsampler import Upsampler
+from ddpm_jax.parallel.mesh import make_mesh, replicated, shard_batch
 from ddpm_jax.pipelines.stages import Sampling
 from ddpm_jax.process import make_process
 from ddpm_jax.schedules import cosine_betas
+from ddpm_jax.training.state import create_state
+from ddpm_jax.training.step import make_train_step
 from ddpm_jax.training.tasks import ClipTask, DecoderTask, PriorTask, UpsamplerTask, gaussian_blur3
 
 B, L, D, VOCAB, SIZE = 8, 5, 6, 11, 8
@@ -72,6 +76,24 @@ def make_task(name):
 
 
 TASKS = ["clip", "prior own text", "decoder", "decoder hybrid own text", "upsampler"]
+
+
+@pytest.mark.parametrize("name", ["clip", "decoder"])
+def test_a_step_is_the_same_on_one_device_and_on_eight(name):
+    """CLIP compares pictures on one device with captions on others; the decoder's frozen tower runs before the step."""
+    results, tx = [], optax.sgd(0.1)
+    for devices in (jax.devices()[:1], jax.devices()):
+        task, mesh = make_task(name), make_mesh({"data": -1}, devices=devices)
+        state = create_state(task, tx, jax.random.key(0), mesh)
+        batch = shard_batch(jax.device_get(make_batch()), mesh)
+        if task.frozen is not None:
+            batch = fast_jit(task.prepare)(jax.device_put(task.frozen, replicated(mesh)), batch)
+        step = fast_jit(make_train_step(task, tx, ema_decay=0.9))
+        results.append(jax.device_get(step(state, batch, jax.device_put(jax.random.key(1), replicated(mesh)))))
+    for a, b in zip(*map(jax.tree.leaves, results), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+    before = jax.tree.leaves(jax.device_get(state.params))
+    assert any(np.abs(a - b).max() > 1e-3 for a, b in zip(before, jax.tree.leaves(results[0][0].params), strict=True))
 
 
 @pytest.mark.parametrize("name", TASKS)

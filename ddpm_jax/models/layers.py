@@ -1,7 +1,7 @@
 """Layers shared by the networks: normalisation, attention, time embedding, residual blocks.
 
-Parameters are always float32; `dtype` is the compute type (bfloat16 on TPU). Norm statistics, softmax and time
-embeddings stay in float32. Submodule names are checkpoint keys, so all of them are explicit.
+Parameters are always float32; `dtype` is the compute type (bfloat16 on TPU). Norm statistics, softmax and the
+sinusoids of t are computed in float32. Submodule names are checkpoint keys, so all of them are explicit.
 """
 
 from collections.abc import Callable

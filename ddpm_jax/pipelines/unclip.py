@@ -5,6 +5,7 @@ import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
+import flax.errors
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -87,7 +88,8 @@ class UnCLIP:
     ) -> np.ndarray:
         """Draw one picture for every prompt.
 
-        Picture i depends on seed, i and prompt i; neither on the batch size nor on the other prompts.
+        Picture i depends on seed, i and prompt i; on the batch size, and so on the number of prompts, only as float32
+        rounding does, which is one grey level at the most where it shows.
 
         Args:
             prompts: captions, none of them empty; one too long is cut, with a warning.
@@ -106,7 +108,8 @@ class UnCLIP:
             uint8[N, R, R, 3].
 
         Raises:
-            ValueError: if there is no prompt, one is empty or has an unknown word, or an argument does not fit.
+            ValueError: if there is no prompt, one is empty or has an unknown word, an argument does not fit, or the
+                parameters do not fit the config.
             TypeError: if `prompts` is one string.
         """
         _check_request(prompts, embedding, images, batch_size)
@@ -118,7 +121,13 @@ class UnCLIP:
         done = []
         for rows in _batches(len(prompts), size):
             picture = None if images is None else jnp.asarray(images[rows])
-            out = _generate(options, self.params, tokens[rows], mask[rows], keys[rows], picture)
+            try:
+                out = _generate(options, self.params, tokens[rows], mask[rows], keys[rows], picture)
+            except flax.errors.FlaxError as error:
+                reason = str(error).partition(" (http")[0]
+                raise ValueError(
+                    f"the parameters do not fit the networks that the config describes: {reason}"
+                ) from error
             fresh = min(len(prompts) - size * len(done), size)
             done.append(np.asarray(out)[:fresh])
             if report is not None:

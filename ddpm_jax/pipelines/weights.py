@@ -21,6 +21,8 @@ from ddpm_jax.pipelines.unclip import UnCLIP
 
 FORMAT = "ddpm_jax unclip 1"
 RUN_FILE = "run.json"
+# In the config of a stage's checkpoint: the fingerprint of the CLIP that the stage was trained with.
+CLIP_WEIGHTS = "clip_weights"
 
 
 class LoadError(RuntimeError):
@@ -32,7 +34,8 @@ def load(path: str | os.PathLike | None = None, *, ema: bool = True) -> UnCLIP:
 
     Args:
         path: a workdir of `ddpm_jax.train`, a weights file, or None for the weights that the package carries.
-        ema: for a workdir, True takes the averaged parameters and False the raw ones.
+        ema: for a workdir, True takes the averaged parameters and False the raw ones; of CLIP always the average, with
+            which the other stages were trained.
 
     Raises:
         LoadError: if there is nothing to load there, or it cannot be read.
@@ -71,13 +74,21 @@ def load_run(workdir: str | os.PathLike, *, ema: bool = True) -> UnCLIP:
     run = read_run(workdir)
     # Here and not above: it loads Orbax, which a weights file does not need.
     from ddpm_jax.training.checkpoint import CheckpointError, config_differences, restore_params
+    from ddpm_jax.training.embeddings import tree_fingerprint
 
     params = {}
     for stage in build.STAGES:
         try:
-            params[stage], config = restore_params(Path(workdir) / stage, ema=ema)
+            # The other stages were trained with the average of CLIP.
+            params[stage], config = restore_params(Path(workdir) / stage, ema=ema or stage == "clip")
         except CheckpointError as error:
             raise LoadError(f"stage {stage} of {workdir} cannot be loaded: {error}") from error
+        trained_with = config.pop(CLIP_WEIGHTS, None)
+        if trained_with not in (None, tree_fingerprint(params["clip"])):
+            raise LoadError(
+                f"stage {stage} of {workdir} was trained with another CLIP than the one there; train {stage} again, in "
+                "a new workdir or after removing its directory"
+            )
         differences = config_differences(config, {field: run["config"].get(field) for field in config})
         if differences:
             raise LoadError(
@@ -136,6 +147,10 @@ def save_file(pipeline: UnCLIP, path: str | os.PathLike, *, dtype: Any = np.floa
     new = path.with_name(path.name + ".tmp")
     try:
         save(arrays, str(new), metadata=dict(meta))
+        # safetensors makes its files private; this one gets the rights that any new file would have.
+        mask = os.umask(0)
+        os.umask(mask)
+        new.chmod(0o666 & ~mask)
         os.replace(new, path)
     finally:
         new.unlink(missing_ok=True)

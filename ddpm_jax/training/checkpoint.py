@@ -310,24 +310,33 @@ class Checkpoints:
         self._manager.reload()
 
 
-def restore_params(directory: str | os.PathLike, *, ema: bool = True) -> tuple[Any, dict[str, Any]]:
+def restore_params(
+    directory: str | os.PathLike, *, ema: bool = True, step: int | None = None
+) -> tuple[Any, dict[str, Any]]:
     """Read the parameters of a stage's newest readable checkpoint, and the config they were trained with.
 
     Args:
       directory: the stage's directory.
       ema: True for the moving average, False for the raw parameters.
+      step: the step that it must be of; None takes any.
 
     Returns:
       (params, config): a tree of `jax.Array` on the default device, and plain dicts, lists and numbers.
 
     Raises:
-      CheckpointError: when there is no checkpoint, or none that can be read.
+      CheckpointError: when there is no checkpoint, or none that can be read, or the newest readable one is of
+        another step.
     """
     checkpoints = Checkpoints(directory, read_only=True)
     try:
-        params, config, _ = checkpoints.restore_tree("ema_params" if ema else "params")
+        params, config, meta = checkpoints.restore_tree("ema_params" if ema else "params")
     finally:
         checkpoints.close()
+    if step not in (None, meta["step"]):
+        raise CheckpointError(
+            f"the checkpoint of step {step} in {directory} cannot be read, only that of step {meta['step']}; train "
+            "that stage again"
+        )
     return params, config
 
 

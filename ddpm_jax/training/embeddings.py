@@ -126,7 +126,8 @@ def _write(directory: Path, mark: str, arrays: Mapping[str, np.ndarray]) -> None
         shutil.rmtree(directory, ignore_errors=True)
         os.replace(new, directory)
     except OSError as error:
-        shutil.rmtree(new, ignore_errors=True)
         # numpy tells a short write by the number of items, without an errno.
         reason = error.strerror or f"{error}; is the disk full?"
         raise OSError(error.errno or errno.EIO, f"could not write the embeddings: {reason}", str(directory)) from error
+    finally:
+        shutil.rmtree(new, ignore_errors=True)

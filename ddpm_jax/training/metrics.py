@@ -122,8 +122,9 @@ def _keep_until(path: Path, last_step: int) -> None:
         temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         os.replace(temporary, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise OSError(error.errno, f"could not write metrics: {error.strerror}", str(path)) from error
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _tensorboard_writer(directory: Path) -> Any:

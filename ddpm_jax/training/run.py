@@ -5,6 +5,7 @@ workdir/<stage>/              checkpoints/, previews/, metrics.jsonl
 workdir/embeddings/           CLIP embeddings of the data set, computed once
 """
 
+import contextlib
 import json
 import math
 import os
@@ -23,7 +24,7 @@ from ddpm_jax.data.tokenizer import Tokenizer
 from ddpm_jax.data.transforms import Keep, RandomCrop, Tokenize
 from ddpm_jax.parallel.mesh import DATA_AXIS, make_mesh
 from ddpm_jax.pipelines import stages
-from ddpm_jax.pipelines.weights import RUN_FILE, LoadError, read_run
+from ddpm_jax.pipelines.weights import CLIP_WEIGHTS, RUN_FILE, LoadError, read_run
 from ddpm_jax.training.checkpoint import NOT_COMPARED, SUBDIRECTORY, config_differences, lock_workdir, restore_params
 from ddpm_jax.training.embeddings import EmbeddedSource, cached_embeddings, tree_fingerprint
 from ddpm_jax.training.loop import train
@@ -51,12 +52,13 @@ def run_stages(config: Mapping[str, Any], workdir: str | os.PathLike, names: Seq
     build.check_config(config)
     workdir = Path(workdir)
     # Before the lock too, which would leave its file in a directory that is not ours.
-    _check_workdir(workdir, config)
     run = _Run(config, workdir, build.make_tokenizer(config))
-    if not (workdir / RUN_FILE).exists():
+    _check_workdir(run)
+    if not (workdir / RUN_FILE).exists() or read_run(workdir)["config"] != json.loads(json.dumps(config)):
         _rehearse(run)
-    with lock_workdir(workdir):
-        _check_workdir(workdir, config)
+    # On a shared disk the first process holds the directory for all of them.
+    with lock_workdir(workdir) if jax.process_index() == 0 else contextlib.nullcontext():
+        _check_workdir(run)
         run.claim()
         for name in names:
             run.start(name)
@@ -91,11 +93,11 @@ class _Run:
         """Return CLIP's averaged parameters."""
         if not is_trained(self.config, self.workdir, "clip"):
             raise ValueError(f"stage {stage} needs a trained CLIP in {self.workdir}; train the stage clip first")
-        params, _ = restore_params(self.workdir / "clip")
+        params, _ = restore_params(self.workdir / "clip", step=self.config["clip"]["num_steps"])
         return params
 
-    def train(self, task: Task, source: Source, transforms: Sequence[Any]) -> None:
-        """Train one stage."""
+    def train(self, task: Task, source: Source, transforms: Sequence[Any], **made_with: str) -> None:
+        """Train one stage; `made_with` is kept with its config, so that a stage never goes on with other weights."""
         config, name = self.config, task.name
         stage = config[name]
         mesh = make_mesh({"data": -1})
@@ -108,7 +110,7 @@ class _Run:
             shard_count=jax.process_count(),
         )
         tx, schedule = build.make_stage_optimizer(stage)
-        kept = {field: config[field] for field in ("seed", *build.DEPENDS[name], name)}
+        kept = {field: config[field] for field in ("seed", *build.DEPENDS[name], name)} | made_with
         train(
             task,
             loader,
@@ -158,7 +160,8 @@ class _Run:
                 record = transform(record)
             records.append(record)
         batch = {name: np.stack([record[name] for record in records]) for name in records[0]}
-        return task.prepare(task.frozen, batch) if task.frozen is not None else batch
+        # On the host: the previews run wherever the state of the task is.
+        return jax.device_get(task.prepare(task.frozen, batch)) if task.frozen is not None else batch
 
 
 def _train_clip(run: _Run) -> None:
@@ -182,7 +185,8 @@ def _prior_task(run: _Run, clip_params: Any) -> PriorTask:
 def _train_prior(run: _Run) -> None:
     params = run.clip_params("prior")
     source = run.embedded(build.make_source(run.config, resolution=run.config["clip"]["image_size"]), params)
-    run.train(_prior_task(run, params), source, (run.tokenize(), Keep(("tokens", "mask", "z_image", "z_text"))))
+    transforms = (run.tokenize(), Keep(("tokens", "mask", "z_image", "z_text")))
+    run.train(_prior_task(run, params), source, transforms, **{CLIP_WEIGHTS: tree_fingerprint(params)})
 
 
 def _decoder_task(run: _Run, clip_params: Any) -> DecoderTask:
@@ -208,7 +212,7 @@ def _train_decoder(run: _Run) -> None:
     transforms = (run.tokenize(), Keep(("image", "tokens", "mask", "z_image", "z_text")))
     task = _decoder_task(run, params)
     task.preview_batch = run.previews(source, transforms, task)
-    run.train(task, source, transforms)
+    run.train(task, source, transforms, **{CLIP_WEIGHTS: tree_fingerprint(params)})
 
 
 def _upsampler_task(run: _Run) -> UpsamplerTask:
@@ -263,21 +267,34 @@ def _rehearse(run: _Run) -> None:
             raise ValueError(f"the config of stage {name} cannot work: {error}") from error
 
 
-def _check_workdir(workdir: Path, config: Mapping[str, Any]) -> None:
-    """Raise LoadError for a foreign directory, or one with a run of another config."""
+def _check_workdir(run: _Run) -> None:
+    """Raise LoadError for a foreign directory, or one with a run of another config or another vocabulary."""
+    workdir, config = run.workdir, run.config
     if workdir.exists() and not workdir.is_dir():
         raise LoadError(f"workdir {workdir} is a file, not a directory")
     if (workdir / RUN_FILE).exists():
-        saved = read_run(workdir)["config"]
-        ignore = NOT_COMPARED | {"sample", "evaluation", "stages"}
+        earlier = read_run(workdir)
+        saved = earlier["config"]
+        # A stage that has saved nothing yet may be changed; every checkpoint holds the config that it depends on.
+        fresh = {stage for stage in build.STAGES if not _has_checkpoint(workdir / stage)}
+        ignore = NOT_COMPARED | {"sample", "evaluation", "stages"} | fresh
         differences = config_differences(saved, json.loads(json.dumps(config)), ignore=ignore)
         if differences:
             raise LoadError(
                 f"workdir {workdir} holds a run of another config: {'; '.join(differences)}; give that config or "
                 "another workdir"
             )
+        if fresh != set(build.STAGES) and earlier["tokenizer"] != json.loads(json.dumps(run.tokenizer.to_config())):
+            raise LoadError(
+                f"workdir {workdir} holds a run of another vocabulary, of version {earlier['version']} of this "
+                "package; give another workdir"
+            )
     elif workdir.exists() and any(not _is_own(entry.name) for entry in workdir.iterdir()):
         raise LoadError(f"workdir {workdir} is not empty and holds no training run; give a new or empty directory")
+
+
+def _has_checkpoint(stage: Path) -> bool:
+    return (stage / SUBDIRECTORY).is_dir() and any(entry.name.isdigit() for entry in (stage / SUBDIRECTORY).iterdir())
 
 
 def _is_own(name: str) -> bool:
@@ -295,5 +312,6 @@ def write_json(path: Path, value: Any) -> None:
         new.write_text(json.dumps(value, indent=1) + "\n")
         os.replace(new, path)
     except OSError as error:
-        new.unlink(missing_ok=True)
         raise OSError(error.errno, f"could not write the file: {error.strerror}", str(path)) from error
+    finally:
+        new.unlink(missing_ok=True)
