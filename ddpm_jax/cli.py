@@ -3,12 +3,15 @@
 Each program has a `flags.FlagValues` of its own, so that all of them can be imported, and run, in one process.
 """
 
+import contextlib
 import difflib
 import importlib.util
 import logging as python_logging
 import os
 import re
+import signal as signals
 import sys
+import threading
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -55,16 +58,40 @@ def run(main: Callable[[], Any], flag_values: flags.FlagValues, *, config: str |
     """
     _say_in_one_line()
     try:
-        if not _wants_help(flag_values):
-            _parse(flag_values, config)
-            main()
+        with _ending_on_sigterm():
+            if not _wants_help(flag_values):
+                _parse(flag_values, config)
+                main()
     except KeyboardInterrupt:
         _stop("interrupted", 130)
+    except _Terminated:
+        _stop("stopped by SIGTERM; what was finished is kept", 143)
     except Exception as error:
         message = _sentence(error)
         if message is None:
             raise
         _stop(message, _status(error))
+
+
+class _Terminated(BaseException):
+    """SIGTERM outside of a training loop, which has a handler of its own."""
+
+
+@contextlib.contextmanager
+def _ending_on_sigterm() -> Iterator[None]:
+    """Let SIGTERM unwind the program, so that files in the making are removed and there is a last word."""
+
+    def end(number: int, frame: object) -> None:
+        raise _Terminated
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = signals.signal(signals.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signals.signal(signals.SIGTERM, previous)
 
 
 def check_can_write(path: str | os.PathLike, *, what: str) -> None:
