@@ -11,6 +11,7 @@ path, not good pictures; `configs/shapes.py:smoke` makes a few steps of each sta
 """
 
 from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
 
 VARIANTS = ("", "quick", "smoke")
 
@@ -49,17 +50,17 @@ def get_config(variant: str = "") -> ConfigDict:
     config.stages = ("clip", "prior", "decoder", "upsampler")
     config.data = {"name": "shapes", "seed": 0, "num_examples": 40_000, "two_fraction": 0.25}
     config.text = {"tokenizer": "compact", "length": 24}
-    config.clip = training(256, 500, 2e-3) | {
+    config.clip = training(256, 1100, 2e-3) | {
         "image_size": 32,
-        "family": 4,
-        "patch": 4,
+        "family": 8,
+        "patch": 8,
         "embed_dim": 64,
-        "vision": {"width": 64, "layers": 3, "heads": 1},
-        "text": {"width": 96, "layers": 2, "heads": 2},
+        "vision": {"width": 96, "layers": 1, "heads": 3, "stem": (32, 64, 128)},
+        "text": {"width": 96, "layers": 2, "heads": 3},
         "activation": "quick_gelu",
         "weight_decay": 0.1,
     }
-    config.prior = training(128, 1200, 2e-3) | {
+    config.prior = training(128, 1000, 2e-3) | {
         "width": 96,
         "layers": 3,
         "heads": 2,
@@ -70,7 +71,7 @@ def get_config(variant: str = "") -> ConfigDict:
         "drop_text": 0.1,
         "activation": "quick_gelu",
     }
-    config.decoder = training(32, 6500, 2e-3, checkpoint_every=1000, preview_every=2000) | {
+    config.decoder = training(32, 6000, 2e-3, checkpoint_every=1000, preview_every=2000) | {
         "image_size": 32,
         "channels": 64,
         "channel_mult": (1, 2),
@@ -81,7 +82,8 @@ def get_config(variant: str = "") -> ConfigDict:
         "dropout": 0.0,
         "context_width": 128,
         "image_tokens": 4,
-        "pool_text": False,
+        "pool_text": True,
+        "layout_channels": 64,
         "text_encoder": None,
         "schedule": "cosine",
         "diffusion_steps": 1000,
@@ -91,10 +93,10 @@ def get_config(variant: str = "") -> ConfigDict:
         "stratified": True,
         "weighting": {"power": 0.5, "bound": 4.0},
         "vlb_weight": 1e-3,
-        "drop_image": 0.1,
-        "drop_text": 0.3,
+        "drop_image": 0.2,
+        "drop_text": 0.2,
     }
-    config.upsampler = training(32, 1000, 1.5e-3) | {
+    config.upsampler = training(32, 800, 1.5e-3) | {
         "image_size": 64,
         "low_size": 32,
         "crop": 32,
@@ -112,7 +114,7 @@ def get_config(variant: str = "") -> ConfigDict:
         "noise": 0.1,
     }
     config.sample = {
-        "prior": {"steps": "25", "eta": None, "scale": 1.0, "candidates": 2},
+        "prior": {"steps": "25", "eta": placeholder(float), "scale": 1.0, "candidates": 2},
         "decoder": {"steps": "25", "eta": 0.0, "scale": 2.0},
         "upsampler": {"steps": "8", "eta": 0.0, "scale": 1.0},
         "batch_size": 64,
@@ -142,13 +144,14 @@ def smoke(config: ConfigDict) -> None:
         config[stage].update(
             num_steps=2, batch_size=8, warmup_steps=1, log_every=1, checkpoint_every=1, preview_every=2
         )
-    config.clip.update(patch=16, embed_dim=16, vision={"width": 16, "layers": 1, "heads": 2})
+    config.clip.update(patch=16, embed_dim=16, vision={"width": 16, "layers": 1, "heads": 2, "stem": (16,)})
+    config.clip.update(batch_size=16, family=2)  # so that 1, 2, 4 and 8 devices can share it
     config.clip.update(text={"width": 16, "layers": 1, "heads": 2})
     config.prior.update(width=16, layers=1, heads=2)
     config.decoder.update(
         channels=32, channel_mult=(1, 1), num_res_blocks=1, head_channels=16, patch=8, context_width=16
     )
-    config.decoder.update(attention_resolutions=(2,))
+    config.decoder.update(attention_resolutions=(2,), layout_channels=4)
     config.upsampler.update(channels=32, channel_mult=(1, 1), patch=8)
     config.sample.prior.update(steps="2", candidates=1)
     config.sample.decoder.update(steps="2")

@@ -30,6 +30,7 @@ What differs from the paper:
 """
 
 from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
 
 VARIANTS = ("", "smoke")
 
@@ -73,7 +74,7 @@ def get_config(variant: str = "") -> ConfigDict:
         "family": 1,
         "patch": 16,
         "embed_dim": 1024,
-        "vision": {"width": 1280, "layers": 32, "heads": 16},
+        "vision": {"width": 1280, "layers": 32, "heads": 16, "stem": ()},
         "text": {"width": 1024, "layers": 24, "heads": 16},
         "activation": "gelu",
         "weight_decay": 0.2,
@@ -103,6 +104,7 @@ def get_config(variant: str = "") -> ConfigDict:
         "context_width": 2048,
         "image_tokens": 4,
         "pool_text": False,
+        "layout_channels": 0,
         "text_encoder": {"width": 2048, "layers": 24, "heads": 32},
         "schedule": "cosine",
         "diffusion_steps": 1000,
@@ -133,8 +135,8 @@ def get_config(variant: str = "") -> ConfigDict:
         "noise": 0.0,
     }
     config.sample = {
-        "prior": {"steps": "64", "eta": None, "scale": 1.0, "candidates": 2},
-        "decoder": {"steps": "250", "eta": None, "scale": 1.25},
+        "prior": {"steps": "64", "eta": placeholder(float), "scale": 1.0, "candidates": 2},
+        "decoder": {"steps": "250", "eta": placeholder(float), "scale": 1.25},
         "upsampler": {"steps": "fast27", "eta": 0.0, "scale": 1.0},
         "batch_size": 64,
     }
@@ -179,7 +181,7 @@ def smoke(config: ConfigDict) -> None:
         config[stage].update(
             num_steps=2, batch_size=8, warmup_steps=1, log_every=1, checkpoint_every=1, preview_every=2
         )
-    config.clip.update(image_size=32, embed_dim=16, vision={"width": 16, "layers": 1, "heads": 2})
+    config.clip.update(image_size=32, embed_dim=16, vision={"width": 16, "layers": 1, "heads": 2, "stem": ()})
     config.clip.update(text={"width": 16, "layers": 1, "heads": 2})
     config.prior.update(width=16, layers=1, heads=2)
     config.decoder.update(
