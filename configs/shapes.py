@@ -4,8 +4,8 @@
 
 trains CLIP, the diffusion prior, a 32 x 32 decoder and a 32 -> 64 upsampler, and measures how faithful pictures are to
 captions. The weights that the package carries are a run of it; docs/shapes.md has its duration, its result and the
-hardware. Variants: `configs/shapes.py:quick` trains for a few minutes and show the
-path, not good pictures; `configs/shapes.py:smoke` makes a few steps of each stage with tiny networks.
+hardware. Variants: `configs/shapes.py:quick` trains for a few minutes and shows the path, not good pictures;
+`configs/shapes.py:smoke` makes a few steps of each stage with tiny networks.
 """
 
 from ml_collections import ConfigDict
