@@ -106,7 +106,7 @@ def make_clip(config: Config, vocab_size: int) -> CLIP:
             vision["width"],
             vision["layers"],
             vision["heads"],
-            tuple(vision.get("stem", ())),  # weights from before there were stems say nothing of them
+            tuple(vision["stem"]),
             **shared,
         ),
         TextEncoder(vocab_size, config["text"]["length"], text["width"], text["layers"], text["heads"], **shared),
@@ -162,7 +162,7 @@ def make_decoder(config: Config, vocab_size: int) -> Decoder:
         decoder["context_width"],
         decoder["image_tokens"],
         pool_text=decoder["pool_text"],
-        layout_channels=decoder.get("layout_channels", 0),
+        layout_channels=decoder["layout_channels"],
         text_encoder=_text_encoder(decoder, config["text"], vocab_size),
         dtype=_dtype(decoder),
     )
