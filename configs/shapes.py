@@ -2,7 +2,7 @@
 
     python -m ddpm_jax.train --config configs/shapes.py --workdir /tmp/shapes
 
-trains CLIP, the diffusion prior, a 32 x 32 decoder and a 32 -> 64 upsampler, and measures how faithful pictures are to
+trains CLIP, the diffusion prior, a 16 x 16 decoder and a 16 -> 64 upsampler, and measures how faithful pictures are to
 captions. The weights that the package carries are a run of it; docs/shapes.md has its duration, its result and the
 hardware. Variants: `configs/shapes.py:quick` trains for a few minutes and shows the path, not good pictures;
 `configs/shapes.py:smoke` makes a few steps of each stage with tiny networks.
@@ -46,15 +46,15 @@ def get_config(variant: str = "") -> ConfigDict:
     config = ConfigDict()
     config.seed = 0
     config.stages = ("clip", "prior", "decoder", "upsampler")
-    config.data = {"name": "shapes", "seed": 0, "num_examples": 40_000, "two_fraction": 0.25}
+    config.data = {"name": "shapes", "seed": 0, "num_examples": 40_000, "two_fraction": 0.15}
     config.text = {"tokenizer": "compact", "length": 24}
-    config.clip = training(256, 1100, 2e-3) | {
+    config.clip = training(256, 1400, 2e-3) | {
         "image_size": 32,
         "family": 8,
         "patch": 8,
         "embed_dim": 64,
         "vision": {"width": 96, "layers": 1, "heads": 3, "stem": (32, 64, 128)},
-        "text": {"width": 96, "layers": 2, "heads": 3},
+        "text": {"width": 96, "layers": 1, "heads": 3},
         "activation": "quick_gelu",
         "weight_decay": 0.1,
     }
@@ -69,20 +69,21 @@ def get_config(variant: str = "") -> ConfigDict:
         "drop_text": 0.1,
         "activation": "quick_gelu",
     }
-    config.decoder = training(32, 6000, 2e-3, checkpoint_every=1000, preview_every=2000) | {
-        "image_size": 32,
+    config.decoder = training(32, 4300, 2e-3, checkpoint_every=1000, preview_every=2000) | {
+        "image_size": 16,
         "channels": 64,
         "channel_mult": (1, 2),
         "num_res_blocks": 1,
         "attention_resolutions": (4,),
         "head_channels": 64,
-        "patch": 4,
+        "patch": 2,
         "dropout": 0.0,
         "context_width": 128,
         "image_tokens": 4,
-        "pool_text": True,
+        "text_embedding": False,
+        "word_vectors": True,
         "layout_channels": 64,
-        "text_encoder": None,
+        "text_encoder": {"width": 96, "layers": 1, "heads": 3},
         "schedule": "cosine",
         "diffusion_steps": 1000,
         "kind": "x0",
@@ -91,13 +92,13 @@ def get_config(variant: str = "") -> ConfigDict:
         "stratified": True,
         "weighting": {"power": 0.5, "bound": 4.0},
         "vlb_weight": 1e-3,
-        "drop_image": 0.2,
-        "drop_text": 0.2,
+        "drop_image": 0.35,
+        "drop_text": 0.1,
     }
-    config.upsampler = training(32, 800, 1.5e-3) | {
+    config.upsampler = training(16, 1700, 2e-3) | {
         "image_size": 64,
-        "low_size": 32,
-        "crop": 32,
+        "low_size": 16,
+        "crop": 64,
         "channels": 64,
         "channel_mult": (1,),
         "num_res_blocks": 2,
@@ -109,11 +110,11 @@ def get_config(variant: str = "") -> ConfigDict:
         "weighting": None,
         "blur_sigma": 0.6,
         "blur_rate": 0.5,
-        "noise": 0.1,
+        "noise": 0.2,
     }
     config.sample = {
         "prior": {"steps": "25", "eta": placeholder(float), "scale": 1.0, "candidates": 2},
-        "decoder": {"steps": "25", "eta": 0.0, "scale": 2.0},
+        "decoder": {"steps": "25", "eta": 0.0, "scale": 1.5},
         "upsampler": {"steps": "8", "eta": 0.0, "scale": 1.0},
         "batch_size": 64,
     }
@@ -130,7 +131,7 @@ def get_config(variant: str = "") -> ConfigDict:
 def quick(config: ConfigDict) -> None:
     """Cut the stages to a few minutes in all on two cores; the networks stay."""
     config.data.num_examples = 4_000
-    for stage, num_steps in {"clip": 80, "prior": 100, "decoder": 200, "upsampler": 40}.items():
+    for stage, num_steps in {"clip": 100, "prior": 100, "decoder": 250, "upsampler": 60}.items():
         config[stage].update(num_steps=num_steps, warmup_steps=num_steps // 10, preview_every=num_steps)
     config.evaluation.num_captions = 64
 
@@ -147,9 +148,10 @@ def smoke(config: ConfigDict) -> None:
     config.clip.update(text={"width": 16, "layers": 1, "heads": 2})
     config.prior.update(width=16, layers=1, heads=2)
     config.decoder.update(
-        channels=32, channel_mult=(1, 1), num_res_blocks=1, head_channels=16, patch=8, context_width=16
+        channels=32, channel_mult=(1, 1), num_res_blocks=1, head_channels=16, patch=4, context_width=16
     )
     config.decoder.update(attention_resolutions=(2,), layout_channels=4)
+    config.decoder.text_encoder.update(width=16, heads=2)
     config.upsampler.update(channels=32, channel_mult=(1, 1), patch=8)
     config.sample.prior.update(steps="2", candidates=1)
     config.sample.decoder.update(steps="2")

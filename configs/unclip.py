@@ -21,6 +21,7 @@ What differs from the paper:
   stages here have their true sizes; another source is one more name in `build.make_source`.
 - Prior: it reads the hidden states of the frozen CLIP text tower, as Karlo's does. The paper does not say what encodes
   its text; with an encoder of 24 x 2048 of its own beside it, it would have 2.5B parameters, not 1B.
+- Decoder: the CLIP text embedding is added to the time embedding, as Karlo does.
 - Text: 77 tokens everywhere. The paper's own text encoders read 256, its CLIP 77.
 - Sampling: the prior has the fixed small variance, the paper an analytic one (Bao et al. 2022).
 - CLIP: no sharpness-aware minimisation. Batch size, length and schedule are ours, the optimiser is that of Radford et
@@ -103,7 +104,8 @@ def get_config(variant: str = "") -> ConfigDict:
         "dropout": 0.1,
         "context_width": 2048,
         "image_tokens": 4,
-        "pool_text": False,
+        "text_embedding": True,
+        "word_vectors": False,
         "layout_channels": 0,
         "text_encoder": {"width": 2048, "layers": 24, "heads": 32},
         "schedule": "cosine",

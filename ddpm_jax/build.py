@@ -156,12 +156,15 @@ def make_decoder(config: Config, vocab_size: int) -> Decoder:
         attention_resolutions=tuple(decoder["attention_resolutions"]),
         head_channels=decoder["head_channels"],
     )
+    if decoder["word_vectors"] and decoder["text_encoder"] is None:
+        raise ValueError("word_vectors=True needs a text_encoder of the decoder's own, got text_encoder=None")
     return Decoder(
         unet,
         config["clip"]["embed_dim"],
         decoder["context_width"],
         decoder["image_tokens"],
-        pool_text=decoder["pool_text"],
+        text_embedding=decoder["text_embedding"],
+        word_vectors=vocab_size if decoder["word_vectors"] else 0,
         layout_channels=decoder["layout_channels"],
         text_encoder=_text_encoder(decoder, config["text"], vocab_size),
         dtype=_dtype(decoder),

@@ -8,6 +8,8 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import jax
 
 CACHE = Path(os.environ.get("JAX_COMPILATION_CACHE_DIR", Path(__file__).parent / ".cache" / "jax"))
+# Entries of the cache are not written in one piece, so every worker of pytest-xdist has its own.
+CACHE /= os.environ.get("PYTEST_XDIST_WORKER", "")
 
 CACHE.mkdir(parents=True, exist_ok=True)
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:

@@ -98,7 +98,7 @@ def clip_run(with_clip, tmp_path):
 def trained(with_clip, tmp_path_factory):
     """A finished run."""
     directory = shutil.copytree(with_clip, tmp_path_factory.mktemp("trained") / "run")
-    # Previews too: their networks run on all devices, with conditions that were prepared on the host.
+    # Previews too: their networks run on all devices.
     with as_command("train", *train_flags(directory, decoder__preview_every=1)) as command:
         command()
     assert (directory / "decoder" / "previews" / "step_000002_ema.png").exists()
@@ -153,7 +153,7 @@ def test_a_wrong_config_file(call, tmp_path):
         ({"clip__num_steps": -3}, ["clip.num_steps=-3 must be at least 1"]),
         (
             {"decoder__image_size": 30},
-            ["decoder: image size 30 cannot be halved by this U-Net", "multiple of 8"],
+            ["decoder: image size 30 cannot be halved by this U-Net", "multiple of 4"],
         ),
         ({"upsampler__crop": 20}, ["upsampler: image size 20 cannot be halved"]),
         ({"decoder__batch_size": 12}, ["decoder.batch_size=12 must be a multiple of 8 = 8 (devices)"]),

@@ -79,6 +79,13 @@ def test_an_unknown_variant_is_named_and_every_config_has_the_same_fields(name):
     assert ours == reference
 
 
+def test_word_vectors_without_a_text_encoder_are_refused_by_name():
+    config = plain(FILES["shapes"].get_config("smoke").to_dict())
+    config["decoder"]["text_encoder"] = None
+    with pytest.raises(ValueError, match="decoder: word_vectors=True needs a text_encoder"):
+        build.check_config(config)
+
+
 @pytest.mark.parametrize("name", FILES)
 def test_smoke_takes_a_train_step_of_every_stage(name):
     config = plain(FILES[name].get_config("smoke").to_dict())

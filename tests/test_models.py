@@ -50,7 +50,7 @@ def encoder(**options):
 def make_decoder(own_text=False, **options):
     unet = UNet(16, 3, (1, 2), 1, (4,), head_channels=8, groups=4, **options)
     own = encoder(**options) if own_text else None
-    return Decoder(unet, D, 8, pool_text=True, layout_channels=3, text_encoder=own, dtype=unet.dtype)
+    return Decoder(unet, D, 8, word_vectors=VOCAB if own else 0, layout_channels=3, text_encoder=own, dtype=unet.dtype)
 
 
 def make_prior(own_text=False, **options):
@@ -183,6 +183,33 @@ def test_the_embedding_and_the_tokens_are_two_paths_of_a_condition(condition, pa
         assert (run(params=cut) != run(params=cut, **change)).any((1, 2, 3)).all(), path
     cut = functools.reduce(lambda tree, path: with_zeros(tree, "params", path), paths, params)
     np.testing.assert_array_equal(run(params=cut), run(params=cut, **change))
+
+
+def test_word_vectors_are_a_path_of_their_own_and_their_sum_has_no_order():
+    params, run = bound("decoder", True)
+    for path in ("text_emb", "text_in"):
+        params = with_zeros(params, "params", path)
+    only_words = run(params=params)
+    assert (only_words != run(params=params, text=OTHER_TOKENS)).any((1, 2, 3)).all()
+    swapped = TOKENS.at[0, :3].set(TOKENS[0, 2::-1])
+    assert (swapped != TOKENS).any()
+    np.testing.assert_allclose(only_words, run(params=params, text=swapped), rtol=1e-5, atol=1e-5)
+    without = with_zeros(params, "params", "words")
+    np.testing.assert_array_equal(run(params=without), run(params=without, text=OTHER_TOKENS))
+
+
+def test_word_vectors_need_token_ids():
+    decoder = make_decoder().clone(word_vectors=VOCAB)
+    inputs = [INPUTS[name] for name in ("t", "z_image", "z_text", "text", "mask")]
+    with pytest.raises(ValueError, match="word_vectors need token ids"):
+        jax.eval_shape(decoder.init, jax.random.key(0), X["decoder"], *inputs)
+
+
+def test_without_text_embedding_that_of_clip_does_not_matter():
+    decoder = make_decoder().clone(text_embedding=False)
+    _, run = bind(decoder, X["decoder"], INPUTS["text"])
+    np.testing.assert_array_equal(run(), run(z_text=OTHER["z_text"]))
+    assert (run() != run(text=OTHER["text"])).any((1, 2, 3)).all()
 
 
 def test_the_image_is_four_tokens_that_all_matter():

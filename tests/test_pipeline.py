@@ -64,7 +64,7 @@ def pipeline():
     params = {
         "clip": random_params(clip.init, zeros(1, size, size, 3), tokens, mask),
         "prior": random_params(build.make_prior(config, words).init, zeros(1, d), t, *text),
-        "decoder": random_params(decoder.init, zeros(1, low, low, 3), t, zeros(1, d), *text),
+        "decoder": random_params(decoder.init, zeros(1, low, low, 3), t, zeros(1, d), zeros(1, d), tokens, mask),
         "upsampler": random_params(
             build.make_upsampler(config).init,
             zeros(1, up["image_size"], up["image_size"], 3),
@@ -146,7 +146,7 @@ def draw(embedding, *, prompts=PROMPTS, seed=0, **options):
 
 
 def test_low_res_is_the_decoders_picture():
-    assert draw("text").shape == (8, 32, 32, 3)
+    assert draw("text").shape == (8, 16, 16, 3)
 
 
 def test_every_embedding_gives_another_picture():
@@ -175,8 +175,13 @@ def test_without_an_embedding_the_prior_and_clips_image_tower_have_no_influence(
     # The same change does reach a picture that is made from a picture, or by the prior.
     assert (draw("image") != generate(PROMPTS, images=images(), **options | {"embedding": "image"})).any()
     assert (draw("prior") != generate(PROMPTS, **options | {"embedding": "prior"})).any()
+    # The caption reaches the decoder by a text encoder of its own, and CLIP's text tower by the text embedding alone.
     text_tower = {"params": params["clip"]["params"] | {"text": other(params["clip"]["params"]["text"])}}
-    assert (draw("none") != with_params(clip=text_tower)(PROMPTS, **options)).any()
+    np.testing.assert_array_equal(draw("none"), with_params(clip=text_tower)(PROMPTS, **options))
+    assert (draw("text") != with_params(clip=text_tower)(PROMPTS, **options | {"embedding": "text"})).any()
+    for part in ("text_encoder", "words"):
+        changed = {"params": params["decoder"]["params"] | {part: other(params["decoder"]["params"][part])}}
+        assert (draw("none") != with_params(decoder=changed)(PROMPTS, **options)).any(), part
 
 
 def test_guidance_scales_reach_their_stage():
@@ -268,7 +273,7 @@ def test_generate_refuses_one_string():
 def test_a_prompt_too_long_is_cut_with_a_warning():
     with pytest.warns(UserWarning, match="cut to 24"):
         cut = draw("image", use_text=False, prompts=["a red circle " * 200, *PROMPTS[1:]])
-    assert cut.shape == (8, 32, 32, 3)
+    assert cut.shape == (8, 16, 16, 3)
 
 
 # -- Files ------------------------------------------------------------------------------------------------------------

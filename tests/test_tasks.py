@@ -60,7 +60,9 @@ def make_task(name):
         learned = name == "decoder hybrid own text"
         options = {"objective": "hybrid", "variance": "learned_range"} if learned else {"weighting": min_snr(5.0, "v")}
         return DecoderTask(
-            Decoder(unet(6, (1, 2), (4,)) if learned else unet(dropout=0.1), D, 8, text_encoder=own),
+            Decoder(unet(6, (1, 2), (4,)), D, 8, text_embedding=False, word_vectors=VOCAB, text_encoder=own)
+            if learned
+            else Decoder(unet(dropout=0.1), D, 8),
             CLIP_NETWORK,
             frozen,
             PROCESS,

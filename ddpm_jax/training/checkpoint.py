@@ -18,6 +18,7 @@ import fcntl
 import json
 import os
 import shutil
+import time
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -169,12 +170,28 @@ class Checkpoints:
         try:
             yield
         except Exception as error:
-            for leftover in self.directory.glob("*.orbax-checkpoint-tmp*"):
-                shutil.rmtree(leftover, ignore_errors=True)
+            self._remove_partial()
             steps = self.steps()
             good = f"the last good one is step {steps[-1]}" if steps else "there is no good one yet"
             what = f"the checkpoint of step {self._writing_step} in {self.directory}"
             raise CheckpointError(f"could not write {what}: {_reason(error)}; {good}") from error
+
+    def _remove_partial(self) -> None:
+        if self._read_only:
+            return
+        with contextlib.suppress(Exception):
+            self._manager.wait_until_finished()
+        # One item's failure is raised while others are still being written, by threads that nobody can wait for and
+        # that make their directories again: it is over when nothing has come back for half a second.
+        quiet = 0
+        for _ in range(100):
+            leftovers = list(self.directory.glob("*.orbax-checkpoint-tmp*"))
+            quiet = 0 if leftovers else quiet + 1
+            if quiet == 5:
+                return
+            for leftover in leftovers:
+                shutil.rmtree(leftover, ignore_errors=True)
+            time.sleep(0.1)
 
     def restore_latest(
         self,
