@@ -131,7 +131,7 @@ def get_config(variant: str = "") -> ConfigDict:
 def quick(config: ConfigDict) -> None:
     """Cut the stages to a few minutes in all on two cores; the networks stay."""
     config.data.num_examples = 4_000
-    for stage, num_steps in {"clip": 100, "prior": 100, "decoder": 250, "upsampler": 60}.items():
+    for stage, num_steps in {"clip": 80, "prior": 100, "decoder": 200, "upsampler": 40}.items():
         config[stage].update(num_steps=num_steps, warmup_steps=num_steps // 10, preview_every=num_steps)
     config.evaluation.num_captions = 64
 
