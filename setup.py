@@ -22,7 +22,7 @@ TRAIN = [
     "scipy>=1.11",
     "tqdm>=4.66",
 ]
-TEST = [*TRAIN, "pytest>=8.0", "pytest-xdist>=3.5", "ruff>=0.12"]
+TEST = [*TRAIN, "optax>=0.2.8", "pytest>=8.0", "pytest-xdist>=3.5", "ruff>=0.12"]
 
 setup(
     name="ddpm_jax",

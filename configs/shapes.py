@@ -28,6 +28,8 @@ def training(batch_size: int, num_steps: int, learning_rate: float, **overrides)
         "b2": 0.99,
         "eps": 1e-8,
         "clip_norm": 1.0,
+        "optimizer": "adamw",
+        "muon_learning_rate": placeholder(float),
         "ema_decay": 0.998,
         "accumulate": 1,
         "checkpoint_every": 500,
@@ -48,7 +50,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.stages = ("clip", "prior", "decoder", "upsampler")
     config.data = {"name": "shapes", "seed": 0, "num_examples": 40_000, "two_fraction": 0.15}
     config.text = {"tokenizer": "compact", "length": 24}
-    config.clip = training(256, 1400, 2e-3) | {
+    config.clip = training(256, 600, 2e-3, optimizer="muon", muon_learning_rate=4e-3) | {
         "image_size": 32,
         "family": 8,
         "patch": 8,
@@ -58,7 +60,7 @@ def get_config(variant: str = "") -> ConfigDict:
         "activation": "quick_gelu",
         "weight_decay": 0.1,
     }
-    config.prior = training(128, 1000, 2e-3) | {
+    config.prior = training(128, 600, 2e-3, optimizer="muon", muon_learning_rate=4e-3) | {
         "width": 96,
         "layers": 3,
         "heads": 2,
@@ -69,10 +71,13 @@ def get_config(variant: str = "") -> ConfigDict:
         "drop_text": 0.1,
         "activation": "quick_gelu",
     }
-    config.decoder = training(32, 4300, 2e-3, checkpoint_every=1000, preview_every=2000) | {
+    config.decoder = training(
+        32, 6200, 2e-3, optimizer="muon", muon_learning_rate=6e-3, checkpoint_every=1000, preview_every=2000
+    ) | {
         "image_size": 16,
         "channels": 64,
-        "channel_mult": (1, 2),
+        "supersample": 4,
+        "channel_mult": (1, 1),
         "num_res_blocks": 1,
         "attention_resolutions": (4,),
         "head_channels": 64,
@@ -83,7 +88,9 @@ def get_config(variant: str = "") -> ConfigDict:
         "text_embedding": False,
         "word_vectors": True,
         "layout_channels": 64,
-        "text_encoder": {"width": 96, "layers": 1, "heads": 3},
+        "layout_heads": 0,
+        "modulate": False,
+        "text_encoder": {"width": 96, "layers": 1, "heads": 3, "causal": True},
         "schedule": "cosine",
         "diffusion_steps": 1000,
         "kind": "x0",
@@ -92,16 +99,16 @@ def get_config(variant: str = "") -> ConfigDict:
         "stratified": True,
         "weighting": {"power": 0.5, "bound": 4.0},
         "vlb_weight": 1e-3,
-        "drop_image": 0.35,
+        "drop_image": 0.5,
         "drop_text": 0.1,
     }
-    config.upsampler = training(16, 1700, 2e-3) | {
+    config.upsampler = training(16, 2400, 2e-3, optimizer="muon", muon_learning_rate=6e-3) | {
         "image_size": 64,
         "low_size": 16,
         "crop": 64,
         "channels": 64,
         "channel_mult": (1,),
-        "num_res_blocks": 2,
+        "num_res_blocks": 1,
         "patch": 4,
         "dropout": 0.0,
         "schedule": "cosine",
@@ -111,6 +118,7 @@ def get_config(variant: str = "") -> ConfigDict:
         "blur_sigma": 0.6,
         "blur_rate": 0.5,
         "noise": 0.2,
+        "mix_colours": True,
     }
     config.sample = {
         "prior": {"steps": "25", "eta": placeholder(float), "scale": 1.0, "candidates": 2},
@@ -121,6 +129,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.evaluation = {"num_captions": 512, "seed": 1}
     config.tensorboard = False
     config.progress = True
+    config.cpu_devices = 2
     if variant == "quick":
         quick(config)
     if variant == "smoke":
@@ -151,7 +160,7 @@ def smoke(config: ConfigDict) -> None:
         channels=32, channel_mult=(1, 1), num_res_blocks=1, head_channels=16, patch=4, context_width=16
     )
     config.decoder.update(attention_resolutions=(2,), layout_channels=4)
-    config.decoder.text_encoder.update(width=16, heads=2)
+    config.decoder.text_encoder.update(width=16, layers=1, heads=2)
     config.upsampler.update(channels=32, channel_mult=(1, 1), patch=8)
     config.sample.prior.update(steps="2", candidates=1)
     config.sample.decoder.update(steps="2")

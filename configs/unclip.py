@@ -50,6 +50,8 @@ def training(batch_size: int, num_steps: int, learning_rate: float, **overrides)
         "b2": 0.999,
         "eps": 1e-8,
         "clip_norm": 1.0,
+        "optimizer": "adamw",
+        "muon_learning_rate": placeholder(float),
         "ema_decay": 0.9999,
         "accumulate": 1,
         "checkpoint_every": 5_000,
@@ -95,6 +97,7 @@ def get_config(variant: str = "") -> ConfigDict:
     }
     config.decoder = training(2048, 800_000, 1.2e-4) | {
         "image_size": 64,
+        "supersample": 1,
         "channels": 512,
         "channel_mult": (1, 2, 3, 4),
         "num_res_blocks": 3,
@@ -107,7 +110,9 @@ def get_config(variant: str = "") -> ConfigDict:
         "text_embedding": True,
         "word_vectors": False,
         "layout_channels": 0,
-        "text_encoder": {"width": 2048, "layers": 24, "heads": 32},
+        "layout_heads": 0,
+        "modulate": False,
+        "text_encoder": {"width": 2048, "layers": 24, "heads": 32, "causal": True},
         "schedule": "cosine",
         "diffusion_steps": 1000,
         "kind": "eps",
@@ -135,6 +140,7 @@ def get_config(variant: str = "") -> ConfigDict:
         "blur_sigma": 0.6,
         "blur_rate": 0.5,
         "noise": 0.0,
+        "mix_colours": False,
     }
     config.sample = {
         "prior": {"steps": "64", "eta": placeholder(float), "scale": 1.0, "candidates": 2},
@@ -145,6 +151,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.evaluation = {"num_captions": 512, "seed": 1}
     config.tensorboard = False
     config.progress = True
+    config.cpu_devices = 1
     if variant == "smoke":
         smoke(config)
     return config
@@ -173,6 +180,7 @@ def upsampler_1024() -> dict:
         "blur_sigma": 0.6,
         "blur_rate": 0.5,
         "noise": 0.0,
+        "mix_colours": False,
     }
 
 
@@ -189,7 +197,9 @@ def smoke(config: ConfigDict) -> None:
     config.decoder.update(
         image_size=16, channels=32, channel_mult=(1, 1), num_res_blocks=1, head_channels=16, context_width=16
     )
-    config.decoder.update(attention_resolutions=(8,), text_encoder={"width": 16, "layers": 1, "heads": 2})
+    config.decoder.update(
+        attention_resolutions=(8,), text_encoder={"width": 16, "layers": 1, "heads": 2, "causal": True}
+    )
     config.upsampler.update(image_size=64, low_size=16, crop=16, channels=32, channel_mult=(1,), num_res_blocks=1)
     config.sample.prior.update(steps="2")
     config.sample.decoder.update(steps="2")

@@ -13,7 +13,7 @@ from ddpm_jax.data import captions, shapes
 from ddpm_jax.data.tokenizer import ClipTokenizer, CompactTokenizer, Tokenizer
 from ddpm_jax.losses import Objective, check_objective, snr_power
 from ddpm_jax.models.clip import CLIP, VisionTransformer
-from ddpm_jax.models.decoder import Decoder
+from ddpm_jax.models.decoder import Decoder, check_layout
 from ddpm_jax.models.prior import DiffusionPrior
 from ddpm_jax.models.text_encoder import TextEncoder
 from ddpm_jax.models.transformer import gelu, quick_gelu
@@ -88,6 +88,7 @@ def _text_encoder(config: Config, text: Config, vocab_size: int) -> TextEncoder 
         own["width"],
         own["layers"],
         own["heads"],
+        causal=own["causal"],
         remat=config["remat"],
         dtype=_dtype(config),
         name="text_encoder",
@@ -155,7 +156,11 @@ def make_decoder(config: Config, vocab_size: int) -> Decoder:
         6 if decoder["variance"] == "learned_range" else 3,
         attention_resolutions=tuple(decoder["attention_resolutions"]),
         head_channels=decoder["head_channels"],
+        modulate=decoder["modulate"],
     )
+    if decoder["modulate"] and not decoder["layout_channels"]:
+        raise ValueError("modulate=True needs layout_channels, got layout_channels=0")
+    check_layout(decoder["layout_heads"], decoder["layout_channels"], decoder["word_vectors"])
     if decoder["word_vectors"] and decoder["text_encoder"] is None:
         raise ValueError("word_vectors=True needs a text_encoder of the decoder's own, got text_encoder=None")
     return Decoder(
@@ -166,6 +171,7 @@ def make_decoder(config: Config, vocab_size: int) -> Decoder:
         text_embedding=decoder["text_embedding"],
         word_vectors=vocab_size if decoder["word_vectors"] else 0,
         layout_channels=decoder["layout_channels"],
+        layout_heads=decoder["layout_heads"],
         text_encoder=_text_encoder(decoder, config["text"], vocab_size),
         dtype=_dtype(decoder),
     )
@@ -207,6 +213,7 @@ def make_stage_optimizer(config: Config) -> "tuple[optax.GradientTransformation,
     from ddpm_jax.training.optimizer import make_optimizer
 
     names = ("learning_rate", "warmup_steps", "decay", "final_fraction", "b1", "b2", "eps", "weight_decay", "clip_norm")
+    names += ("optimizer", "muon_learning_rate")
     return make_optimizer(total_steps=config["num_steps"], **{name: config[name] for name in names})
 
 
@@ -219,7 +226,8 @@ def check_config(config: Config) -> None:
     for stage in STAGES:
         for field in ("num_steps", "batch_size", "log_every", "checkpoint_every", "keep", "accumulate"):
             _check_least(config[stage], f"{stage}.{field}", 1)
-        leasts = {"preview_every": 0, "layout_channels": 0, "patch": 1, "family": 1, "low_size": 1, "crop": 1}
+        leasts = dict.fromkeys(("preview_every", "layout_channels", "layout_heads"), 0)
+        leasts |= dict.fromkeys(("patch", "family", "low_size", "crop", "supersample"), 1)
         for field in leasts.keys() & config[stage].keys():
             _check_least(config[stage], f"{stage}.{field}", leasts[field])
         if config[stage]["ema_decay"] == 1:
@@ -227,6 +235,7 @@ def check_config(config: Config) -> None:
         for field in ("drop_image", "drop_text", "blur_rate", "ema_decay", "dropout"):
             if field in config[stage]:
                 _check_fraction(config[stage], f"{stage}.{field}")
+    _check_least(config, "cpu_devices", 0)
     _check_least(config["sample"], "sample.batch_size", 1)
     _check_least(config["sample"]["prior"], "sample.prior.candidates", 1)
     _check_least(config["evaluation"], "evaluation.num_captions", 1)
@@ -250,7 +259,8 @@ def check_config(config: Config) -> None:
             respace(process, sampling.steps)
             sampling.step()
     _check_objectives(config)
-    for size in {config["clip"]["image_size"], config["decoder"]["image_size"], config["upsampler"]["image_size"]}:
+    rendered = config["decoder"]["image_size"] * config["decoder"]["supersample"]
+    for size in {config["clip"]["image_size"], rendered, config["upsampler"]["image_size"]}:
         with _naming("data"):
             make_source(config, resolution=size)
 

@@ -34,6 +34,7 @@ ERRORS = {
     "ddpm_jax.training.checkpoint": ("CheckpointError", "WorkdirInUse"),
     "ddpm_jax.training.loop": ("Interrupted", "TrainingDiverged"),
 }
+CONFIG_READERS = tuple(str(Path(PACKAGE) / name) for name in ("build.py", "train.py", "training/run.py"))
 REASONS = {
     "invalid literal for int": "is not a whole number",
     "could not convert string to float": "is not a number",
@@ -92,6 +93,22 @@ def _ending_on_sigterm() -> Iterator[None]:
         yield
     finally:
         signals.signal(signals.SIGTERM, previous)
+
+
+def use_cpu_devices(count: int = 0) -> None:
+    """Let JAX see a CPU as so many devices, which share every batch; 0 makes one of every core.
+
+    A small network leaves cores idle that work on one batch together; of more than 8 cores 0 takes 8, since each device
+    has a copy of the parameters. What the user has set counts instead: JAX_NUM_CPU_DEVICES, the XLA flag of the same
+    meaning, or a JAX that has computed something already. On a GPU or TPU nothing changes.
+    """
+    import jax
+
+    flag = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
+    if jax.config.jax_num_cpu_devices < 1 and not flag:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        with contextlib.suppress(RuntimeError):  # JAX has its devices already
+            jax.config.update("jax_num_cpu_devices", count or min(cores, 8))
 
 
 def check_can_write(path: str | os.PathLike, *, what: str) -> None:
@@ -211,6 +228,10 @@ def _sentence(error: Exception) -> str | None:
         text = place + (error.strerror or str(error) or type(error).__name__)
     elif isinstance(error, (UsageError, *ours)) or (isinstance(error, ValueError) and _raised_here(error)):
         text = str(error)
+    elif isinstance(error, KeyError) and traceback.extract_tb(error.__traceback__)[-1].filename.endswith(
+        CONFIG_READERS
+    ):
+        text = f"the config has no field {error}, which this version needs; see configs/shapes.py"
     elif "RESOURCE_EXHAUSTED" in str(error) or isinstance(error, MemoryError):
         text = f"out of memory; a smaller batch_size or a larger accumulate needs less ({error})"
     return None if text is None else " ".join(text.split())

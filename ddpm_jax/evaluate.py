@@ -38,6 +38,7 @@ def main() -> None:
     from ddpm_jax import report
     from ddpm_jax.pipelines import load
 
+    cli.use_cpu_devices()
     pipeline = load(_WORKDIR.value)
     settings = pipeline.config["evaluation"]
     num = _NUM.value or settings["num_captions"]

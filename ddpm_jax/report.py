@@ -6,6 +6,7 @@ from typing import Any
 import jax
 
 from ddpm_jax.evaluation import faithfulness, measure
+from ddpm_jax.parallel.mesh import make_local_mesh
 from ddpm_jax.pipelines.unclip import UnCLIP
 from ddpm_jax.training import pictures
 from ddpm_jax.training.run import write_json
@@ -15,7 +16,9 @@ def write_faithfulness(
     pipeline: UnCLIP, directory: Path, *, num_captions: int, seed: int, progress: bool = True
 ) -> str:
     """Measure every split; write samples.png and faithfulness.json; return the table in Markdown."""
-    results = measure.measure_all(pipeline, num_captions=num_captions, seed=seed, progress=progress)
+    results = measure.measure_all(
+        pipeline, num_captions=num_captions, seed=seed, progress=progress, mesh=make_local_mesh()
+    )
     save_grid(directory / "samples.png", results, per_result=8)
     stored = {"num_captions": num_captions, "seed": seed, "splits": measure.summary(results)}
     write_json(directory / "faithfulness.json", stored)
@@ -24,7 +27,9 @@ def write_faithfulness(
 
 def write_comparison(pipeline: UnCLIP, directory: Path, *, num_captions: int, seed: int, progress: bool = True) -> str:
     """Measure "why a prior?"; write why_a_prior.png and why_a_prior.json; return the table in Markdown."""
-    results = measure.compare_conditions(pipeline, num_captions=num_captions, seed=seed, progress=progress)
+    results = measure.compare_conditions(
+        pipeline, num_captions=num_captions, seed=seed, progress=progress, mesh=make_local_mesh()
+    )
     save_grid(directory / "why_a_prior.png", results, per_result=8, label_rows=True)
     write_json(
         directory / "why_a_prior.json",

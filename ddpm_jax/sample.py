@@ -38,14 +38,21 @@ def main() -> None:
         raise cli.UsageError("--prompt is empty; say what to show, in at least one word")
     import tqdm
 
+    from ddpm_jax.parallel.mesh import make_local_mesh
     from ddpm_jax.pipelines import load
     from ddpm_jax.training import pictures
 
+    cli.use_cpu_devices()
     pipeline = load(_WORKDIR.value, ema=not _RAW.value)
     prompts = [prompt for prompt in _PROMPT.value for _ in range(_COUNT.value)]
     with tqdm.tqdm(total=len(prompts), desc="sample", unit="image", dynamic_ncols=True) as bar:
         images = pipeline.generate(
-            prompts, seed=_SEED.value, decoder_scale=_SCALE.value, prior_scale=_PRIOR_SCALE.value, report=bar.update
+            prompts,
+            seed=_SEED.value,
+            decoder_scale=_SCALE.value,
+            prior_scale=_PRIOR_SCALE.value,
+            mesh=make_local_mesh(at_most=len(prompts)),
+            report=bar.update,
         )
     pictures.save_png(_OUT.value, pictures.grid(images, prompts, columns=_COLUMNS.value))
     print(f"wrote {_OUT.value}: {len(images)} pictures of {pipeline.image_size} x {pipeline.image_size} pixels")

@@ -42,6 +42,7 @@ def main() -> None:
         raise cli.UsageError(
             f"--stage={unknown[0]} is not a stage of this config, which has {', '.join(config['stages'])}"
         )
+    cli.use_cpu_devices(config["cpu_devices"])
     names = [name for name in config["stages"] if not _STAGE.value or name in _STAGE.value]
     begin = time.perf_counter()
     run_stages(config, _WORKDIR.value, names)

@@ -164,6 +164,15 @@ def test_a_wrong_config_file(call, tmp_path):
         ({"sample__decoder__steps": "few"}, ["sample.decoder: spec='few' must be like"]),
         ({"sample__batch_size": 0}, ["sample.batch_size=0 must be at least 1"]),
         ({"text__tokenizer": "words"}, ["tokenizer='words' must be one of 'clip', 'compact'"]),
+        ({"cpu_devices": -1}, ["cpu_devices=-1 must be at least 0"]),
+        ({"decoder__supersample": 32}, ["data: resolution must lie between 16 and 256, got 512"]),
+        ({"decoder__supersample": 0}, ["decoder.supersample=0 must be at least 1"]),
+        (
+            {"decoder__layout_channels": 0, "decoder__layout_heads": 2},
+            ["decoder: layout_heads=2 needs layout_channels and word_vectors"],
+        ),
+        ({"decoder__layout_channels": 0, "decoder__modulate": True}, ["decoder: modulate=True needs layout_channels"]),
+        ({"prior__optimizer": "sgd"}, ["the config of stage prior cannot work: optimizer='sgd' must be"]),
         ({"stages": "('clip','encoder')"}, ["stages contains 'encoder'; a stage is one of clip, prior"]),
     ],
 )
@@ -449,6 +458,15 @@ def test_sampling_from_a_weights_file_loads_nothing_for_training():
     _, base, _ = run_python("import jax, flax.linen, sys; print(*sys.modules)")
     assert heavy <= {name.partition(".")[0] for name in base.split()}
     assert "ddpm_jax.training.checkpoint" not in out.split()
+
+
+def test_every_core_is_a_device_unless_told_otherwise(monkeypatch):
+    code = "from ddpm_jax import cli; cli.use_cpu_devices({}); import jax; print(len(jax.devices()))"
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    monkeypatch.delenv("JAX_NUM_CPU_DEVICES", raising=False)
+    assert [int(run_python(code.format(count))[1]) for count in (3, "")] == [3, len(os.sched_getaffinity(0))]
+    monkeypatch.setenv("JAX_NUM_CPU_DEVICES", "5")
+    assert int(run_python(code.format(3))[1]) == 5
 
 
 @pytest.mark.parametrize("missing,needed_at", [("ml_collections", "import"), ("grain", "training")])

@@ -7,7 +7,7 @@ from ddpm_jax.data.captions import VOCABULARY
 from ddpm_jax.data.loader import make_loader
 from ddpm_jax.data.shapes import ShapesSource
 from ddpm_jax.data.tokenizer import CompactTokenizer
-from ddpm_jax.data.transforms import Keep, RandomCrop, Tokenize
+from ddpm_jax.data.transforms import AverageDown, Keep, RandomCrop, Tokenize
 
 
 class Numbers:
@@ -118,6 +118,20 @@ def test_transforms_do_not_change_their_record():
     assert record["image"].shape == (8, 8, 3) and set(record) == {"image", "caption"}
     with pytest.raises(ValueError, match="size must be at most the picture's 8 x 8 pixels, got 9"):
         RandomCrop(9).random_map(record, np.random.default_rng(0))
+
+
+def test_average_down_takes_the_mean_of_every_block():
+    image = np.random.default_rng(0).integers(0, 256, (8, 12, 3)).astype(np.uint8)
+    record = {"image": image, "index": 3}
+    small = AverageDown(4)(record)
+    assert small["index"] == 3 and small["image"].dtype == np.uint8 and record["image"] is image
+    expected = [
+        [image[4 * i : 4 * i + 4, 4 * j : 4 * j + 4].astype(float).mean((0, 1)) for j in (0, 1, 2)] for i in (0, 1)
+    ]
+    np.testing.assert_allclose(small["image"], expected, atol=0.5)
+    np.testing.assert_array_equal(AverageDown(1)(record)["image"], image)
+    with pytest.raises(ValueError, match="factor=5 must divide the picture's 8 x 12 pixels"):
+        AverageDown(5)(record)
 
 
 @pytest.mark.parametrize(

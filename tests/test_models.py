@@ -13,7 +13,7 @@ import pytest
 from random_networks import fast_jit, normal, random_params, with_zeros
 
 from ddpm_jax.models.clip import CLIP, VisionTransformer, _at_most, normalize
-from ddpm_jax.models.decoder import Decoder
+from ddpm_jax.models.decoder import Decoder, PlacesAskWords
 from ddpm_jax.models.prior import DiffusionPrior
 from ddpm_jax.models.text_encoder import TextEncoder, end_position
 from ddpm_jax.models.unet import UNet
@@ -48,9 +48,11 @@ def encoder(**options):
 
 
 def make_decoder(own_text=False, **options):
-    unet = UNet(16, 3, (1, 2), 1, (4,), head_channels=8, groups=4, **options)
-    own = encoder(**options) if own_text else None
-    return Decoder(unet, D, 8, word_vectors=VOCAB if own else 0, layout_channels=3, text_encoder=own, dtype=unet.dtype)
+    unet = UNet(16, 3, (1, 2), 1, (4,), head_channels=8, groups=4, modulate=own_text, **options)
+    own = {}
+    if own_text:
+        own = {"word_vectors": VOCAB, "layout_heads": 2, "text_encoder": encoder(causal=False, **options)}
+    return Decoder(unet, D, 8, layout_channels=3, dtype=unet.dtype, **own)
 
 
 def make_prior(own_text=False, **options):
@@ -196,6 +198,50 @@ def test_word_vectors_are_a_path_of_their_own_and_their_sum_has_no_order():
     np.testing.assert_allclose(only_words, run(params=params, text=swapped), rtol=1e-5, atol=1e-5)
     without = with_zeros(params, "params", "words")
     np.testing.assert_array_equal(run(params=without), run(params=without, text=OTHER_TOKENS))
+
+
+def test_places_ask_words():
+    """Softmax attention of learned queries against numpy in float64; without words the map is 0, bit for bit."""
+    tokens, values = normal(0, B, L, 7), normal(1, B, L, 9)
+    module = PlacesAskWords((2, 3, 4), 2)
+    params = random_params(module.init, tokens, values, MASK)
+    run = fast_jit(module.apply)
+    p = jax.tree.map(lambda a: np.asarray(a, np.float64), params["params"])
+    key = (np.asarray(tokens, np.float64) @ p["key"]["kernel"] + p["key"]["bias"]).reshape(B, L, 2, 16)
+    value = (np.asarray(values, np.float64) @ p["value"]["kernel"] + p["value"]["bias"]).reshape(B, L, 2, 32)
+    logits = np.einsum("phd,blhd->bhpl", p["query"], key) / 4
+    weights = np.exp(logits - logits.max(-1, keepdims=True)) * np.asarray(MASK)[:, None, None]
+    found = np.einsum("bhpl,blhd->bphd", weights / weights.sum(-1, keepdims=True), value).reshape(B, 2, 3, 64)
+    np.testing.assert_allclose(run(params, tokens, values, MASK), found @ p["out"]["kernel"], atol=2e-5)
+    np.testing.assert_array_equal(run(params, tokens, values, jnp.zeros_like(MASK)), 0)
+
+
+def test_places_tell_the_order_of_words():
+    """What the sum of words cannot do: with the other paths of the caption closed, swapped words change the picture."""
+    params, run = bound("decoder", True)
+    assert params["params"]["places"]["query"].shape == (8 * 8, 2, 16)
+    params = with_zeros(params, "params", "text_emb")
+    attends = [name for name in params["params"]["unet"] if name.endswith("_attn")]
+    assert len(attends) == 4
+    for block in attends:
+        params = with_zeros(params, "params", "unet", block, "context_kv")
+    swapped = TOKENS.at[1, 0].set(TOKENS[1, 3]).at[1, 3].set(TOKENS[1, 0])
+    assert np.abs(run(params=params)[1] - run(params=params, text=swapped)[1]).max() > 1e-3
+    closed = with_zeros(params, "params", "places")
+    np.testing.assert_allclose(run(params=closed), run(params=closed, text=swapped), atol=1e-4)
+
+
+def test_an_encoder_that_is_not_causal_reads_every_real_token_and_no_other():
+    module = TextEncoder(VOCAB, L, 8, 2, 2, causal=False)
+    params = random_params(module.init, TOKENS, MASK)
+    run = fast_jit(module.apply)
+    hidden = np.asarray(run(params, TOKENS, MASK))
+    later = np.asarray(run(params, TOKENS.at[0, 2].set(9), MASK))
+    assert (hidden[0, 0] != later[0, 0]).any()
+    padding = np.asarray(run(params, TOKENS.at[0, 3].set(9), MASK))
+    np.testing.assert_array_equal(hidden[0, :3], padding[0, :3])
+    with pytest.raises(ValueError, match="that is not causal needs a mask"):
+        jax.eval_shape(module.apply, params, TOKENS)
 
 
 def test_word_vectors_need_token_ids():

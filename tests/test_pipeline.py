@@ -16,6 +16,7 @@ from safetensors.numpy import save_file as save_arrays
 import ddpm_jax
 from ddpm_jax import build
 from ddpm_jax.models.clip import CLIP, normalize
+from ddpm_jax.parallel.mesh import make_mesh
 from ddpm_jax.pipelines import LoadError, UnCLIP, load, save_file, stages, unclip
 from ddpm_jax.pipelines.weights import RUN_FILE, read_run
 from ddpm_jax.process import make_process
@@ -123,6 +124,25 @@ def test_a_picture_does_not_depend_on_the_batch_size():
         assert np.abs(whole - part).max() <= 1
     # Fewer prompts than a batch holds.
     assert np.abs(pipeline().generate(PROMPTS[:3]).astype(int) - whole[:3]).max() <= 1
+
+
+def test_a_picture_does_not_depend_on_the_number_of_devices(monkeypatch):
+    """Up to one grey level, as with the batch size; three prompts on two devices fill a batch of four."""
+    how = {"batch_size": 3, "embedding": "image", "images": images(n=3)}
+    one = pipeline().generate(PROMPTS[:3], **how).astype(int)
+    mesh, seen, generate = make_mesh({"data": 2}, devices=jax.devices()[:2]), [], unclip._generate
+
+    def watch(options, params, *arrays):
+        seen.extend(arrays)
+        return generate(options, params, *arrays)
+
+    monkeypatch.setattr(unclip, "_generate", watch)
+    two = pipeline().generate(PROMPTS[:3], mesh=mesh, **how).astype(int)
+    assert one.shape == two.shape and np.abs(one - two).max() <= 1
+    assert len(seen) == 4
+    for array in seen:
+        assert array.shape[0] == 4 and len(array.sharding.device_set) == 2
+        assert array.sharding.shard_shape(array.shape)[0] == 2
 
 
 def test_a_picture_does_not_depend_on_the_other_prompts_but_on_its_own_and_the_seed():

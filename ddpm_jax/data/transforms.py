@@ -63,3 +63,23 @@ class RandomCrop:
             raise ValueError(f"size must be at most the picture's {height} x {width} pixels, got {self.size}.")
         top, left = int(rng.integers(height - self.size + 1)), int(rng.integers(width - self.size + 1))
         return record | {self.key: image[top : top + self.size, left : left + self.size]}
+
+
+@dataclasses.dataclass(frozen=True)
+class AverageDown:
+    """Shrink the picture `key` by averaging factor x factor pixels, uint8[H, W, C] -> uint8[H/factor, W/factor, C].
+
+    Raises:
+        ValueError: on a picture whose sides `factor` does not divide.
+    """
+
+    factor: int
+    key: str = "image"
+
+    def __call__(self, record: dict) -> dict:
+        image = record[self.key]
+        height, width, channels = image.shape
+        if height % self.factor or width % self.factor:
+            raise ValueError(f"factor={self.factor} must divide the picture's {height} x {width} pixels.")
+        parts = image.reshape(height // self.factor, self.factor, width // self.factor, self.factor, channels)
+        return record | {self.key: np.rint(parts.mean((1, 3), dtype=np.float32)).astype(np.uint8)}

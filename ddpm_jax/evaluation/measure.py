@@ -75,23 +75,24 @@ def measure_all(
     splits: Sequence[str] = tuple(SPLITS),
     progress: bool = True,
     on_result: Callable[[str, dict[str, Any]], None] | None = None,
+    **how: Any,
 ) -> dict[str, dict[str, Any]]:
-    """Measure every split with the whole pipeline. Returns split -> result of `measure`."""
+    """Measure every split with the whole pipeline; **how as in `measure`. Returns split -> result of `measure`."""
     results = {}
     for split in splits:
-        results[split] = measure(pipeline, split, num_captions=num_captions, seed=seed, progress=progress)
+        results[split] = measure(pipeline, split, num_captions=num_captions, seed=seed, progress=progress, **how)
         if on_result is not None:
             on_result(split, results[split])
     return results
 
 
 def compare_conditions(
-    pipeline: UnCLIP, *, num_captions: int, seed: int, split: str = "single", progress: bool = True
+    pipeline: UnCLIP, *, num_captions: int, seed: int, split: str = "single", progress: bool = True, **how: Any
 ) -> dict[str, dict[str, Any]]:
     """Measure one split with each of `CONDITIONS` ("why a prior?"). Returns condition -> result of `measure`."""
     return {
-        name: measure(pipeline, split, num_captions=num_captions, seed=seed, progress=progress, **how)
-        for name, how in CONDITIONS.items()
+        name: measure(pipeline, split, num_captions=num_captions, seed=seed, progress=progress, **how, **condition)
+        for name, condition in CONDITIONS.items()
     }
 
 

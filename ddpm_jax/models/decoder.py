@@ -7,6 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from ddpm_jax.models.layers import attention
 from ddpm_jax.models.unet import UNet
 
 
@@ -20,10 +21,13 @@ class Decoder(nn.Module):
     colour, so pairs that training never showed cost it nothing. It needs a `text_encoder`, that is, token ids. With
     `layout_channels` the sum of all these is projected to a map of the U-Net's grid, of so many channels, which goes
     in beside the noised picture: convolutions turn a vector into something at a place by their padding alone, and a
-    small network is slow to learn that. The paper has none of the last three.
+    small network is slow to learn that. With `layout_heads` the map has a second part, in which places ask the words:
+    a place of the grid has learned queries, the text encoder's tokens give the keys, they and the word vectors the
+    values. Of two objects the sum of words cannot tell which one is red; a place can, if the encoder has told "left"
+    from "right". The paper has none of the last four.
 
     Dropped conditions leave no trace: the image embedding is replaced by learned null vectors, text tokens are hidden
-    from attention, words are left out of the sum and the text embedding is replaced by a learned one.
+    from attention and from places, words are left out of the sum and the text embedding is replaced by a learned one.
     """
 
     unet: UNet
@@ -33,6 +37,7 @@ class Decoder(nn.Module):
     text_embedding: bool = True
     word_vectors: int = 0
     layout_channels: int = 0
+    layout_heads: int = 0
     text_encoder: nn.Module | None = None
     dtype: Any = jnp.float32
 
@@ -56,6 +61,7 @@ class Decoder(nn.Module):
         [B, L, W] or, with a text_encoder, int32[B, L]; text_mask: bool[B, L]; keep_image, keep_text: bool[B], None
         keeps all. Returns float32[B, H, W, unet.out_channels].
         """
+        check_layout(self.layout_heads, self.layout_channels, self.word_vectors)
         b = xt.shape[0]
         keep_image = jnp.ones(b, bool) if keep_image is None else keep_image
         keep_text = jnp.ones(b, bool) if keep_text is None else keep_text
@@ -71,26 +77,67 @@ class Decoder(nn.Module):
         if self.text_embedding:
             null_text = self.param("null_text", init, (emb_width,), jnp.float32).astype(self.dtype)
             emb = emb + jnp.where(keep_text[:, None], dense(emb_width, "text_emb")(z_text), null_text[None])
+        seen = text_mask & keep_text[:, None]
         if self.word_vectors:
-            emb = emb + self._sum_words(text, text_mask & keep_text[:, None], emb_width)
+            words = self._words(text, emb_width)
+            emb = emb + jnp.sum(jnp.where(seen[:, :, None], words, 0), axis=1)
         tokens = dense(k * width, "image_tokens_in")(z_image).reshape(b, k, width)
         if self.text_encoder is not None:
-            text = self.text_encoder(text)
+            text = self.text_encoder(text, text_mask)
         hidden = dense(width, "text_in")(text.astype(self.dtype))
         hidden = nn.LayerNorm(epsilon=1e-5, dtype=self.dtype, name="text_ln")(hidden)
         hidden = jnp.where(keep_text[:, None, None], hidden, 0)
         context = jnp.concatenate([tokens, hidden], axis=1)
-        mask = jnp.pad(text_mask & keep_text[:, None], ((0, 0), (k, 0)), constant_values=True)
+        mask = jnp.pad(seen, ((0, 0), (k, 0)), constant_values=True)
         layout = None
         if self.layout_channels:
             grid = (xt.shape[1] // self.unet.patch, xt.shape[2] // self.unet.patch, self.layout_channels)
             layout = dense(math.prod(grid), "layout")(nn.silu(emb)).reshape(b, *grid)
+            if self.layout_heads:
+                # 3: word vectors begin at a standard deviation of 0.2, the normed tokens beside them at 1.
+                values = jnp.concatenate([3 * words, hidden], axis=-1)
+                places = PlacesAskWords(grid, self.layout_heads, self.dtype, name="places")
+                layout = layout + places(hidden, values, seen)
         return self.unet(xt, t, emb, context, mask, layout, train=train)
 
-    def _sum_words(self, tokens: jax.Array, mask: jax.Array, width: int) -> jax.Array:
+    def _words(self, tokens: jax.Array, width: int) -> jax.Array:
         if self.text_encoder is None:
             raise ValueError("word_vectors need token ids: give the decoder a text_encoder of its own")
         # 0.2: a dozen words add up to about the size of the projected image embedding.
         init = nn.initializers.normal(0.2)
-        vectors = nn.Embed(self.word_vectors, width, dtype=self.dtype, embedding_init=init, name="words")(tokens)
-        return jnp.sum(jnp.where(mask[:, :, None], vectors, 0), axis=1)
+        return nn.Embed(self.word_vectors, width, dtype=self.dtype, embedding_init=init, name="words")(tokens)
+
+
+def check_layout(heads: int, channels: int, word_vectors: int) -> None:
+    """Raise ValueError unless there are word vectors, and a map, for places that ask words."""
+    if heads and not (channels and word_vectors):
+        raise ValueError(
+            f"layout_heads={heads} needs layout_channels and word_vectors, got layout_channels={channels} and "
+            f"word_vectors={word_vectors}"
+        )
+
+
+class PlacesAskWords(nn.Module):
+    """Attention from the places of a grid, which have learned queries, to the tokens of a caption.
+
+    grid: (height, width, channels of the result); heads of 16 channels for queries and keys and 32 for values.
+    """
+
+    grid: tuple[int, int, int]
+    heads: int
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, tokens: jax.Array, values: jax.Array, mask: jax.Array) -> jax.Array:
+        """Return a map, [B, *grid]. tokens: [B, L, W]; values: [B, L, V]; mask: bool[B, L]; without tokens it is 0."""
+        (b, length), (height, width, channels) = tokens.shape[:2], self.grid
+        dense = lambda features, name: nn.Dense(features, dtype=self.dtype, name=name)  # noqa: E731
+        query = self.param("query", nn.initializers.normal(1.0), (height * width, self.heads, 16), jnp.float32)
+        query = jnp.broadcast_to(query.astype(self.dtype)[None], (b, *query.shape))
+        # A bias would move all logits of a query alike, which softmax does not see.
+        key = nn.Dense(self.heads * 16, use_bias=False, dtype=self.dtype, name="key")(tokens).reshape(
+            b, length, self.heads, 16
+        )
+        value = dense(self.heads * 32, "value")(values).reshape(b, length, self.heads, 32)
+        found = attention(query, key, value, mask[:, None, None, :]).reshape(b, height, width, -1)
+        return nn.Dense(channels, use_bias=False, dtype=self.dtype, name="out")(found)

@@ -30,15 +30,15 @@ def timestep_embedding(t: jax.Array, dim: int, max_period: float = 10_000.0) -> 
 def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None = None) -> jax.Array:
     """Scaled dot-product attention, `softmax(q k^T / sqrt(D)) v`, softmax in float32.
 
-    q: [B, N, H, D]; k, v: [B, M, H, D]; mask: bool, broadcastable to [B, H, N, M], True where a key may be seen.
-    A query that may see no key at all gets zeros. Returns [B, N, H, D] in q's dtype.
+    q: [B, N, H, D]; k: [B, M, H, D]; v: [B, M, H, E]; mask: bool, broadcastable to [B, H, N, M], True where a key may
+    be seen. A query that may see no key at all gets zeros. Returns [B, N, H, E] in v's dtype.
 
     The heads are folded into the batch, since batched matmuls over (batch x heads) are what every backend runs
     fastest without a fused kernel; a fused kernel would replace this one function.
     """
     b, n, h, d = q.shape
     m = k.shape[1]
-    fold = lambda x: x.transpose(0, 2, 1, 3).reshape(b * h, -1, d)  # noqa: E731
+    fold = lambda x: x.transpose(0, 2, 1, 3).reshape(b * h, *x.shape[1::2])  # noqa: E731
     weights = jnp.einsum("xnd,xmd->xnm", fold(q) * jnp.asarray(d**-0.5, q.dtype), fold(k)).astype(jnp.float32)
     if mask is not None:
         mask = jnp.broadcast_to(mask, (b, h, n, m)).reshape(b * h, n, m)
@@ -47,7 +47,7 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None =
     if mask is not None:
         weights = jnp.where(mask, weights, 0.0)
     out = jnp.einsum("xnm,xmd->xnd", weights.astype(v.dtype), fold(v))
-    return out.reshape(b, h, n, d).transpose(0, 2, 1, 3)
+    return out.reshape(b, h, n, v.shape[-1]).transpose(0, 2, 1, 3)
 
 
 class GroupNorm(nn.Module):
@@ -139,6 +139,9 @@ class ResBlock(nn.Module):
     `h = conv1(resample(silu(GN(x))))`, `h = conv2(dropout(silu(GN(h) * (1 + scale) + shift)))`, and
     `skip(resample(x)) + h`, where (scale, shift) is a projection of the embedding. conv2 starts at zero. Without
     `scale_shift` the projection is added before the second norm. resample: None, "up" or "down" (by 2).
+
+    layout: [B, H, W, E] at the size of the output; its projection is added to (scale, shift) position by position, so
+    that the embedding may say other things at other places (spatially adaptive normalisation, Park et al. 2019).
     """
 
     features: int
@@ -149,14 +152,22 @@ class ResBlock(nn.Module):
     dtype: Dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array, emb: jax.Array, train: bool = False) -> jax.Array:
+    def __call__(self, x: jax.Array, emb: jax.Array, train: bool = False, layout: jax.Array | None = None) -> jax.Array:
         norm = lambda name: GroupNorm(self.groups, dtype=self.dtype, name=name)  # noqa: E731
         move: Callable = {None: lambda y: y, "up": upsample2, "down": downsample2}[self.resample]
         h = conv(self.features, 3, "conv_1", self.dtype)(move(nn.silu(norm("norm_1")(x))))
         x = move(x)
         width = 2 * self.features if self.scale_shift else self.features
         emb = nn.Dense(width, dtype=self.dtype, name="emb")(nn.silu(emb))
-        if self.scale_shift:
+        if layout is not None:
+            if not self.scale_shift:
+                raise ValueError("a layout scales and shifts, which scale_shift=False does not")
+            init = nn.initializers.normal(0.02)
+            here = nn.Dense(width, use_bias=False, kernel_init=init, dtype=self.dtype, name="layout_emb")(layout)
+            scale, shift = jnp.split(emb[:, None, None, :] + here, 2, axis=-1)
+            h = norm("norm_2")(h).astype(jnp.float32) * (1 + scale.astype(jnp.float32)) + shift.astype(jnp.float32)
+            h = h.astype(self.dtype)
+        elif self.scale_shift:
             scale, shift = jnp.split(emb, 2, axis=-1)
             h = norm("norm_2")(h, scale, shift)
         else:

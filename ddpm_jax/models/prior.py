@@ -52,7 +52,7 @@ class DiffusionPrior(nn.Module):
         keep = jnp.ones(b, bool) if keep_text is None else keep_text
         dense = lambda name: nn.Dense(self.width, dtype=self.dtype, name=name)  # noqa: E731
         if self.text_encoder is not None:
-            text = self.text_encoder(text)
+            text = self.text_encoder(text, text_mask)
         length = text.shape[1]
         if length != self.context:
             raise ValueError(f"text has {length} tokens; this prior was built for {self.context}")

@@ -11,10 +11,11 @@ from ddpm_jax.models.transformer import Transformer, causal_mask, gelu
 
 
 class TextEncoder(nn.Module):
-    """A causal transformer over tokens with learned positions and a final layer norm (CLIP 2.4, GLIDE 4).
+    """A transformer over tokens with learned positions and a final layer norm (CLIP 2.4, GLIDE 4).
 
-    tokens: int32[B, L] with L <= context. Returns hidden states [B, L, width]. Padding needs no mask here: it
-    stands after the end token and a causal position never looks ahead.
+    tokens: int32[B, L] with L <= context; mask: bool[B, L], True at real tokens. Returns hidden states [B, L, width].
+    Causal as in CLIP, padding needs no mask: it stands after the end token and a position never looks ahead. With
+    causal=False every token sees every real one, as in GLIDE's encoder, and the mask is needed.
     """
 
     vocab_size: int
@@ -23,12 +24,15 @@ class TextEncoder(nn.Module):
     layers: int
     heads: int
     activation: Callable = gelu
+    causal: bool = True
     remat: bool = False
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, tokens: jax.Array) -> jax.Array:
+    def __call__(self, tokens: jax.Array, mask: jax.Array | None = None) -> jax.Array:
         length = tokens.shape[1]
+        if not self.causal and mask is None:
+            raise ValueError("a text encoder that is not causal needs a mask, so that no token sees padding")
         if length > self.context:
             raise ValueError(f"tokens have length {length}, the text encoder was built for at most {self.context}")
         init = nn.initializers.normal(0.02)
@@ -36,7 +40,7 @@ class TextEncoder(nn.Module):
         position = self.param("position", nn.initializers.normal(0.01), (self.context, self.width), jnp.float32)
         x = x + position[None, :length].astype(self.dtype)
         x = Transformer(self.layers, self.heads, self.activation, self.remat, self.dtype, name="transformer")(
-            x, causal_mask(length)
+            x, causal_mask(length) if self.causal else mask[:, None, None, :]
         )
         return nn.LayerNorm(epsilon=1e-5, dtype=self.dtype, name="ln_final")(x)
 

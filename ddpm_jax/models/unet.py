@@ -13,6 +13,7 @@ from ddpm_jax.models.layers import (
     TimeEmbedding,
     conv,
     depth_to_space,
+    downsample2,
     space_to_depth,
 )
 
@@ -23,7 +24,8 @@ class UNet(nn.Module):
     channels: width of the first level; level i has channels * channel_mult[i]. attention_resolutions: the feature
     map sizes (in pixels of the network's own grid, image size / patch) that have attention. patch: space-to-depth
     stem, so that the first level works on (size / patch)^2 positions; 1 is the published network. mid_attention:
-    False gives the network without any attention that DALL-E 2 uses for upsampling.
+    False gives the network without any attention that DALL-E 2 uses for upsampling. modulate: the layout, averaged down
+    to each level, also scales and shifts the features of every block (see `ResBlock`).
     """
 
     channels: int
@@ -35,6 +37,7 @@ class UNet(nn.Module):
     patch: int = 1
     scale_shift: bool = True
     mid_attention: bool = True
+    modulate: bool = False
     dropout: float = 0.0
     groups: int = 32
     remat: bool = False
@@ -66,9 +69,12 @@ class UNet(nn.Module):
         time = TimeEmbedding(self.channels, 4 * self.channels, self.dtype, name="time")(t)
         time = time if emb is None else time + emb.astype(self.dtype)
 
+        layouts = _pyramid(layout, len(self.channel_mult)) if self.modulate and layout is not None else {}
+
         def res(h, features, name, resample=None):
             block = block_class(features, resample, self.scale_shift, self.dropout, self.groups, self.dtype, name=name)
-            return block(h, time, train)
+            height = {None: h.shape[1], "up": 2 * h.shape[1], "down": h.shape[1] // 2}[resample]
+            return block(h, time, train, layouts.get(height))
 
         def attend(h, name, wanted=None):
             if wanted is None:
@@ -101,6 +107,15 @@ class UNet(nn.Module):
         h = nn.silu(GroupNorm(self.groups, dtype=self.dtype, name="out_norm")(h))
         h = conv(self.out_channels * self.patch**2, 3, "out_conv", jnp.float32, zero=True)(h.astype(jnp.float32))
         return depth_to_space(h, self.patch)
+
+
+def _pyramid(layout: jax.Array, levels: int) -> dict[int, jax.Array]:
+    """Return the layout as the blocks read it: height of a level -> [B, height, width, E]."""
+    maps, here = {}, nn.silu(layout)
+    for level in range(levels):
+        here = downsample2(here) if level else here
+        maps[here.shape[1]] = here
+    return maps
 
 
 def check_image_size(size: int, patch: int, levels: int) -> None:

@@ -40,6 +40,12 @@ def make_mesh(axes: Mapping[str, int], *, devices: Sequence[jax.Device] | None =
     return jax.make_mesh(sizes, names, axis_types=(AxisType.Auto,) * len(names), devices=devices)
 
 
+def make_local_mesh(at_most: int | None = None) -> Mesh:
+    """Make a mesh of this process' devices, or the first few, along "data", for work that processes do not share."""
+    # Not by jax.make_mesh, which arranges the chips of a TPU and refuses three of them.
+    return Mesh(np.asarray(jax.local_devices()[:at_most]), (DATA_AXIS,), axis_types=(AxisType.Auto,))
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     """Return the sharding that puts a whole copy of an array on every device of `mesh`."""
     return NamedSharding(mesh, PartitionSpec())

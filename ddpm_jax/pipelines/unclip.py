@@ -9,6 +9,7 @@ import flax.errors
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from ddpm_jax import build
 from ddpm_jax.data.tokenizer import Tokenizer, tokenizer_from_config
@@ -16,6 +17,7 @@ from ddpm_jax.models.clip import CLIP
 from ddpm_jax.models.decoder import Decoder
 from ddpm_jax.models.prior import DiffusionPrior
 from ddpm_jax.models.upsampler import Upsampler
+from ddpm_jax.parallel.mesh import DATA_AXIS, data_sharding, replicated
 from ddpm_jax.pipelines import stages
 from ddpm_jax.pipelines.stages import Sampling, Text
 from ddpm_jax.process import GaussianProcess
@@ -84,12 +86,13 @@ class UnCLIP:
         decoder_scale: float | None = None,
         batch_size: int | None = None,
         low_res: bool = False,
+        mesh: Mesh | None = None,
         report: Callable[[int], None] | None = None,
     ) -> np.ndarray:
         """Draw one picture for every prompt.
 
-        Picture i depends on seed, i and prompt i; on the batch size, and so on the number of prompts, only as float32
-        rounding does, which is one grey level at the most where it shows.
+        Picture i depends on seed, i and prompt i; on the devices, the batch size and so the number of prompts only as
+        float32 rounding does, which is one grey level at the most where it shows.
 
         Args:
             prompts: captions, none of them empty; one too long is cut, with a warning.
@@ -100,8 +103,9 @@ class UnCLIP:
             use_text: whether the decoder is given the caption.
             prior_scale: guidance scale of the prior; the config's by default.
             decoder_scale: guidance scale of the decoder; the config's by default.
-            batch_size: pictures at a time; the config's by default.
+            batch_size: pictures at a time; the config's by default. A multiple of the mesh's devices at least as large.
             low_res: True returns the decoder's pictures, not enlarged.
+            mesh: devices of this process that share each batch, with an axis "data"; one device if none.
             report: called with the number of pictures each time some are done.
 
         Returns:
@@ -115,14 +119,20 @@ class UnCLIP:
         _check_request(prompts, embedding, images, batch_size)
         tokens, mask = self.tokenizer(list(prompts), self.config["text"]["length"])
         size = min(batch_size or self.config["sample"]["batch_size"], len(prompts))
+        params, place = self.params, jnp.asarray
+        if mesh is not None:
+            devices = mesh.shape[DATA_AXIS]
+            size = -(-size // devices) * devices
+            params = jax.device_put(params, replicated(mesh))
+            place = functools.partial(jax.device_put, device=data_sharding(mesh))
         keys = example_keys(jax.random.key(seed), len(prompts))
         scales = {"prior": prior_scale, "decoder": decoder_scale}
         options = _Options(self, embedding, use_text, low_res, tuple(sorted(scales.items())))
         done = []
         for rows in _batches(len(prompts), size):
-            picture = None if images is None else jnp.asarray(images[rows])
+            picture = None if images is None else place(images[rows])
             try:
-                out = _generate(options, self.params, tokens[rows], mask[rows], keys[rows], picture)
+                out = _generate(options, params, *map(place, (tokens[rows], mask[rows], keys[rows])), picture)
             except flax.errors.FlaxError as error:
                 reason = str(error).partition(" (http")[0]
                 raise ValueError(

@@ -1,4 +1,4 @@
-"""Adam with warm-up, decay, decoupled weight decay and gradient clipping."""
+"""AdamW, or Muon for the matrices beside it, with warm-up, decay, weight decay and gradient clipping."""
 
 import math
 from typing import Any, Literal
@@ -7,7 +7,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from ddpm_jax.training.muon import is_muon_weight, scale_by_muon
+
 Decay = Literal["cosine", "linear", "constant"]
+Optimizer = Literal["adamw", "muon"]
 
 
 def make_schedule(
@@ -75,8 +78,13 @@ def make_optimizer(
     eps: float = 1e-8,
     weight_decay: float = 0.0,
     clip_norm: float | None = None,
+    optimizer: Optimizer = "adamw",
+    muon_learning_rate: float | None = None,
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
     """Make AdamW (arXiv:1711.05101, algorithm 2) behind a clip of the gradients' global norm.
+
+    With "muon" the hidden matrices (`is_muon_weight`) are trained by Muon instead, behind the same clip, with the same
+    weight decay and a schedule of the same shape and another peak.
 
     Weight decay acts on matrices and kernels alone: not on arrays with fewer than two axes, nor on those named "bias"
     or "scale" (attention biases have two axes).
@@ -88,20 +96,23 @@ def make_optimizer(
       eps: added to the root of the second moment, > 0.
       weight_decay: >= 0, multiplied by the learning rate of the step.
       clip_norm: the largest global norm of the gradients, > 0; None leaves them alone.
+      optimizer: "adamw" for everything, or "muon" for the hidden matrices and AdamW for the rest.
+      muon_learning_rate: the peak for the matrices, > 0; needed with "muon", not used with "adamw".
 
     Returns:
-      (optimizer, schedule): the schedule is given beside the optimizer so that the learning rate can be logged.
+      (optimizer, schedule): the schedule is given beside the optimizer so that the learning rate can be logged; it is
+      AdamW's.
 
     Raises:
       ValueError: for an argument out of its range.
     """
-    schedule = make_schedule(
-        learning_rate=learning_rate,
-        warmup_steps=warmup_steps,
-        total_steps=total_steps,
-        decay=decay,
-        final_fraction=final_fraction,
-    )
+    shape: dict[str, Any] = {
+        "warmup_steps": warmup_steps,
+        "total_steps": total_steps,
+        "decay": decay,
+        "final_fraction": final_fraction,
+    }
+    schedule = make_schedule(learning_rate=learning_rate, **shape)
     if not (0 <= b1 < 1 and 0 <= b2 < 1):
         raise ValueError(f"{b1=} and {b2=} must be in [0, 1)")
     if not eps > 0:
@@ -110,9 +121,26 @@ def make_optimizer(
         raise ValueError(f"{weight_decay=} must be 0 or more")
     if clip_norm is not None and not clip_norm > 0:
         raise ValueError(f"{clip_norm=} must be positive, or None for no clipping")
+    if optimizer not in ("adamw", "muon"):
+        raise ValueError(f'{optimizer=} must be one of "adamw", "muon"')
     clip = optax.identity() if clip_norm is None else optax.clip_by_global_norm(clip_norm)
     adam = optax.adamw(schedule, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=decayed)
-    return optax.chain(clip, adam), schedule
+    if optimizer == "adamw":
+        return optax.chain(clip, adam), schedule
+    if muon_learning_rate is None or not (muon_learning_rate > 0 and math.isfinite(muon_learning_rate)):
+        raise ValueError(f'{muon_learning_rate=} must be a positive number with optimizer="muon"')
+    muon = optax.chain(
+        scale_by_muon(),
+        optax.add_decayed_weights(weight_decay),
+        optax.scale_by_learning_rate(make_schedule(learning_rate=muon_learning_rate, **shape)),
+    )
+    return optax.chain(clip, optax.multi_transform({"muon": muon, "adamw": adam}, assigned)), schedule
+
+
+def assigned(params: Any) -> Any:
+    """Return a tree of the structure of `params` that names each leaf's optimizer, "muon" or "adamw"."""
+    name = lambda path, leaf: "muon" if is_muon_weight(path, leaf) else "adamw"
+    return jax.tree_util.tree_map_with_path(name, params)
 
 
 def decayed(params: Any) -> Any:

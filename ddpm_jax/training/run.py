@@ -21,8 +21,8 @@ from ddpm_jax import build
 from ddpm_jax.data.contrast import Families
 from ddpm_jax.data.loader import make_loader
 from ddpm_jax.data.tokenizer import Tokenizer
-from ddpm_jax.data.transforms import Keep, RandomCrop, Tokenize
-from ddpm_jax.parallel.mesh import DATA_AXIS, make_mesh
+from ddpm_jax.data.transforms import AverageDown, Keep, RandomCrop, Tokenize
+from ddpm_jax.parallel.mesh import DATA_AXIS, data_sharding, make_local_mesh, make_mesh, replicated
 from ddpm_jax.pipelines import stages
 from ddpm_jax.pipelines.weights import CLIP_WEIGHTS, RUN_FILE, LoadError, read_run
 from ddpm_jax.training.checkpoint import NOT_COMPARED, SUBDIRECTORY, config_differences, lock_workdir, restore_params
@@ -34,6 +34,7 @@ from ddpm_jax.types import Source, Task
 
 NUM_PREVIEWS = 16
 _DECODER_LOSS = ("kind", "objective", "variance", "vlb_weight", "stratified", "drop_image", "drop_text")
+_UPSAMPLER_LOSS = ("image_size", "low_size", "kind", "blur_sigma", "blur_rate", "noise", "mix_colours")
 
 
 def run_stages(config: Mapping[str, Any], workdir: str | os.PathLike, names: Sequence[str]) -> None:
@@ -135,13 +136,15 @@ class _Run:
 
     def embedded(self, source: Source, clip_params: Any) -> EmbeddedSource:
         """Return the source with its CLIP embeddings, computed when they are not there yet."""
-        embed = jax.jit(self._embed)
+        embed, mesh = jax.jit(self._embed), make_local_mesh()
+        clip_params = jax.device_put(clip_params, replicated(mesh))
         cache = cached_embeddings(
             self.workdir / "embeddings",
             source,
             (self.tokenize(), Keep(("image", "tokens", "mask"))),
-            lambda batch: embed(clip_params, batch),
+            lambda batch: embed(clip_params, jax.device_put(batch, data_sharding(mesh))),
             fingerprint={"clip": tree_fingerprint(clip_params), "source": repr(source)},
+            batch_size=-(-256 // mesh.shape[DATA_AXIS]) * mesh.shape[DATA_AXIS],
             progress=self.config["progress"],
         )
         return EmbeddedSource(source, cache)
@@ -208,8 +211,10 @@ def _train_decoder(run: _Run) -> None:
     params = run.clip_params("decoder")
     clip_source = build.make_source(run.config, resolution=run.config["clip"]["image_size"])
     cache = run.embedded(clip_source, params).embeddings
-    source = EmbeddedSource(build.make_source(run.config, resolution=config["image_size"]), cache)
-    transforms = (run.tokenize(), Keep(("image", "tokens", "mask", "z_image", "z_text")))
+    scale = config["supersample"]
+    source = EmbeddedSource(build.make_source(run.config, resolution=config["image_size"] * scale), cache)
+    shrink = () if scale == 1 else (AverageDown(scale),)
+    transforms = (run.tokenize(), Keep(("image", "tokens", "mask", "z_image", "z_text")), *shrink)
     task = _decoder_task(run, params)
     task.preview_batch = run.previews(source, transforms, task)
     run.train(task, source, transforms, **{CLIP_WEIGHTS: tree_fingerprint(params)})
@@ -222,7 +227,7 @@ def _upsampler_task(run: _Run) -> UpsamplerTask:
         build.make_stage_process(config),
         sampling=build.make_sampling(run.config, "upsampler"),
         weighting=build.make_weighting(config),
-        **{name: config[name] for name in ("image_size", "low_size", "kind", "blur_sigma", "blur_rate", "noise")},
+        **{name: config[name] for name in _UPSAMPLER_LOSS},
     )
 
 

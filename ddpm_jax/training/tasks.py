@@ -201,7 +201,9 @@ class UpsamplerTask:
 
     The low-resolution copy is the picture averaged down to `low_size / image_size` of its size. With probability
     `blur_rate` it is blurred by a Gaussian of `blur_sigma` pixels, kernel 3 (DALL-E 2, section 2.1: sigma 0.6), so that
-    the network learns to mend what a decoder draws; it is never blurred in sampling.
+    the network learns to mend what a decoder draws; it is never blurred in sampling. With `mix_colours` every picture's
+    channels are permuted and inverted at random: enlarging is the same for all colours, and a network that has seen
+    every shape in every colour draws no shape better in one than in another.
     """
 
     model: Upsampler
@@ -214,6 +216,7 @@ class UpsamplerTask:
     blur_sigma: float = 0.6
     blur_rate: float = 0.5
     noise: float = 0.0
+    mix_colours: bool = False
     preview_batch: Batch | None = None
     name: str = "upsampler"
     frozen: Any = None
@@ -237,7 +240,9 @@ class UpsamplerTask:
     def loss(self, params: Params, batch: Batch, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Return the squared error of every example."""
         x0 = stages.to_float(batch["image"])
-        noise_key, blur_key, dropout_key, level_key, low_key = jax.random.split(key, 5)
+        noise_key, blur_key, dropout_key, level_key, low_key, colour_key = jax.random.split(key, 6)
+        if self.mix_colours:
+            x0 = mix_colours(colour_key, x0)
         low = self.low_res(x0)
         blurred = drop(blur_key, 1.0 - self.blur_rate, x0.shape[0])
         low = jnp.where(blurred[:, None, None, None], gaussian_blur3(low, self.blur_sigma), low)
@@ -293,6 +298,17 @@ def _preview_upsampler(held: _ByIdentity, params: Params, batch: Batch, key: jax
         task.model, params, task.process, low, keys, size=task.image_size, sampling=task.sampling, kind=task.kind
     )
     return stages.to_uint8(images)
+
+
+def mix_colours(key: jax.Array, x: jax.Array) -> jax.Array:
+    """Permute the colour channels of each picture, and flip the sign of each channel, at random.
+
+    x: float[B, H, W, 3] in [-1, 1]; each of the 6 permutations and 8 inversions is as likely as the others.
+    """
+    order_key, sign_key = jax.random.split(key)
+    order = jnp.argsort(jax.random.uniform(order_key, (x.shape[0], 3)), axis=-1)
+    sign = jax.random.rademacher(sign_key, (x.shape[0], 1, 1, 3), x.dtype)
+    return jnp.take_along_axis(x, order[:, None, None, :], axis=3) * sign
 
 
 def gaussian_blur3(x: jax.Array, sigma: float) -> jax.Array:
