@@ -116,14 +116,14 @@ def get_config(variant: str = "") -> ConfigDict:
         "kind": "x0",
         "weighting": None,
         "blur_sigma": 0.6,
-        "blur_rate": 0.5,
-        "noise": 0.2,
+        "blur_rate": 0.25,
+        "noise": 0.05,
         "mix_colours": True,
     }
     config.sample = {
         "prior": {"steps": "25", "eta": placeholder(float), "scale": 1.0, "candidates": 2},
         "decoder": {"steps": "25", "eta": 0.0, "scale": 1.5},
-        "upsampler": {"steps": "8", "eta": 0.0, "scale": 1.0},
+        "upsampler": {"steps": "4", "eta": 0.0, "scale": 1.0},
         "batch_size": 64,
     }
     config.evaluation = {"num_captions": 512, "seed": 1}

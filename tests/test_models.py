@@ -207,7 +207,7 @@ def test_places_ask_words():
     params = random_params(module.init, tokens, values, MASK)
     run = fast_jit(module.apply)
     p = jax.tree.map(lambda a: np.asarray(a, np.float64), params["params"])
-    key = (np.asarray(tokens, np.float64) @ p["key"]["kernel"] + p["key"]["bias"]).reshape(B, L, 2, 16)
+    key = (np.asarray(tokens, np.float64) @ p["key"]["kernel"]).reshape(B, L, 2, 16)
     value = (np.asarray(values, np.float64) @ p["value"]["kernel"] + p["value"]["bias"]).reshape(B, L, 2, 32)
     logits = np.einsum("phd,blhd->bhpl", p["query"], key) / 4
     weights = np.exp(logits - logits.max(-1, keepdims=True)) * np.asarray(MASK)[:, None, None]

@@ -193,13 +193,12 @@ def test_a_stage_with_muon_equals_numpy():
         np.testing.assert_allclose(params[module][leaf], value, rtol=0, atol=1e-5)
 
 
-def test_a_stage_without_the_fields_of_muon_has_adamw():
-    """As in the configs that older runs keep; and "adamw" does not look at muon_learning_rate."""
+def test_a_stage_with_adamw_does_not_look_at_the_learning_rate_of_muon():
     params = {"dense": {"kernel": normal(0, 6, 4)}}
     grads = {"dense": {"kernel": normal(1, 6, 4)}}
     expected, _ = make_optimizer(**FIELDS, total_steps=10)
     expected, state = expected.update(grads, expected.init(params), params)
-    for fields in ({}, {"optimizer": "adamw", "muon_learning_rate": None}, MUON | {"optimizer": "adamw"}):
+    for fields in ({"optimizer": "adamw", "muon_learning_rate": None}, MUON | {"optimizer": "adamw"}):
         tx, _ = build.make_stage_optimizer(FIELDS | fields | {"num_steps": 10})
         updates, ours = tx.update(grads, tx.init(params), params)
         np.testing.assert_array_equal(updates["dense"]["kernel"], expected["dense"]["kernel"])
