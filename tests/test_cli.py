@@ -182,6 +182,23 @@ def test_a_config_that_cannot_work_stops_before_anything_is_trained(call, tmp_pa
     assert not workdir.exists()
 
 
+@pytest.mark.parametrize("field", ["cpu_devices", "decoder.supersample"])
+def test_a_config_without_a_field_is_told_which(call, tmp_path, field):
+    """A config file of one's own, written for an earlier version."""
+    part, _, name = field.rpartition(".")
+    lines = (
+        "import runpy",
+        "def get_config():",
+        f"    config = runpy.run_path({SMOKE.partition(':')[0]!r})['get_config']('smoke')",
+        f"    del {'.'.join(filter(None, ('config', part)))}[{name!r}]",
+        "    return config",
+    )
+    (tmp_path / "old.py").write_text("\n".join(lines))
+    result = call("train", "--config", tmp_path / "old.py", "--workdir", tmp_path / "new")
+    assert_one_sentence(result, 1, f"the config has no field '{name}', which this version needs")
+    assert not (tmp_path / "new").exists()
+
+
 @pytest.mark.parametrize("program", ["train", "sample", "evaluate"])
 def test_help_lists_the_flags(call, program):
     status, out, err = call(program, "--help")
