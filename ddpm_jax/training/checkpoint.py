@@ -38,10 +38,9 @@ FORMAT = 1
 SUBDIRECTORY = "checkpoints"
 ARRAYS = ("params", "ema_params", "optimizer")
 DOCUMENTS = ("data", "config", "meta")
-# Fields that change how a run is watched or kept, not what it computes.
-NOT_COMPARED = frozenset(
-    {"log_every", "preview_every", "checkpoint_every", "keep", "tensorboard", "progress", "cpu_devices"}
-)
+# Fields that change how a run is watched, kept or spread over cores, not what it computes.
+NOT_COMPARED = frozenset({"log_every", "preview_every", "checkpoint_every", "keep", "tensorboard", "progress"})
+NOT_COMPARED |= {"cpu_devices"}
 
 
 class CheckpointError(RuntimeError):
