@@ -82,8 +82,7 @@ class Decoder(nn.Module):
             words = self._words(text, emb_width)
             emb = emb + jnp.sum(jnp.where(seen[:, :, None], words, 0), axis=1)
         tokens = dense(k * width, "image_tokens_in")(z_image).reshape(b, k, width)
-        if self.text_encoder is not None:
-            text = self.text_encoder(text, text_mask)
+        text = text if self.text_encoder is None else self.text_encoder(text, text_mask)
         hidden = dense(width, "text_in")(text.astype(self.dtype))
         hidden = nn.LayerNorm(epsilon=1e-5, dtype=self.dtype, name="text_ln")(hidden)
         hidden = jnp.where(keep_text[:, None, None], hidden, 0)

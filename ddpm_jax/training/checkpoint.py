@@ -6,9 +6,8 @@ A checkpoint is a directory `<step>/` that appears under its name only when it i
   optimizer            {"step", "opt_state"};
   data                 the data iterator's position, one entry a process;
   config               the resolved config, with which loading needs no flags;
-  meta                 format, version, stage, step, number of parameters, a checksum of each of the trees above.
-
-The checksum is there because the storage format notices a truncated or missing file, but not a changed bit.
+  meta                 format, version, stage, step, number of parameters, a checksum of each of the trees above,
+                       since the storage format notices a truncated or missing file, but not a changed bit.
 """
 
 import base64
