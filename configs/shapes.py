@@ -72,7 +72,7 @@ def get_config(variant: str = "") -> ConfigDict:
         "activation": "quick_gelu",
     }
     config.decoder = training(
-        32, 6200, 2e-3, optimizer="muon", muon_learning_rate=6e-3, checkpoint_every=1000, preview_every=2000
+        32, 7800, 2e-3, optimizer="muon", muon_learning_rate=6e-3, checkpoint_every=1000, preview_every=2000
     ) | {
         "image_size": 16,
         "channels": 64,
@@ -102,7 +102,7 @@ def get_config(variant: str = "") -> ConfigDict:
         "drop_image": 0.5,
         "drop_text": 0.1,
     }
-    config.upsampler = training(16, 2400, 2e-3, optimizer="muon", muon_learning_rate=6e-3) | {
+    config.upsampler = training(16, 2000, 2e-3, optimizer="muon", muon_learning_rate=6e-3) | {
         "image_size": 64,
         "low_size": 16,
         "crop": 64,

@@ -26,6 +26,7 @@ from ddpm_jax.types import Kind, Source, Variance
 
 if TYPE_CHECKING:
     import optax
+    from jax.sharding import Mesh
 
 Config = Mapping[str, Any]
 STAGES = ("clip", "prior", "decoder", "upsampler")
@@ -208,13 +209,15 @@ def make_sampling(config: Config, stage: str) -> Sampling:
     return Sampling(str(how["steps"]), how["eta"], how["scale"])
 
 
-def make_stage_optimizer(config: Config) -> "tuple[optax.GradientTransformation, optax.Schedule]":
-    """Make a stage's optimizer and learning-rate schedule."""
+def make_stage_optimizer(
+    config: Config, mesh: "Mesh | None" = None
+) -> "tuple[optax.GradientTransformation, optax.Schedule]":
+    """Make a stage's optimizer, whose work the devices of a mesh share, and learning-rate schedule."""
     from ddpm_jax.training.optimizer import make_optimizer
 
     names = ("learning_rate", "warmup_steps", "decay", "final_fraction", "b1", "b2", "eps", "weight_decay", "clip_norm")
     names += ("optimizer", "muon_learning_rate")
-    return make_optimizer(total_steps=config["num_steps"], **{name: config[name] for name in names})
+    return make_optimizer(total_steps=config["num_steps"], mesh=mesh, **{name: config[name] for name in names})
 
 
 def check_config(config: Config) -> None:

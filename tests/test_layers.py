@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from random_networks import fast_jit, normal, random_params, with_zeros
 
+from ddpm_jax.models import layers
 from ddpm_jax.models.layers import (
     AttentionBlock,
     GroupNorm,
@@ -81,6 +82,33 @@ def test_group_norm_is_that_of_two_passes_in_float64(offset, tolerance):
     wide = lambda a: f64(a)[:, None, None, :]
     out = module.apply(params, x, scale, shift)
     np.testing.assert_allclose(out, expected * (1 + wide(scale)) + wide(shift), atol=3 * tolerance)
+
+
+@pytest.mark.parametrize("dtype,tolerance", [(jnp.float32, 1e-4), (jnp.bfloat16, 3e-2)])
+def test_gradient_of_group_norm_is_that_of_differences_in_float64(dtype, tolerance):
+    """For a weighted sum of outputs, along each input: central differences, whose error is of order 1e-8."""
+    x = (1.0 + 2.0 * normal(0, 2, 4, 4, 12)).astype(dtype)
+    gain, offset, weights = normal(1, 2, 12), normal(2, 2, 12), normal(3, 2, 4, 4, 12)
+    total = lambda *inputs: jnp.sum(weights * layers.group_norm(*inputs, 4, 1e-5).astype(jnp.float32))
+    grads = jax.jit(jax.grad(total, argnums=(0, 1, 2)))(x, gain, offset)
+
+    def reference(x, gain, offset):
+        wide = lambda a: a[:, None, None, :]
+        return np.sum(f64(weights) * (group_norm(x, 4, 1.0, 0.0) * wide(gain) + wide(offset)))
+
+    inputs = [f64(a) for a in (x, gain, offset)]
+    for k, grad in enumerate(grads):
+        assert grad.dtype == (dtype if k == 0 else jnp.float32) and grad.shape == inputs[k].shape
+        directions = np.random.default_rng(k).normal(size=(5, *grad.shape))
+        for direction in directions:
+            ends = []
+            for step in (1e-4, -1e-4):
+                moved = list(inputs)
+                moved[k] = inputs[k] + step * direction
+                ends.append(reference(*moved))
+            expected = (ends[0] - ends[1]) / 2e-4
+            size = np.sqrt(np.sum(np.square(direction * f64(grad))))
+            assert abs(np.sum(direction * f64(grad)) - expected) < tolerance * size
 
 
 def test_group_norm_of_a_constant_is_its_bias_and_groups_must_divide():

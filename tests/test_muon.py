@@ -67,6 +67,33 @@ def test_orthogonalize_does_not_depend_on_the_scale_and_leaves_zeros():
     np.testing.assert_array_equal(orthogonalize(jnp.zeros((30, 8))), np.zeros((30, 8)))
 
 
+@pytest.mark.parametrize("count", [1, 4])
+def test_devices_share_the_matrices_and_all_have_the_result(count):
+    """Three matrices of one shape on four devices leave one without work; a kernel and a dense layer may be alike."""
+    mesh = make_mesh({"data": count}, devices=jax.devices()[:count])
+    shapes = {"a": (3, 3, 8, 16), "b": (72, 16), "c": (72, 16), "wide": (16, 72), "one": (5, 1)}
+    grads = {name: normal(k, *shape) for k, (name, shape) in enumerate(shapes.items())}
+    alone, shared = scale_by_muon(), scale_by_muon(mesh=mesh)
+    expected, _ = jax.jit(alone.update)(grads, alone.init(grads))
+    grads = jax.device_put(grads, replicated(mesh))
+    updates, state = jax.jit(shared.update)(grads, shared.init(grads))
+    for name, update in updates.items():
+        np.testing.assert_allclose(update, expected[name], atol=2e-4)
+        assert update.sharding.is_equivalent_to(replicated(mesh), update.ndim), name
+        assert state.momentum[name].sharding.is_equivalent_to(replicated(mesh), update.ndim), name
+
+
+def test_the_work_of_muon_is_divided_among_devices():
+    """By the compiler's own count of a device's operations: eight matrices on four devices are two for each."""
+    mesh = make_mesh({"data": 4}, devices=jax.devices()[:4])
+    grads = jax.device_put({f"layer_{k}": normal(k, 64, 32) for k in range(8)}, replicated(mesh))
+    flops = []
+    for tx in (scale_by_muon(), scale_by_muon(mesh=mesh)):
+        compiled = jax.jit(tx.update).lower(grads, tx.init(grads)).compile()
+        flops.append(compiled.cost_analysis()["flops"])
+    assert 0.2 < flops[1] / flops[0] < 0.35
+
+
 def test_scale_by_muon_equals_numpy():
     """Three steps of Nesterov momentum; a convolution's kernel is the matrix of its inputs and outputs."""
     rng = np.random.default_rng(0)

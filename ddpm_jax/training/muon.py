@@ -7,11 +7,15 @@ Sources: K. Jordan et al., "Muon: an optimizer for hidden layers in neural netwo
 https://kellerjordan.github.io/posts/muon/; the scale of the update is that of Liu et al. 2025 (arXiv:2502.16982, 2.2).
 """
 
+import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
+
+from ddpm_jax.parallel.mesh import DATA_AXIS, data_sharding, replicated
 
 # a, b, c of Jordan et al., chosen for a steep slope at 0: singular values end near 1, not at 1.
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -71,7 +75,7 @@ def _multiply(a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
 
 
-def scale_by_muon(beta: float = 0.95) -> optax.GradientTransformation:
+def scale_by_muon(beta: float = 0.95, mesh: Mesh | None = None) -> optax.GradientTransformation:
     """Turn gradients into orthogonalized Nesterov momentum of the size of AdamW's updates.
 
     With a leaf seen as a matrix of (all axes but the last) x (the last), that is inputs x outputs of a layer:
@@ -82,8 +86,12 @@ def scale_by_muon(beta: float = 0.95) -> optax.GradientTransformation:
     An orthogonal matrix has a root mean square of 1 / sqrt(max(rows, columns)), so the update's is about 0.2, and
     learning rate and weight decay mean what they mean in AdamW.
 
+    Matrices of one shape are orthogonalized together. With a mesh each device of its axis "data" does its part of
+    them, where all would do the same otherwise; what goes in and comes out is the same on every device.
+
     Args:
       beta: decay of the momentum, in [0, 1).
+      mesh: devices that share the work, with an axis "data"; None computes everything wherever the gradients are.
 
     Returns:
       A transformation of float32 leaves with two axes or more; the momentum is its whole state.
@@ -104,14 +112,30 @@ def scale_by_muon(beta: float = 0.95) -> optax.GradientTransformation:
         del params
         mix = lambda m, g: beta * m + (1 - beta) * g
         momentum = jax.tree.map(mix, state.momentum, grads)
-        return jax.tree.map(lambda m, g: _scaled(mix(m, g)), momentum, grads), MuonState(momentum)
+        leaves, treedef = jax.tree.flatten(jax.tree.map(mix, momentum, grads))
+        return treedef.unflatten(_orthogonalized(leaves, mesh)), MuonState(momentum)
 
     return optax.GradientTransformation(init, update)
 
 
-def _scaled(u: jax.Array) -> jax.Array:
-    matrix = u.reshape(-1, u.shape[-1])
-    return (UPDATE_RMS * max(matrix.shape) ** 0.5 * orthogonalize(matrix)).reshape(u.shape)
+def _orthogonalized(leaves: list[jax.Array], mesh: Mesh | None) -> list[jax.Array]:
+    """Return each leaf's update; `mesh` as in `scale_by_muon`."""
+    groups: dict[tuple[int, int], list[int]] = {}
+    for i, leaf in enumerate(leaves):
+        groups.setdefault((math.prod(leaf.shape[:-1]), leaf.shape[-1]), []).append(i)
+    results: list[Any] = [None] * len(leaves)
+    for shape, members in groups.items():
+        stack = jnp.stack([leaves[i].reshape(shape) for i in members])
+        if mesh is not None:
+            # Zeros fill the last device's part: a constraint wants equal ones.
+            stack = jnp.pad(stack, ((0, -len(members) % mesh.shape[DATA_AXIS]), (0, 0), (0, 0)))
+            stack = jax.lax.with_sharding_constraint(stack, data_sharding(mesh))
+        stack = UPDATE_RMS * max(shape) ** 0.5 * jax.vmap(orthogonalize)(stack)
+        if mesh is not None:
+            stack = jax.lax.with_sharding_constraint(stack, replicated(mesh))
+        for i, matrix in zip(members, stack):
+            results[i] = matrix.reshape(leaves[i].shape)
+    return results
 
 
 def is_muon_weight(path: tuple, leaf: Any) -> bool:

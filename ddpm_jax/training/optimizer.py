@@ -6,6 +6,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 
 from ddpm_jax.training.muon import is_muon_weight, scale_by_muon
 
@@ -80,6 +81,7 @@ def make_optimizer(
     clip_norm: float | None = None,
     optimizer: Optimizer = "adamw",
     muon_learning_rate: float | None = None,
+    mesh: Mesh | None = None,
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
     """Make AdamW (arXiv:1711.05101, algorithm 2) behind a clip of the gradients' global norm.
 
@@ -98,6 +100,7 @@ def make_optimizer(
       clip_norm: the largest global norm of the gradients, > 0; None leaves them alone.
       optimizer: "adamw" for everything, or "muon" for the hidden matrices and AdamW for the rest.
       muon_learning_rate: the peak for the matrices, > 0; needed with "muon", not used with "adamw".
+      mesh: devices that share Muon's work (`scale_by_muon`).
 
     Returns:
       (optimizer, schedule): the schedule is given beside the optimizer so that the learning rate can be logged; it is
@@ -130,7 +133,7 @@ def make_optimizer(
     if muon_learning_rate is None or not (muon_learning_rate > 0 and math.isfinite(muon_learning_rate)):
         raise ValueError(f'{muon_learning_rate=} must be a positive number with optimizer="muon"')
     muon = optax.chain(
-        scale_by_muon(),
+        scale_by_muon(mesh=mesh),
         optax.add_decayed_weights(weight_decay),
         optax.scale_by_learning_rate(make_schedule(learning_rate=muon_learning_rate, **shape)),
     )

@@ -110,7 +110,7 @@ class _Run:
             shard_index=jax.process_index(),
             shard_count=jax.process_count(),
         )
-        tx, schedule = build.make_stage_optimizer(stage)
+        tx, schedule = build.make_stage_optimizer(stage, mesh)
         kept = {field: config[field] for field in ("seed", *build.DEPENDS[name], name)} | made_with
         train(
             task,

@@ -77,13 +77,14 @@ def make_train_step(
         grad_norm = optax.tree.norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
 
-        updates, opt_state = tx.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        decay = ema_decay_at(state.step, ema_decay, warmup=ema_warmup)
-        ema_params = jax.tree.map(lambda ema, p: ema + (1 - decay) * (p - ema), state.ema_params, params)
-        updated = TrainState(state.step + 1, params, ema_params, opt_state)
-        new_state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), updated, state)
+        def make_update() -> TrainState:
+            updates, opt_state = tx.update(grads, state.opt_state, state.params)
+            params = optax.apply_updates(state.params, updates)
+            decay = ema_decay_at(state.step, ema_decay, warmup=ema_warmup)
+            ema_params = jax.tree.map(lambda ema, p: ema + (1 - decay) * (p - ema), state.ema_params, params)
+            return TrainState(state.step + 1, params, ema_params, opt_state)
 
+        new_state = jax.lax.cond(finite, make_update, lambda: state)
         metrics |= {"loss": loss, "grad_norm": grad_norm, "param_norm": optax.tree.norm(state.params)}
         if schedule is not None:
             metrics["lr"] = jnp.asarray(schedule(state.step), jnp.float32)
