@@ -64,9 +64,9 @@ def group_norm(x: jax.Array, gain: jax.Array, offset: jax.Array, groups: int, ep
 
       dx = (gain g - m(gain g) - n m(gain g n)) / sqrt(var + eps),
 
-    two sums per channel, then one fused `g * a + x * p + q`. Left to autodiff, XLA's CPU compiler fuses what all
-    blocks before add up to into every one of its uses: a decoder's step took 1.6 times as long. The price is that
-    forward-mode differentiation (`jax.jvp`) of it is refused.
+    two sums per channel, then one fused `g * a + x * p + q`. Left to autodiff, XLA's CPU compiler fuses the sum
+    that a chain of residual blocks adds up to into each of its uses, and computes it anew there. The price is that
+    forward-mode differentiation (`jax.jvp`) is refused.
     """
     return _group_norm_forward(x, gain, offset, groups, eps)[0]
 
