@@ -11,7 +11,7 @@ not good pictures; `configs/shapes.py:smoke` makes a few steps of each stage wit
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-VARIANTS = ("", "long", "quick", "smoke")
+VARIANTS = ("", "quick", "smoke")
 
 
 def training(batch_size: int, num_steps: int, learning_rate: float, **overrides) -> dict:
@@ -130,22 +130,11 @@ def get_config(variant: str = "") -> ConfigDict:
     config.tensorboard = False
     config.progress = True
     config.cpu_devices = 2
-    if variant == "long":
-        long(config)
     if variant == "quick":
         quick(config)
     if variant == "smoke":
         smoke(config)
     return config
-
-
-def long(config: ConfigDict) -> None:
-    """Train for hours, with two objects in two of five scenes, and give the decoder what it needs to tell them apart."""
-    config.data.update(num_examples=100_000, two_fraction=0.4)
-    for stage, num_steps in {"clip": 1500, "prior": 3000, "decoder": 24_000, "upsampler": 8000}.items():
-        config[stage].update(num_steps=num_steps, checkpoint_every=500, preview_every=4000, ema_decay=0.999)
-    config.decoder.update(batch_size=64, layout_heads=8, modulate=True, attention_resolutions=(8, 4))
-    config.decoder.text_encoder.update(layers=2, causal=False)
 
 
 def quick(config: ConfigDict) -> None:

@@ -208,6 +208,7 @@ def test_another_config_is_refused_by_field(tmp_path):
     assert "dropout is absent there and 0.1 here" in str(error.value)
     assert "log_every" not in str(error.value) and "width" not in str(error.value)
     assert restore(tmp_path, config=config | {"lr": 0.1}, ignore={"dropout", "log_every"}) is not None
+    assert config_differences({"clip": {"num_steps": 5}}, {"clip": {"num_steps": 9}}) == []  # it may go on for longer
 
 
 def test_config_differences():

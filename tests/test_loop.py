@@ -268,6 +268,13 @@ def test_fewer_steps_than_were_made_are_refused(uninterrupted):
         run(uninterrupted[1], num_steps=8)
 
 
+def test_a_finished_run_goes_on_when_more_steps_are_asked_for(tmp_path):
+    run(tmp_path, num_steps=6)
+    assert int(run(tmp_path, num_steps=10).step) == 10
+    logged = [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert logged == [2, 4, 6, 8, 10]
+
+
 @pytest.mark.parametrize(
     "bad", [{"num_steps": 0}, {"log_every": 0}, {"checkpoint_every": 0}, {"preview_every": -1}, {"keep": 0}]
 )

@@ -37,9 +37,9 @@ FORMAT = 1
 SUBDIRECTORY = "checkpoints"
 ARRAYS = ("params", "ema_params", "optimizer")
 DOCUMENTS = ("data", "config", "meta")
-# Fields that change how a run is watched, kept or spread over cores, not what it computes.
+# Fields that change how a run is watched, kept or spread over cores, not what it computes; and its length.
 NOT_COMPARED = frozenset({"log_every", "preview_every", "checkpoint_every", "keep", "tensorboard", "progress"})
-NOT_COMPARED |= {"cpu_devices"}
+NOT_COMPARED |= {"cpu_devices", "num_steps"}
 
 
 class CheckpointError(RuntimeError):
