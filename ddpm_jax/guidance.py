@@ -3,12 +3,13 @@
 Denoiser in, denoiser out; thresholds are functions of x0 and go in as ``x0_transform`` (see ``process.predict``).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 
-from ddpm_jax.types import Denoiser
+from ddpm_jax.process import KINDS, GaussianProcess
+from ddpm_jax.types import Denoiser, Kind
 
 
 def drop(key: jax.Array, rate: float, batch_size: int) -> jax.Array:
@@ -32,42 +33,144 @@ def drop(key: jax.Array, rate: float, batch_size: int) -> jax.Array:
     return jax.random.uniform(key, (batch_size,)) >= rate
 
 
-def classifier_free(cond: Denoiser, null: Denoiser, scale: float | jax.Array) -> Denoiser:
+def classifier_free(
+    cond: Denoiser | Sequence[Denoiser],
+    null: Denoiser,
+    scale: float | jax.Array | Sequence[float | jax.Array],
+    *,
+    interval: tuple[int, int] | None = None,
+    rescale: float = 0.0,
+) -> Denoiser:
     """Guide a denoiser by its own condition: null + scale * (cond - null) (Ho & Salimans 2022, eq. 6).
 
     The paper writes w = scale - 1. When the output has twice the channels of xt, only the first half, the prediction,
-    is guided; the variance half is the conditional network's. Works for eps, x0 and v outputs alike.
+    is guided; the variance half is that of the (first) conditional network. Works for eps, x0 and v outputs alike.
+
+    Several conditions, each with its scale: null + sum_i scale_i (cond_i - null) (Liu et al. 2022, "composable
+    diffusion", eq. 11).
 
     Args:
-        cond: the denoiser with its condition closed over.
+        cond: the denoiser with its condition closed over, or several of them.
         null: the same network with the null condition closed over.
-        scale: a float, or float[B], one for every example. With the Python number 1, ``null`` is never called.
+        scale: a float, or float[B], one for every example; for several conditions one of these for each. With the
+            Python number 1 and one condition ``null`` is never called.
+        interval: (first, last), inclusive: the timesteps to guide at; at others the result is the (first) conditional
+            network's (Kynkaanniemi et al. 2024). It goes by t as the network receives it.
+        rescale: phi in [0, 1] of Lin et al. 2024 (eqs. 15 and 16): the guided prediction is brought towards the
+            standard deviation of the conditional one, over all axes of an example: phi guided * std(cond) / std(guided)
+            + (1 - phi) guided. Against overexposed pictures at high scales.
 
     Returns:
         A denoiser, float32.
 
     Raises:
-        ValueError: when called, if the two outputs differ in shape, do not fit xt, or scale is neither scalar nor [B].
+        ValueError: if there is not one scale for each condition or rescale is outside [0, 1]; and when called, if the
+            outputs differ in shape, do not fit xt, or a scale is neither scalar nor [B].
     """
-    if isinstance(scale, (int, float)) and scale == 1:
-        return cond
+    several = not callable(cond)
+    conds, scales = (tuple(cond), tuple(scale)) if several else ((cond,), (scale,))
+    if len(conds) != len(scales) or not conds:
+        raise ValueError(f"there must be a scale for each condition, got {len(scales)} for {len(conds)}")
+    if not 0.0 <= rescale <= 1.0:
+        raise ValueError(f"{rescale=} must be in [0, 1]")
+    if interval is not None and not 0 <= interval[0] <= interval[1]:
+        raise ValueError(f"{interval=} must be two timesteps, the first not above the last")
+    if len(conds) == 1 and isinstance(scales[0], (int, float)) and scales[0] == 1:
+        return conds[0]
 
     def denoise(xt: jax.Array, t: jax.Array) -> jax.Array:
-        with_condition, without = cond(xt, t), null(xt, t)
+        outputs, without = [each(xt, t) for each in conds], null(xt, t)
         channels = xt.shape[-1]
-        fits = with_condition.shape[:-1] == xt.shape[:-1] and with_condition.shape[-1] in (channels, 2 * channels)
-        if with_condition.shape != without.shape or not fits:
-            raise ValueError(
-                f"cond and null must return the shape of xt {xt.shape}, or twice its channels, both the same, "
-                f"got {with_condition.shape} and {without.shape}"
-            )
-        dtype = jnp.promote_types(with_condition.dtype, jnp.float32)
-        with_condition, without = with_condition.astype(dtype), without.astype(dtype)
-        guided, base = with_condition[..., :channels], without[..., :channels]
-        guided = base + _per_example(scale, xt).astype(dtype) * (guided - base)
-        return jnp.concatenate([guided, with_condition[..., channels:]], axis=-1)
+        for output in outputs:
+            fits = output.shape[:-1] == xt.shape[:-1] and output.shape[-1] in (channels, 2 * channels)
+            if output.shape != without.shape or not fits:
+                raise ValueError(
+                    f"cond and null must return the shape of xt {xt.shape}, or twice its channels, both the same, "
+                    f"got {output.shape} and {without.shape}"
+                )
+        dtype = jnp.promote_types(outputs[0].dtype, jnp.float32)
+        outputs, base = [output.astype(dtype) for output in outputs], without.astype(dtype)[..., :channels]
+        first = outputs[0][..., :channels]
+        guided = base
+        for output, its_scale in zip(outputs, scales, strict=True):
+            guided = guided + _per_example(its_scale, xt).astype(dtype) * (output[..., :channels] - base)
+        if rescale:
+            axes = tuple(range(1, xt.ndim))
+            ratio = first.std(axes, keepdims=True) / guided.std(axes, keepdims=True)
+            guided = rescale * guided * ratio + (1.0 - rescale) * guided
+        if interval is not None:
+            inside = (t >= interval[0]) & (t <= interval[1])
+            guided = jnp.where(inside.reshape(inside.shape + (1,) * (xt.ndim - 1)), guided, first)
+        return jnp.concatenate([guided, outputs[0][..., channels:]], axis=-1)
 
     return denoise
+
+
+def classifier_guided(
+    process: GaussianProcess,
+    denoise: Denoiser,
+    log_prob: Callable[[jax.Array, jax.Array], jax.Array],
+    scale: float | jax.Array,
+    *,
+    kind: Kind = "eps",
+) -> Denoiser:
+    """Guide a denoiser by the gradient of a classifier, for DDIM and ODE solvers (Dhariwal & Nichol 2021, algorithm 2).
+
+        eps_guided = eps - sigma_t scale grad_xt log p(y | xt)
+
+    and the same shift in the terms of another kind: x0 + sigma_t^2 / alpha_t scale grad, v - sigma_t / alpha_t scale
+    grad. A variance half passes through. For ancestral sampling, whose mean the paper shifts by the variance times the
+    gradient (algorithm 1), see ``ancestral_step(guide=...)``.
+
+    Args:
+        process: the process that the network was trained with, whose timesteps t are. Not a respaced one.
+        denoise: the network.
+        log_prob: (xt, t) -> float[B], log p(y | xt) of each example, e.g. a noised classifier's log-softmax at y. CLIP
+            guidance (GLIDE, section 2.4) is this with the dot product of noised image and text embeddings.
+        scale: a float, or float[B].
+        kind: what the network predicts.
+
+    Returns:
+        A denoiser, float32.
+
+    Raises:
+        ValueError: for an unknown kind, and when called, if log_prob does not return one number an example.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"{kind=} must be one of {KINDS}")
+
+    def guided(xt: jax.Array, t: jax.Array) -> jax.Array:
+        output = denoise(xt, t)
+        output = output.astype(jnp.promote_types(output.dtype, jnp.float32))
+        push = _per_example(scale, xt) * log_prob_gradient(log_prob, xt, t)
+        wide = lambda table: table[t].reshape(t.shape + (1,) * (xt.ndim - 1))  # noqa: E731
+        alpha, sigma = wide(process.sqrt_alpha_bar), wide(process.sqrt_one_minus_alpha_bar)
+        shift = {"eps": -sigma, "x0": sigma**2 / alpha, "v": -sigma / alpha}[kind] * push
+        channels = xt.shape[-1]
+        return jnp.concatenate([output[..., :channels] + shift, output[..., channels:]], axis=-1)
+
+    return guided
+
+
+def log_prob_gradient(log_prob: Callable[[jax.Array, jax.Array], jax.Array], xt: jax.Array, t: jax.Array) -> jax.Array:
+    """Return the gradient of each example's log probability with respect to its own xt.
+
+    Args:
+        log_prob: (xt, t) -> float[B], each entry a function of its own example alone.
+        xt: float[B, ...].
+        t: int32[B].
+
+    Raises:
+        ValueError: if log_prob does not return one number an example.
+    """
+
+    def total(xt: jax.Array) -> jax.Array:
+        values = log_prob(xt, t)
+        if values.shape != xt.shape[:1]:
+            raise ValueError(f"log_prob must return one number an example, {xt.shape[:1]}, got shape {values.shape}")
+        return values.sum()
+
+    return jax.grad(total)(xt)
 
 
 def static_threshold(bound: float = 1.0) -> Callable[[jax.Array], jax.Array]:
@@ -79,6 +182,31 @@ def static_threshold(bound: float = 1.0) -> Callable[[jax.Array], jax.Array]:
     if bound <= 0:
         raise ValueError(f"{bound=} must be positive")
     return lambda x0: jnp.clip(x0, -bound, bound)
+
+
+def dynamic_threshold(quantile: float = 0.995, bound: float = 1.0) -> Callable[[jax.Array], jax.Array]:
+    """Return the ``x0_transform`` of Imagen (section 2.3): clip x0 to [-s, s] and divide by s / bound.
+
+    s is the quantile of |x0| over an example, or ``bound`` where that is larger, so that nothing is ever scaled up.
+
+    Args:
+        quantile: in (0, 1]; 0.995 in the paper.
+        bound: of the data, > 0.
+
+    Raises:
+        ValueError: if an argument is out of its range.
+    """
+    if not 0.0 < quantile <= 1.0:
+        raise ValueError(f"{quantile=} must be in (0, 1]")
+    if bound <= 0:
+        raise ValueError(f"{bound=} must be positive")
+
+    def transform(x0: jax.Array) -> jax.Array:
+        size = jnp.quantile(jnp.abs(x0).reshape(x0.shape[0], -1), quantile, axis=1)
+        size = jnp.maximum(size, bound).reshape((-1,) + (1,) * (x0.ndim - 1))
+        return jnp.clip(x0, -size, size) * (bound / size)
+
+    return transform
 
 
 def _per_example(scale: float | jax.Array, xt: jax.Array) -> jax.Array:

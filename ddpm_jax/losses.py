@@ -231,6 +231,39 @@ def snr_power(power: float, bound: float, kind: Kind) -> Weighting:
     return weight
 
 
+def p2(gamma: float, k: float = 1.0, *, kind: Kind) -> Weighting:
+    """Return the perception-prioritised weights of Choi et al. 2022 (eq. 8): 1 / (k + snr)^gamma on the error of eps.
+
+    On a network of another kind the weight is what amounts to that on eps: times snr for x0, times snr / (snr + 1)
+    for v. gamma = 0 is the plain error of eps.
+
+    Args:
+        gamma: >= 0; 0.5 or 1 in the paper.
+        k: > 0; 1 in the paper.
+        kind: "eps", "x0" or "v".
+
+    Returns:
+        log_snr float32[B] -> weight float32[B].
+
+    Raises:
+        ValueError: if an argument is out of its range.
+    """
+    if gamma < 0 or k <= 0:
+        raise ValueError(f"{gamma=} must not be negative and {k=} must be positive")
+    if kind not in KINDS:
+        raise ValueError(f"{kind=} must be one of {KINDS}")
+
+    def weight(log_snr: jax.Array) -> jax.Array:
+        log_weight = -gamma * jnp.logaddexp(math.log(k), log_snr)
+        if kind == "x0":
+            log_weight = log_weight + log_snr
+        elif kind == "v":
+            log_weight = log_weight + log_snr - jax.nn.softplus(log_snr)
+        return jnp.exp(log_weight)
+
+    return weight
+
+
 def contrastive_loss(
     z_image: jax.Array, z_text: jax.Array, log_scale: jax.Array
 ) -> tuple[jax.Array, dict[str, jax.Array]]:

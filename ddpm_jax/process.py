@@ -70,6 +70,7 @@ class GaussianProcess:
         log_betas, large_log_variance: log beta_t, and the log of (10).
         log_snr: log(alpha_bar / (1 - alpha_bar)).
         timestep_map: int32[T], the timestep the network was trained with for each step of this process.
+        zero_terminal: static; True where the last alpha_bar is 0, so that eps there says nothing about x0.
     """
 
     betas: jax.Array
@@ -88,6 +89,7 @@ class GaussianProcess:
     large_log_variance: jax.Array
     log_snr: jax.Array
     timestep_map: jax.Array
+    zero_terminal: bool = struct.field(pytree_node=False, default=False)
 
     @property
     def num_steps(self) -> int:
@@ -122,7 +124,7 @@ def make_process(
     """Make the tables of the process (1) from its betas.
 
     Args:
-        betas: [T], each in (0, 1); taken as float64.
+        betas: [T], each in (0, 1); taken as float64. The last may be 1 (``schedules.zero_terminal_snr``).
         timestep_map: int[T], what the network receives as t at each step; 0 .. T - 1 by default.
         dtype: dtype of the tables; they are computed in float64 in any case.
 
@@ -135,8 +137,11 @@ def make_process(
     betas = np.asarray(betas, np.float64)
     if betas.ndim != 1 or betas.size < 1:
         raise ValueError(f"betas must be a vector of at least 1 step, got shape {betas.shape}")
-    if not np.all((betas > 0.0) & (betas < 1.0)):
-        raise ValueError(f"betas must be inside (0, 1), got values from {betas.min():g} to {betas.max():g}")
+    if not (np.all((betas > 0.0) & (betas <= 1.0)) and np.all(betas[:-1] < 1.0)) or betas[0] == 1.0:
+        raise ValueError(
+            f"betas must be inside (0, 1), or 1 at the last of several steps, got values from {betas.min():g} to "
+            f"{betas.max():g}"
+        )
     if timestep_map is None:
         timestep_map = np.arange(betas.size)
     timestep_map = np.asarray(timestep_map, np.int32)
@@ -178,6 +183,8 @@ def _from_tables(
     first = posterior_variance[1] if betas.size > 1 else betas[0]
     clipped = np.append(first, posterior_variance[1:])
     rounded = np.asarray(alpha_bar, dtype).astype(np.float64)
+    with np.errstate(divide="ignore"):  # where the last alpha_bar is 0
+        recip, log_alpha_bar = 1.0 / alpha_bar, np.log(alpha_bar)
 
     def table(values: np.ndarray) -> jax.Array:
         return jnp.asarray(values, dtype)
@@ -189,16 +196,17 @@ def _from_tables(
         alpha_bar_prev=table(alpha_bar_prev),
         sqrt_alpha_bar=table(np.sqrt(alpha_bar)),
         sqrt_one_minus_alpha_bar=table(np.sqrt(1.0 - alpha_bar)),
-        sqrt_recip_alpha_bar=table(np.sqrt(1.0 / alpha_bar)),
-        sqrt_recipm1_alpha_bar=table(np.sqrt(1.0 / alpha_bar - 1.0)),
+        sqrt_recip_alpha_bar=table(np.sqrt(recip)),
+        sqrt_recipm1_alpha_bar=table(np.sqrt(recip - 1.0)),
         posterior_coef_x0=table(betas * np.sqrt(alpha_bar_prev) / (1.0 - alpha_bar)),  # (4)
         posterior_coef_xt=table((1.0 - alpha_bar_prev) * np.sqrt(1.0 - betas) / (1.0 - alpha_bar)),  # (4)
         posterior_variance=table(posterior_variance),
         posterior_log_variance=table(np.log(clipped)),
         log_betas=table(np.log(betas)),
         large_log_variance=table(np.log(np.append(first, betas[1:]))),  # (10)
-        log_snr=table(np.log(alpha_bar) - np.log(1.0 - alpha_bar)),
+        log_snr=table(log_alpha_bar - np.log(1.0 - alpha_bar)),
         timestep_map=jnp.asarray(timestep_map, jnp.int32),
+        zero_terminal=bool(alpha_bar[-1] == 0.0),
     )
 
 
@@ -297,10 +305,13 @@ def predict(
         A Prediction in the dtype of the tables.
 
     Raises:
-        ValueError: if kind or variance is unknown or the output does not have the channels they need.
+        ValueError: if kind or variance is unknown, the output does not have the channels they need, or kind="eps" is
+            asked to give x0 back from pure noise.
     """
     _check_kind(kind)
     _check_t(t, xt)
+    if kind == "eps" and process.zero_terminal:
+        raise ValueError("kind='eps' cannot give x0 at the last step, where alpha_bar is 0; use kind='v' or 'x0'")
     mean_output, range_output = split_output(output.astype(process.betas.dtype), xt, variance)
     xt = xt.astype(process.betas.dtype)
     x0, eps = _to_x0_eps(process, mean_output, xt, t, kind)

@@ -5,7 +5,7 @@ that were multiplied up in float64, and a float32 product over a thousand steps 
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate
 
 import numpy as np
@@ -28,14 +28,55 @@ def linear_betas(num_steps: int, beta_start: float = 1e-4, beta_end: float = 0.0
     Raises:
         ValueError: if num_steps < 1 or a beta leaves (0, 1).
     """
-    _check_num_steps(num_steps)
-    scale = 1000.0 / num_steps
-    if not (0.0 < scale * beta_start < 1.0 and 0.0 < scale * beta_end < 1.0):
-        raise ValueError(
-            f"linear_betas with {num_steps=}, {beta_start=}, {beta_end=} leaves (0, 1): betas are scaled by 1000 / "
-            f"num_steps, so num_steps must be more than {1000 * max(beta_start, beta_end):g} and betas positive"
-        )
+    scale = _scale("linear_betas", num_steps, beta_start, beta_end)
     return np.linspace(scale * beta_start, scale * beta_end, num_steps, dtype=np.float64)
+
+
+def quadratic_betas(num_steps: int, beta_start: float = 1e-4, beta_end: float = 0.02) -> np.ndarray:
+    """Return the quadratic schedule of DDPM's code ("quad"), which DDIM used for its CIFAR-10 timesteps.
+
+    beta_i = (1000 / T) * linspace(sqrt(beta_start), sqrt(beta_end), T)_i^2. Arguments, errors and the scale are those
+    of ``linear_betas``.
+    """
+    scale = _scale("quadratic_betas", num_steps, beta_start, beta_end)
+    return scale * np.linspace(beta_start**0.5, beta_end**0.5, num_steps, dtype=np.float64) ** 2
+
+
+def sigmoid_betas(num_steps: int, beta_start: float = 1e-4, beta_end: float = 0.02, reach: float = 6.0) -> np.ndarray:
+    """Return the schedule that goes from beta_start to beta_end along a sigmoid (Xu et al. 2022, GeoDiff's code).
+
+    beta_i = (1000 / T) * (beta_start + (beta_end - beta_start) / (1 + exp(-linspace(-reach, reach, T)_i))). Arguments,
+    errors and the scale are those of ``linear_betas``; reach > 0. (Jabri et al. 2022 shape alpha_bar by a sigmoid:
+    ``betas_from_alpha_bar`` with ``sigmoid_alpha_bar``.)
+    """
+    scale = _scale("sigmoid_betas", num_steps, beta_start, beta_end)
+    if reach <= 0.0:
+        raise ValueError(f"{reach=} must be positive")
+    share = 1.0 / (1.0 + np.exp(-np.linspace(-reach, reach, num_steps, dtype=np.float64)))
+    return scale * (beta_start + (beta_end - beta_start) * share)
+
+
+def constant_betas(num_steps: int, beta: float = 0.02) -> np.ndarray:
+    """Return the same beta at every step (DDPM's code, "const"), scaled by 1000 / T like ``linear_betas``."""
+    scale = _scale("constant_betas", num_steps, beta, beta)
+    return np.full(num_steps, scale * beta, np.float64)
+
+
+def reciprocal_betas(num_steps: int) -> np.ndarray:
+    """Return beta_i = 1 / (T - i): 1/T, 1/(T-1), ..., 1 (Sohl-Dickstein et al. 2015, section 2.4.1; DDPM's "jsd").
+
+    It takes away the same share of the data at every step: alpha_bar_i = 1 - (i + 1) / T. The last is 0, see
+    ``zero_terminal_snr`` for what that asks of a network.
+
+    Returns:
+        betas, float64[T] in (0, 1].
+
+    Raises:
+        ValueError: if num_steps < 2.
+    """
+    if num_steps < 2:
+        raise ValueError(f"{num_steps=} must be at least 2")
+    return 1.0 / np.arange(num_steps, 0, -1, dtype=np.float64)
 
 
 def cosine_betas(num_steps: int, s: float = 0.008, max_beta: float = 0.999) -> np.ndarray:
@@ -58,14 +99,87 @@ def cosine_betas(num_steps: int, s: float = 0.008, max_beta: float = 0.999) -> n
     Raises:
         ValueError: if num_steps < 1, s < 0 or max_beta is outside (0, 1).
     """
-    _check_num_steps(num_steps)
     if s < 0.0:
         raise ValueError(f"{s=} must not be negative")
+    return betas_from_alpha_bar(num_steps, lambda u: np.cos((u + s) / (1.0 + s) * np.pi / 2.0) ** 2, max_beta)
+
+
+def betas_from_alpha_bar(
+    num_steps: int, alpha_bar: Callable[[np.ndarray], np.ndarray], max_beta: float = 0.999
+) -> np.ndarray:
+    """Return the betas of any alpha_bar on [0, 1] (Improved DDPM, eq. 17).
+
+    beta_i = min(1 - alpha_bar((i + 1) / T) / alpha_bar(i / T), max_beta). Only ratios of alpha_bar matter, so it need
+    not be 1 at 0.
+
+    Args:
+        num_steps: T >= 1.
+        alpha_bar: float64[T + 1] in [0, 1] -> float64[T + 1], positive (it may reach 0 at 1) and decreasing.
+        max_beta: upper clip, in (0, 1).
+
+    Returns:
+        betas, float64[T] in (0, max_beta].
+
+    Raises:
+        ValueError: if num_steps < 1, max_beta is outside (0, 1) or alpha_bar does not decrease.
+    """
+    _check_num_steps(num_steps)
     if not 0.0 < max_beta < 1.0:
         raise ValueError(f"{max_beta=} must be in (0, 1)")
-    u = np.arange(num_steps + 1, dtype=np.float64) / num_steps
-    alpha_bar = np.cos((u + s) / (1.0 + s) * np.pi / 2.0) ** 2
-    return np.minimum(1.0 - alpha_bar[1:] / alpha_bar[:-1], max_beta)
+    values = np.asarray(alpha_bar(np.arange(num_steps + 1, dtype=np.float64) / num_steps), np.float64)
+    if values.shape != (num_steps + 1,) or not (np.all(values[:-1] > 0.0) and np.all(np.diff(values) < 0.0)):
+        raise ValueError("alpha_bar must be positive and decreasing on [0, 1], one value for each of its arguments")
+    return np.minimum(1.0 - values[1:] / values[:-1], max_beta)
+
+
+def sigmoid_alpha_bar(
+    u: np.ndarray, *, start: float = -3.0, end: float = 3.0, tau: float = 1.0, smallest: float = 1e-9
+) -> np.ndarray:
+    """Return alpha_bar(u) of the sigmoid schedule (Jabri et al. 2022, RIN, and Chen 2023, algorithm 1).
+
+    alpha_bar(u) = (S(end) - S(start + u (end - start))) / (S(end) - S(start)), S(x) = 1 / (1 + exp(-x / tau)), not
+    below `smallest`. For ``betas_from_alpha_bar``.
+
+    Args:
+        u: float64[...] in [0, 1].
+        start, end: the part of the sigmoid, start < end.
+        tau: > 0; larger is closer to a straight line.
+        smallest: > 0.
+
+    Raises:
+        ValueError: if start >= end, or tau or smallest is not positive.
+    """
+    if not start < end:
+        raise ValueError(f"{start=} must be less than {end=}")
+    if not (tau > 0.0 and smallest > 0.0):
+        raise ValueError(f"{tau=} and {smallest=} must be positive")
+    sigmoid = lambda x: 1.0 / (1.0 + np.exp(-np.asarray(x, np.float64) / tau))
+    left = sigmoid(end) - sigmoid(start + np.asarray(u, np.float64) * (end - start))
+    return np.maximum(left / (sigmoid(end) - sigmoid(start)), smallest)
+
+
+def zero_terminal_snr(betas: np.ndarray) -> np.ndarray:
+    """Rescale a schedule so that the last step is pure noise (Lin et al. 2024, algorithm 1).
+
+    sqrt(alpha_bar) is shifted and scaled linearly so that its last value is 0 and its first stays; the last beta
+    becomes 1. A network that predicts eps says nothing about x0 there: use "v" or "x0".
+
+    Args:
+        betas: [T], T >= 2, each in (0, 1).
+
+    Returns:
+        betas, float64[T] in (0, 1].
+
+    Raises:
+        ValueError: if betas is not a vector of at least two entries in (0, 1).
+    """
+    betas = np.asarray(betas, np.float64)
+    if betas.ndim != 1 or betas.size < 2 or not np.all((betas > 0.0) & (betas < 1.0)):
+        raise ValueError(f"betas must be a vector of at least 2 entries inside (0, 1), got shape {betas.shape}")
+    root = np.sqrt(np.cumprod(1.0 - betas))
+    root = (root - root[-1]) * root[0] / (root[0] - root[-1])
+    alpha_bar = np.append(1.0, root**2)
+    return 1.0 - alpha_bar[1:] / alpha_bar[:-1]
 
 
 def respaced_timesteps(num_steps: int, spec: str | int | Sequence[int]) -> list[int]:
@@ -101,6 +215,17 @@ def respaced_timesteps(num_steps: int, spec: str | int | Sequence[int]) -> list[
     if re.fullmatch(r"\d+(,\d+)*", text):
         return _sections(num_steps, [int(count) for count in text.split(",")], spec)
     raise ValueError(f'{spec=} must be like "250", "10,10,3,2,2", "ddim50", "fast27", or a list of timesteps')
+
+
+def _scale(name: str, num_steps: int, beta_start: float, beta_end: float) -> float:
+    _check_num_steps(num_steps)
+    scale = 1000.0 / num_steps
+    if not (0.0 < scale * beta_start < 1.0 and 0.0 < scale * beta_end < 1.0):
+        raise ValueError(
+            f"{name} with {num_steps=} and betas from {beta_start} to {beta_end} leaves (0, 1): betas are scaled by "
+            f"1000 / num_steps, so num_steps must be more than {1000 * max(beta_start, beta_end):g} and betas positive"
+        )
+    return scale
 
 
 def _check_num_steps(num_steps: int) -> None:

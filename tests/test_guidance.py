@@ -5,7 +5,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ddpm_jax import classifier_free, drop, static_threshold
+from ddpm_jax import (
+    ancestral_step,
+    classifier_free,
+    cosine_betas,
+    ddim_step,
+    drop,
+    example_keys,
+    make_process,
+    q_sample,
+    respace,
+    sample,
+    static_threshold,
+    target,
+)
+from ddpm_jax.guidance import classifier_guided, dynamic_threshold, log_prob_gradient
 
 XT = jax.random.normal(jax.random.key(0), (4, 3, 3, 2))
 T = jnp.arange(4, dtype=jnp.int32)
@@ -101,3 +115,105 @@ def test_static_threshold():
     np.testing.assert_array_equal(static_threshold(2.5)(x0), jnp.array([[-2.5, -0.2, 0.9, 2.0]]))
     with pytest.raises(ValueError, match="bound=0 must be positive"):
         static_threshold(0)
+
+
+def test_several_conditions_add_their_differences():
+    second = lambda xt, t: 2.0 * xt
+    cond, null, other = (np.asarray(f(XT, T)) for f in (_cond, _null, second))
+    guided = classifier_free((_cond, second), _null, (2.0, jnp.array([0.0, 1.0, 2.0, 3.0])))(XT, T)
+    scales = np.arange(4.0).reshape(-1, 1, 1, 1)
+    np.testing.assert_allclose(guided, null + 2 * (cond - null) + scales * (other - null), rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match="a scale for each condition, got 1 for 2"):
+        classifier_free((_cond, second), _null, (2.0,))
+
+
+def test_an_interval_guides_at_its_timesteps_alone():
+    guided = classifier_free(_cond, _null, 3.0, interval=(1, 2))(XT, T)
+    everywhere = classifier_free(_cond, _null, 3.0)(XT, T)
+    np.testing.assert_array_equal(guided[1:3], everywhere[1:3])
+    np.testing.assert_array_equal(guided[::3], _cond(XT, T)[::3])
+    with pytest.raises(ValueError, match="interval=.* must be two timesteps"):
+        classifier_free(_cond, _null, 3.0, interval=(2, 1))
+
+
+def test_rescaling_brings_the_spread_back():
+    guided = np.asarray(classifier_free(_cond, _null, 4.0)(XT, T))
+    spread = lambda x: np.asarray(x).reshape(4, -1).std(axis=1)
+    full = classifier_free(_cond, _null, 4.0, rescale=1.0)(XT, T)
+    np.testing.assert_allclose(spread(full), spread(_cond(XT, T)), rtol=1e-5)
+    half = classifier_free(_cond, _null, 4.0, rescale=0.5)(XT, T)
+    np.testing.assert_allclose(half, 0.5 * (np.asarray(full) + guided), rtol=1e-5)
+    with pytest.raises(ValueError, match="rescale=1.5 must be in"):
+        classifier_free(_cond, _null, 4.0, rescale=1.5)
+
+
+def test_dynamic_threshold_against_numpy():
+    x0 = np.random.default_rng(0).normal(size=(3, 10, 10, 2)) * np.array([0.1, 1.0, 5.0]).reshape(3, 1, 1, 1)
+    s = np.maximum(np.quantile(np.abs(x0).reshape(3, -1), 0.9, axis=1), 1.0).reshape(3, 1, 1, 1)
+    out = np.asarray(dynamic_threshold(0.9)(jnp.asarray(x0, jnp.float32)))
+    np.testing.assert_allclose(out, np.clip(x0, -s, s) / s, atol=1e-5)
+    np.testing.assert_allclose(out[0], x0[0], atol=1e-6)  # already inside
+    assert np.abs(out).max() == pytest.approx(1.0)
+    for quantile, bound in ((0.0, 1.0), (1.1, 1.0), (0.9, 0.0)):
+        with pytest.raises(ValueError, match="must be"):
+            dynamic_threshold(quantile, bound)
+
+
+MEAN, STD, NOISE, SEEN = 0.3, 0.5, 0.4, 0.9
+PROCESS = make_process(cosine_betas(1000))
+
+
+def _x0_given_xt(xt, t):
+    """Mean and variance of x0 given xt for data N(MEAN, STD^2)."""
+    alpha_bar = PROCESS.alpha_bar[t][:, None]
+    variance = STD**2 * (1 - alpha_bar) / (alpha_bar * STD**2 + 1 - alpha_bar)
+    total = alpha_bar * STD**2 + 1 - alpha_bar
+    return MEAN + jnp.sqrt(alpha_bar) * STD**2 * (xt - jnp.sqrt(alpha_bar) * MEAN) / total, variance
+
+
+def _network(kind):
+    def denoise(xt, t):
+        x0 = _x0_given_xt(xt, t)[0]
+        alpha, sigma = (v[t][:, None] for v in (PROCESS.sqrt_alpha_bar, PROCESS.sqrt_one_minus_alpha_bar))
+        return target(PROCESS, x0, (xt - alpha * x0) / sigma, t, kind=kind)
+
+    return denoise
+
+
+def _log_prob(xt, t):
+    """log p(y = SEEN | xt) with y = x0 + N(0, NOISE^2), up to a constant of t."""
+    mean, variance = _x0_given_xt(xt, t)
+    return (-0.5 * (SEEN - mean) ** 2 / (variance + NOISE**2))[:, 0]
+
+
+@pytest.mark.parametrize("kind", ["eps", "x0", "v"])
+@pytest.mark.parametrize("name", ["ddim", "ancestral"])
+def test_the_exact_classifier_gives_the_exact_posterior(kind, name):
+    """Gaussian data seen through Gaussian noise have a Gaussian posterior."""
+    n, short = 4096, respace(PROCESS, "500")
+    if name == "ddim":
+        denoise, step = classifier_guided(PROCESS, _network(kind), _log_prob, 1.0, kind=kind), ddim_step()
+    else:
+        denoise, step = _network(kind), ancestral_step(guide=lambda xt, t: log_prob_gradient(_log_prob, xt, t))
+    draw = jax.jit(lambda keys: sample(short, denoise, keys, (1,), step=step, kind=kind))
+    x0 = draw(example_keys(jax.random.key(0), n))
+    variance = 1 / (1 / STD**2 + 1 / NOISE**2)
+    mean = variance * (MEAN / STD**2 + SEEN / NOISE**2)
+    assert float(x0.mean()) == pytest.approx(mean, abs=4 * variance**0.5 / n**0.5 + 5e-3)
+    assert float(x0.std()) == pytest.approx(variance**0.5, rel=4 * (1 / (2 * n)) ** 0.5 + 1e-2)
+
+
+def test_classifier_guidance_leaves_the_variance_half_and_scales_by_example():
+    xt = q_sample(PROCESS, jnp.ones((3, 2)), jnp.array([5, 400, 900]), jnp.ones((3, 2)))
+    t = jnp.array([5, 400, 900])
+    log_prob = lambda xt, t: -jnp.sum(xt**2, axis=-1)
+    double = lambda xt, t: jnp.concatenate([0.1 * xt, jnp.full_like(xt, 0.7)], axis=-1)
+    out = np.asarray(classifier_guided(PROCESS, double, log_prob, jnp.array([0.0, 1.0, 2.0]))(xt, t))
+    np.testing.assert_array_equal(out[:, 2:], np.float32(0.7))
+    sigma = np.asarray(PROCESS.sqrt_one_minus_alpha_bar)[np.asarray(t)][:, None]
+    scale = np.array([[0.0], [1.0], [2.0]])
+    np.testing.assert_allclose(out[:, :2], 0.1 * xt - sigma * scale * (-2 * np.asarray(xt)), rtol=1e-5)
+    with pytest.raises(ValueError, match="log_prob must return one number an example"):
+        log_prob_gradient(lambda xt, t: xt, xt, t)
+    with pytest.raises(ValueError, match="kind='noise' must be one of"):
+        classifier_guided(PROCESS, double, log_prob, 1.0, kind="noise")

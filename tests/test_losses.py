@@ -21,7 +21,7 @@ from ddpm_jax import (
     target,
     vlb_terms,
 )
-from ddpm_jax.losses import discretized_log_likelihood, snr_power, stratified_timesteps
+from ddpm_jax.losses import discretized_log_likelihood, p2, snr_power, stratified_timesteps
 
 KEY = jax.random.key(0)
 BETAS = {"linear": linear_betas(1000), "cosine": cosine_betas(1000)}
@@ -302,3 +302,20 @@ def test_stratified_timesteps_are_uniform_and_evenly_spread():
     np.testing.assert_array_equal(np.sort(t // 5, axis=1), np.tile(np.arange(8), (4000, 1)))
     counts = np.bincount(t[:, 3], minlength=40)  # any one position is uniform: chi-square, 39 degrees of freedom
     assert ((counts - 100.0) ** 2 / 100.0).sum() < 75
+
+
+@pytest.mark.parametrize("gamma,k", [(0.0, 1.0), (1.0, 1.0), (0.5, 3.0)])
+def test_p2_is_one_weight_on_the_error_of_eps_whatever_the_network_predicts(gamma, k):
+    """err_eps = snr err_x0 = snr / (snr + 1) err_v."""
+    log_snr = jnp.linspace(-12, 12, 25)
+    snr = np.exp(np.asarray(log_snr, np.float64))
+    on_eps = 1 / (k + snr) ** gamma
+    np.testing.assert_allclose(p2(gamma, k, kind="eps")(log_snr), on_eps, rtol=2e-5)
+    np.testing.assert_allclose(p2(gamma, k, kind="x0")(log_snr), on_eps * snr, rtol=2e-5)
+    np.testing.assert_allclose(p2(gamma, k, kind="v")(log_snr), on_eps * snr / (snr + 1), rtol=2e-5)
+
+
+@pytest.mark.parametrize("options", [{"gamma": -1.0}, {"gamma": 1.0, "k": 0.0}, {"gamma": 1.0, "kind": "noise"}])
+def test_p2_errors(options):
+    with pytest.raises(ValueError, match="must"):
+        p2(**{"kind": "eps"} | options)

@@ -8,7 +8,10 @@ import numpy as np
 import pytest
 
 from ddpm_jax import (
+    ancestral_step,
     cosine_betas,
+    ddim_step,
+    example_keys,
     linear_betas,
     make_process,
     predict,
@@ -16,9 +19,11 @@ from ddpm_jax import (
     q_sample,
     respace,
     respaced_timesteps,
+    sample,
     static_threshold,
     target,
 )
+from ddpm_jax.schedules import reciprocal_betas, zero_terminal_snr
 
 BETAS = {"linear": linear_betas(1000), "cosine": cosine_betas(1000)}
 KINDS = ("eps", "x0", "v")
@@ -205,6 +210,33 @@ def test_a_single_step_has_finite_tables():
     assert all(bool(jnp.all(jnp.isfinite(table))) for table in jax.tree.leaves(process))
 
 
+@pytest.mark.parametrize("kind", ["x0", "v"])
+@pytest.mark.parametrize("step", [ancestral_step(), ddim_step(0.0), ddim_step(1.0)])
+def test_a_process_that_ends_in_pure_noise_gives_a_point_back(kind, step):
+    """All data are one point c: the exact network is known, and every sampler must return c."""
+    process = respace(make_process(zero_terminal_snr(linear_betas(1000))), "10")
+    assert process.zero_terminal and process.alpha_bar[-1] == 0.0
+    c = jnp.asarray([0.3, -0.7])
+    full = make_process(zero_terminal_snr(linear_betas(1000)))
+
+    def denoise(xt, t):
+        alpha, sigma = full.sqrt_alpha_bar[t][:, None], full.sqrt_one_minus_alpha_bar[t][:, None]
+        x0 = jnp.broadcast_to(c, xt.shape)
+        return x0 if kind == "x0" else alpha * (xt - alpha * x0) / sigma - sigma * x0
+
+    x0 = sample(process, denoise, example_keys(jax.random.key(0), 4), (2,), step=step, kind=kind)
+    np.testing.assert_allclose(x0, np.broadcast_to(c, (4, 2)), atol=1e-3)
+
+
+def test_pure_noise_says_nothing_about_x0_through_eps():
+    process = make_process(reciprocal_betas(10))
+    xt, t = jnp.ones((2, 3)), jnp.array([9, 0])
+    with pytest.raises(ValueError, match="kind='eps' cannot give x0 at the last step, where alpha_bar is 0"):
+        predict(process, xt, xt, t, kind="eps")
+    for kind in ("x0", "v"):
+        assert all(np.isfinite(field).all() for field in jax.tree.leaves(predict(process, xt, xt, t, kind=kind)))
+
+
 def test_networks_may_be_bfloat16_and_xt_of_any_rank():
     process = make_process(BETAS["linear"])
     for shape in [(6,), (6, 5), (6, 2, 3, 4, 5)]:
@@ -218,7 +250,8 @@ def test_networks_may_be_bfloat16_and_xt_of_any_rank():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: make_process([0.1, 1.0]), r"betas must be inside \(0, 1\)"),
+        (lambda: make_process([1.0, 0.5]), r"betas must be inside \(0, 1\)"),
+        (lambda: make_process([1.0]), "or 1 at the last of several steps"),
         (lambda: make_process([0.0, 0.5]), r"betas must be inside \(0, 1\)"),
         (lambda: make_process([0.1, np.nan]), r"betas must be inside \(0, 1\)"),
         (lambda: make_process([]), "at least 1 step"),
