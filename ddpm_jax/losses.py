@@ -67,9 +67,12 @@ def denoising_loss(
         "hybrid" and "vlb", "vlb", the term L_t in bits per dimension (not multiplied by T).
 
     Raises:
-        ValueError: if an option is unknown, options contradict each other, or shapes do not fit.
+        ValueError: if an option is unknown, options contradict each other, shapes do not fit, or a network that is to
+            predict eps could not be sampled from, since the process ends in pure noise.
     """
     check_objective(objective, variance, weighting)
+    if kind == "eps" and process.zero_terminal:
+        raise ValueError("kind='eps' could not be sampled from pure noise, where alpha_bar is 0; use kind='v' or 'x0'")
     if x0.ndim < 1 or not jnp.issubdtype(x0.dtype, jnp.floating):
         raise ValueError(f"x0 must be a batch of floats (images in [-1, 1]), got {x0.dtype}{list(x0.shape)}")
     x0 = x0.astype(process.betas.dtype)
@@ -221,6 +224,7 @@ def snr_power(power: float, bound: float, kind: Kind) -> Weighting:
         raise ValueError(f"{kind=} must be one of {KINDS}")
 
     def weight(log_snr: jax.Array) -> jax.Array:
+        log_snr = jnp.maximum(log_snr, -60.0)  # it is -inf where alpha_bar is 0, and 0 * inf has no value
         log_weight = jnp.minimum(power * log_snr, math.log(bound))
         if kind == "eps":
             log_weight = log_weight - log_snr

@@ -22,6 +22,7 @@ from ddpm_jax import (
     vlb_terms,
 )
 from ddpm_jax.losses import discretized_log_likelihood, p2, snr_power, stratified_timesteps
+from ddpm_jax.schedules import reciprocal_betas
 
 KEY = jax.random.key(0)
 BETAS = {"linear": linear_betas(1000), "cosine": cosine_betas(1000)}
@@ -319,3 +320,18 @@ def test_p2_is_one_weight_on_the_error_of_eps_whatever_the_network_predicts(gamm
 def test_p2_errors(options):
     with pytest.raises(ValueError, match="must"):
         p2(**{"kind": "eps"} | options)
+
+
+@pytest.mark.parametrize("kind", ["x0", "v"])
+@pytest.mark.parametrize("weighting", [None, "plain", "min_snr", "p2"])
+def test_losses_are_finite_where_a_process_ends_in_pure_noise(kind, weighting):
+    process = make_process(reciprocal_betas(10))
+    chosen = {"plain": lambda: snr_power(0.0, 1.0, kind), "min_snr": lambda: min_snr(5.0, kind)}
+    chosen |= {"p2": lambda: p2(1.0, kind=kind)}
+    options = {"kind": kind, "weighting": chosen[weighting]() if weighting else None, "t": jnp.array([0, 9])}
+    loss, _ = denoising_loss(process, lambda xt, t: jnp.zeros_like(xt), KEY, jnp.ones((2, 3)), **options)
+    assert np.isfinite(loss).all()
+    if kind == "x0" and weighting in (None, "plain"):
+        np.testing.assert_allclose(loss, 1.0)  # the error of 0 as an estimate of 1
+    with pytest.raises(ValueError, match="kind='eps' could not be sampled from pure noise"):
+        denoising_loss(process, lambda xt, t: xt, KEY, jnp.ones((2, 3)))
