@@ -50,7 +50,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.stages = ("clip", "prior", "decoder", "upsampler")
     config.data = {"name": "shapes", "seed": 0, "num_examples": 40_000, "two_fraction": 0.15}
     config.text = {"tokenizer": "compact", "length": 24}
-    config.clip = training(256, 600, 2e-3, optimizer="muon", muon_learning_rate=4e-3) | {
+    config.clip = training(256, 400, 2e-3, optimizer="muon", muon_learning_rate=4e-3) | {
         "image_size": 32,
         "family": 8,
         "patch": 8,
@@ -60,7 +60,7 @@ def get_config(variant: str = "") -> ConfigDict:
         "activation": "quick_gelu",
         "weight_decay": 0.1,
     }
-    config.prior = training(128, 600, 2e-3, optimizer="muon", muon_learning_rate=4e-3) | {
+    config.prior = training(128, 400, 2e-3, optimizer="muon", muon_learning_rate=4e-3) | {
         "width": 96,
         "layers": 3,
         "heads": 2,
@@ -72,7 +72,7 @@ def get_config(variant: str = "") -> ConfigDict:
         "activation": "quick_gelu",
     }
     config.decoder = training(
-        32, 7800, 2e-3, optimizer="muon", muon_learning_rate=6e-3, checkpoint_every=1000, preview_every=2000
+        32, 9200, 2e-3, optimizer="muon", muon_learning_rate=6e-3, checkpoint_every=1000, preview_every=2000
     ) | {
         "image_size": 16,
         "channels": 64,
@@ -102,7 +102,7 @@ def get_config(variant: str = "") -> ConfigDict:
         "drop_image": 0.5,
         "drop_text": 0.1,
     }
-    config.upsampler = training(16, 2000, 2e-3, optimizer="muon", muon_learning_rate=6e-3) | {
+    config.upsampler = training(16, 1300, 2e-3, optimizer="muon", muon_learning_rate=6e-3) | {
         "image_size": 64,
         "low_size": 16,
         "crop": 64,

@@ -81,5 +81,7 @@ class AverageDown:
         height, width, channels = image.shape
         if height % self.factor or width % self.factor:
             raise ValueError(f"factor={self.factor} must divide the picture's {height} x {width} pixels.")
-        parts = image.reshape(height // self.factor, self.factor, width // self.factor, self.factor, channels)
-        return record | {self.key: np.rint(parts.mean((1, 3), dtype=np.float32)).astype(np.uint8)}
+        # Axis by axis: numpy sums over two axes at once far more slowly.
+        rows = image.reshape(height // self.factor, self.factor, width * channels).sum(1, dtype=np.int32)
+        sums = rows.reshape(height // self.factor, width // self.factor, self.factor, channels).sum(2)
+        return record | {self.key: np.rint(sums / self.factor**2).astype(np.uint8)}
