@@ -22,7 +22,8 @@ TRAIN = [
     "scipy>=1.11",
     "tqdm>=4.66",
 ]
-TEST = [*TRAIN, "optax>=0.2.8", "pytest>=8.0", "pytest-xdist>=3.5", "ruff>=0.12"]
+ODE = ["diffrax>=0.7"]
+TEST = [*TRAIN, *ODE, "optax>=0.2.8", "pytest>=8.0", "pytest-xdist>=3.5", "ruff>=0.12"]
 
 setup(
     name="ddpm_jax",
@@ -37,6 +38,7 @@ setup(
     install_requires=["jax>=0.7.0", "flax>=0.10.0", "numpy>=1.26"],
     extras_require={
         "train": TRAIN,
+        "ode": ODE,
         "tensorboard": ["tensorboard>=2.16", "tensorflow-cpu>=2.16"],
         "test": TEST,
         "parity": [*TEST, "open-clip-torch>=2.32"],

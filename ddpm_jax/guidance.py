@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 
-from ddpm_jax.process import KINDS, GaussianProcess
+from ddpm_jax.process import GaussianProcess
 from ddpm_jax.types import Denoiser, Kind
 
 
@@ -136,8 +136,8 @@ def classifier_guided(
     Raises:
         ValueError: for an unknown kind, and when called, if log_prob does not return one number an example.
     """
-    if kind not in KINDS:
-        raise ValueError(f"{kind=} must be one of {KINDS}")
+    if kind not in (kinds := ("eps", "x0", "v", "score")):
+        raise ValueError(f"{kind=} must be one of {kinds}")
 
     def guided(xt: jax.Array, t: jax.Array) -> jax.Array:
         output = denoise(xt, t)
@@ -145,7 +145,7 @@ def classifier_guided(
         push = _per_example(scale, xt) * log_prob_gradient(log_prob, xt, t)
         wide = lambda table: table[t].reshape(t.shape + (1,) * (xt.ndim - 1))  # noqa: E731
         alpha, sigma = wide(process.sqrt_alpha_bar), wide(process.sqrt_one_minus_alpha_bar)
-        shift = {"eps": -sigma, "x0": sigma**2 / alpha, "v": -sigma / alpha}[kind] * push
+        shift = {"eps": -sigma, "x0": sigma**2 / alpha, "v": -sigma / alpha, "score": 1.0}[kind] * push
         channels = xt.shape[-1]
         return jnp.concatenate([output[..., :channels] + shift, output[..., channels:]], axis=-1)
 

@@ -24,11 +24,13 @@ import jax
 import jax.numpy as jnp
 from jax.scipy.special import log_ndtr
 
-from ddpm_jax.process import KINDS, GaussianProcess, Prediction, predict, q_posterior, q_sample, split_output, target
+from ddpm_jax.continuous import Schedule
+from ddpm_jax.process import GaussianProcess, Prediction, predict, q_posterior, q_sample, split_output, target
 from ddpm_jax.types import Denoiser, Kind, Variance
 
 Objective = Literal["simple", "hybrid", "vlb"]
 OBJECTIVES = ("simple", "hybrid", "vlb")
+WEIGHTED_KINDS = ("eps", "x0", "v")
 Weighting = Callable[[jax.Array], jax.Array]
 
 
@@ -53,7 +55,7 @@ def denoising_loss(
         denoise: the network, parameters and conditions closed over.
         key: one typed key, for t and noise.
         x0: float[B, ..., C], clean data; in [-1, 1] where L_0 is to mean bits of 8-bit data.
-        kind: what the network predicts: "eps", "x0" or "v".
+        kind: what the network predicts: "eps", "x0", "v", "score" or "mean".
         objective: "simple", "hybrid" or "vlb".
         variance: "fixed_small", "fixed_large" or "learned_range"; "hybrid" needs the last, "simple" excludes it, since
             it would leave the variance half untrained.
@@ -71,8 +73,8 @@ def denoising_loss(
             predict eps could not be sampled from, since the process ends in pure noise.
     """
     check_objective(objective, variance, weighting)
-    if kind == "eps" and process.zero_terminal:
-        raise ValueError("kind='eps' could not be sampled from pure noise, where alpha_bar is 0; use kind='v' or 'x0'")
+    if kind in ("eps", "score") and process.zero_terminal:
+        raise ValueError(f"{kind=} could not be sampled from pure noise, where alpha_bar is 0; use kind='v' or 'x0'")
     if x0.ndim < 1 or not jnp.issubdtype(x0.dtype, jnp.floating):
         raise ValueError(f"x0 must be a batch of floats (images in [-1, 1]), got {x0.dtype}{list(x0.shape)}")
     x0 = x0.astype(process.betas.dtype)
@@ -96,6 +98,81 @@ def denoising_loss(
     if objective == "vlb":
         return vlb, aux
     return _weighted(process, mse, t, weighting) + vlb_weight * vlb, aux
+
+
+def continuous_loss(
+    schedule: Schedule,
+    denoise: Denoiser,
+    key: jax.Array,
+    x0: jax.Array,
+    *,
+    kind: Kind = "eps",
+    objective: Literal["simple", "likelihood"] = "simple",
+    weighting: Weighting | None = None,
+    t: jax.Array | None = None,
+    noise: jax.Array | None = None,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Return the loss of every example at one time each, in continuous time.
+
+        simple:      w(log_snr) || target - output ||^2, mean over dimensions
+        likelihood:  (t_max - t_min) (-d log_snr / dt) || eps - eps_hat ||^2 / 2, in bits per dimension: without bias,
+                     for uniform t, the variational bound's integral over time (VDM, eq. 17), which is score matching
+                     weighted by g^2 (Song et al. 2021b, "likelihood weighting", eq. 8)
+
+    Args:
+        schedule: from ``continuous``; its functions may be traced, so that a learned schedule gets gradients.
+        denoise: the network, parameters and conditions closed over; receives t itself, float32[B].
+        key: one typed key, for t and noise.
+        x0: float[B, ..., C], clean data.
+        kind: what the network predicts: "eps", "x0", "v" or "score".
+        objective: "simple" or "likelihood".
+        weighting: log_snr float32[B] -> weight float32[B], with "simple".
+        t: float32[B] in [t_min, t_max], instead of uniform draws, e.g. ``stratified_times`` or ``log_normal_times``.
+        noise: float[B, ..., C], instead of standard normal draws.
+
+    Returns:
+        loss, float32[B], and aux: "mse", the unweighted squared error of the output, float32[B].
+
+    Raises:
+        ValueError: if an option is unknown, options contradict each other, or x0 is not a batch of floats.
+    """
+    if kind not in ("eps", "x0", "v", "score") or (kind == "v" and not schedule.variance_preserving):
+        raise ValueError(f"{kind=} must be 'eps', 'x0', 'score', or where alpha^2 + sigma^2 = 1 'v'")
+    if objective not in ("simple", "likelihood") or (objective == "likelihood" and weighting is not None):
+        raise ValueError(f"{objective=} must be 'simple', or 'likelihood' without a weighting, which it has")
+    if x0.ndim < 1 or not jnp.issubdtype(x0.dtype, jnp.floating):
+        raise ValueError(f"x0 must be a batch of floats (images in [-1, 1]), got {x0.dtype}{list(x0.shape)}")
+    x0 = x0.astype(jnp.promote_types(x0.dtype, jnp.float32))
+    t_key, noise_key = jax.random.split(key)
+    if t is None:
+        t = jax.random.uniform(t_key, x0.shape[:1], x0.dtype, schedule.t_min, schedule.t_max)
+    if noise is None:
+        noise = jax.random.normal(noise_key, x0.shape, x0.dtype)
+    wide = lambda values: values.reshape(values.shape + (1,) * (x0.ndim - 1))  # noqa: E731
+    alpha, sigma = wide(schedule.alpha(t)), wide(schedule.sigma(t))
+    xt = alpha * x0 + sigma * noise
+    output = denoise(xt, t).astype(x0.dtype)
+    if output.shape != x0.shape:
+        raise ValueError(f"the network must return the shape of x0 {x0.shape}, got {output.shape}")
+    goal = {"eps": noise, "x0": x0, "v": alpha * noise - sigma * x0, "score": -noise / sigma}[kind]
+    mse = _mean_per_example((goal - output) ** 2)
+    if objective == "simple":
+        return mse if weighting is None else weighting(schedule.log_snr(t)) * mse, {"mse": mse}
+    to_eps = {"eps": 1.0, "x0": -alpha / sigma, "v": alpha, "score": -sigma}[kind]  # d eps / d output at fixed xt
+    rate = schedule.diffusion_squared(t) / jnp.square(schedule.sigma(t))  # -d log_snr / dt
+    nats = 0.5 * rate * _mean_per_example((to_eps * (goal - output)) ** 2)
+    return (schedule.t_max - schedule.t_min) * nats / math.log(2.0), {"mse": mse}
+
+
+def stratified_times(key: jax.Array, batch_size: int, schedule: Schedule) -> jax.Array:
+    """Draw times that are uniform each and evenly spread over the batch, as ``stratified_timesteps``; float32[B]."""
+    u = (jax.random.uniform(key) + jnp.arange(batch_size) / batch_size) % 1.0
+    return schedule.t_min + (schedule.t_max - schedule.t_min) * u
+
+
+def log_normal_times(key: jax.Array, batch_size: int, mean: float = -1.2, std: float = 1.2) -> jax.Array:
+    """Draw EDM's training noise levels, log sigma ~ N(mean, std^2) (table 1), for ``continuous.edm``; float32[B]."""
+    return jnp.exp(mean + std * jax.random.normal(key, (batch_size,)))
 
 
 def stratified_timesteps(key: jax.Array, batch_size: int, num_steps: int) -> jax.Array:
@@ -220,8 +297,8 @@ def snr_power(power: float, bound: float, kind: Kind) -> Weighting:
         raise ValueError(f"{power=} must be in [0, 1]")
     if bound <= 0:
         raise ValueError(f"{bound=} must be positive")
-    if kind not in KINDS:
-        raise ValueError(f"{kind=} must be one of {KINDS}")
+    if kind not in WEIGHTED_KINDS:
+        raise ValueError(f"{kind=} must be one of {WEIGHTED_KINDS}")
 
     def weight(log_snr: jax.Array) -> jax.Array:
         log_snr = jnp.maximum(log_snr, -60.0)  # it is -inf where alpha_bar is 0, and 0 * inf has no value
@@ -254,8 +331,8 @@ def p2(gamma: float, k: float = 1.0, *, kind: Kind) -> Weighting:
     """
     if gamma < 0 or k <= 0:
         raise ValueError(f"{gamma=} must not be negative and {k=} must be positive")
-    if kind not in KINDS:
-        raise ValueError(f"{kind=} must be one of {KINDS}")
+    if kind not in WEIGHTED_KINDS:
+        raise ValueError(f"{kind=} must be one of {WEIGHTED_KINDS}")
 
     def weight(log_snr: jax.Array) -> jax.Array:
         log_weight = -gamma * jnp.logaddexp(math.log(k), log_snr)
@@ -263,6 +340,31 @@ def p2(gamma: float, k: float = 1.0, *, kind: Kind) -> Weighting:
             log_weight = log_weight + log_snr
         elif kind == "v":
             log_weight = log_weight + log_snr - jax.nn.softplus(log_snr)
+        return jnp.exp(log_weight)
+
+    return weight
+
+
+def edm_weighting(sigma_data: float = 0.5, *, kind: Kind = "x0") -> Weighting:
+    """Return EDM's weights (table 1): (sigma^2 + d^2) / (sigma d)^2 = snr + 1 / d^2 on the squared error of x0.
+
+    On a network of another kind the weight is what amounts to that on x0. Arguments: sigma_data > 0, the standard
+    deviation d of the data; kind "eps", "x0" or "v".
+
+    Raises:
+        ValueError: if an argument is out of its range.
+    """
+    if sigma_data <= 0:
+        raise ValueError(f"{sigma_data=} must be positive")
+    if kind not in WEIGHTED_KINDS:
+        raise ValueError(f"{kind=} must be one of {WEIGHTED_KINDS}")
+
+    def weight(log_snr: jax.Array) -> jax.Array:
+        log_weight = jnp.logaddexp(log_snr, -2.0 * math.log(sigma_data))
+        if kind == "eps":
+            log_weight = log_weight - log_snr
+        elif kind == "v":
+            log_weight = log_weight - jax.nn.softplus(log_snr)
         return jnp.exp(log_weight)
 
     return weight

@@ -24,6 +24,8 @@ and sigma = sqrt(1 - alpha_bar_t), the network may predict any of three equivale
     (7)  x0:   eps = (x_t - alpha x0) / sigma
     (8)  v = alpha eps - sigma x0:  x0 = alpha x_t - sigma v,  eps = sigma x_t + alpha v    (Salimans & Ho, section 4)
 
+or the score grad log q(x_t) = -eps / sigma (Song & Ermon 2019), or the mean of (3) itself (DDPM, section 3.2).
+
 The variance of the reverse step lies between two bounds, and is one of them or learned in log space with a network
 output v in [-1, 1] (Improved DDPM eq. 15, in the [-1, 1] form of its code):
 
@@ -37,6 +39,16 @@ A process that keeps only timesteps S_0 < S_1 < ... has the same marginals (2) a
 eq. 19)
 
     (12) beta'_i = 1 - alpha_bar_{S_i} / alpha_bar_{S_{i-1}}
+
+None of it needs alpha^2 + sigma^2 = 1. With x_t = alpha_t x0 + sigma_t eps for any decreasing alpha / sigma (Kingma et
+al. 2021, "VDM", appendix A), (1) and (3) to (5) become
+
+    (13) q(x_t | x_{t-1}) = N((alpha_t / alpha_{t-1}) x_{t-1}, beta_t I),
+         beta_t = sigma_t^2 - (alpha_t / alpha_{t-1})^2 sigma_{t-1}^2
+    (14) c_x0 = alpha_{t-1} beta_t / sigma_t^2,   c_xt = (alpha_t / alpha_{t-1}) sigma_{t-1}^2 / sigma_t^2
+         beta_tilde_t = beta_t sigma_{t-1}^2 / sigma_t^2
+
+with alpha_{-1} = 1 and sigma_{-1} = 0, the data. ``continuous.discretize`` makes such a process of any schedule.
 """
 
 from collections.abc import Callable, Sequence
@@ -49,28 +61,30 @@ from flax import struct
 from ddpm_jax.schedules import respaced_timesteps
 from ddpm_jax.types import Kind, Variance
 
-KINDS = ("eps", "x0", "v")
+KINDS = ("eps", "x0", "v", "score", "mean")
 VARIANCES = ("fixed_small", "fixed_large", "learned_range")
 
 
 @struct.dataclass
 class GaussianProcess:
-    """The tables of one noise process, float32[T] each; make it with ``make_process``.
+    """The tables of one noise process, float32[T] each; make it with ``make_process`` or ``continuous.discretize``.
 
     Attributes:
-        betas: beta_t of (1).
-        alpha_bar: alpha_bar_t of (2).
+        betas: beta_t of (1), or (13).
+        alpha_bar: alpha_bar_t of (2); alpha^2 in any case.
         alpha_bar_low: what float32 leaves of alpha_bar; ``respace`` adds both in float64, since (12) subtracts
             neighbours that agree to four digits.
         alpha_bar_prev: alpha_bar_{t-1}, 1 at t = 0.
-        sqrt_alpha_bar, sqrt_one_minus_alpha_bar: alpha and sigma of (6) to (8).
-        sqrt_recip_alpha_bar, sqrt_recipm1_alpha_bar: 1 / alpha and sigma / alpha.
-        posterior_coef_x0, posterior_coef_xt: (4).
+        sqrt_alpha_bar, sqrt_one_minus_alpha_bar: alpha and sigma of (6) to (8) and (13).
+        posterior_coef_x0, posterior_coef_xt: (4), or (14).
         posterior_variance, posterior_log_variance: (5), and its clipped log.
         log_betas, large_log_variance: log beta_t, and the log of (10).
-        log_snr: log(alpha_bar / (1 - alpha_bar)).
-        timestep_map: int32[T], the timestep the network was trained with for each step of this process.
+        log_snr: log(alpha^2 / sigma^2).
+        timestep_map: what the network receives as t for each step of this process: int32[T], the timestep it was
+            trained with, or float32[T] where time is continuous.
+        prior_std: float32[], the standard deviation of the noise that sampling starts from.
         zero_terminal: static; True where the last alpha_bar is 0, so that eps there says nothing about x0.
+        variance_preserving: static; True where alpha^2 + sigma^2 = 1, which v and ``respace`` need.
     """
 
     betas: jax.Array
@@ -79,8 +93,6 @@ class GaussianProcess:
     alpha_bar_prev: jax.Array
     sqrt_alpha_bar: jax.Array
     sqrt_one_minus_alpha_bar: jax.Array
-    sqrt_recip_alpha_bar: jax.Array
-    sqrt_recipm1_alpha_bar: jax.Array
     posterior_coef_x0: jax.Array
     posterior_coef_xt: jax.Array
     posterior_variance: jax.Array
@@ -89,7 +101,9 @@ class GaussianProcess:
     large_log_variance: jax.Array
     log_snr: jax.Array
     timestep_map: jax.Array
+    prior_std: jax.Array
     zero_terminal: bool = struct.field(pytree_node=False, default=False)
+    variance_preserving: bool = struct.field(pytree_node=False, default=True)
 
     @property
     def num_steps(self) -> int:
@@ -147,7 +161,7 @@ def make_process(
     timestep_map = np.asarray(timestep_map, np.int32)
     if timestep_map.shape != betas.shape:
         raise ValueError(f"timestep_map must have one entry a step: shape {betas.shape}, got {timestep_map.shape}")
-    return _from_tables(betas, np.cumprod(1.0 - betas), timestep_map, dtype)
+    return _preserving(betas, np.cumprod(1.0 - betas), timestep_map, dtype)
 
 
 def respace(process: GaussianProcess, spec: str | int | Sequence[int]) -> GaussianProcess:
@@ -164,27 +178,45 @@ def respace(process: GaussianProcess, spec: str | int | Sequence[int]) -> Gaussi
         A GaussianProcess of as many steps as the spec keeps.
 
     Raises:
-        ValueError: if the spec is invalid for T steps.
+        ValueError: if the spec is invalid for T steps, or the process came of a schedule that does not preserve
+            variance (make another of it, at other times).
     """
+    if not process.variance_preserving:
+        raise ValueError("only a process with alpha^2 + sigma^2 = 1 can be respaced; use discretize at fewer times")
     kept = respaced_timesteps(process.num_steps, spec)
     alpha_bar = np.asarray(process.alpha_bar, np.float64) + np.asarray(process.alpha_bar_low, np.float64)
     alpha_bar = alpha_bar[kept]
     betas = 1.0 - alpha_bar / np.append(1.0, alpha_bar[:-1])
-    return _from_tables(betas, alpha_bar, np.asarray(process.timestep_map)[kept], process.betas.dtype)
+    return _preserving(betas, alpha_bar, np.asarray(process.timestep_map)[kept], process.betas.dtype)
 
 
-def _from_tables(
+def _preserving(
     betas: np.ndarray, alpha_bar: np.ndarray, timestep_map: np.ndarray, dtype: jax.typing.DTypeLike
 ) -> GaussianProcess:
-    """Fill every table from float64 betas and alpha_bar."""
-    alpha_bar_prev = np.append(1.0, alpha_bar[:-1])
-    posterior_variance = betas * (1.0 - alpha_bar_prev) / (1.0 - alpha_bar)  # (5)
+    """Fill the tables of (1) to (5) from float64 betas and alpha_bar."""
+    return from_tables(np.sqrt(alpha_bar), np.sqrt(1.0 - alpha_bar), betas, alpha_bar, timestep_map, dtype)
+
+
+def from_tables(
+    alpha: np.ndarray,
+    sigma: np.ndarray,
+    betas: np.ndarray,
+    alpha_bar: np.ndarray,
+    timestep_map: np.ndarray,
+    dtype: jax.typing.DTypeLike,
+    *,
+    prior_std: float = 1.0,
+    variance_preserving: bool = True,
+) -> GaussianProcess:
+    """Fill every table of (13) and (14) from float64 columns, each [T]; the caller has checked them."""
+    alpha_prev, var, var_prev = np.append(1.0, alpha[:-1]), sigma**2, np.append(0.0, sigma[:-1] ** 2)
+    posterior_variance = betas * var_prev / var  # (5), (14)
     # The variance is 0 at t = 0 and has no log there; with a single step there is no neighbour to borrow from.
     first = posterior_variance[1] if betas.size > 1 else betas[0]
     clipped = np.append(first, posterior_variance[1:])
     rounded = np.asarray(alpha_bar, dtype).astype(np.float64)
     with np.errstate(divide="ignore"):  # where the last alpha_bar is 0
-        recip, log_alpha_bar = 1.0 / alpha_bar, np.log(alpha_bar)
+        log_alpha_bar = np.log(alpha_bar)
 
     def table(values: np.ndarray) -> jax.Array:
         return jnp.asarray(values, dtype)
@@ -193,25 +225,25 @@ def _from_tables(
         betas=table(betas),
         alpha_bar=table(alpha_bar),
         alpha_bar_low=table(alpha_bar - rounded),
-        alpha_bar_prev=table(alpha_bar_prev),
-        sqrt_alpha_bar=table(np.sqrt(alpha_bar)),
-        sqrt_one_minus_alpha_bar=table(np.sqrt(1.0 - alpha_bar)),
-        sqrt_recip_alpha_bar=table(np.sqrt(recip)),
-        sqrt_recipm1_alpha_bar=table(np.sqrt(recip - 1.0)),
-        posterior_coef_x0=table(betas * np.sqrt(alpha_bar_prev) / (1.0 - alpha_bar)),  # (4)
-        posterior_coef_xt=table((1.0 - alpha_bar_prev) * np.sqrt(1.0 - betas) / (1.0 - alpha_bar)),  # (4)
+        alpha_bar_prev=table(alpha_prev**2),
+        sqrt_alpha_bar=table(alpha),
+        sqrt_one_minus_alpha_bar=table(sigma),
+        posterior_coef_x0=table(betas * alpha_prev / var),  # (4), (14)
+        posterior_coef_xt=table(var_prev * (alpha / alpha_prev) / var),  # (4), (14)
         posterior_variance=table(posterior_variance),
         posterior_log_variance=table(np.log(clipped)),
         log_betas=table(np.log(betas)),
         large_log_variance=table(np.log(np.append(first, betas[1:]))),  # (10)
-        log_snr=table(log_alpha_bar - np.log(1.0 - alpha_bar)),
-        timestep_map=jnp.asarray(timestep_map, jnp.int32),
+        log_snr=table(log_alpha_bar - np.log(var)),
+        timestep_map=jnp.asarray(timestep_map),
+        prior_std=table(prior_std),
         zero_terminal=bool(alpha_bar[-1] == 0.0),
+        variance_preserving=variance_preserving,
     )
 
 
 def q_sample(process: GaussianProcess, x0: jax.Array, t: jax.Array, eps: jax.Array) -> jax.Array:
-    """Draw x_t given x0 and its noise: sqrt(alpha_bar_t) x0 + sqrt(1 - alpha_bar_t) eps, (2), DDPM eq. 4.
+    """Draw x_t given x0 and its noise: alpha_t x0 + sigma_t eps, (2), DDPM eq. 4.
 
     Args:
         process: T steps.
@@ -254,28 +286,31 @@ def q_posterior(
 
 
 def target(process: GaussianProcess, x0: jax.Array, eps: jax.Array, t: jax.Array, *, kind: Kind) -> jax.Array:
-    """Return what a network of this kind should output: eps, x0, or v = alpha eps - sigma x0, (8).
+    """Return what a network of this kind should output: eps, x0, v = alpha eps - sigma x0 (8), -eps / sigma, or (3).
 
     Args:
         process: T steps.
         x0: float[B, ...].
         eps: float[B, ...].
         t: int32[B] in [0, T).
-        kind: "eps", "x0" or "v".
+        kind: "eps", "x0", "v", "score" or "mean".
 
     Returns:
         The target, [B, ...].
 
     Raises:
-        ValueError: if kind is unknown or the shapes do not fit.
+        ValueError: if kind is unknown or does not go with the process, or the shapes do not fit.
     """
-    _check_kind(kind)
+    _check_kind(kind, process)
     _check_shapes(x0, t, eps, "eps")
     if kind == "eps":
         return eps
     if kind == "x0":
         return x0
-    return _at(process.sqrt_alpha_bar, t, x0) * eps - _at(process.sqrt_one_minus_alpha_bar, t, x0) * x0
+    if kind == "mean":
+        return q_posterior(process, x0, q_sample(process, x0, t, eps), t)[0]
+    sigma = _at(process.sqrt_one_minus_alpha_bar, t, x0)
+    return -eps / sigma if kind == "score" else _at(process.sqrt_alpha_bar, t, x0) * eps - sigma * x0
 
 
 def predict(
@@ -287,6 +322,7 @@ def predict(
     kind: Kind,
     variance: Variance = "fixed_small",
     x0_transform: Callable[[jax.Array], jax.Array] | None = None,
+    at: tuple[jax.Array, jax.Array] | None = None,
 ) -> Prediction:
     """Read a network output as the reverse step p(x_{t-1} | x_t): (6) to (8) for x0, (3) for the mean, (9) to (11).
 
@@ -295,29 +331,36 @@ def predict(
         output: float[B, ..., C], or [B, ..., 2C] with variance="learned_range"; any float dtype.
         xt: float[B, ..., C], the network's input.
         t: int32[B] in [0, T), steps of this process (not original timesteps).
-        kind: what the network predicts: "eps", "x0" or "v".
+        kind: what the network predicts: "eps", "x0", "v", "score" or "mean".
         variance: "fixed_small", "fixed_large" or "learned_range".
         x0_transform: applied to the estimate of x0, e.g. ``guidance.static_threshold()``; eps then follows by (7). It
             is here, and not a wrapper around the denoiser, because a clipped x0 written back as eps at alpha = 1e-4
             would be lost to cancellation.
+        at: (alpha, sigma) of xt, scalars, where it lies between the process' steps (EDM's churn): x0 and eps are read
+            there; mean and variance are still those of step t.
 
     Returns:
         A Prediction in the dtype of the tables.
 
     Raises:
-        ValueError: if kind or variance is unknown, the output does not have the channels they need, or kind="eps" is
-            asked to give x0 back from pure noise.
+        ValueError: if kind or variance is unknown, the output does not have the channels they need, v is asked of a
+            process that does not preserve variance, or eps or the score is to give x0 back from pure noise.
     """
-    _check_kind(kind)
+    _check_kind(kind, process)
     _check_t(t, xt)
-    if kind == "eps" and process.zero_terminal:
-        raise ValueError("kind='eps' cannot give x0 at the last step, where alpha_bar is 0; use kind='v' or 'x0'")
+    if kind in ("eps", "score") and process.zero_terminal:
+        raise ValueError(f"{kind=} cannot give x0 at the last step, where alpha_bar is 0; use kind='v' or 'x0'")
     mean_output, range_output = split_output(output.astype(process.betas.dtype), xt, variance)
     xt = xt.astype(process.betas.dtype)
-    x0, eps = _to_x0_eps(process, mean_output, xt, t, kind)
+    if at is None:
+        at = _at(process.sqrt_alpha_bar, t, xt), _at(process.sqrt_one_minus_alpha_bar, t, xt)
+    if kind == "mean":
+        mean_output = mean_output - _at(process.posterior_coef_xt, t, xt) * xt
+        mean_output, kind = mean_output / _at(process.posterior_coef_x0, t, xt), "x0"  # (3)
+    x0, eps = _to_x0_eps(mean_output, xt, *at, kind)
     if x0_transform is not None:
         x0 = x0_transform(x0)
-        eps = _eps_from_x0(process, x0, xt, t)
+        eps = (xt - at[0] * x0) / at[1]  # (7)
     mean, model_variance, log_variance = q_posterior(process, x0, xt, t)
     if variance == "fixed_large":
         log_variance = jnp.broadcast_to(_at(process.large_log_variance, t, xt), xt.shape)  # (10)
@@ -360,20 +403,14 @@ def split_output(output: jax.Array, xt: jax.Array, variance: Variance) -> tuple[
 
 
 def _to_x0_eps(
-    process: GaussianProcess, output: jax.Array, xt: jax.Array, t: jax.Array, kind: Kind
+    output: jax.Array, xt: jax.Array, alpha: jax.Array, sigma: jax.Array, kind: Kind
 ) -> tuple[jax.Array, jax.Array]:
-    if kind == "eps":
-        x0 = _at(process.sqrt_recip_alpha_bar, t, xt) * xt - _at(process.sqrt_recipm1_alpha_bar, t, xt) * output  # (6)
-        return x0, output
     if kind == "x0":
-        return output, _eps_from_x0(process, output, xt, t)
-    alpha, sigma = _at(process.sqrt_alpha_bar, t, xt), _at(process.sqrt_one_minus_alpha_bar, t, xt)
-    return alpha * xt - sigma * output, sigma * xt + alpha * output  # (8)
-
-
-def _eps_from_x0(process: GaussianProcess, x0: jax.Array, xt: jax.Array, t: jax.Array) -> jax.Array:
-    alpha, sigma = _at(process.sqrt_alpha_bar, t, xt), _at(process.sqrt_one_minus_alpha_bar, t, xt)
-    return (xt - alpha * x0) / sigma  # (7)
+        return output, (xt - alpha * output) / sigma  # (7)
+    if kind == "v":
+        return alpha * xt - sigma * output, sigma * xt + alpha * output  # (8)
+    eps = output if kind == "eps" else -sigma * output
+    return (xt - sigma * eps) / alpha, eps  # (6)
 
 
 def _at(table: jax.Array, t: jax.Array, like: jax.Array) -> jax.Array:
@@ -381,9 +418,11 @@ def _at(table: jax.Array, t: jax.Array, like: jax.Array) -> jax.Array:
     return table[t].reshape(t.shape + (1,) * (like.ndim - 1))
 
 
-def _check_kind(kind: str) -> None:
+def _check_kind(kind: str, process: GaussianProcess) -> None:
     if kind not in KINDS:
         raise ValueError(f"{kind=} must be one of {KINDS}")
+    if kind == "v" and not process.variance_preserving:
+        raise ValueError("kind='v' needs a process with alpha^2 + sigma^2 = 1; use 'eps', 'x0' or 'score'")
 
 
 def _check_t(t: jax.Array, x: jax.Array) -> None:

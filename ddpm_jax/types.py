@@ -17,14 +17,16 @@ from typing import Any, Literal, NamedTuple, Protocol, SupportsIndex
 import jax
 import numpy as np
 
-Kind = Literal["eps", "x0", "v"]
-"""What a network predicts: the noise, the clean data, or v = alpha eps - sigma x0 (Salimans & Ho 2022)."""
+Kind = Literal["eps", "x0", "v", "score", "mean"]
+"""What a network predicts: the noise, the clean data, v = alpha eps - sigma x0 (Salimans & Ho 2022), the score
+grad log q(x_t) = -eps / sigma, or the mean of the reverse step (DDPM's ablation)."""
 
 Variance = Literal["fixed_small", "fixed_large", "learned_range"]
 """The variance of the reverse step, see equations (9) to (11) of ``ddpm_jax.process``."""
 
 Denoiser = Callable[[jax.Array, jax.Array], jax.Array]
-"""``(xt, t) -> output``. ``xt`` float32[B, ..., C]; ``t`` int32[B], original (never respaced) timesteps; ``output``
+"""``(xt, t) -> output``. ``xt`` float32[B, ..., C]; ``t`` int32[B], original (never respaced) timesteps, or float32[B]
+where time is continuous; ``output``
 [B, ..., C], or [B, ..., 2C] when the variance is learned: the prediction first, then the v of the learned range."""
 
 PredictFn = Callable[[jax.Array, Any], Any]

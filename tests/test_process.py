@@ -57,8 +57,6 @@ def test_tables_are_float64_products(schedule):
         "alpha_bar_prev": np.append(1, alpha_bar[:-1]),
         "sqrt_alpha_bar": np.sqrt(alpha_bar),
         "sqrt_one_minus_alpha_bar": np.sqrt(1 - alpha_bar),
-        "sqrt_recip_alpha_bar": alpha_bar**-0.5,
-        "sqrt_recipm1_alpha_bar": np.sqrt((1 - alpha_bar) / alpha_bar),
         "log_snr": np.log(alpha_bar / (1 - alpha_bar)),
         "log_betas": np.log(betas),
     }
@@ -66,7 +64,8 @@ def test_tables_are_float64_products(schedule):
         np.testing.assert_allclose(getattr(process, name), values, rtol=2e-7, atol=1e-7 * (name == "log_snr"))
     assert process.num_steps == 1000
     assert np.all(np.diff(process.alpha_bar) < 0)
-    assert all(table.shape == (1000,) for table in jax.tree.leaves(process))
+    assert all(table.shape == (1000,) for table in jax.tree.leaves(process.replace(prior_std=process.betas)))
+    assert float(process.prior_std) == 1.0
     assert {table.dtype.name for table in jax.tree.leaves(process)} == {"float32", "int32"}
 
 
@@ -290,5 +289,5 @@ def test_shape_errors():
         q_sample(process, x, jnp.zeros(3, jnp.int32), x)
     with pytest.raises(ValueError, match="t must be integers of shape"):
         q_sample(process, x, jnp.zeros(2), x)
-    with pytest.raises(ValueError, match="kind='score' must be one of"):
-        target(process, x, x, t, kind="score")
+    with pytest.raises(ValueError, match="kind='noise' must be one of"):
+        target(process, x, x, t, kind="noise")

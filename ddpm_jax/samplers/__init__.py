@@ -1,9 +1,45 @@
-"""Samplers: a ``Step`` each, all run by ``sample`` along a time grid."""
+"""Samplers: a ``Step`` each, all run by ``sample`` along a time grid; ``invert`` walks it the other way."""
 
 from ddpm_jax.samplers.ancestral import ancestral_step
 from ddpm_jax.samplers.ddim import ddim_step
+from ddpm_jax.samplers.dpm_solver import dpm_solver_step
+from ddpm_jax.samplers.editing import average_of, grey_of, measured, repaint_step, sdedit, truncate
 from ddpm_jax.samplers.grid import Point, time_grid
+from ddpm_jax.samplers.heun import heun_step
+from ddpm_jax.samplers.inversion import invert
 from ddpm_jax.samplers.loop import sample
 from ddpm_jax.samplers.noise import example_keys
+from ddpm_jax.samplers.plms import plms_step
+from ddpm_jax.samplers.stochastic import (
+    analytic_moments,
+    analytic_step,
+    euler_maruyama_step,
+    predictor_corrector_step,
+    reverse_diffusion_step,
+)
+from ddpm_jax.samplers.unipc import unipc_step
 
-__all__ = ["Point", "ancestral_step", "ddim_step", "example_keys", "sample", "time_grid"]
+__all__ = [
+    "Point",
+    "analytic_moments",
+    "analytic_step",
+    "ancestral_step",
+    "average_of",
+    "ddim_step",
+    "dpm_solver_step",
+    "euler_maruyama_step",
+    "example_keys",
+    "grey_of",
+    "heun_step",
+    "invert",
+    "measured",
+    "plms_step",
+    "predictor_corrector_step",
+    "repaint_step",
+    "reverse_diffusion_step",
+    "sample",
+    "sdedit",
+    "time_grid",
+    "truncate",
+    "unipc_step",
+]

@@ -13,11 +13,12 @@ class Point:
 
     Attributes:
         index: int32, the step of the process; -1 at the data.
-        t: int32, the original timestep, what the network receives; -1 at the data, where it is never called.
+        t: int32 or float32, what the network receives (``process.timestep_map``); -1 at the data, where it is never
+            called.
         alpha: float32, 1 at the data.
         sigma: float32, 0 at the data.
-        beta: float32, 1 - (alpha / alpha of the next point)^2, the noise added between the next point and this one; 0
-            at the data. From a table made in float64: the difference would be lost to cancellation here.
+        beta: float32, the variance that is added from the next point to this one, (13) of ``process``; 0 at the data.
+            From a table made in float64: the difference would be lost to cancellation here.
     """
 
     index: jax.Array

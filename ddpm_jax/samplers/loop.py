@@ -24,6 +24,8 @@ def sample(
     x0_transform: Callable[[jax.Array], jax.Array] | None = None,
     x_init: jax.Array | None = None,
     trajectory: bool = False,
+    progress: Callable[[int], None] | None = None,
+    progress_every: int = 10,
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
     """Draw one sample for every key: start from noise and take T steps down the time grid, as one ``lax.scan``.
 
@@ -36,35 +38,46 @@ def sample(
         keys: typed keys [B], from ``example_keys``.
         shape: of one example, e.g. (H, W, C) or (D,).
         step: ``ancestral_step()`` by default, ``ddim_step(eta)``, ...
-        kind: what the network predicts: "eps", "x0" or "v".
+        kind: what the network predicts: "eps", "x0", "v", "score" or "mean".
         variance: "fixed_small", "fixed_large" or "learned_range".
         x0_transform: applied to every estimate of x0, e.g. ``guidance.static_threshold()``.
-        x_init: float[B, *shape] to start from, instead of standard normal noise.
+        x_init: float[B, *shape] to start from, instead of noise of standard deviation ``process.prior_std``.
         trajectory: also return the state after every step.
+        progress: called with the number of steps made, after every ``progress_every`` of them and after the last; at
+            the others the compiled program is not left. Not for use under ``vmap``.
+        progress_every: >= 1.
 
     Returns:
         x0, float32[B, *shape]; with ``trajectory`` the pair of it and float32[T, B, *shape], whose last entry it is.
 
     Raises:
-        ValueError: if keys or x_init do not fit, or kind, variance and the network's output contradict each other.
+        ValueError: if keys or x_init do not fit, kind, variance and the network's output contradict each other, or
+            progress_every < 1.
     """
     _check_keys(keys)
+    if progress_every < 1:
+        raise ValueError(f"{progress_every=} must be at least 1")
     step = ancestral_step() if step is None else step
     dtype = process.betas.dtype
     if x_init is None:
-        x_init = per_example_normal(transition_keys(keys, 0), jnp.zeros((keys.shape[0], *shape), dtype))
+        noise = per_example_normal(transition_keys(keys, 0), jnp.zeros((keys.shape[0], *shape), dtype))
+        x_init = process.prior_std * noise
     elif x_init.shape != (keys.shape[0], *shape):
         raise ValueError(f"x_init must have shape {(keys.shape[0], *shape)} (keys, *shape), got {x_init.shape}")
 
     def predict_fn(xt: jax.Array, point: Point) -> Prediction:
         output = denoise(xt, jnp.broadcast_to(point.t, xt.shape[:1]))
         index = jnp.broadcast_to(point.index, xt.shape[:1])
-        return predict(process, output, xt, index, kind=kind, variance=variance, x0_transform=x0_transform)
+        at = (point.alpha, point.sigma)
+        return predict(process, output, xt, index, kind=kind, variance=variance, x0_transform=x0_transform, at=at)
 
     def transition(state: tuple, inputs: tuple) -> tuple[tuple, jax.Array | None]:
         xt, carry = state
         number, here, there = inputs
         xt, carry = step.update(predict_fn, transition_keys(keys, number), xt, here, there, carry)
+        if progress is not None:
+            due = (number % progress_every == 0) | (number == process.num_steps)
+            jax.lax.cond(due, lambda: jax.debug.callback(_report(progress), number, ordered=False), lambda: None)
         return (xt, carry), xt if trajectory else None
 
     x_init = x_init.astype(dtype)
@@ -73,6 +86,10 @@ def sample(
     numbers = jnp.arange(1, process.num_steps + 1)  # 0 is the initial noise
     (x0, _), states = jax.lax.scan(transition, (x_init, step.init(x_init)), (numbers, here, there))
     return (x0, states) if trajectory else x0
+
+
+def _report(progress: Callable[[int], None]) -> Callable[[jax.Array], None]:
+    return lambda number: progress(int(number))
 
 
 def _check_keys(keys: jax.Array) -> None:

@@ -1,0 +1,69 @@
+"""Heun's method on the probability-flow ODE, and EDM's stochastic form of it (Karras et al. 2022, algorithms 1, 2)."""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ddpm_jax.samplers.grid import Point
+from ddpm_jax.samplers.noise import per_example_normal
+from ddpm_jax.types import PredictFn, Step
+
+
+def heun_step(
+    gamma: float = 0.0, *, sigma_min: float = 0.0, sigma_max: float = math.inf, noise_scale: float = 1.0
+) -> Step:
+    """Return Heun's step, of order 2, for y = x / alpha along s = sigma / alpha, where the ODE is dy/ds = eps.
+
+        y'      = y + (s_there - s_here) eps(y, s_here)                       (Euler: DDIM)
+        y_there = y + (s_there - s_here) (eps(y, s_here) + eps(y', s_there)) / 2
+
+    EDM's algorithm 1, lines 4 to 8, for any alpha. The step into the data is Euler's, since s is 0 there (line 6). Two
+    network calls a step, one for the last.
+
+    With ``gamma`` noise is added first, up to sigma_hat = (1 + gamma) sigma_here (algorithm 2, lines 4 to 6). Between
+    the points of a grid a network can only be asked if its t is continuous, so this is for processes with alpha = 1
+    whose network receives sigma as t (``continuous.edm``).
+
+    Args:
+        gamma: S_churn / N of the paper, in [0, sqrt(2) - 1].
+        sigma_min, sigma_max: S_tmin and S_tmax, where noise is added.
+        noise_scale: S_noise, the standard deviation of that noise, > 0.
+
+    Returns:
+        A Step.
+
+    Raises:
+        ValueError: if an argument is out of its range, and in use, for gamma > 0 where t is an integer.
+    """
+    if not 0.0 <= gamma <= math.sqrt(2.0) - 1.0 + 1e-9:
+        raise ValueError(f"{gamma=} must be in [0, sqrt(2) - 1]")
+    if not (noise_scale > 0.0 and 0.0 <= sigma_min <= sigma_max):
+        raise ValueError(f"{noise_scale=} must be positive and {sigma_min=} not above {sigma_max=}")
+
+    def churned(keys: jax.Array, xt: jax.Array, here: Point) -> tuple[jax.Array, Point]:
+        if not jnp.issubdtype(here.t.dtype, jnp.floating):
+            raise ValueError(f"{gamma=} needs a process of continuous time, whose network receives sigma as t")
+        inside = (here.sigma >= sigma_min) & (here.sigma <= sigma_max)
+        share = jnp.where(inside, gamma, 0.0)
+        sigma = here.sigma * (1.0 + share)
+        spread = noise_scale * here.sigma * jnp.sqrt(share * (2.0 + share))  # sqrt(sigma_hat^2 - sigma^2)
+        return xt + spread * per_example_normal(keys, xt), here.replace(sigma=sigma, t=sigma)
+
+    def update(
+        predict_fn: PredictFn, keys: jax.Array, xt: jax.Array, here: Point, there: Point, carry: Any
+    ) -> tuple[jax.Array, Any]:
+        if gamma:
+            xt, here = churned(keys, xt, here)
+        first = predict_fn(xt, here)
+
+        def corrected() -> jax.Array:
+            x = there.alpha * first.x0 + there.sigma * first.eps
+            eps = (first.eps + predict_fn(x, there).eps) / 2.0
+            # y + (s' - s) eps = (x - sigma eps) / alpha + s' eps, with the mean eps in place of the first.
+            return there.alpha * (first.x0 + here.sigma / here.alpha * (first.eps - eps)) + there.sigma * eps
+
+        return jax.lax.cond(there.sigma > 0.0, corrected, lambda: there.alpha * first.x0), carry
+
+    return Step(update)

@@ -1,0 +1,205 @@
+"""Continuous-time processes against their closed forms in float64, and their discretisation."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ddpm_jax import continuous, example_keys, make_process, sample
+from ddpm_jax.losses import continuous_loss, edm_weighting, log_normal_times, stratified_times
+from ddpm_jax.samplers import heun_step
+
+T = np.array([0.02, 0.3, 0.5, 0.77, 0.98])
+B = 0.1 * T + 0.5 * T**2 * 19.9
+BETA = 0.1 + 19.9 * T
+CLOSED = {  # alpha, sigma, f, g^2
+    "vp": (continuous.vp_linear(), np.exp(-B / 2), np.sqrt(1 - np.exp(-B)), -BETA / 2, BETA),
+    "sub_vp": (continuous.sub_vp(), np.exp(-B / 2), 1 - np.exp(-B), -BETA / 2, BETA * (1 - np.exp(-2 * B))),
+    "cosine": (
+        continuous.cosine(),
+        np.cos(np.pi * T / 2),
+        np.sin(np.pi * T / 2),
+        -np.pi / 2 * np.tan(np.pi * T / 2),
+        np.pi * np.tan(np.pi * T / 2),
+    ),
+    "ve": (
+        continuous.ve(0.01, 50.0),
+        np.ones(5),
+        0.01 * 5000.0**T,
+        np.zeros(5),
+        2 * (0.01 * 5000.0**T) ** 2 * np.log(5000.0),
+    ),
+    "edm": (continuous.edm(), np.ones(5), T, np.zeros(5), 2 * T),
+}
+
+
+@pytest.mark.parametrize("name", CLOSED)
+def test_schedules_have_the_coefficients_of_their_papers(name):
+    schedule, alpha, sigma, drift, diffusion = CLOSED[name]
+    with jax.enable_x64(True):
+        t = jnp.asarray(T)
+        np.testing.assert_allclose(schedule.alpha(t), alpha, rtol=1e-10)
+        np.testing.assert_allclose(schedule.sigma(t), sigma, rtol=1e-10)
+        np.testing.assert_allclose(schedule.log_snr(t), 2 * np.log(alpha / sigma), rtol=1e-10, atol=1e-10)
+        np.testing.assert_allclose(schedule.drift(t), drift, rtol=1e-9, atol=1e-12)
+        np.testing.assert_allclose(schedule.diffusion_squared(t), diffusion, rtol=1e-9)
+    single = np.asarray(schedule.sigma(jnp.asarray(T, jnp.float32)))
+    np.testing.assert_allclose(single, sigma, rtol=2e-5)
+
+
+def test_a_shift_moves_the_log_snr_of_the_cosine_schedule():
+    t = jnp.asarray(T, jnp.float32)
+    moved = continuous.cosine(0.25).log_snr(t) - continuous.cosine().log_snr(t)
+    np.testing.assert_allclose(moved, 2 * np.log(0.25), rtol=1e-4)
+
+
+def test_a_preserving_schedule_becomes_the_discrete_process_of_its_betas():
+    times = continuous.uniform_times(continuous.vp_linear(), 40)
+    process = continuous.discretize(continuous.vp_linear(), times)
+    up = times[::-1]
+    alpha_bar = np.exp(-(0.1 * up + 0.5 * up**2 * 19.9))
+    same = make_process(1 - alpha_bar / np.append(1.0, alpha_bar[:-1]))
+    for name in ("betas", "alpha_bar", "sqrt_one_minus_alpha_bar", "posterior_coef_x0", "posterior_coef_xt", "log_snr"):
+        np.testing.assert_allclose(getattr(process, name), getattr(same, name), rtol=3e-6, atol=1e-12, err_msg=name)
+    np.testing.assert_allclose(process.timestep_map, up, rtol=1e-6)
+    assert process.timestep_map.dtype == jnp.float32
+
+
+@pytest.mark.parametrize("name", ["sub_vp", "ve"])
+def test_a_step_of_the_discrete_process_composes_to_the_marginals(name):
+    """From one point to the next: alpha' = a alpha and sigma'^2 = a^2 sigma^2 + beta, (13) of process, in float64."""
+    with jax.enable_x64(True):
+        process = continuous.discretize(CLOSED[name][0], np.linspace(0.9, 0.1, 9), dtype=jnp.float64)
+    process = jax.tree.map(np.asarray, process)
+    alpha, sigma, betas = process.sqrt_alpha_bar, process.sqrt_one_minus_alpha_bar, process.betas[1:]
+    ratio = alpha[1:] / alpha[:-1]
+    np.testing.assert_allclose(ratio**2 * sigma[:-1] ** 2 + betas, sigma[1:] ** 2, rtol=1e-12)
+    # Bayes on two Gaussians: precision of x_{t-1} given x_t and x0.
+    precision = 1 / sigma[:-1] ** 2 + ratio**2 / betas
+    np.testing.assert_allclose(process.posterior_variance[1:], 1 / precision, rtol=1e-10)
+    np.testing.assert_allclose(process.posterior_coef_x0[1:], alpha[:-1] / sigma[:-1] ** 2 / precision, rtol=1e-10)
+    np.testing.assert_allclose(process.posterior_coef_xt[1:], ratio / betas / precision, rtol=1e-10)
+
+
+def test_grids_of_times():
+    schedule = continuous.vp_linear()
+    times = continuous.log_snr_times(schedule, 9)
+    assert (times[0], times[-1]) == (1.0, 1e-5) and np.all(np.diff(times) < 0)
+    log_snr = -np.log(np.expm1(0.1 * times + 0.5 * times**2 * 19.9))
+    np.testing.assert_allclose(log_snr, np.linspace(log_snr[0], log_snr[-1], 9), rtol=1e-9)
+    i = np.arange(18)
+    karras = (80 ** (1 / 7) + i / 17 * (0.002 ** (1 / 7) - 80 ** (1 / 7))) ** 7
+    np.testing.assert_allclose(continuous.karras_times(continuous.edm(), 18), karras, rtol=1e-12)
+    np.testing.assert_allclose(continuous.uniform_times(continuous.ve(), 3), [1.0, 0.5, 0.0])
+
+
+def test_a_learned_schedule_decreases_between_its_end_points_and_learns():
+    params = jax.tree.map(
+        lambda p: p + 0.3 * jnp.sin(jnp.arange(p.size)).reshape(p.shape),
+        continuous.init_monotone(jax.random.key(0), 4),
+    )
+    log_snr = continuous.monotone_log_snr(params)
+    values = np.asarray(log_snr(jnp.linspace(0.0, 1.0, 50)))
+    np.testing.assert_allclose(values[[0, -1]], [5.0, -13.3], rtol=1e-6)
+    assert np.all(np.diff(values) < 0)
+
+    def loss(params):
+        schedule = continuous.from_log_snr(continuous.monotone_log_snr(params))
+        x0 = jnp.ones((16, 2))
+        return continuous_loss(schedule, lambda xt, t: 0.5 * xt, jax.random.key(1), x0, objective="likelihood")[
+            0
+        ].mean()
+
+    gradients = jax.jit(jax.grad(loss))(params)
+    assert all(np.isfinite(g).all() and np.any(np.abs(g) > 0) for g in jax.tree.leaves(gradients))
+
+
+def test_edm_preconditioning():
+    x, sigma, d = np.array([[0.3, -2.0]]), 1.7, 0.5
+    denoise = continuous.edm_preconditioned(lambda x, c: jnp.tanh(x) + c[:, None], d)
+    total = sigma**2 + d**2
+    raw = np.tanh(x / np.sqrt(total)) + np.log(sigma) / 4
+    expected = d**2 / total * x + sigma * d / np.sqrt(total) * raw
+    np.testing.assert_allclose(denoise(jnp.asarray(x, jnp.float32), jnp.asarray([sigma])), expected, rtol=1e-6)
+    weight = edm_weighting(d)(jnp.log(1 / jnp.asarray([sigma]) ** 2))
+    np.testing.assert_allclose(weight, (sigma**2 + d**2) / (sigma * d) ** 2, rtol=1e-5)
+    for kind, to_x0 in {"eps": sigma**2, "v": sigma**2 / (1 + sigma**2)}.items():
+        of_kind = edm_weighting(d, kind=kind)(jnp.log(1 / jnp.asarray([sigma]) ** 2))
+        np.testing.assert_allclose(of_kind, weight * to_x0, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["eps", "x0", "v", "score"])
+def test_the_likelihood_objective_is_the_same_for_every_kind(kind):
+    """E over the noise at a fixed t, data N(0.3, 0.5^2) and its exact network: rate alpha^2 s^2 / (2 var ln 2)."""
+    schedule, n, s = continuous.vp_linear(), 20_000, 0.5
+    keys = jax.random.split(jax.random.key(0), 2)
+    x0 = 0.3 + s * jax.random.normal(keys[0], (n, 1))
+
+    def denoise(xt, t):
+        alpha, sigma = schedule.alpha(t)[:, None], schedule.sigma(t)[:, None]
+        eps = sigma * (xt - alpha * 0.3) / (alpha**2 * s**2 + sigma**2)
+        x0 = (xt - sigma * eps) / alpha
+        return {"eps": eps, "x0": x0, "v": alpha * eps - sigma * x0, "score": -eps / sigma}[kind]
+
+    at = jnp.full((n,), 0.4)
+    loss, aux = continuous_loss(schedule, denoise, keys[1], x0, kind=kind, objective="likelihood", t=at)
+    b = 0.1 * 0.4 + 0.5 * 0.16 * 19.9
+    alpha2, sigma2, beta = np.exp(-b), 1 - np.exp(-b), 0.1 + 19.9 * 0.4
+    expected = 0.5 * beta / sigma2 * alpha2 * s**2 / (alpha2 * s**2 + sigma2) / np.log(2)
+    assert float(loss.mean()) == pytest.approx(expected * (1 - 1e-5), rel=4.5 * np.sqrt(2 / n))
+    simple, _ = continuous_loss(schedule, denoise, keys[1], x0, kind=kind, t=at)
+    np.testing.assert_array_equal(simple, aux["mse"])
+
+
+def test_times_that_are_drawn():
+    schedule = continuous.ve()
+    times = np.asarray(stratified_times(jax.random.key(0), 1000, schedule))
+    np.testing.assert_allclose(np.sort(times), (np.arange(1000) + np.sort(times)[0] * 1000 % 1) / 1000, atol=2e-6)
+    logs = np.log(np.asarray(log_normal_times(jax.random.key(1), 20_000)))
+    assert logs.mean() == pytest.approx(-1.2, abs=0.04) and logs.std() == pytest.approx(1.2, rel=0.03)
+
+
+def test_heun_on_edm_follows_the_exact_path_with_order_two():
+    """The path of x = m + s' z is known for Gaussian data; the denoiser is EDM's D, the network receives sigma."""
+    denoise = lambda x, sigma: 0.3 + 0.25 / (0.25 + sigma[:, None] ** 2) * (x - 0.3)
+    start, keys = jnp.asarray([[-80.0], [20.0], [100.0]]), example_keys(jax.random.key(0), 3)
+    exact = 0.3 + 0.5 * (np.asarray(start) - 0.3) / np.sqrt(0.25 + 80.0**2)
+
+    def error(num_steps):
+        process = continuous.discretize(continuous.edm(), continuous.karras_times(continuous.edm(), num_steps))
+        draw = jax.jit(lambda x: sample(process, denoise, keys, (1,), step=heun_step(), kind="x0", x_init=x))
+        return np.abs(np.asarray(draw(start)) - exact).max()
+
+    coarse, fine = error(36), error(72)
+    assert fine < 4e-3
+    assert coarse / fine == pytest.approx(4.0, rel=0.2)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: continuous.vp_linear(0.0), "beta_min=0.0 must be positive"),
+        (lambda: continuous.vp_linear(t_min=0.0), "t_min=0.0 must be inside"),
+        (lambda: continuous.cosine(0.0), "shift=0.0 must be positive"),
+        (lambda: continuous.cosine(t_max=1.0), "must be inside"),
+        (lambda: continuous.ve(2.0, 1.0), "sigma_min=2.0 must be positive and below sigma_max=1.0"),
+        (lambda: continuous.edm(0.0), "sigma_min=0.0"),
+        (lambda: continuous.uniform_times(continuous.ve(), 0), "num_steps=0 must be at least 1"),
+        (lambda: continuous.discretize(continuous.ve(), [0.1, 0.2]), "times must be a vector of decreasing numbers"),
+        (lambda: continuous.discretize(continuous.edm(), [1.0, 0.0]), "must be finite and decrease"),
+        (lambda: continuous.edm_preconditioned(lambda x, c: x, 0.0), "sigma_data=0.0 must be positive"),
+        (lambda: edm_weighting(-1.0), "sigma_data=-1.0 must be positive"),
+        (lambda: edm_weighting(kind="mean"), "kind='mean' must be one of"),
+    ],
+)
+def test_errors_name_the_argument(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_v_is_refused_where_variance_is_not_preserved():
+    process = continuous.discretize(continuous.ve(), [0.9, 0.5])
+    with pytest.raises(ValueError, match="kind='v' needs a process with alpha"):
+        sample(process, lambda x, t: x, example_keys(jax.random.key(0), 1), (1,), kind="v")
+    with pytest.raises(ValueError, match="kind='v' must be 'eps', 'x0', 'score', or where"):
+        continuous_loss(continuous.ve(), lambda x, t: x, jax.random.key(0), jnp.ones((1, 1)), kind="v")

@@ -1,0 +1,142 @@
+"""Tables, trajectories and bounds against OpenAI's published code, recorded by parity/make_published_diffusion.py."""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ddpm_jax import (
+    ancestral_step,
+    cosine_betas,
+    ddim_step,
+    linear_betas,
+    make_process,
+    predict,
+    q_sample,
+    respace,
+    respaced_timesteps,
+    sample,
+    static_threshold,
+    vlb_terms,
+)
+from ddpm_jax.likelihood import prior_kl
+from ddpm_jax.samplers import dpm_solver_step, loop, noise
+
+PUBLISHED = np.load(Path(__file__).parent / "data" / "published_diffusion.npz")
+BETAS = {"linear": linear_betas, "cosine": cosine_betas}
+RTOL = 1e-6
+
+
+def nhwc(x):
+    return np.moveaxis(x, -3, -1)
+
+
+def network(xt, t):
+    level = t.astype(xt.dtype).reshape(-1, 1, 1, 1) / 1000.0
+    return jnp.concatenate([0.8 * jnp.tanh(xt) + 0.1 * level, jnp.sin(3.0 * xt + level)], axis=-1)
+
+
+def prediction(xt, t):
+    return network(xt, t)[..., :3]
+
+
+@pytest.fixture
+def float64():
+    with jax.enable_x64(True):
+        yield
+
+
+@pytest.fixture
+def recorded_noise(monkeypatch):
+    """Transition number i of a sampler gets noise i - 1 of the file."""
+    noises = jnp.asarray(nhwc(PUBLISHED["noises"]))
+    monkeypatch.setattr(loop, "transition_keys", lambda keys, number: jnp.broadcast_to(number, keys.shape))
+    for module in (ancestral_step, ddim_step):
+        monkeypatch.setitem(module.__globals__, "per_example_normal", lambda numbers, like: noises[numbers[0] - 1])
+    return noises
+
+
+def close(ours, theirs):
+    scale = np.abs(theirs).max()
+    np.testing.assert_allclose(np.asarray(ours, np.float64), theirs, rtol=RTOL, atol=RTOL * scale)
+
+
+@pytest.mark.parametrize("key", [name for name in PUBLISHED.files if name.startswith("betas/")])
+def test_betas(key):
+    _, schedule, steps = key.split("/")
+    np.testing.assert_allclose(BETAS[schedule](int(steps)), PUBLISHED[key], rtol=1e-12)
+
+
+@pytest.mark.parametrize("key", [name for name in PUBLISHED.files if name.startswith("timesteps/linear")])
+def test_respaced_timesteps(key):
+    _, _, steps, spec = key.split("/")
+    assert respaced_timesteps(int(steps), spec) == list(PUBLISHED[key])
+
+
+@pytest.mark.parametrize("key", [name for name in PUBLISHED.files if name.startswith("tables/")])
+def test_tables_of_respaced_processes(key, float64):
+    _, schedule, steps, spec = key.split("/")
+    process = respace(make_process(BETAS[schedule](int(steps)), dtype=jnp.float64), spec)
+    names = ("betas", "alpha_bar", "posterior_coef_x0", "posterior_coef_xt", "posterior_variance")
+    for name, theirs in zip((*names, "posterior_log_variance"), PUBLISHED[key], strict=True):
+        np.testing.assert_allclose(getattr(process, name), theirs, rtol=RTOL, atol=1e-15, err_msg=name)
+
+
+@pytest.mark.parametrize("key", [name for name in PUBLISHED.files if name.startswith(("ancestral/", "ddim/"))])
+def test_trajectories(key, float64, recorded_noise):
+    sampler, schedule, option, *clip = key.split("/")
+    process = respace(make_process(BETAS[schedule](1000), dtype=jnp.float64), "25")
+    step = ancestral_step() if sampler == "ancestral" else ddim_step(float(option))
+    learned = option == "learned_range"
+    _, states = sample(
+        process,
+        network if learned else prediction,
+        noise.example_keys(jax.random.key(0), 2),
+        (4, 4, 3),
+        step=step,
+        variance=option if sampler == "ancestral" else "fixed_small",
+        x0_transform=None if clip == ["False"] else static_threshold(),
+        x_init=jnp.asarray(nhwc(PUBLISHED["start"])),
+        trajectory=True,
+    )
+    close(states, nhwc(PUBLISHED[key]))
+
+
+@pytest.mark.parametrize("schedule", BETAS)
+def test_terms_of_the_variational_bound(schedule, float64):
+    process = respace(make_process(BETAS[schedule](1000), dtype=jnp.float64), "25")
+    x0, noises = jnp.asarray(nhwc(PUBLISHED["x0"])), jnp.asarray(nhwc(PUBLISHED["noises"]))
+
+    @jax.jit
+    def term(step):
+        t = jnp.broadcast_to(step, (2,))
+        xt = q_sample(process, x0, t, noises[step])
+        output = network(xt, process.timestep_map[t])
+        read = predict(process, output, xt, t, kind="eps", variance="learned_range", x0_transform=static_threshold())
+        return vlb_terms(process, read, x0, xt, t)
+
+    ours = np.stack([term(jnp.int32(step)) for step in range(25)])
+    theirs = PUBLISHED[f"vlb/{schedule}"]
+    close(ours[1:], theirs[1:])
+    # Their CDF of the normal distribution at t = 0 is an approximation, by tanh.
+    np.testing.assert_allclose(ours[0], theirs[0], rtol=0.02)
+    np.testing.assert_allclose(prior_kl(process, x0), PUBLISHED[f"prior/{schedule}"], rtol=RTOL)
+
+
+def test_dpm_solver_of_diffusers(float64):
+    """diffusers keeps its tables in float32."""
+    timesteps = sorted(int(t) for t in PUBLISHED["dpm/timesteps"])
+    process = respace(make_process(linear_betas(1000, 1e-4, 0.02), dtype=jnp.float64), timesteps)
+    _, states = sample(
+        process,
+        prediction,
+        noise.example_keys(jax.random.key(0), 2),
+        (4, 4, 3),
+        step=dpm_solver_step(2),
+        x_init=jnp.asarray(nhwc(PUBLISHED["start"])),
+        trajectory=True,
+    )
+    theirs = nhwc(PUBLISHED["dpm/states"])
+    np.testing.assert_allclose(states, theirs, rtol=1e-4, atol=1e-4 * np.abs(theirs).max())

@@ -1,0 +1,212 @@
+"""Samplers that draw noise, and those that keep to a picture, against Gaussian data whose network is known."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ddpm_jax import (
+    ancestral_step,
+    continuous,
+    cosine_betas,
+    ddim_step,
+    example_keys,
+    linear_betas,
+    make_process,
+    respace,
+    sample,
+    target,
+)
+from ddpm_jax.process import predict, q_sample
+from ddpm_jax.samplers import (
+    analytic_moments,
+    analytic_step,
+    average_of,
+    euler_maruyama_step,
+    grey_of,
+    heun_step,
+    predictor_corrector_step,
+    repaint_step,
+    reverse_diffusion_step,
+    sdedit,
+    truncate,
+)
+
+MEAN, STD = 0.3, 0.5
+N = 8192
+
+
+def schedule_denoiser(schedule):
+    def denoise(xt, t):
+        alpha, sigma = schedule.alpha(t)[:, None], schedule.sigma(t)[:, None]
+        return sigma * (xt - alpha * MEAN) / (alpha**2 * STD**2 + sigma**2)
+
+    return denoise
+
+
+VP, VE, EDM = continuous.vp_linear(t_min=1e-3), continuous.ve(0.01, 20.0), continuous.edm(0.01, 20.0)
+SUB = continuous.sub_vp(t_min=1e-3)
+CASES = {
+    "reverse diffusion, VP": (VP, continuous.uniform_times(VP, 300), reverse_diffusion_step()),
+    "reverse diffusion, VE": (VE, continuous.uniform_times(VE, 300), reverse_diffusion_step()),
+    "Euler-Maruyama, VP": (VP, continuous.uniform_times(VP, 300), euler_maruyama_step(VP)),
+    "Euler-Maruyama, sub-VP": (SUB, continuous.uniform_times(SUB, 300), euler_maruyama_step(SUB)),
+    "Euler-Maruyama, VE": (VE, continuous.uniform_times(VE, 300), euler_maruyama_step(VE)),
+    "ancestral, VE": (VE, continuous.uniform_times(VE, 300), ancestral_step()),
+    "DDIM eta 1, VE": (VE, continuous.uniform_times(VE, 300), ddim_step(1.0)),
+    "Heun with churn, EDM": (EDM, continuous.karras_times(EDM, 40), heun_step(0.2, sigma_min=0.05, sigma_max=10.0)),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_gaussian_data_come_back(name):
+    """To the discretisation of so many steps, 2 %, and four standard errors."""
+    schedule, times, step = CASES[name]
+    process = continuous.discretize(schedule, times)
+    draw = jax.jit(lambda keys: sample(process, schedule_denoiser(schedule), keys, (1,), step=step))
+    x0 = np.asarray(draw(example_keys(jax.random.key(0), N)))
+    assert x0.mean() == pytest.approx(MEAN, abs=4 * STD / math.sqrt(N) + 0.01)
+    assert x0.std() == pytest.approx(STD, rel=4 * math.sqrt(1 / (2 * N)) + 0.02)
+
+
+def test_a_corrector_mends_a_poor_predictor_and_knows_no_neighbours():
+    """From wrong noise (a fifth of its spread), Langevin steps find the marginals that the predictor alone misses."""
+    process = continuous.discretize(VE, continuous.uniform_times(VE, 100))
+    start = lambda keys: 4.0 * jax.vmap(lambda key: jax.random.normal(key, (64,)))(keys)
+
+    def draw(keys, step):
+        return sample(process, schedule_denoiser(VE), keys, (64,), step=step, x_init=start(keys))
+
+    keys = example_keys(jax.random.key(0), 64)
+    run = jax.jit(draw, static_argnums=1)
+    corrected = predictor_corrector_step(corrector_steps=4, snr=0.16)
+    x0 = np.asarray(run(keys, corrected))
+    assert x0.mean() == pytest.approx(MEAN, abs=0.05) and x0.std() == pytest.approx(STD, rel=0.06)
+    halves = np.concatenate([run(keys[i : i + 32], corrected) for i in (0, 32)])
+    np.testing.assert_allclose(halves, x0, atol=1e-5)  # sums over an example are rounded in another order
+    with pytest.raises(ValueError, match="snr=0.0 must be positive"):
+        predictor_corrector_step(snr=0.0)
+
+
+def discrete_denoiser(process, std=STD):
+    def denoise(xt, t):
+        alpha_bar = process.alpha_bar[t].reshape(t.shape + (1,) * (xt.ndim - 1))
+        return jnp.sqrt(1 - alpha_bar) * (xt - jnp.sqrt(alpha_bar) * MEAN) / (alpha_bar * std**2 + 1 - alpha_bar)
+
+    return denoise
+
+
+def test_the_analytic_variance_makes_ten_steps_exact():
+    """The reverse step of isotropic Gaussian data is Gaussian with that variance; fixed_small is far too narrow."""
+    process = make_process(linear_betas(1000))
+    denoise = discrete_denoiser(process)
+    data = MEAN + STD * jax.random.normal(jax.random.key(5), (1024, 4))
+    moments = jax.jit(lambda keys: analytic_moments(process, denoise, keys, data))(
+        example_keys(jax.random.key(4), 1024)
+    )
+    alpha_bar = np.cumprod(1 - linear_betas(1000))
+    exact = (1 - alpha_bar) / (alpha_bar * STD**2 + 1 - alpha_bar)
+    np.testing.assert_allclose(moments, exact, rtol=4.5 * math.sqrt(2 / (4 * 1024)))
+    short = respace(process, "10")
+    run = jax.jit(lambda keys, step: sample(short, denoise, keys, (4,), step=step), static_argnums=1)
+    step = analytic_step(jnp.asarray(exact, jnp.float32)[short.timestep_map])
+    x0, plain = (np.asarray(run(example_keys(jax.random.key(0), N), each)) for each in (step, ancestral_step()))
+    assert x0.std() == pytest.approx(STD, rel=4 * math.sqrt(1 / (8 * N)) + 1e-3)
+    assert plain.std() < 0.9 * STD
+    bounded = np.asarray(run(example_keys(jax.random.key(0), N), analytic_step(jnp.zeros(10), bound=1e-6)))
+    np.testing.assert_allclose(bounded, plain, atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["score", "mean"])
+def test_the_other_kinds_are_read_back(kind):
+    process = make_process(cosine_betas(1000))
+    keys = jax.random.split(jax.random.key(0), 2)
+    x0, eps = (jax.random.normal(key, (5, 3)) for key in keys)
+    t = jnp.asarray([1, 10, 300, 700, 900])
+    xt = q_sample(process, x0, t, eps)
+    output = target(process, x0, eps, t, kind=kind)
+    prediction = predict(process, output, xt, t, kind=kind)
+    # The mean holds c_x0 x0 with c_x0 as small as 1e-3: that much less of x0 is left in float32.
+    np.testing.assert_allclose(prediction.x0, x0, atol=2e-4 if kind == "score" else 5e-3)
+    np.testing.assert_allclose(prediction.mean, predict(process, x0, xt, t, kind="x0").mean, atol=1e-4)
+
+
+def test_repaint_keeps_what_is_known_and_draws_the_rest_from_the_conditional():
+    """Two correlated numbers, the first known: N(m2 + r (x1 - m1), s^2 (1 - r^2))."""
+    process = respace(make_process(cosine_betas(1000)), "60")
+    correlation, full = 0.8, make_process(cosine_betas(1000))
+    covariance = jnp.asarray(STD**2 * np.array([[1, correlation], [correlation, 1]]), jnp.float32)
+
+    def denoise(xt, t):
+        alpha_bar = full.alpha_bar[t][:, None, None]
+        total = alpha_bar * covariance[None] + (1 - alpha_bar) * jnp.eye(2)[None]
+        from_mean = xt - jnp.sqrt(alpha_bar[..., 0]) * MEAN
+        return jnp.sqrt(1 - alpha_bar[..., 0]) * jnp.linalg.solve(total, from_mean[..., None])[..., 0]
+
+    n, x1 = 2048, 0.9
+    known = jnp.broadcast_to(jnp.asarray([x1, jnp.nan]), (n, 2))
+    mean, std = MEAN + correlation * (x1 - MEAN), STD * math.sqrt(1 - correlation**2)
+    errors = {}
+    for resample in (1, 15):
+        step = repaint_step(jnp.nan_to_num(known), jnp.asarray([[True, False]]), resample=resample)
+        draw = jax.jit(lambda keys, step=step: sample(process, denoise, keys, (2,), step=step))
+        x0 = np.asarray(draw(example_keys(jax.random.key(0), n)))
+        np.testing.assert_allclose(x0[:, 0], x1, rtol=1e-6)
+        errors[resample] = abs(x0[:, 1].mean() - mean), abs(x0[:, 1].std() / std - 1)
+    assert errors[15][0] < 0.03 and errors[15][1] < 0.25
+    assert errors[15][0] < errors[1][0] / 3  # the two parts agree because of the repetitions
+    with pytest.raises(ValueError, match="resample=0"):
+        repaint_step(known, known, resample=0)
+
+
+def test_sdedit_keeps_more_of_the_guide_the_less_noise_it_adds():
+    process = respace(make_process(cosine_betas(1000)), "50")
+    denoise = discrete_denoiser(make_process(cosine_betas(1000)))
+    guide = jnp.full((2048, 1), 0.8)
+    keys = example_keys(jax.random.key(0), 2048)
+    run = jax.jit(
+        lambda strength: sdedit(process, denoise, keys, guide, strength=strength, step=ddim_step(1.0)), static_argnums=0
+    )
+    for strength in (0.2, 0.6, 1.0):
+        # x_t = alpha x0 + sigma z; on Gaussian data x0 given x_t is Gaussian: its mean's slope is alpha s^2 / total.
+        last = round(strength * 50) - 1
+        alpha_bar = float(process.alpha_bar[last])
+        slope = math.sqrt(alpha_bar) * STD**2 / (alpha_bar * STD**2 + 1 - alpha_bar)
+        expected = MEAN + slope * math.sqrt(alpha_bar) * (0.8 - MEAN)
+        assert float(run(strength).mean()) == pytest.approx(expected, abs=4 * STD / math.sqrt(2048) + 0.01)
+    assert truncate(process, 7).num_steps == 7
+    with pytest.raises(ValueError, match="strength=0.0"):
+        sdedit(process, denoise, keys, guide, strength=0.0)
+    with pytest.raises(ValueError, match=r"num_steps=51 must be in \[1, 50\]"):
+        truncate(process, 51)
+
+
+def test_measurements_are_kept():
+    process = respace(make_process(cosine_betas(1000)), "5")
+    keys = example_keys(jax.random.key(0), 2)
+    grey = jax.random.uniform(jax.random.key(1), (2, 4, 4, 1))
+    small = jax.random.uniform(jax.random.key(2), (2, 2, 2, 3))
+
+    @jax.jit
+    def draw(grey, small):
+        run = lambda keep: sample(
+            process, lambda x, t: 0.4 * jnp.tanh(x), keys, (4, 4, 3), kind="x0", x0_transform=keep
+        )
+        return run(grey_of(grey)), run(average_of(small, 2))
+
+    coloured, larger = draw(grey, small)
+    np.testing.assert_allclose(coloured.mean(-1, keepdims=True), grey, atol=1e-5)
+    np.testing.assert_allclose(larger.reshape(2, 2, 2, 2, 2, 3).mean((2, 4)), small, atol=1e-5)
+    assert float(jnp.abs(larger[:, ::2] - larger[:, 1::2]).max()) > 1e-3  # and not the measurement enlarged
+
+
+def test_progress_is_told_now_and_then():
+    process, told = respace(make_process(cosine_betas(1000)), "25"), []
+    draw = jax.jit(lambda keys: sample(process, lambda xt, t: xt, keys, (1,), progress=told.append, progress_every=10))
+    jax.block_until_ready(draw(example_keys(jax.random.key(0), 2)))
+    jax.effects_barrier()
+    assert sorted(told) == [10, 20, 25]
+    with pytest.raises(ValueError, match="progress_every=0"):
+        sample(process, lambda xt, t: xt, example_keys(jax.random.key(0), 1), (1,), progress=print, progress_every=0)
