@@ -35,14 +35,14 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["ddpm_jax", "ddpm_jax.*"]),
     package_data={"ddpm_jax": ["data/*.txt.gz", "weights/*.safetensors"]},
-    install_requires=["jax>=0.7.0", "flax>=0.10.0", "numpy>=1.26"],
+    install_requires=["jax>=0.8.0", "flax>=0.10.0", "numpy>=1.26"],
     extras_require={
         "train": TRAIN,
         "ode": ODE,
         "tensorboard": ["tensorboard>=2.16", "tensorflow-cpu>=2.16"],
         "test": TEST,
         "parity": [*TEST, "open-clip-torch>=2.32"],
-        "tpu": ["jax[tpu]>=0.7.0"],
-        "cuda": ["jax[cuda12]>=0.7.0"],
+        "tpu": ["jax[tpu]>=0.8.0"],
+        "cuda": ["jax[cuda12]>=0.8.0"],
     },
 )

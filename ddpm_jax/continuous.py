@@ -234,13 +234,16 @@ def discretize(
         A GaussianProcess of N steps.
 
     Raises:
-        ValueError: if the times do not decrease, or the log-SNR does not grow along them.
+        ValueError: if the times do not decrease or leave the schedule's interval, or the log-SNR does not grow along
+            them.
     """
     times = np.asarray(times, np.float64)
     if times.ndim != 1 or times.size < 1 or np.any(np.diff(times) >= 0.0):
         raise ValueError(f"times must be a vector of decreasing numbers, got shape {times.shape}")
     t = times[::-1]
     log_alpha, log_sigma = _float64(schedule.log_alpha, t), _float64(schedule.log_sigma, t)
+    if t[0] < schedule.t_min - 1e-9 or t[-1] > schedule.t_max + 1e-9:
+        raise ValueError(f"times must lie in [{schedule.t_min:g}, {schedule.t_max:g}], got {t[0]:g} to {t[-1]:g}")
     log_snr = 2.0 * (log_alpha - log_sigma)
     if not (np.all(np.isfinite(log_snr)) and np.all(np.diff(log_snr) < 0.0)):
         raise ValueError("the log-SNR of the schedule must be finite and decrease with t at all of the times")
@@ -255,6 +258,7 @@ def discretize(
         dtype,
         prior_std=schedule.prior_std,
         variance_preserving=schedule.variance_preserving,
+        time_is_sigma=bool(np.all(log_alpha == 0.0) and np.allclose(np.exp(log_sigma), t)),
     )
 
 
@@ -274,7 +278,7 @@ def edm_preconditioned(network: Denoiser, sigma_data: float = 0.5) -> Denoiser:
         A denoiser whose t is sigma.
 
     Raises:
-        ValueError: if sigma_data is not positive.
+        ValueError: if sigma_data is not positive, and when called, if the network's output has another shape than xt.
     """
     if sigma_data <= 0.0:
         raise ValueError(f"{sigma_data=} must be positive")
@@ -283,6 +287,8 @@ def edm_preconditioned(network: Denoiser, sigma_data: float = 0.5) -> Denoiser:
         wide = sigma.reshape(sigma.shape + (1,) * (xt.ndim - 1))
         total = jnp.square(wide) + sigma_data**2
         output = network(xt * jax.lax.rsqrt(total), jnp.log(sigma) / 4.0).astype(xt.dtype)
+        if output.shape != xt.shape:
+            raise ValueError(f"the network must return the shape of xt {xt.shape}, got {output.shape}")
         return sigma_data**2 / total * xt + wide * sigma_data * jax.lax.rsqrt(total) * output
 
     return denoise

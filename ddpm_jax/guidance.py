@@ -134,12 +134,15 @@ def classifier_guided(
         A denoiser, float32.
 
     Raises:
-        ValueError: for an unknown kind, and when called, if log_prob does not return one number an example.
+        ValueError: for an unknown kind, and when called, if log_prob does not return one number an example or t is not
+            an integer.
     """
     if kind not in (kinds := ("eps", "x0", "v", "score")):
         raise ValueError(f"{kind=} must be one of {kinds}")
 
     def guided(xt: jax.Array, t: jax.Array) -> jax.Array:
+        if not jnp.issubdtype(t.dtype, jnp.integer):
+            raise ValueError("classifier_guided reads alpha and sigma at integer timesteps, this process has times")
         output = denoise(xt, t)
         output = output.astype(jnp.promote_types(output.dtype, jnp.float32))
         push = _per_example(scale, xt) * log_prob_gradient(log_prob, xt, t)

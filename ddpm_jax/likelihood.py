@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from ddpm_jax.continuous import Schedule
 from ddpm_jax.losses import normal_kl, vlb_terms
 from ddpm_jax.process import GaussianProcess, predict, q_sample
-from ddpm_jax.samplers.noise import per_example_normal, transition_keys
+from ddpm_jax.samplers.noise import check_keys, per_example_normal, transition_keys
 from ddpm_jax.types import Denoiser, Kind, Variance
 
 
@@ -46,7 +46,7 @@ def variational_bound(
     Raises:
         ValueError: if shapes do not fit, or kind, variance and the network's output contradict each other.
     """
-    _check_example_keys(keys, x0)
+    check_keys(keys, x0.shape[0])
     x0 = x0.astype(process.betas.dtype)
     mean = lambda x: jnp.mean(x, axis=tuple(range(1, x.ndim)))  # noqa: E731
 
@@ -64,10 +64,14 @@ def variational_bound(
 
 
 def prior_kl(process: GaussianProcess, x0: jax.Array) -> jax.Array:
-    """Return L_T = KL(q(x_T | x0) || N(0, I)) in bits per dimension, float32[B] (DDPM eq. 5). x0: float[B, ...]."""
+    """Return L_T = KL(q(x_T | x0) || N(0, prior_std^2)) in bits per dimension, float32[B] (DDPM eq. 5).
+
+    x0: float[B, ...]; prior_std is the process', 1 where variance is preserved.
+    """
     mean = process.sqrt_alpha_bar[-1] * x0.astype(process.betas.dtype)
     log_variance = jnp.broadcast_to(2.0 * jnp.log(process.sqrt_one_minus_alpha_bar[-1]), mean.shape)
-    kl = normal_kl(mean, log_variance, jnp.zeros_like(mean), jnp.zeros_like(mean))
+    prior = jnp.broadcast_to(2.0 * jnp.log(process.prior_std), mean.shape)
+    kl = normal_kl(mean, log_variance, jnp.zeros_like(mean), prior)
     return jnp.mean(kl, axis=tuple(range(1, x0.ndim))) / math.log(2.0)
 
 
@@ -81,6 +85,7 @@ def ode_log_likelihood(
     probe: Literal["rademacher", "gaussian", "exact"] = "rademacher",
     rtol: float = 1e-5,
     atol: float = 1e-5,
+    cond: Any = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Return log p(x0), in nats, under the probability-flow ODE (Song et al. 2021, "score SDE", eqs. 39 and 40).
 
@@ -91,32 +96,35 @@ def ode_log_likelihood(
 
     Args:
         schedule: from ``continuous``; x0 is taken to be data at t_min.
-        denoise: the network; receives t itself, float32[B].
+        denoise: the network; it is called with one example at a time, [1, ..., C] and t float32[1], mapped over the
+            batch by ``vmap``, so that what differs between examples cannot be closed over: that is ``cond``.
         keys: typed keys [B], for the probes; example i uses keys[i] alone.
         x0: float[B, ..., C].
         kind: "eps", "x0", "v" or "score".
         probe: the distribution of e; "exact" takes the whole trace, one backward pass for each dimension.
         rtol, atol: of the adaptive solver; atol is of the data's unit.
+        cond: a tree of arrays [B, ...], one condition for each example; with it the network is called as
+            ``denoise(xt, t, cond)``, cond being [1, ...] too.
 
     Returns:
         log p(x0), float32[B], and the network calls of each example, int32[B].
 
     Raises:
         ImportError: without diffrax.
-        ValueError: for an unknown probe or kind, or if keys do not fit.
+        ValueError: for an unknown probe or kind, or if keys or the network's output do not fit.
     """
     if probe not in ("rademacher", "gaussian", "exact"):
         raise ValueError(f"{probe=} must be 'rademacher', 'gaussian' or 'exact'")
-    _check_example_keys(keys, x0)
+    check_keys(keys, x0.shape[0])
     velocity = _velocity(schedule, denoise, kind)
 
-    def one(key: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def one(key: jax.Array, x: jax.Array, cond: Any) -> tuple[jax.Array, jax.Array]:
         draw = jax.random.normal if probe == "gaussian" else jax.random.rademacher
         e = draw(key, x.shape, x.dtype)
 
         def field(t: jax.Array, state: tuple, args: Any) -> tuple[jax.Array, jax.Array]:
             # Reverse mode: networks may refuse the other one.
-            v, pull = jax.vjp(lambda x: velocity(x, t), state[0])
+            v, pull = jax.vjp(lambda x: velocity(x, t, cond), state[0])
             if probe == "exact":
                 rows = jax.lax.map(lambda row: jnp.sum(pull(row)[0] * row), _basis(v))
                 return v, jnp.sum(rows)
@@ -130,7 +138,7 @@ def ode_log_likelihood(
         )
         return prior + divergence, calls
 
-    return jax.vmap(one)(keys, x0.astype(jnp.promote_types(x0.dtype, jnp.float32)))
+    return jax.vmap(one)(keys, x0.astype(jnp.promote_types(x0.dtype, jnp.float32)), cond)
 
 
 def ode_sample(
@@ -143,11 +151,12 @@ def ode_sample(
     rtol: float = 1e-5,
     atol: float = 1e-5,
     x_init: jax.Array | None = None,
+    cond: Any = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Draw samples by the probability-flow ODE with an adaptive solver (score SDE, section 4.3), from t_max to t_min.
 
     Args:
-        schedule, denoise, kind, rtol, atol: as in ``ode_log_likelihood``.
+        schedule, denoise, kind, rtol, atol, cond: as in ``ode_log_likelihood``.
         keys: typed keys [B]; sample i is a function of keys[i] alone.
         shape: of one example.
         x_init: float[B, *shape] to start from, instead of noise.
@@ -157,14 +166,19 @@ def ode_sample(
 
     Raises:
         ImportError: without diffrax.
-        ValueError: for an unknown kind.
+        ValueError: for an unknown kind, or if keys, x_init or the network's output do not fit.
     """
+    check_keys(keys)
     if x_init is None:
         x_init = schedule.prior_std * per_example_normal(transition_keys(keys, 0), jnp.zeros((keys.shape[0], *shape)))
-    _check_example_keys(keys, x_init)
+    if x_init.shape != (keys.shape[0], *shape):
+        raise ValueError(f"x_init must have shape {(keys.shape[0], *shape)} (keys, *shape), got {x_init.shape}")
     velocity = _velocity(schedule, denoise, kind)
-    field = lambda t, x, args: velocity(x, t)  # noqa: E731
-    return jax.vmap(lambda x: _solve(field, schedule.t_max, schedule.t_min, x, rtol, atol))(x_init)
+
+    def one(x: jax.Array, cond: Any) -> tuple[jax.Array, jax.Array]:
+        return _solve(lambda t, x, args: velocity(x, t, cond), schedule.t_max, schedule.t_min, x, rtol, atol)
+
+    return jax.vmap(one)(x_init, cond)
 
 
 def bits_per_dimension(log_likelihood: jax.Array, dimensions: int, bins: int = 256) -> jax.Array:
@@ -187,15 +201,22 @@ def dequantize(keys: jax.Array, images: jax.Array) -> jax.Array:
     return (images.astype(jnp.float32) + u) / 128.0 - 1.0
 
 
-def _velocity(schedule: Schedule, denoise: Denoiser, kind: Kind) -> Callable[[jax.Array, jax.Array], jax.Array]:
-    """Return v of the ODE for one example: x, t [] -> dx/dt."""
+def _velocity(schedule: Schedule, denoise: Callable, kind: Kind) -> Callable[[jax.Array, jax.Array, Any], jax.Array]:
+    """Return v of the ODE for one example: x, t [], its condition -> dx/dt."""
     if kind not in ("eps", "x0", "v", "score") or (kind == "v" and not schedule.variance_preserving):
         raise ValueError(f"{kind=} must be 'eps', 'x0', 'score', or where alpha^2 + sigma^2 = 1 'v'")
 
-    def velocity(x: jax.Array, t: jax.Array) -> jax.Array:
+    def velocity(x: jax.Array, t: jax.Array, cond: Any) -> jax.Array:
         t = jnp.asarray(t, x.dtype)
         alpha, sigma = schedule.alpha(t), schedule.sigma(t)
-        output = denoise(x[None], t[None])[0].astype(x.dtype)
+        given = () if cond is None else (jax.tree.map(lambda value: value[None], cond),)
+        output = denoise(x[None], t[None], *given)
+        if output.shape != (1, *x.shape):
+            raise ValueError(
+                f"the network must return {(1, *x.shape)} for one example, got {output.shape}: a condition for each "
+                "example goes in as cond, and a learned variance must be cut off"
+            )
+        output = output[0].astype(x.dtype)
         eps = {
             "eps": lambda: output,
             "x0": lambda: (x - alpha * output) / sigma,
@@ -209,7 +230,10 @@ def _velocity(schedule: Schedule, denoise: Denoiser, kind: Kind) -> Callable[[ja
 
 def _solve(field: Callable, start: float, end: float, state: Any, rtol: float, atol: float) -> tuple[Any, jax.Array]:
     """Return the state at ``end`` and the number of evaluations of the field."""
-    import diffrax  # needed here alone
+    try:
+        import diffrax  # needed here alone
+    except ImportError as error:
+        raise ImportError('the probability-flow ODE needs diffrax: pip install "ddpm_jax[ode]"') from error
 
     solution = diffrax.diffeqsolve(
         diffrax.ODETerm(field),
@@ -228,8 +252,3 @@ def _solve(field: Callable, start: float, end: float, state: Any, rtol: float, a
 
 def _basis(v: jax.Array) -> jax.Array:
     return jnp.eye(v.size, dtype=v.dtype).reshape(v.size, *v.shape)
-
-
-def _check_example_keys(keys: jax.Array, x: jax.Array) -> None:
-    if keys.shape != x.shape[:1]:
-        raise ValueError(f"keys must be one an example, shape {x.shape[:1]}, got {keys.shape}")

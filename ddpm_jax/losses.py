@@ -148,6 +148,8 @@ def continuous_loss(
         t = jax.random.uniform(t_key, x0.shape[:1], x0.dtype, schedule.t_min, schedule.t_max)
     if noise is None:
         noise = jax.random.normal(noise_key, x0.shape, x0.dtype)
+    if t.shape != x0.shape[:1]:
+        raise ValueError(f"t must be one time for each of {x0.shape[0]} examples, got shape {t.shape}")
     wide = lambda values: values.reshape(values.shape + (1,) * (x0.ndim - 1))  # noqa: E731
     alpha, sigma = wide(schedule.alpha(t)), wide(schedule.sigma(t))
     xt = alpha * x0 + sigma * noise

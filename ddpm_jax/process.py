@@ -85,6 +85,8 @@ class GaussianProcess:
         prior_std: float32[], the standard deviation of the noise that sampling starts from.
         zero_terminal: static; True where the last alpha_bar is 0, so that eps there says nothing about x0.
         variance_preserving: static; True where alpha^2 + sigma^2 = 1, which v and ``respace`` need.
+        shortened: static; True where steps were left out, so that the mean of (3) is not what a network was trained on.
+        time_is_sigma: static; True where alpha = 1 and the network receives sigma as t, as EDM's.
     """
 
     betas: jax.Array
@@ -104,6 +106,8 @@ class GaussianProcess:
     prior_std: jax.Array
     zero_terminal: bool = struct.field(pytree_node=False, default=False)
     variance_preserving: bool = struct.field(pytree_node=False, default=True)
+    shortened: bool = struct.field(pytree_node=False, default=False)
+    time_is_sigma: bool = struct.field(pytree_node=False, default=False)
 
     @property
     def num_steps(self) -> int:
@@ -187,7 +191,8 @@ def respace(process: GaussianProcess, spec: str | int | Sequence[int]) -> Gaussi
     alpha_bar = np.asarray(process.alpha_bar, np.float64) + np.asarray(process.alpha_bar_low, np.float64)
     alpha_bar = alpha_bar[kept]
     betas = 1.0 - alpha_bar / np.append(1.0, alpha_bar[:-1])
-    return _preserving(betas, alpha_bar, np.asarray(process.timestep_map)[kept], process.betas.dtype)
+    shorter = _preserving(betas, alpha_bar, np.asarray(process.timestep_map)[kept], process.betas.dtype)
+    return shorter.replace(shortened=process.shortened or len(kept) < process.num_steps)
 
 
 def _preserving(
@@ -207,6 +212,7 @@ def from_tables(
     *,
     prior_std: float = 1.0,
     variance_preserving: bool = True,
+    time_is_sigma: bool = False,
 ) -> GaussianProcess:
     """Fill every table of (13) and (14) from float64 columns, each [T]; the caller has checked them."""
     alpha_prev, var, var_prev = np.append(1.0, alpha[:-1]), sigma**2, np.append(0.0, sigma[:-1] ** 2)
@@ -239,6 +245,7 @@ def from_tables(
         prior_std=table(prior_std),
         zero_terminal=bool(alpha_bar[-1] == 0.0),
         variance_preserving=variance_preserving,
+        time_is_sigma=time_is_sigma,
     )
 
 
@@ -337,14 +344,15 @@ def predict(
             is here, and not a wrapper around the denoiser, because a clipped x0 written back as eps at alpha = 1e-4
             would be lost to cancellation.
         at: (alpha, sigma) of xt, scalars, where it lies between the process' steps (EDM's churn): x0 and eps are read
-            there; mean and variance are still those of step t.
+            there; mean and variance are still those of step t, and so is what kind="mean" is read by.
 
     Returns:
         A Prediction in the dtype of the tables.
 
     Raises:
         ValueError: if kind or variance is unknown, the output does not have the channels they need, v is asked of a
-            process that does not preserve variance, or eps or the score is to give x0 back from pure noise.
+            process that does not preserve variance, the mean of one with steps left out, or eps or the score is to give
+            x0 back from pure noise.
     """
     _check_kind(kind, process)
     _check_t(t, xt)
@@ -423,6 +431,8 @@ def _check_kind(kind: str, process: GaussianProcess) -> None:
         raise ValueError(f"{kind=} must be one of {KINDS}")
     if kind == "v" and not process.variance_preserving:
         raise ValueError("kind='v' needs a process with alpha^2 + sigma^2 = 1; use 'eps', 'x0' or 'score'")
+    if kind == "mean" and process.shortened:
+        raise ValueError("kind='mean' needs all the steps it was trained on: the mean of a step depends on its length")
 
 
 def _check_t(t: jax.Array, x: jax.Array) -> None:

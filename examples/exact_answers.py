@@ -2,10 +2,10 @@
 
     python examples/exact_answers.py
 
-prints one table. A Gaussian and a mixture of three in two dimensions have an exact denoiser, so whatever is left is the
-sampler's: the error of mean and covariance, the energy distance to exact draws (as a multiple of what two sets of exact
-draws have, 95 % of the time), and for solvers of the probability-flow ODE the slope of the error against the step. The
-likelihoods are compared with the density itself, in bits per dimension.
+prints two tables. A Gaussian and a mixture of three in two dimensions have an exact denoiser, so whatever is left is
+the sampler's: the error of mean and covariance, the energy distance to exact draws (as a multiple of what two sets of
+exact draws have, 95 % of the time), and for solvers of the probability-flow ODE the slope of the error against the
+step. The likelihoods are compared with the density itself, in bits per dimension.
 """
 
 import math

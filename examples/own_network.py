@@ -63,14 +63,12 @@ class Network(nnx.Module):
     """The same three layers."""
 
     def __init__(self, rngs: nnx.Rngs):
-        self.layers = nnx.List([nnx.Linear(20, WIDTH, rngs=rngs), nnx.Linear(WIDTH, WIDTH, rngs=rngs)])
+        self.first, self.second = nnx.Linear(20, WIDTH, rngs=rngs), nnx.Linear(WIDTH, WIDTH, rngs=rngs)
         self.out = nnx.Linear(WIDTH, 2, rngs=rngs)
 
     def __call__(self, xt: jax.Array, t: jax.Array) -> jax.Array:
-        h = features(xt, t)
-        for layer in self.layers:
-            h = jax.nn.silu(layer(h))
-        return self.out(h)
+        h = jax.nn.silu(self.first(features(xt, t)))
+        return self.out(jax.nn.silu(self.second(h)))
 
 
 def train(params: Any, apply: Callable[[Any, jax.Array, jax.Array], jax.Array]) -> Any:

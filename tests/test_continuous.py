@@ -186,7 +186,11 @@ def test_heun_on_edm_follows_the_exact_path_with_order_two():
         (lambda: continuous.edm(0.0), "sigma_min=0.0"),
         (lambda: continuous.uniform_times(continuous.ve(), 0), "num_steps=0 must be at least 1"),
         (lambda: continuous.discretize(continuous.ve(), [0.1, 0.2]), "times must be a vector of decreasing numbers"),
-        (lambda: continuous.discretize(continuous.edm(), [1.0, 0.0]), "must be finite and decrease"),
+        (lambda: continuous.discretize(continuous.edm(), [1.0, 0.0]), r"times must lie in \[0.002, 80\], got 0 to 1"),
+        (
+            lambda: continuous.discretize(continuous.from_log_snr(lambda t: 3.0 * t), [0.9, 0.1]),
+            "must be finite and decrease",
+        ),
         (lambda: continuous.edm_preconditioned(lambda x, c: x, 0.0), "sigma_data=0.0 must be positive"),
         (lambda: edm_weighting(-1.0), "sigma_data=-1.0 must be positive"),
         (lambda: edm_weighting(kind="mean"), "kind='mean' must be one of"),

@@ -166,3 +166,24 @@ def test_likelihood_errors():
         ode_log_likelihood(SCHEDULE, gaussian_eps, keys, x[:1], probe="sobol")
     with pytest.raises(ValueError, match="kind='mean' must be"):
         ode_sample(SCHEDULE, gaussian_eps, keys, (2,), kind="mean")
+    with pytest.raises(ValueError, match=r"must return \(1, 2\) for one example, got \(2, 2\): a condition for each"):
+        ode_sample(SCHEDULE, lambda xt, t: xt + x, keys, (2,))
+    with pytest.raises(ValueError, match=r"x_init must have shape \(1, 2\)"):
+        ode_sample(SCHEDULE, gaussian_eps, keys, (2,), x_init=x)
+    with pytest.raises(ValueError, match="keys must be a vector of typed keys"):
+        ode_sample(SCHEDULE, gaussian_eps, jax.random.key(0), (2,))
+
+
+def test_each_example_has_its_condition():
+    """A network that knows x0, which the flow then reaches."""
+    cond = jnp.asarray([[-0.5], [0.2], [0.9]])
+    draw = lambda keys: ode_sample(
+        SCHEDULE, lambda xt, t, c: jnp.broadcast_to(c, xt.shape), keys, (1,), kind="x0", cond=cond
+    )
+    np.testing.assert_allclose(jax.jit(draw)(example_keys(jax.random.key(0), 3))[0], cond, atol=0.05)
+
+
+def test_the_prior_term_knows_the_prior_of_an_exploding_process():
+    """Of N(x0, s^2) against N(0, s^2): x0^2 / (2 s^2) nats."""
+    process = continuous.discretize(continuous.edm(0.01, 8.0), [8.0, 1.0, 0.01])
+    np.testing.assert_allclose(prior_kl(process, jnp.asarray([[0.5, -1.0]])), [0.625 / 128 / math.log(2)], rtol=1e-4)

@@ -7,8 +7,27 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ddpm_jax import cosine_betas, ddim_step, example_keys, linear_betas, make_process, respace, sample
-from ddpm_jax.samplers import dpm_solver_step, heun_step, invert, plms_step, unipc_step
+from ddpm_jax import (
+    ancestral_step,
+    continuous,
+    cosine_betas,
+    ddim_step,
+    example_keys,
+    linear_betas,
+    make_process,
+    respace,
+    sample,
+)
+from ddpm_jax.samplers import (
+    analytic_step,
+    dpm_solver_step,
+    heun_step,
+    invert,
+    plms_step,
+    predictor_corrector_step,
+    unipc_step,
+)
+from ddpm_jax.schedules import zero_terminal_snr
 
 MEAN, STD = 0.3, 0.5
 ODE = {
@@ -139,7 +158,35 @@ def test_other_arguments_are_checked():
     with pytest.raises(ValueError, match="noise_scale=0.0 must be positive"):
         heun_step(noise_scale=0.0)
     process = respace(make_process(cosine_betas(1000)), "4")
-    with pytest.raises(ValueError, match="needs a process of continuous time"):
+    with pytest.raises(ValueError, match="needs a process of continuous.edm"):
+        sample(process, lambda xt, t: xt, example_keys(jax.random.key(0), 1), (1,), step=heun_step(0.1))
+
+
+def test_every_step_starts_from_pure_noise():
+    """Where the last alpha_bar is 0; the exact x0 network of Gaussian data."""
+    process = make_process(zero_terminal_snr(linear_betas(1000)))
+    short = respace(process, "12")
+    steps = [ancestral_step(), *(step for step, _ in ODE.values()), *SDE.values(), unipc_step(3)]
+    steps += [predictor_corrector_step(), analytic_step(jnp.full(12, 0.9), bound=1.0), analytic_step(jnp.full(12, 0.9))]
+    run = jax.jit(
+        lambda keys: [sample(short, gaussian_denoiser(process), keys, (2,), step=step, kind="x0") for step in steps]
+    )
+    for x0 in run(example_keys(jax.random.key(0), 4)):
+        assert np.all(np.abs(x0) < 5.0)  # which NaN is not
+    untrained = sample(
+        short,
+        lambda xt, t: 0.0 * xt,
+        example_keys(jax.random.key(0), 4),
+        (2,),
+        step=predictor_corrector_step(),
+        kind="v",
+    )
+    assert np.all(np.isfinite(untrained))
+
+
+def test_churn_is_for_networks_that_receive_sigma():
+    process = continuous.discretize(continuous.ve(), [0.9, 0.5, 0.1])
+    with pytest.raises(ValueError, match=r"gamma=0.1 needs a process of continuous.edm"):
         sample(process, lambda xt, t: xt, example_keys(jax.random.key(0), 1), (1,), step=heun_step(0.1))
 
 

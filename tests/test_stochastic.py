@@ -24,6 +24,7 @@ from ddpm_jax.samplers import (
     analytic_moments,
     analytic_step,
     average_of,
+    dpm_solver_step,
     euler_maruyama_step,
     grey_of,
     heun_step,
@@ -133,6 +134,12 @@ def test_the_other_kinds_are_read_back(kind):
     np.testing.assert_allclose(prediction.mean, predict(process, x0, xt, t, kind="x0").mean, atol=1e-4)
 
 
+def test_the_mean_is_refused_where_steps_are_left_out():
+    process = respace(make_process(cosine_betas(1000)), "10")
+    with pytest.raises(ValueError, match="kind='mean' needs all the steps"):
+        sample(process, lambda xt, t: xt, example_keys(jax.random.key(0), 1), (1,), kind="mean")
+
+
 def test_repaint_keeps_what_is_known_and_draws_the_rest_from_the_conditional():
     """Two correlated numbers, the first known: N(m2 + r (x1 - m1), s^2 (1 - r^2))."""
     process = respace(make_process(cosine_betas(1000)), "60")
@@ -157,6 +164,8 @@ def test_repaint_keeps_what_is_known_and_draws_the_rest_from_the_conditional():
         errors[resample] = abs(x0[:, 1].mean() - mean), abs(x0[:, 1].std() / std - 1)
     assert errors[15][0] < 0.03 and errors[15][1] < 0.25
     assert errors[15][0] < errors[1][0] / 3  # the two parts agree because of the repetitions
+    with pytest.raises(ValueError, match="must not carry history"):
+        repaint_step(known, known, step=dpm_solver_step(2))
     with pytest.raises(ValueError, match="resample=0"):
         repaint_step(known, known, resample=0)
 

@@ -10,7 +10,7 @@ from ddpm_jax.process import GaussianProcess, q_sample
 from ddpm_jax.samplers.ancestral import ancestral_step
 from ddpm_jax.samplers.grid import Point
 from ddpm_jax.samplers.loop import sample
-from ddpm_jax.samplers.noise import per_example_normal, transition_keys
+from ddpm_jax.samplers.noise import check_keys, per_example_normal, transition_keys
 from ddpm_jax.types import Denoiser, PredictFn, Step
 
 
@@ -53,6 +53,7 @@ def sdedit(
     """
     if not 0.0 < strength <= 1.0:
         raise ValueError(f"{strength=} must be in (0, 1]")
+    check_keys(keys, x0.shape[0])
     shorter = truncate(process, max(1, round(strength * process.num_steps)))
     x0 = x0.astype(process.betas.dtype)
     last = jnp.full(x0.shape[:1], shorter.num_steps - 1, jnp.int32)
@@ -70,17 +71,19 @@ def repaint_step(x0: jax.Array, mask: jax.Array, *, step: Step | None = None, re
         x0: float[B, ..., C], the picture; what it holds under the mask is not used.
         mask: bool or float, broadcastable to x0; 1 where the picture is known.
         step: ``ancestral_step()`` by default; without carry.
-        resample: U of the paper, >= 1. U network calls a step.
+        resample: U of the paper, >= 1. U network calls a step, one for the last.
 
     Returns:
         A Step.
 
     Raises:
-        ValueError: if resample < 1.
+        ValueError: if resample < 1 or the step carries history.
     """
     if resample < 1:
         raise ValueError(f"{resample=} must be at least 1")
     step = ancestral_step() if step is None else step
+    if step.init is not ancestral_step().init:
+        raise ValueError("step must not carry history from transition to transition; use ancestral_step or ddim_step")
 
     def update(
         predict_fn: PredictFn, keys: jax.Array, xt: jax.Array, here: Point, there: Point, carry: Any
@@ -127,10 +130,16 @@ def grey_of(y: jax.Array) -> Callable[[jax.Array], jax.Array]:
 
 
 def average_of(y: jax.Array, factor: int) -> Callable[[jax.Array], jax.Array]:
-    """Return the ``x0_transform`` for super-resolution: averages of factor x factor pixels are y, [B, h, w, C]."""
+    """Return the ``x0_transform`` for super-resolution: averages of factor x factor pixels are y, [B, h, w, C].
+
+    Raises:
+        ValueError: in use, if pictures are not ``factor`` times as large as y.
+    """
 
     def measure(x: jax.Array) -> jax.Array:
         b, height, width, c = x.shape
+        if (height, width) != (y.shape[1] * factor, y.shape[2] * factor):
+            raise ValueError(f"{factor=} must bring y {y.shape} to the size of the pictures, {height} x {width}")
         return x.reshape(b, height // factor, factor, width // factor, factor, c).mean((2, 4))
 
     def restore(small: jax.Array) -> jax.Array:

@@ -19,6 +19,7 @@ class Point:
         sigma: float32, 0 at the data.
         beta: float32, the variance that is added from the next point to this one, (13) of ``process``; 0 at the data.
             From a table made in float64: the difference would be lost to cancellation here.
+        time_is_sigma: static, as that of the process.
     """
 
     index: jax.Array
@@ -26,6 +27,7 @@ class Point:
     alpha: jax.Array
     sigma: jax.Array
     beta: jax.Array
+    time_is_sigma: bool = struct.field(pytree_node=False, default=False)
 
 
 def time_grid(process: GaussianProcess) -> Point:
@@ -44,4 +46,5 @@ def time_grid(process: GaussianProcess) -> Point:
         alpha=downwards(process.sqrt_alpha_bar.astype(dtype), 1.0),
         sigma=downwards(process.sqrt_one_minus_alpha_bar.astype(dtype), 0.0),
         beta=downwards(process.betas, 0.0),
+        time_is_sigma=process.time_is_sigma,
     )

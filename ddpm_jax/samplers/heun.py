@@ -19,8 +19,8 @@ def heun_step(
         y'      = y + (s_there - s_here) eps(y, s_here)                       (Euler: DDIM)
         y_there = y + (s_there - s_here) (eps(y, s_here) + eps(y', s_there)) / 2
 
-    EDM's algorithm 1, lines 4 to 8, for any alpha. The step into the data is Euler's, since s is 0 there (line 6). Two
-    network calls a step, one for the last.
+    EDM's algorithm 1, lines 4 to 8, for any alpha. The step into the data is Euler's, since s is 0 there (line 6), and
+    so is one from pure noise (alpha = 0). Two network calls a step, one for these.
 
     With ``gamma`` noise is added first, up to sigma_hat = (1 + gamma) sigma_here (algorithm 2, lines 4 to 6). Between
     the points of a grid a network can only be asked if its t is continuous, so this is for processes with alpha = 1
@@ -35,7 +35,7 @@ def heun_step(
         A Step.
 
     Raises:
-        ValueError: if an argument is out of its range, and in use, for gamma > 0 where t is an integer.
+        ValueError: if an argument is out of its range, and in use, for gamma > 0 where the network's t is not sigma.
     """
     if not 0.0 <= gamma <= math.sqrt(2.0) - 1.0 + 1e-9:
         raise ValueError(f"{gamma=} must be in [0, sqrt(2) - 1]")
@@ -43,8 +43,10 @@ def heun_step(
         raise ValueError(f"{noise_scale=} must be positive and {sigma_min=} not above {sigma_max=}")
 
     def churned(keys: jax.Array, xt: jax.Array, here: Point) -> tuple[jax.Array, Point]:
-        if not jnp.issubdtype(here.t.dtype, jnp.floating):
-            raise ValueError(f"{gamma=} needs a process of continuous time, whose network receives sigma as t")
+        if not here.time_is_sigma:
+            raise ValueError(
+                f"{gamma=} needs a process of continuous.edm, with alpha = 1 and a network that receives sigma"
+            )
         inside = (here.sigma >= sigma_min) & (here.sigma <= sigma_max)
         share = jnp.where(inside, gamma, 0.0)
         sigma = here.sigma * (1.0 + share)
@@ -64,6 +66,8 @@ def heun_step(
             # y + (s' - s) eps = (x - sigma eps) / alpha + s' eps, with the mean eps in place of the first.
             return there.alpha * (first.x0 + here.sigma / here.alpha * (first.eps - eps)) + there.sigma * eps
 
-        return jax.lax.cond(there.sigma > 0.0, corrected, lambda: there.alpha * first.x0), carry
+        # Into the data s is 0, and from pure noise infinite: there the step is Euler's.
+        euler = lambda: there.alpha * first.x0 + there.sigma * first.eps
+        return jax.lax.cond((there.sigma > 0.0) & (here.alpha > 0.0), corrected, euler), carry
 
     return Step(update)

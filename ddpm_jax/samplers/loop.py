@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from ddpm_jax.process import GaussianProcess, Prediction, predict
 from ddpm_jax.samplers.ancestral import ancestral_step
 from ddpm_jax.samplers.grid import Point, time_grid
-from ddpm_jax.samplers.noise import per_example_normal, transition_keys
+from ddpm_jax.samplers.noise import check_keys, per_example_normal, transition_keys
 from ddpm_jax.types import Denoiser, Kind, Step, Variance
 
 
@@ -33,8 +33,10 @@ def sample(
     with process, parameters and keys as arguments; outside, it compiles anew for every call.
 
     Args:
-        process: T steps, usually from ``respace``; T network calls with the steps of this package.
-        denoise: the network, parameters, conditions and guidance closed over; receives original timesteps int32[B].
+        process: T steps, usually from ``respace`` or ``discretize``; T network calls with most steps, see
+            docs/samplers.md.
+        denoise: the network, parameters, conditions and guidance closed over; receives original timesteps
+            int32[B], or times float32[B].
         keys: typed keys [B], from ``example_keys``.
         shape: of one example, e.g. (H, W, C) or (D,).
         step: ``ancestral_step()`` by default, ``ddim_step(eta)``, ...
@@ -54,7 +56,7 @@ def sample(
         ValueError: if keys or x_init do not fit, kind, variance and the network's output contradict each other, or
             progress_every < 1.
     """
-    _check_keys(keys)
+    check_keys(keys)
     if progress_every < 1:
         raise ValueError(f"{progress_every=} must be at least 1")
     step = ancestral_step() if step is None else step
@@ -90,11 +92,3 @@ def sample(
 
 def _report(progress: Callable[[int], None]) -> Callable[[jax.Array], None]:
     return lambda number: progress(int(number))
-
-
-def _check_keys(keys: jax.Array) -> None:
-    if not jnp.issubdtype(keys.dtype, jax.dtypes.prng_key) or keys.ndim != 1:
-        raise ValueError(
-            f"keys must be a vector of typed keys, one an example, as from example_keys(jax.random.key(0), n), "
-            f"got {keys.dtype}{list(keys.shape)}"
-        )

@@ -27,6 +27,17 @@ def example_keys(key: jax.Array, n: int, start: int = 0) -> jax.Array:
     return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.arange(start, start + n))
 
 
+def check_keys(keys: jax.Array, n: int | None = None) -> None:
+    """Raise ValueError unless keys is a vector of typed keys, n of them if n is given."""
+    if not jnp.issubdtype(keys.dtype, jax.dtypes.prng_key) or keys.ndim != 1:
+        raise ValueError(
+            f"keys must be a vector of typed keys, one an example, as from example_keys(jax.random.key(0), n), "
+            f"got {keys.dtype}{list(keys.shape)}"
+        )
+    if n is not None and keys.shape[0] != n:
+        raise ValueError(f"keys must be one an example, shape ({n},), got {keys.shape}")
+
+
 def transition_keys(keys: jax.Array, number: int | jax.Array) -> jax.Array:
     """Return the keys [B] of one transition of a sampler: fold_in(keys[i], number). 0 is the initial noise."""
     return jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, number)

@@ -36,10 +36,13 @@ def plms_step() -> Step:
     ) -> tuple[jax.Array, Any]:
         del keys
         history, known = carry
-        eps = predict_fn(xt, here).eps
+        prediction = predict_fn(xt, here)
+        eps = prediction.eps
 
         def transfer(e: jax.Array) -> jax.Array:
-            return there.alpha * (xt - here.sigma * e) / here.alpha + there.sigma * e
+            # Of pure noise, alpha = 0, eps says nothing about x0.
+            x0 = jnp.where(here.alpha > 0.0, (xt - here.sigma * e) / here.alpha, prediction.x0)
+            return there.alpha * x0 + there.sigma * e
 
         def first() -> jax.Array:
             return (eps + predict_fn(transfer(eps), there).eps) / 2.0

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from ddpm_jax.continuous import Schedule
 from ddpm_jax.process import GaussianProcess, predict, q_sample
 from ddpm_jax.samplers.grid import Point
-from ddpm_jax.samplers.noise import per_example_normal, transition_keys
+from ddpm_jax.samplers.noise import check_keys, per_example_normal, transition_keys
 from ddpm_jax.types import Denoiser, Kind, PredictFn, Step
 
 
@@ -40,11 +40,16 @@ def euler_maruyama_step(schedule: Schedule) -> Step:
 
     Args:
         schedule: the one that the process was made of by ``discretize``, for f and g.
+
+    Raises:
+        ValueError: in use, if the process is not one of continuous time.
     """
 
     def update(
         predict_fn: PredictFn, keys: jax.Array, xt: jax.Array, here: Point, there: Point, carry: Any
     ) -> tuple[jax.Array, Any]:
+        if not jnp.issubdtype(here.t.dtype, jnp.floating):
+            raise ValueError("euler_maruyama_step needs a process made by continuous.discretize, whose t is a time")
         prediction = predict_fn(xt, here)
         into_data = there.sigma == 0.0
         dt = jnp.where(into_data, 0.0, here.t - there.t)
@@ -85,7 +90,9 @@ def predictor_corrector_step(predictor: Step | None = None, *, corrector_steps: 
         def correct(number: jax.Array, x: jax.Array) -> jax.Array:
             score = -predict_fn(x, here).eps / here.sigma
             z = per_example_normal(transition_keys(keys, number), x)
-            size = 2.0 * jnp.square(here.alpha / there.alpha * snr * _norm(z) / _norm(score))
+            # A score of zero, of an untrained network, moves nothing.
+            ratio = jnp.where(_norm(score) > 0.0, _norm(z) / _norm(score), 0.0)
+            size = 2.0 * jnp.square(here.alpha / there.alpha * snr * ratio)
             return x + size * score + jnp.sqrt(2.0 * size) * z
 
         xt = jax.lax.fori_loop(1, corrector_steps + 1, correct, xt)
@@ -106,13 +113,22 @@ def analytic_step(second_moment: jax.Array, bound: float | None = None) -> Step:
             ``analytic_moments`` at the original steps, take ``moments[short.timestep_map]``.
         bound: half the width of the data's range, 1 for [-1, 1]: the variance of x0 given x_t is at most its square
             (theorem 2). None does not bound it.
+
+    Raises:
+        ValueError: if second_moment is not a vector.
     """
+    if second_moment.ndim != 1:
+        raise ValueError(f"second_moment must have one entry for each step, got shape {second_moment.shape}")
 
     def update(
         predict_fn: PredictFn, keys: jax.Array, xt: jax.Array, here: Point, there: Point, carry: Any
     ) -> tuple[jax.Array, Any]:
         share = here.beta / jnp.square(here.sigma)
-        x0_variance = jnp.square(here.sigma / here.alpha) * jnp.clip(1.0 - second_moment[here.index], 0.0, 1.0)
+        left = jnp.clip(1.0 - second_moment[here.index], 0.0, 1.0)
+        # From pure noise, alpha = 0, nothing is known of x0: its variance is the bound.
+        x0_variance = jnp.where(
+            here.alpha > 0.0, jnp.square(here.sigma / here.alpha) * left, 0.0 if bound is None else bound**2
+        )
         if bound is not None:
             x0_variance = jnp.minimum(x0_variance, bound**2)
         variance = share * jnp.square(there.sigma) + jnp.square(there.alpha * share) * x0_variance
@@ -136,7 +152,11 @@ def analytic_moments(
 
     Returns:
         float32[T], to be stored beside the model.
+
+    Raises:
+        ValueError: if keys are not typed keys, one an example.
     """
+    check_keys(keys, x0.shape[0])
     x0 = x0.astype(process.betas.dtype)
 
     def moment(_: None, step: jax.Array) -> tuple[None, jax.Array]:

@@ -25,7 +25,8 @@ def unipc_step(order: int = 2) -> Step:
     call a step.
 
     Args:
-        order: p, 1, 2 or 3: with the corrector the error is of order p + 1.
+        order: p. With the corrector the error is of order p + 1 for 1 and 2; 3 is of order 3 too, with a smaller error,
+            since the first step, of order 2, leaves h^3 behind.
 
     Returns:
         A Step.
