@@ -3,9 +3,9 @@
     python -m ddpm_jax.train --config configs/shapes.py --workdir /tmp/shapes
 
 trains CLIP, the diffusion prior, a 16 x 16 decoder and a 16 -> 64 upsampler, and measures how faithful pictures are to
-captions. The weights that the package carries are a run of it, with more steps of decoder and upsampler; docs/shapes.md has its
-duration, its result and the hardware. Variants: `configs/shapes.py:quick` trains for a few minutes and shows the path,
-not good pictures; `configs/shapes.py:smoke` makes a few steps of each stage with tiny networks.
+captions. The weights that the package carries are a run of it, with more steps of decoder and upsampler; docs/shapes.md
+has its duration, its result and the hardware. Variants: `configs/shapes.py:quick` trains for a few minutes and shows
+the path, not good pictures; `configs/shapes.py:smoke` makes a few steps of each stage with tiny networks.
 """
 
 from ml_collections import ConfigDict
