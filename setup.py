@@ -23,7 +23,7 @@ TRAIN = [
     "tqdm>=4.66",
 ]
 ODE = ["diffrax>=0.7"]
-TEST = [*TRAIN, *ODE, "optax>=0.2.8", "pytest>=8.0", "pytest-xdist>=3.5", "ruff>=0.12"]
+TEST = [*TRAIN, *ODE, "optax>=0.2.8", "pytest>=8.0", "pytest-xdist>=3.7", "ruff>=0.12"]
 
 setup(
     name="ddpm_jax",
