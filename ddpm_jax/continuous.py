@@ -45,6 +45,11 @@ class Schedule:
     prior_std: float = 1.0
     variance_preserving: bool = True
 
+    def check_kind(self, kind: str) -> None:
+        """Raise ValueError for what a network of this process cannot predict."""
+        if kind not in ("eps", "x0", "v", "score") or (kind == "v" and not self.variance_preserving):
+            raise ValueError(f"{kind=} must be 'eps', 'x0', 'score', or where alpha^2 + sigma^2 = 1 'v'")
+
     def alpha(self, t: jax.Array) -> jax.Array:
         """Return the scale of the data."""
         return jnp.exp(self.log_alpha(t))

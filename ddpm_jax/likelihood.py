@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from ddpm_jax.continuous import Schedule
 from ddpm_jax.losses import normal_kl, vlb_terms
-from ddpm_jax.process import GaussianProcess, predict, q_sample
+from ddpm_jax.process import GaussianProcess, predict, q_sample, to_x0_eps
 from ddpm_jax.samplers.noise import check_keys, per_example_normal, transition_keys
 from ddpm_jax.types import Denoiser, Kind, Variance
 
@@ -203,8 +203,7 @@ def dequantize(keys: jax.Array, images: jax.Array) -> jax.Array:
 
 def _velocity(schedule: Schedule, denoise: Callable, kind: Kind) -> Callable[[jax.Array, jax.Array, Any], jax.Array]:
     """Return v of the ODE for one example: x, t [], its condition -> dx/dt."""
-    if kind not in ("eps", "x0", "v", "score") or (kind == "v" and not schedule.variance_preserving):
-        raise ValueError(f"{kind=} must be 'eps', 'x0', 'score', or where alpha^2 + sigma^2 = 1 'v'")
+    schedule.check_kind(kind)
 
     def velocity(x: jax.Array, t: jax.Array, cond: Any) -> jax.Array:
         t = jnp.asarray(t, x.dtype)
@@ -216,13 +215,7 @@ def _velocity(schedule: Schedule, denoise: Callable, kind: Kind) -> Callable[[ja
                 f"the network must return {(1, *x.shape)} for one example, got {output.shape}: a condition for each "
                 "example goes in as cond, and a learned variance must be cut off"
             )
-        output = output[0].astype(x.dtype)
-        eps = {
-            "eps": lambda: output,
-            "x0": lambda: (x - alpha * output) / sigma,
-            "v": lambda: sigma * x + alpha * output,
-            "score": lambda: -sigma * output,
-        }[kind]()
+        _, eps = to_x0_eps(output[0].astype(x.dtype), x, alpha, sigma, kind)
         return schedule.drift(t) * x + 0.5 * schedule.diffusion_squared(t) * eps / sigma
 
     return velocity

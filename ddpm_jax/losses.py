@@ -25,7 +25,16 @@ import jax.numpy as jnp
 from jax.scipy.special import log_ndtr
 
 from ddpm_jax.continuous import Schedule
-from ddpm_jax.process import GaussianProcess, Prediction, predict, q_posterior, q_sample, split_output, target
+from ddpm_jax.process import (
+    GaussianProcess,
+    Prediction,
+    predict,
+    q_posterior,
+    q_sample,
+    split_output,
+    target,
+    to_x0_eps,
+)
 from ddpm_jax.types import Denoiser, Kind, Variance
 
 Objective = Literal["simple", "hybrid", "vlb"]
@@ -136,8 +145,7 @@ def continuous_loss(
     Raises:
         ValueError: if an option is unknown, options contradict each other, or x0 is not a batch of floats.
     """
-    if kind not in ("eps", "x0", "v", "score") or (kind == "v" and not schedule.variance_preserving):
-        raise ValueError(f"{kind=} must be 'eps', 'x0', 'score', or where alpha^2 + sigma^2 = 1 'v'")
+    schedule.check_kind(kind)
     if objective not in ("simple", "likelihood") or (objective == "likelihood" and weighting is not None):
         raise ValueError(f"{objective=} must be 'simple', or 'likelihood' without a weighting, which it has")
     if x0.ndim < 1 or not jnp.issubdtype(x0.dtype, jnp.floating):
@@ -160,16 +168,15 @@ def continuous_loss(
     mse = _mean_per_example((goal - output) ** 2)
     if objective == "simple":
         return mse if weighting is None else weighting(schedule.log_snr(t)) * mse, {"mse": mse}
-    to_eps = {"eps": 1.0, "x0": -alpha / sigma, "v": alpha, "score": -sigma}[kind]  # d eps / d output at fixed xt
+    _, eps = to_x0_eps(output, xt, alpha, sigma, kind)
     rate = schedule.diffusion_squared(t) / jnp.square(schedule.sigma(t))  # -d log_snr / dt
-    nats = 0.5 * rate * _mean_per_example((to_eps * (goal - output)) ** 2)
+    nats = 0.5 * rate * _mean_per_example((noise - eps) ** 2)
     return (schedule.t_max - schedule.t_min) * nats / math.log(2.0), {"mse": mse}
 
 
 def stratified_times(key: jax.Array, batch_size: int, schedule: Schedule) -> jax.Array:
     """Draw times that are uniform each and evenly spread over the batch, as ``stratified_timesteps``; float32[B]."""
-    u = (jax.random.uniform(key) + jnp.arange(batch_size) / batch_size) % 1.0
-    return schedule.t_min + (schedule.t_max - schedule.t_min) * u
+    return schedule.t_min + (schedule.t_max - schedule.t_min) * _stratified(key, batch_size)
 
 
 def log_normal_times(key: jax.Array, batch_size: int, mean: float = -1.2, std: float = 1.2) -> jax.Array:
@@ -190,8 +197,7 @@ def stratified_timesteps(key: jax.Array, batch_size: int, num_steps: int) -> jax
     Returns:
         int32[B] in [0, T), in an order that has nothing to do with the examples' if those are shuffled.
     """
-    u = jax.random.uniform(key) + jnp.arange(batch_size) / batch_size
-    return jnp.minimum((u % 1.0) * num_steps, num_steps - 1).astype(jnp.int32)
+    return jnp.minimum(_stratified(key, batch_size) * num_steps, num_steps - 1).astype(jnp.int32)
 
 
 def vlb_terms(
@@ -299,19 +305,8 @@ def snr_power(power: float, bound: float, kind: Kind) -> Weighting:
         raise ValueError(f"{power=} must be in [0, 1]")
     if bound <= 0:
         raise ValueError(f"{bound=} must be positive")
-    if kind not in WEIGHTED_KINDS:
-        raise ValueError(f"{kind=} must be one of {WEIGHTED_KINDS}")
 
-    def weight(log_snr: jax.Array) -> jax.Array:
-        log_snr = jnp.maximum(log_snr, -60.0)  # it is -inf where alpha_bar is 0, and 0 * inf has no value
-        log_weight = jnp.minimum(power * log_snr, math.log(bound))
-        if kind == "eps":
-            log_weight = log_weight - log_snr
-        elif kind == "v":
-            log_weight = log_weight - jax.nn.softplus(log_snr)
-        return jnp.exp(log_weight)
-
-    return weight
+    return _weighting(lambda log_snr: jnp.minimum(power * log_snr, math.log(bound)), kind)
 
 
 def p2(gamma: float, k: float = 1.0, *, kind: Kind) -> Weighting:
@@ -333,18 +328,8 @@ def p2(gamma: float, k: float = 1.0, *, kind: Kind) -> Weighting:
     """
     if gamma < 0 or k <= 0:
         raise ValueError(f"{gamma=} must not be negative and {k=} must be positive")
-    if kind not in WEIGHTED_KINDS:
-        raise ValueError(f"{kind=} must be one of {WEIGHTED_KINDS}")
 
-    def weight(log_snr: jax.Array) -> jax.Array:
-        log_weight = -gamma * jnp.logaddexp(math.log(k), log_snr)
-        if kind == "x0":
-            log_weight = log_weight + log_snr
-        elif kind == "v":
-            log_weight = log_weight + log_snr - jax.nn.softplus(log_snr)
-        return jnp.exp(log_weight)
-
-    return weight
+    return _weighting(lambda log_snr: log_snr - gamma * jnp.logaddexp(math.log(k), log_snr), kind)
 
 
 def edm_weighting(sigma_data: float = 0.5, *, kind: Kind = "x0") -> Weighting:
@@ -358,18 +343,8 @@ def edm_weighting(sigma_data: float = 0.5, *, kind: Kind = "x0") -> Weighting:
     """
     if sigma_data <= 0:
         raise ValueError(f"{sigma_data=} must be positive")
-    if kind not in WEIGHTED_KINDS:
-        raise ValueError(f"{kind=} must be one of {WEIGHTED_KINDS}")
 
-    def weight(log_snr: jax.Array) -> jax.Array:
-        log_weight = jnp.logaddexp(log_snr, -2.0 * math.log(sigma_data))
-        if kind == "eps":
-            log_weight = log_weight - log_snr
-        elif kind == "v":
-            log_weight = log_weight - jax.nn.softplus(log_snr)
-        return jnp.exp(log_weight)
-
-    return weight
+    return _weighting(lambda log_snr: jnp.logaddexp(log_snr, -2.0 * math.log(sigma_data)), kind)
 
 
 def contrastive_loss(
@@ -424,3 +399,21 @@ def _weighted(process: GaussianProcess, mse: jax.Array, t: jax.Array, weighting:
 
 def _mean_per_example(x: jax.Array) -> jax.Array:
     return jnp.mean(x, axis=tuple(range(1, x.ndim)))
+
+
+def _stratified(key: jax.Array, batch_size: int) -> jax.Array:
+    """Return (u + i / B) mod 1, float32[B]."""
+    return (jax.random.uniform(key) + jnp.arange(batch_size) / batch_size) % 1.0
+
+
+def _weighting(log_weight: Callable[[jax.Array], jax.Array], kind: Kind) -> Weighting:
+    """Return what a weight on the squared error of x0 amounts to for a network of this kind; both by log_snr."""
+    if kind not in WEIGHTED_KINDS:
+        raise ValueError(f"{kind=} must be one of {WEIGHTED_KINDS}")
+
+    def weight(log_snr: jax.Array) -> jax.Array:
+        log_snr = jnp.maximum(log_snr, -60.0)  # it is -inf where alpha_bar is 0, and 0 * inf has no value
+        by_kind = {"x0": 0.0, "eps": log_snr, "v": jax.nn.softplus(log_snr)}
+        return jnp.exp(log_weight(log_snr) - by_kind[kind])
+
+    return weight

@@ -365,7 +365,7 @@ def predict(
     if kind == "mean":
         mean_output = mean_output - _at(process.posterior_coef_xt, t, xt) * xt
         mean_output, kind = mean_output / _at(process.posterior_coef_x0, t, xt), "x0"  # (3)
-    x0, eps = _to_x0_eps(mean_output, xt, *at, kind)
+    x0, eps = to_x0_eps(mean_output, xt, *at, kind)
     if x0_transform is not None:
         x0 = x0_transform(x0)
         eps = (xt - at[0] * x0) / at[1]  # (7)
@@ -410,9 +410,13 @@ def split_output(output: jax.Array, xt: jax.Array, variance: Variance) -> tuple[
     return output, None
 
 
-def _to_x0_eps(
+def to_x0_eps(
     output: jax.Array, xt: jax.Array, alpha: jax.Array, sigma: jax.Array, kind: Kind
 ) -> tuple[jax.Array, jax.Array]:
+    """Return x0 and eps of an output of kind "eps", "x0", "v" or "score" at xt = alpha x0 + sigma eps, (6) to (8).
+
+    v needs alpha^2 + sigma^2 = 1. alpha and sigma broadcast to xt.
+    """
     if kind == "x0":
         return output, (xt - alpha * output) / sigma  # (7)
     if kind == "v":
