@@ -67,7 +67,8 @@ def predictor_corrector_step(predictor: Step | None = None, *, corrector_steps: 
         x <- x + c score + sqrt(2 c) z,   c = 2 (alpha_here / alpha_there)^2 (r |z| / |score|)^2
 
     with the norms of each example by itself: the published code takes their means over the batch, so that a sample
-    depends on its neighbours. 1 + corrector_steps network calls a step.
+    depends on its neighbours. It is a rule for many dimensions, where norms hardly vary: in two, a score that happens
+    to be small makes a step without bound. 1 + corrector_steps network calls a step.
 
     Args:
         predictor: ``reverse_diffusion_step()`` by default.
