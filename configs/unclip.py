@@ -112,13 +112,13 @@ def get_config(variant: str = "") -> ConfigDict:
         "layout_channels": 0,
         "layout_heads": 0,
         "modulate": False,
-        "text_encoder": {"width": 2048, "layers": 24, "heads": 32, "causal": True},
+        "text_encoder": {"kind": "transformer", "width": 2048, "layers": 24, "heads": 32, "causal": True},
         "schedule": "cosine",
         "diffusion_steps": 1000,
         "kind": "eps",
         "objective": "hybrid",
         "variance": "learned_range",
-        "stratified": False,
+        "timesteps": "uniform",
         "weighting": None,
         "vlb_weight": 1e-3,
         "drop_image": 0.1,
@@ -198,7 +198,8 @@ def smoke(config: ConfigDict) -> None:
         image_size=16, channels=32, channel_mult=(1, 1), num_res_blocks=1, head_channels=16, context_width=16
     )
     config.decoder.update(
-        attention_resolutions=(8,), text_encoder={"width": 16, "layers": 1, "heads": 2, "causal": True}
+        attention_resolutions=(8,),
+        text_encoder={"kind": "transformer", "width": 16, "layers": 1, "heads": 2, "causal": True},
     )
     config.upsampler.update(image_size=64, low_size=16, crop=16, channels=32, channel_mult=(1,), num_res_blocks=1)
     config.sample.prior.update(steps="2")

@@ -11,11 +11,12 @@ import jax.numpy as jnp
 
 from ddpm_jax.data import captions, shapes
 from ddpm_jax.data.tokenizer import ClipTokenizer, CompactTokenizer, Tokenizer
+from ddpm_jax.importance import Timesteps
 from ddpm_jax.losses import Objective, check_objective, snr_power
 from ddpm_jax.models.clip import CLIP, VisionTransformer
 from ddpm_jax.models.decoder import Decoder, check_layout
 from ddpm_jax.models.prior import DiffusionPrior
-from ddpm_jax.models.text_encoder import TextEncoder
+from ddpm_jax.models.text_encoder import RecurrentTextEncoder, TextEncoder
 from ddpm_jax.models.transformer import gelu, quick_gelu
 from ddpm_jax.models.unet import UNet, check_image_size
 from ddpm_jax.models.upsampler import Upsampler
@@ -79,10 +80,12 @@ def make_stage_process(config: Config) -> GaussianProcess:
     return make_process(schedule(config["diffusion_steps"]))
 
 
-def _text_encoder(config: Config, text: Config, vocab_size: int) -> TextEncoder | None:
+def _text_encoder(config: Config, text: Config, vocab_size: int) -> TextEncoder | RecurrentTextEncoder | None:
     own = config["text_encoder"]
     if own is None:
         return None
+    if _choose(own, "kind", {"transformer": False, "gru": True}):
+        return RecurrentTextEncoder(vocab_size, own["width"], own["layers"], _dtype(config), name="text_encoder")
     return TextEncoder(
         vocab_size,
         text["length"],
@@ -278,6 +281,7 @@ def _check_objectives(config: Config) -> None:
     with _naming("decoder"):
         _choose(config["decoder"], "variance", dict.fromkeys(get_args(Variance)))
         _choose(config["decoder"], "objective", dict.fromkeys(get_args(Objective)))
+        _choose(config["decoder"], "timesteps", dict.fromkeys(get_args(Timesteps)))
         check_objective(
             config["decoder"]["objective"], config["decoder"]["variance"], make_weighting(config["decoder"])
         )

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 
-from ddpm_jax.process import GaussianProcess
+from ddpm_jax.process import GaussianProcess, to_x0_eps
 from ddpm_jax.types import Denoiser, Kind
 
 
@@ -137,22 +137,64 @@ def classifier_guided(
         ValueError: for an unknown kind, and when called, if log_prob does not return one number an example or t is not
             an integer.
     """
-    if kind not in (kinds := ("eps", "x0", "v", "score")):
-        raise ValueError(f"{kind=} must be one of {kinds}")
+    _check_shiftable(kind)
 
     def guided(xt: jax.Array, t: jax.Array) -> jax.Array:
-        if not jnp.issubdtype(t.dtype, jnp.integer):
-            raise ValueError("classifier_guided reads alpha and sigma at integer timesteps, this process has times")
         output = denoise(xt, t)
         output = output.astype(jnp.promote_types(output.dtype, jnp.float32))
         push = _per_example(scale, xt) * log_prob_gradient(log_prob, xt, t)
-        wide = lambda table: table[t].reshape(t.shape + (1,) * (xt.ndim - 1))  # noqa: E731
-        alpha, sigma = wide(process.sqrt_alpha_bar), wide(process.sqrt_one_minus_alpha_bar)
+        alpha, sigma = _levels(process, xt, t)
         shift = {"eps": -sigma, "x0": sigma**2 / alpha, "v": -sigma / alpha, "score": 1.0}[kind] * push
         channels = xt.shape[-1]
         return jnp.concatenate([output[..., :channels] + shift, output[..., channels:]], axis=-1)
 
     return guided
+
+
+def implicit_gradient(
+    process: GaussianProcess,
+    cond: Denoiser,
+    null: Denoiser,
+    scale: float | jax.Array = 1.0,
+    *,
+    kind: Kind = "eps",
+) -> Callable[[jax.Array, jax.Array], jax.Array]:
+    """Return the gradient of the classifier that a network and its null condition make (Ho & Salimans 2022, section 3).
+
+        grad_xt log p(c | xt) = grad_xt log p(xt | c) - grad_xt log p(xt) = (eps_null - eps_cond) / sigma_t
+
+    As the guide of ``ancestral_step`` it is weighted by the variance of the step, which with
+    variance="learned_range" the network has learned for every channel of every pixel: where it is sure, guidance moves
+    little. ``classifier_free`` moves all of them alike; its scale is this one plus 1, with ``cond`` as the denoiser.
+
+        sample(short, cond, keys, shape, step=ancestral_step(implicit_gradient(process, cond, null, 2.0)),
+               variance="learned_range")
+
+    Args:
+        process: the process that the network was trained with, whose timesteps t are. Not a respaced one.
+        cond: the denoiser with its condition closed over; a variance half is not read.
+        null: the same network with the null condition closed over.
+        scale: of the gradient; a float, or float[B].
+        kind: what the networks predict: "eps", "x0", "v" or "score".
+
+    Returns:
+        (xt, t) -> float32[B, ...], for integer t.
+
+    Raises:
+        ValueError: for an unknown kind, and when called, if t is not an integer.
+    """
+    _check_shiftable(kind)
+
+    def gradient(xt: jax.Array, t: jax.Array) -> jax.Array:
+        alpha, sigma = _levels(process, xt, t)
+
+        def eps(denoise: Denoiser) -> jax.Array:
+            output = denoise(xt, t)[..., : xt.shape[-1]]
+            return to_x0_eps(output.astype(jnp.promote_types(output.dtype, jnp.float32)), xt, alpha, sigma, kind)[1]
+
+        return _per_example(scale, xt) * (eps(null) - eps(cond)) / sigma
+
+    return gradient
 
 
 def log_prob_gradient(log_prob: Callable[[jax.Array, jax.Array], jax.Array], xt: jax.Array, t: jax.Array) -> jax.Array:
@@ -210,6 +252,19 @@ def dynamic_threshold(quantile: float = 0.995, bound: float = 1.0) -> Callable[[
         return jnp.clip(x0, -size, size) * (bound / size)
 
     return transform
+
+
+def _check_shiftable(kind: str) -> None:
+    if kind not in (kinds := ("eps", "x0", "v", "score")):
+        raise ValueError(f"{kind=} must be one of {kinds}")
+
+
+def _levels(process: GaussianProcess, xt: jax.Array, t: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Return alpha and sigma at the original timesteps t, broadcastable to xt."""
+    if not jnp.issubdtype(t.dtype, jnp.integer):
+        raise ValueError("this guidance reads alpha and sigma at integer timesteps, but the process has times")
+    wide = lambda table: table[t].reshape(t.shape + (1,) * (xt.ndim - 1))  # noqa: E731
+    return wide(process.sqrt_alpha_bar), wide(process.sqrt_one_minus_alpha_bar)
 
 
 def _per_example(scale: float | jax.Array, xt: jax.Array) -> jax.Array:

@@ -68,6 +68,9 @@ class Task(Protocol):
     """Parameters of frozen networks, a pytree of arrays, or None: an argument of ``prepare``, since what is closed over
     becomes a constant of the compiled program."""
 
+    memory: Any
+    """Arrays that the task keeps from step to step besides the parameters, as they are at step 0; None for nothing."""
+
     def init(self, key: jax.Array) -> Any:
         """Return the parameters to train, a pytree of float32 arrays."""
         ...
@@ -76,8 +79,17 @@ class Task(Protocol):
         """Return the batch with what frozen networks compute from it; no gradient flows through here."""
         ...
 
-    def loss(self, params: Any, batch: dict[str, Any], key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """Return the loss of every example, float32[B], and metrics, each a scalar or [B]."""
+    def loss(
+        self, params: Any, batch: dict[str, Any], key: jax.Array, memory: Any = None
+    ) -> tuple[jax.Array, dict[str, Any]]:
+        """Return the loss of every example, float32[B], and metrics, each a scalar or [B].
+
+        A task with a memory is given it, and returns under "kept" what ``remember`` needs: arrays [B], not averaged.
+        """
+        ...
+
+    def remember(self, memory: Any, kept: Any) -> Any:
+        """Return the memory after a step. Called only with a memory."""
         ...
 
     def preview(self, params: Any, key: jax.Array) -> np.ndarray | None:

@@ -16,6 +16,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 from toy_training import ToyTask
 
+from ddpm_jax.importance import LossHistory, loss_history, record_losses
 from ddpm_jax.parallel.mesh import make_mesh, replicated
 from ddpm_jax.training import checkpoint as checkpoint_module
 from ddpm_jax.training.checkpoint import (
@@ -84,6 +85,17 @@ def test_round_trip_is_exact_and_old_ones_go(tmp_path):
     expected = {"format": 1, "version": "1.2", "stage": "toy", "step": 3, "num_parameters": 40 * 50 + 50}
     assert expected.items() <= restored.meta.items()
     assert sorted(entry.name for entry in (tmp_path / "checkpoints").iterdir()) == ["2", "3"]
+
+
+def test_the_memory_of_a_task_comes_back(tmp_path):
+    memory = record_losses(loss_history(4, 2), jnp.array([0, 3, 3]), jnp.array([0.1, 0.2, 0.3]))
+    state = make_state(3).replace(memory=jax.device_put(memory, replicated(make_mesh({"data": -1}))))
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(state, step=3, data={}, config=CONFIG, version="1.2", stage="toy")
+    checkpoints.close()
+    found = Checkpoints(tmp_path).restore_latest(abstract(state), config=CONFIG, stage="toy").state
+    assert_equal(found, state)
+    assert isinstance(found.memory, LossHistory)
 
 
 @pytest.mark.parametrize("data", [b"\x00\xffbytes", {"nested": [1, {"a": None}]}])

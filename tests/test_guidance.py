@@ -13,13 +13,15 @@ from ddpm_jax import (
     drop,
     example_keys,
     make_process,
+    predict,
     q_sample,
     respace,
     sample,
     static_threshold,
     target,
 )
-from ddpm_jax.guidance import classifier_guided, dynamic_threshold, log_prob_gradient
+from ddpm_jax.guidance import classifier_guided, dynamic_threshold, implicit_gradient, log_prob_gradient
+from ddpm_jax.samplers import time_grid
 
 XT = jax.random.normal(jax.random.key(0), (4, 3, 3, 2))
 T = jnp.arange(4, dtype=jnp.int32)
@@ -217,3 +219,67 @@ def test_classifier_guidance_leaves_the_variance_half_and_scales_by_example():
         log_prob_gradient(lambda xt, t: xt, xt, t)
     with pytest.raises(ValueError, match="kind='noise' must be one of"):
         classifier_guided(PROCESS, double, log_prob, 1.0, kind="noise")
+
+
+def _of_gaussian(mean, std, kind):
+    """The exact network of data N(mean, std^2), by Bayes' rule."""
+
+    def denoise(xt, t):
+        alpha, sigma = (v[t][:, None] for v in (PROCESS.sqrt_alpha_bar, PROCESS.sqrt_one_minus_alpha_bar))
+        eps = sigma * (xt - alpha * mean) / (alpha**2 * std**2 + sigma**2)
+        return target(PROCESS, (xt - sigma * eps) / alpha, eps, t, kind=kind)
+
+    return denoise
+
+
+@pytest.mark.parametrize("kind", ["eps", "x0", "v", "score"])
+def test_the_implicit_gradient_is_that_of_the_log_ratio(kind):
+    """Against log N(xt; alpha m, alpha^2 s^2 + sigma^2) of both distributions, in numpy and float64."""
+    xt, t = jnp.array([[0.3], [-1.2], [0.8]]), jnp.array([20, 400, 800])
+    cond, null = (1.0, 0.3), (0.2, 0.9)
+    scale = jnp.array([0.0, 1.0, 2.5])
+    double = lambda xt, t: jnp.concatenate([_of_gaussian(*cond, kind)(xt, t), jnp.full_like(xt, 0.7)], axis=-1)
+    gradient = implicit_gradient(PROCESS, double, _of_gaussian(*null, kind), scale, kind=kind)(xt, t)
+    alpha_bar = np.asarray(PROCESS.alpha_bar, np.float64)[np.asarray(t)][:, None]
+    slopes = [
+        -(np.asarray(xt, np.float64) - np.sqrt(alpha_bar) * mean) / (alpha_bar * std**2 + 1 - alpha_bar)
+        for mean, std in (cond, null)
+    ]
+    np.testing.assert_allclose(gradient, np.asarray(scale)[:, None] * (slopes[0] - slopes[1]), rtol=2e-4, atol=1e-5)
+    assert gradient[0, 0] == 0
+
+
+def test_guidance_is_weighted_by_the_learned_variance_of_every_channel():
+    """Two channels alike but for the learned range: their means are shifted in proportion to their variances."""
+    t, xt = jnp.array([300]), jnp.array([[0.4, 0.4]])
+    network = lambda mean: (
+        lambda xt, t: jnp.concatenate([_of_gaussian(mean, 0.5, "eps")(xt, t), jnp.array([[-1.0, 1.0]])], axis=-1)
+    )
+    guide = implicit_gradient(PROCESS, network(0.8), network(-0.3), 3.0)
+    grid = time_grid(PROCESS)
+    step, point, there = ancestral_step(guide), *(jax.tree.map(lambda a, i=i: a[i], grid) for i in (699, 700))
+    keys = example_keys(jax.random.key(0), 1)
+    predict_fn = lambda xt, point: predict(PROCESS, network(0.8)(xt, t), xt, t, kind="eps", variance="learned_range")
+    moved = step.update(predict_fn, keys, xt, point, there, ())[0]
+    still = ancestral_step().update(predict_fn, keys, xt, point, there, ())[0]
+    variance = np.exp([float(PROCESS.posterior_log_variance[300]), float(PROCESS.log_betas[300])])
+    assert int(point.t) == 300
+    np.testing.assert_allclose((moved - still)[0], variance * np.asarray(guide(xt, t))[0], rtol=1e-3)
+    with pytest.raises(ValueError, match="kind='mean' must be one of"):
+        implicit_gradient(PROCESS, network(0.8), network(0.8), kind="mean")
+
+
+def test_clip_guidance_moves_samples_towards_their_text():
+    """GLIDE, section 2.4: the log probability is the dot product of a noised image's embedding and a text's."""
+    texts = jnp.tile(jnp.array([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0], [0.0, -1.0]]), (64, 1))
+    encode = lambda xt, t: xt / jnp.linalg.norm(xt, axis=-1, keepdims=True)
+    log_prob = lambda xt, t: jnp.sum(encode(xt, t) * texts, axis=-1)
+    short, keys = respace(PROCESS, "25"), example_keys(jax.random.key(0), 256)
+    similarity = {}
+    for scale in (0.0, 1.0, 3.0):
+        denoise = classifier_guided(PROCESS, _of_gaussian(0.0, 1.0, "eps"), log_prob, scale)
+        options = {"step": ddim_step(), "x0_transform": static_threshold(2.0)}
+        x0 = jax.jit(lambda keys, denoise=denoise, options=options: sample(short, denoise, keys, (2,), **options))(keys)
+        similarity[scale] = np.asarray(log_prob(x0, None))
+    assert abs(similarity[0.0].mean()) < 0.2  # 4.5 standard errors of the mean of a random angle's cosine
+    assert similarity[3.0].mean() > similarity[1.0].mean() + 0.1 > similarity[0.0].mean() + 0.2

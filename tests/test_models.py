@@ -6,6 +6,7 @@ All parameters are random, since at its start a network ignores its conditions: 
 import functools
 import math
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,7 +16,7 @@ from random_networks import fast_jit, normal, random_params, with_zeros
 from ddpm_jax.models.clip import CLIP, VisionTransformer, _at_most, normalize
 from ddpm_jax.models.decoder import Decoder, PlacesAskWords
 from ddpm_jax.models.prior import DiffusionPrior
-from ddpm_jax.models.text_encoder import TextEncoder, end_position
+from ddpm_jax.models.text_encoder import RecurrentTextEncoder, TextEncoder, end_position
 from ddpm_jax.models.unet import UNet
 from ddpm_jax.models.upsampler import Upsampler
 
@@ -189,7 +190,7 @@ def test_the_embedding_and_the_tokens_are_two_paths_of_a_condition(condition, pa
 
 def test_word_vectors_are_a_path_of_their_own_and_their_sum_has_no_order():
     params, run = bound("decoder", True)
-    for path in ("text_emb", "text_in"):
+    for path in ("text_emb", "text_in", "places"):
         params = with_zeros(params, "params", path)
     only_words = run(params=params)
     assert (only_words != run(params=params, text=OTHER_TOKENS)).any((1, 2, 3)).all()
@@ -202,24 +203,25 @@ def test_word_vectors_are_a_path_of_their_own_and_their_sum_has_no_order():
 
 def test_places_ask_words():
     """Softmax attention of learned queries against numpy in float64; without words the map is 0, bit for bit."""
-    tokens, values = normal(0, B, L, 7), normal(1, B, L, 9)
-    module = PlacesAskWords((2, 3, 4), 2)
-    params = random_params(module.init, tokens, values, MASK)
+    hidden, heads, (height, width, channels) = normal(0, B, L, 7), 2, (2, 3, 4)
+    module = PlacesAskWords((height, width, channels), heads, VOCAB)
+    params = random_params(module.init, hidden, TOKENS, MASK)
     run = fast_jit(module.apply)
     p = jax.tree.map(lambda a: np.asarray(a, np.float64), params["params"])
-    key = (np.asarray(tokens, np.float64) @ p["key"]["kernel"]).reshape(B, L, 2, 16)
-    value = (np.asarray(values, np.float64) @ p["value"]["kernel"] + p["value"]["bias"]).reshape(B, L, 2, 32)
-    logits = np.einsum("phd,blhd->bhpl", p["query"], key) / 4
+    key = (np.asarray(hidden, np.float64) @ p["kernel"]).reshape(B, L, heads, 16)
+    value = p["value"]["embedding"][np.asarray(TOKENS)].reshape(B, L, heads, channels)
+    logits = np.einsum("hpd,blhd->bhpl", p["query"], key) / 4
     weights = np.exp(logits - logits.max(-1, keepdims=True)) * np.asarray(MASK)[:, None, None]
-    found = np.einsum("bhpl,blhd->bphd", weights / weights.sum(-1, keepdims=True), value).reshape(B, 2, 3, 64)
-    np.testing.assert_allclose(run(params, tokens, values, MASK), found @ p["out"]["kernel"], atol=2e-5)
-    np.testing.assert_array_equal(run(params, tokens, values, jnp.zeros_like(MASK)), 0)
+    found = np.einsum("bhpl,blhc->bpc", weights / weights.sum(-1, keepdims=True), value)
+    expected = found.reshape(B, height, width, channels)
+    np.testing.assert_allclose(run(params, hidden, TOKENS, MASK), expected, atol=2e-5)
+    np.testing.assert_array_equal(run(params, hidden, TOKENS, jnp.zeros_like(MASK)), 0)
 
 
 def test_places_tell_the_order_of_words():
     """What the sum of words cannot do: with the other paths of the caption closed, swapped words change the picture."""
     params, run = bound("decoder", True)
-    assert params["params"]["places"]["query"].shape == (8 * 8, 2, 16)
+    assert params["params"]["places"]["query"].shape == (2, 8 * 8, 16)
     params = with_zeros(params, "params", "text_emb")
     attends = [name for name in params["params"]["unet"] if name.endswith("_attn")]
     assert len(attends) == 4
@@ -229,6 +231,40 @@ def test_places_tell_the_order_of_words():
     assert np.abs(run(params=params)[1] - run(params=params, text=swapped)[1]).max() > 1e-3
     closed = with_zeros(params, "params", "places")
     np.testing.assert_allclose(run(params=closed), run(params=closed, text=swapped), atol=1e-4)
+
+
+def test_recurrent_text_encoder_against_flax_cells():
+    """Both directions of both layers, and the hidden states of short captions, as flax's own cell computes them."""
+    module = RecurrentTextEncoder(VOCAB, 8, layers=2)
+    params = random_params(module.init, TOKENS, MASK)
+    p = params["params"]
+    lengths = np.asarray(MASK).sum(1)
+    x = p["token"]["embedding"][TOKENS]
+    for i in range(2):
+        sides = []
+        for n, name in enumerate(("ahead", "back")):
+            dense, kernel = p[f"in_{i}_{name}"], p[f"kernel_{i}_{name}"]
+            cell = {f"h{gate}": {"kernel": kernel[:, 4 * g : 4 * g + 4]} for g, gate in enumerate("rzn")}
+            cell["hn"]["bias"] = p[f"bias_{i}"][n, 0]
+            for g, gate in enumerate("rzn"):
+                columns = slice(4 * g, 4 * g + 4)
+                cell[f"i{gate}"] = {"kernel": dense["kernel"][:, columns], "bias": dense["bias"][columns]}
+            rnn = nn.RNN(nn.GRUCell(4), reverse=name == "back", keep_order=True)
+            sides.append(rnn.apply({"params": {"cell": cell}}, x, seq_lengths=lengths))
+        x = jnp.concatenate(sides, -1)
+    expected = nn.LayerNorm(epsilon=1e-5).apply({"params": p["ln_final"]}, x)
+    real = np.asarray(MASK)
+    np.testing.assert_allclose(module.apply(params, TOKENS, MASK)[real], expected[real], atol=2e-6)
+
+
+def test_recurrent_text_encoder_does_not_see_padding():
+    module = RecurrentTextEncoder(VOCAB, 8)
+    params = random_params(module.init, TOKENS, MASK)
+    real = np.asarray(MASK)
+    hidden = module.apply(params, TOKENS, MASK)[real]
+    np.testing.assert_array_equal(hidden, module.apply(params, jnp.where(MASK, TOKENS, 7), MASK)[real])
+    with pytest.raises(ValueError, match="width=7 must be even"):
+        RecurrentTextEncoder(VOCAB, 7).init(jax.random.key(0), TOKENS, MASK)
 
 
 def test_an_encoder_that_is_not_causal_reads_every_real_token_and_no_other():

@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from ddpm_jax import (
     ancestral_step,
@@ -261,32 +260,6 @@ def eight(small):
     draw = jax.jit(lambda keys: sample(process, denoise, keys, (4, 4, 3), **options))
     keys = example_keys(jax.random.key(0), 8)
     return draw, keys, np.asarray(draw(keys))
-
-
-def test_a_sample_does_not_depend_on_its_batch(eight):
-    draw, keys, whole = eight
-    assert len(np.unique(whole.reshape(8, -1), axis=0)) == 8
-    for size in (1, 4):
-        parts = [np.asarray(draw(keys[i : i + size])) for i in range(0, 8, size)]
-        np.testing.assert_array_equal(np.concatenate(parts), whole)
-    np.testing.assert_array_equal(draw(keys[::-1])[::-1], whole)
-
-
-def test_a_ddim_sample_does_not_depend_on_its_batch(small, eight):
-    process, denoise, options = small
-    draw = jax.jit(lambda keys: sample(process, denoise, keys, (4, 4, 3), step=ddim_step(), **options))
-    _, keys, _ = eight
-    whole = np.asarray(draw(keys))
-    np.testing.assert_array_equal(np.concatenate([draw(keys[i : i + 1]) for i in range(8)]), whole)
-
-
-def test_one_and_eight_devices_draw_the_same(eight):
-    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
-    draw, keys, whole = eight
-    spread = draw(jax.device_put(keys, NamedSharding(mesh, PartitionSpec("data"))))
-    assert len(spread.sharding.device_set) == 8
-    assert not spread.sharding.is_fully_replicated
-    np.testing.assert_array_equal(spread, whole)
 
 
 def test_pmap_draws_and_trains_the_same(small, eight):

@@ -134,16 +134,6 @@ def test_the_network_is_called_where_it_should_be(step, expected):
     assert called == expected
 
 
-def test_a_multistep_sample_does_not_depend_on_its_batch():
-    process = respace(make_process(cosine_betas(1000)), "5")
-    denoise = lambda xt, t: xt / (1 + xt * xt)
-    steps = (dpm_solver_step(3), dpm_solver_step(2, sde=True), heun_step(), plms_step(), unipc_step(3))
-    draw = jax.jit(lambda keys: [sample(process, denoise, keys, (4, 3), step=step) for step in steps])
-    keys = example_keys(jax.random.key(0), 8)
-    for whole, half in zip(draw(keys), draw(keys[4:]), strict=True):
-        np.testing.assert_array_equal(half, whole[4:])
-
-
 @pytest.mark.parametrize("options", [{"order": 0}, {"order": 4}, {"order": 3, "sde": True}])
 def test_orders_are_checked(options):
     with pytest.raises(ValueError, match="must be 1, 2 or 3, and at most 2 with sde=True"):

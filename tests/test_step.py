@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from toy_training import BATCH, ToyLoader, ToyTask
+from toy_training import BATCH, TARGETS, ToyLoader, ToyTask
 
+from ddpm_jax.importance import importance_timesteps, loss_history, record_losses
 from ddpm_jax.parallel.mesh import data_sharding, make_mesh, replicated, shard_batch
 from ddpm_jax.training.state import abstract_state, count_parameters, create_state
 from ddpm_jax.training.step import ema_decay_at, make_train_step
@@ -192,3 +193,52 @@ def test_a_metric_with_a_taken_name_is_refused():
     state, batch, _ = start(task, tx)
     with pytest.raises(ValueError, match=r"returns metrics named \['lr'\]"):
         make_train_step(task, tx, ema_decay=0.9)(state, batch, jax.random.key(1))
+
+
+class Remembering(ToyTask):
+    """Draws a column of the targets by its losses so far, and keeps them."""
+
+    memory = loss_history(TARGETS, 2)
+
+    def loss(self, params, batch, key, memory):
+        column, weight = importance_timesteps(key, len(batch["x"]), memory)
+        error = (batch["x"] @ params["dense"]["kernel"] + params["dense"]["bias"][None] - batch["y"]) ** 2
+        loss = jnp.take_along_axis(error, column[:, None], axis=1)[:, 0]
+        return weight * loss, {"column": column, "kept": {"column": column, "loss": loss}}
+
+    def remember(self, memory, kept):
+        return record_losses(memory, kept["column"], kept["loss"])
+
+
+def test_a_memory_is_updated_from_every_example_and_is_the_same_on_eight_devices():
+    """With the history written down by hand: every loss of the step before is in it, none is averaged."""
+    found = {}
+    for devices in (1, 8):
+        task, tx = Remembering(), optax.sgd(0.1)
+        state, batch, _ = start(task, tx, devices=jax.devices()[:devices])
+        assert set(np.asarray(state.memory.counts)) == {0}
+        step = jax.jit(make_train_step(task, tx, ema_decay=0.9))
+        first, metrics = step(state, batch, jax.random.key(1))
+        column, weight = importance_timesteps(jax.random.fold_in(jax.random.key(1), 0), BATCH, task.memory)
+        assert "kept" not in metrics
+        np.testing.assert_allclose(weight, 1.0, rtol=1e-6)
+        np.testing.assert_array_equal(first.memory.counts, np.bincount(column, minlength=TARGETS))
+        found[devices] = step(first, batch, jax.random.key(1))[0]
+    np.testing.assert_array_equal(found[1].memory.counts, found[8].memory.counts)
+    np.testing.assert_allclose(found[1].memory.losses, found[8].memory.losses, rtol=1e-5)
+
+
+def test_a_memory_sees_every_micro_batch():
+    task, tx = Remembering(), optax.sgd(0.1)
+    state, batch, _ = start(task, tx, devices=jax.devices()[:1])
+    new, _ = jax.jit(make_train_step(task, tx, ema_decay=0.9, accumulate=4))(state, batch, jax.random.key(1))
+    assert int(new.memory.counts.sum()) == BATCH
+
+
+def test_a_step_that_is_not_made_leaves_the_memory():
+    task, tx = Remembering(), optax.sgd(0.1)
+    state, batch, _ = start(task, tx, devices=jax.devices()[:1])
+    batch = batch | {"x": batch["x"].at[3].set(jnp.nan)}
+    new, metrics = jax.jit(make_train_step(task, tx, ema_decay=0.9))(state, batch, jax.random.key(1))
+    assert not bool(metrics["finite"])
+    np.testing.assert_array_equal(new.memory.counts, 0)

@@ -192,9 +192,29 @@ def test_dropout_is_on_in_training_and_the_conditions_arrive_where_they_belong()
         np.testing.assert_array_equal(given, batch[name])
 
 
+def test_timesteps_are_drawn_by_importance():
+    """With a history that favours two steps almost only those are drawn, and the weights keep the mean over all."""
+    network = Recorder()
+    task = DecoderTask(network, CLIP_NETWORK, None, PROCESS, SIZE, SAMPLING, timesteps="importance")
+    assert task.memory.losses.shape == (PROCESS.num_steps, 10)
+    losses = jnp.full((PROCESS.num_steps, 10), 1e-6).at[jnp.array([3, 40])].set(1.0)
+    memory = task.memory.replace(losses=losses, counts=jnp.full(PROCESS.num_steps, 10))
+    n = 400
+    batch = make_batch(n) | {"image": jnp.zeros((n, 1, 1, 3), jnp.uint8)}
+    loss, metrics = task.loss({}, batch, jax.random.key(0), memory)
+    t, unweighted = metrics["kept"]
+    np.testing.assert_array_equal(network.args[1], PROCESS.timestep_map[t])
+    assert np.isin(t, (3, 40)).mean() > 0.99
+    p = 0.999 / 2 + 0.001 / PROCESS.num_steps
+    seen = np.isin(t, (3, 40))
+    np.testing.assert_allclose(loss[seen], unweighted[seen] / (PROCESS.num_steps * p), rtol=1e-3)
+    counts = task.remember(memory, metrics["kept"]).counts
+    np.testing.assert_array_equal(counts - 10, np.bincount(t, minlength=PROCESS.num_steps))
+
+
 def test_stratified_timesteps_cover_the_process():
     network = Recorder()
-    task = DecoderTask(network, CLIP_NETWORK, None, PROCESS, SIZE, SAMPLING, stratified=True)
+    task = DecoderTask(network, CLIP_NETWORK, None, PROCESS, SIZE, SAMPLING, timesteps="stratified")
     task.loss({}, make_batch(10), jax.random.key(0))
     # 10 of 100 steps, evenly spread up to rounding.
     assert set(np.diff(np.sort(network.args[1]))) <= {9, 10, 11}

@@ -7,7 +7,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from ddpm_jax.models.layers import attention
 from ddpm_jax.models.unet import UNet
 
 
@@ -22,8 +21,8 @@ class Decoder(nn.Module):
     `layout_channels` the sum of all these is projected to a map of the U-Net's grid, of so many channels, which goes
     in beside the noised picture: convolutions turn a vector into something at a place by their padding alone, and a
     small network is slow to learn that. With `layout_heads` the map has a second part, in which places ask the words:
-    a place of the grid has learned queries, the text encoder's tokens give the keys, they and the word vectors the
-    values. Of two objects the sum of words cannot tell which one is red; a place can, if the encoder has told "left"
+    a place of the grid has learned queries, the text encoder's tokens give the keys, and every word has values of its
+    own. Of two objects the sum of words cannot tell which one is red; a place can, if the encoder has told "left"
     from "right". The paper has none of the last four.
 
     Dropped conditions leave no trace: the image embedding is replaced by learned null vectors, text tokens are hidden
@@ -82,7 +81,7 @@ class Decoder(nn.Module):
             words = self._words(text, emb_width)
             emb = emb + jnp.sum(jnp.where(seen[:, :, None], words, 0), axis=1)
         tokens = dense(k * width, "image_tokens_in")(z_image).reshape(b, k, width)
-        text = text if self.text_encoder is None else self.text_encoder(text, text_mask)
+        ids, text = text, text if self.text_encoder is None else self.text_encoder(text, text_mask)
         hidden = dense(width, "text_in")(text.astype(self.dtype))
         hidden = nn.LayerNorm(epsilon=1e-5, dtype=self.dtype, name="text_ln")(hidden)
         hidden = jnp.where(keep_text[:, None, None], hidden, 0)
@@ -93,10 +92,8 @@ class Decoder(nn.Module):
             grid = (xt.shape[1] // self.unet.patch, xt.shape[2] // self.unet.patch, self.layout_channels)
             layout = dense(math.prod(grid), "layout")(nn.silu(emb)).reshape(b, *grid)
             if self.layout_heads:
-                # 3: word vectors begin at a standard deviation of 0.2, the normed tokens beside them at 1.
-                values = jnp.concatenate([3 * words, hidden], axis=-1)
-                places = PlacesAskWords(grid, self.layout_heads, self.dtype, name="places")
-                layout = layout + places(hidden, values, seen)
+                places = PlacesAskWords(grid, self.layout_heads, self.word_vectors, self.dtype, name="places")
+                layout = layout + places(hidden, ids, seen)
         return self.unet(xt, t, emb, context, mask, layout, train=train)
 
     def _words(self, tokens: jax.Array, width: int) -> jax.Array:
@@ -119,24 +116,33 @@ def check_layout(heads: int, channels: int, word_vectors: int) -> None:
 class PlacesAskWords(nn.Module):
     """Attention from the places of a grid, which have learned queries, to the tokens of a caption.
 
-    grid: (height, width, channels of the result); heads of 16 channels for queries and keys and 32 for values.
+    grid: (height, width, channels of the result); heads: how many queries a place has, of 16 channels; vocab_size: of
+    the words, each of which has a learned value for every head. What the heads hear is summed. The queries are the same
+    for every caption, so they and the keys' matrix are multiplied first, and no product is as small as one caption's.
     """
 
     grid: tuple[int, int, int]
     heads: int
+    vocab_size: int
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, tokens: jax.Array, values: jax.Array, mask: jax.Array) -> jax.Array:
-        """Return a map, [B, *grid]. tokens: [B, L, W]; values: [B, L, V]; mask: bool[B, L]; without tokens it is 0."""
+    def __call__(self, tokens: jax.Array, words: jax.Array, mask: jax.Array) -> jax.Array:
+        """Return a map, [B, *grid], which is 0 if the mask hides all words.
+
+        tokens: [B, L, W], hidden states; words: int32[B, L], the ids; mask: bool[B, L], True at words that may be seen.
+        """
         (b, length), (height, width, channels) = tokens.shape[:2], self.grid
-        dense = lambda features, name: nn.Dense(features, dtype=self.dtype, name=name)  # noqa: E731
-        query = self.param("query", nn.initializers.normal(1.0), (height * width, self.heads, 16), jnp.float32)
-        query = jnp.broadcast_to(query.astype(self.dtype)[None], (b, *query.shape))
-        # A bias would move all logits of a query alike, which softmax does not see.
-        key = nn.Dense(self.heads * 16, use_bias=False, dtype=self.dtype, name="key")(tokens).reshape(
-            b, length, self.heads, 16
-        )
-        value = dense(self.heads * 32, "value")(values).reshape(b, length, self.heads, 32)
-        found = attention(query, key, value, mask[:, None, None, :]).reshape(b, height, width, -1)
-        return nn.Dense(channels, use_bias=False, dtype=self.dtype, name="out")(found)
+        asks = self.heads * height * width
+        query = self.param("query", nn.initializers.normal(1.0), (self.heads, height * width, 16), jnp.float32)
+        key = self.param("kernel", nn.initializers.lecun_normal(), (tokens.shape[-1], self.heads * 16), jnp.float32)
+        ask = jnp.einsum("hpd,whd->whp", query, key.reshape(-1, self.heads, 16)).reshape(-1, asks) / 4
+        logits = (tokens @ ask.astype(self.dtype)).astype(jnp.float32)
+        weights = jax.nn.softmax(jnp.where(mask[:, :, None], logits, jnp.finfo(jnp.float32).min), axis=1)
+        weights = jnp.where(mask[:, :, None], weights, 0.0).astype(self.dtype)
+        weights = weights.reshape(b, length * self.heads, height * width)
+        # The answers of heads are summed, so each begins small.
+        init = nn.initializers.normal(self.heads**-0.5)
+        value = nn.Embed(self.vocab_size, self.heads * channels, dtype=self.dtype, embedding_init=init, name="value")
+        found = jnp.einsum("bmp,bmc->bpc", weights, value(words).reshape(b, length * self.heads, channels))
+        return found.reshape(b, height, width, channels)

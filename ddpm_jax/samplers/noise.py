@@ -1,7 +1,11 @@
 """Keys and noise of samplers: one key an example, so that a sample does not depend on its batch."""
 
+import functools
+import math
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 def example_keys(key: jax.Array, n: int, start: int = 0) -> jax.Array:
@@ -44,5 +48,40 @@ def transition_keys(keys: jax.Array, number: int | jax.Array) -> jax.Array:
 
 
 def per_example_normal(keys: jax.Array, like: jax.Array) -> jax.Array:
-    """Draw standard normal noise of the shape and dtype of ``like``, [B, ...], example i from keys[i]."""
-    return jax.vmap(lambda key: jax.random.normal(key, like.shape[1:], like.dtype))(keys)
+    """Draw standard normal noise of the shape and dtype of ``like``, [B, ...], example i from keys[i].
+
+    In a loop around a small network the noise is most of the work. In float32 and from JAX's default keys, bits become
+    normals as in ``jax.random.normal``, but both words of every Threefry block are used and all rounds are one fused
+    loop over the batch, which is several times faster on a CPU. Anything else is ``jax.random.normal``; with keys of
+    other generators one example at a time, since under ``vmap`` they do not give what they give alone.
+    """
+    shape, threefry = like.shape[1:], jax.random.key_impl(keys) == "threefry2x32"
+    if like.dtype != jnp.float32 or not threefry:
+        every = jax.vmap if threefry else lambda draw: functools.partial(jax.lax.map, draw)
+        return every(lambda key: jax.random.normal(key, shape, like.dtype))(keys)
+    size = math.prod(shape)
+    bits = _threefry_bits(jax.random.key_data(keys), size)
+    ones = np.uint32(0x3F800000)  # 1.0: 23 random bits behind it are a number in [1, 2)
+    uniform = 2.0 * (jax.lax.bitcast_convert_type((bits >> 9) | ones, jnp.float32) - 1.0) - 1.0
+    uniform = jnp.maximum(uniform, np.nextafter(np.float32(-1.0), np.float32(0.0)))
+    return (np.float32(np.sqrt(2.0)) * jax.lax.erf_inv(uniform)).reshape(like.shape)
+
+
+def _threefry_bits(keys: jax.Array, size: int) -> jax.Array:
+    """Return uint32[B, size]: Threefry-2x32-20 (Salmon et al. 2011) of the counters 0 .. size - 1, for every key.
+
+    Counter i and counter i + ceil(size / 2) are the two words of one block, as in ``jax.extend.random.threefry_2x32``.
+    keys: uint32[B, 2].
+    """
+    half = -(-size // 2)
+    key = [keys[:, 0, None], keys[:, 1, None]]
+    key.append(key[0] ^ key[1] ^ np.uint32(0x1BD11BDA))
+    counters = np.arange(2 * half, dtype=np.uint32)
+    counters[size:] = 0
+    x, y = counters[None, :half] + key[0], counters[None, half:] + key[1]
+    for group in range(5):
+        for distance in ((13, 15, 26, 6), (17, 29, 16, 24))[group % 2]:
+            x = x + y
+            y = ((y << np.uint32(distance)) | (y >> np.uint32(32 - distance))) ^ x
+        x, y = x + key[(group + 1) % 3], y + key[(group + 2) % 3] + np.uint32(group + 1)
+    return jnp.concatenate([x, y], axis=1)[:, :size]

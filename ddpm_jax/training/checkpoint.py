@@ -235,9 +235,8 @@ class Checkpoints:
                 unreadable.append(step)
                 continue
             self._move_aside(unreadable)
-            optimizer = trees["optimizer"]
-            state = TrainState(optimizer["step"], trees["params"], trees["ema_params"], optimizer["opt_state"])
-            return Restored(state, data, documents["meta"])
+            params, ema_params, optimizer = trees["params"], trees["ema_params"], trees["optimizer"]
+            return Restored(TrainState(params=params, ema_params=ema_params, **optimizer), data, documents["meta"])
         if unreadable:
             raise CheckpointError(f"none of the checkpoints in {self.directory} can be read (steps {unreadable})")
         return None
@@ -433,6 +432,7 @@ def lock_workdir(path: str | os.PathLike) -> Iterator[None]:
 
 def _arrays(state: TrainState) -> dict[str, Any]:
     optimizer = {"step": state.step, "opt_state": state.opt_state}
+    optimizer |= {} if state.memory is None else {"memory": state.memory}
     return {"params": state.params, "ema_params": state.ema_params, "optimizer": optimizer}
 
 

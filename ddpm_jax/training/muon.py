@@ -141,7 +141,8 @@ def _orthogonalized(leaves: list[jax.Array], mesh: Mesh | None) -> list[jax.Arra
 def is_muon_weight(path: tuple, leaf: Any) -> bool:
     """Return whether Muon trains a leaf of a tree of parameters; for `jax.tree_util.tree_map_with_path`.
 
-    It trains every "kernel" of a dense layer (two axes) or a convolution (four), but for the modules
+    It trains every "kernel" (or "kernel_...", where a module has several) of a dense layer (two axes) or a convolution
+    (four), but for the modules
 
       out_conv               the output of a U-Net, whose columns are pixels;
       layout                 a table: a map of the U-Net's grid for each direction of the conditions;
@@ -155,7 +156,7 @@ def is_muon_weight(path: tuple, leaf: Any) -> bool:
       leaf: an array, or its shape.
     """
     names = [str(getattr(key, "key", "")) for key in path]
-    if not names or names[-1] != "kernel" or leaf.ndim not in (2, 4):
+    if not names or names[-1].partition("_")[0] != "kernel" or leaf.ndim not in (2, 4):
         return False
     module = names[-2] if len(names) > 1 else ""
     in_time = len(names) > 2 and names[-3] == "time" and module in ("dense_0", "dense_1")

@@ -150,7 +150,7 @@ def decayed(params: Any) -> Any:
     """Return a tree of bools of the structure of `params`: True where weight decay applies."""
 
     def is_decayed(path: tuple, leaf: jax.Array) -> bool:
-        name = str(getattr(path[-1], "key", "")) if path else ""
+        name = str(getattr(path[-1], "key", "")).partition("_")[0] if path else ""
         return leaf.ndim >= 2 and name not in ("bias", "scale")
 
     return jax.tree_util.tree_map_with_path(is_decayed, params)

@@ -33,7 +33,7 @@ from ddpm_jax.training.tasks import ClipTask, DecoderTask, PriorTask, UpsamplerT
 from ddpm_jax.types import Source, Task
 
 NUM_PREVIEWS = 16
-_DECODER_LOSS = ("kind", "objective", "variance", "vlb_weight", "stratified", "drop_image", "drop_text")
+_DECODER_LOSS = ("kind", "objective", "variance", "vlb_weight", "timesteps", "drop_image", "drop_text")
 _UPSAMPLER_LOSS = ("image_size", "low_size", "kind", "blur_sigma", "blur_rate", "noise", "mix_colours")
 
 

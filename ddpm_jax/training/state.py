@@ -21,12 +21,14 @@ class TrainState:
       params: the network's parameters.
       ema_params: their exponential moving average, of the same structure.
       opt_state: the optimizer's state.
+      memory: what the task keeps besides, see `types.Task`; None for nothing.
     """
 
     step: jax.Array
     params: Any
     ema_params: Any
     opt_state: Any
+    memory: Any = None
 
 
 def create_state(task: Task, tx: optax.GradientTransformation, key: jax.Array, mesh: Mesh) -> TrainState:
@@ -61,6 +63,6 @@ def _initial_state(task: Task, tx: optax.GradientTransformation):
         params = task.init(key)
         # A copy, because the step donates its state and one buffer cannot be donated twice.
         ema_params = jax.tree.map(jnp.copy, params)
-        return TrainState(jnp.zeros((), jnp.int32), params, ema_params, tx.init(params))
+        return TrainState(jnp.zeros((), jnp.int32), params, ema_params, tx.init(params), task.memory)
 
     return init

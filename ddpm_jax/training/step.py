@@ -47,7 +47,8 @@ def make_train_step(
     finite is not made: the state comes back as it went in, and `metrics["finite"]` is False.
 
     Args:
-      task: its `loss(params, batch, key)` gives (float32[B], dict of float32[] or float32[B]).
+      task: its `loss(params, batch, key)` gives (float32[B], dict of float32[] or float32[B]); with a memory, see
+        `types.Task`, which micro-batches all see as it was before the step.
       tx: the optimizer.
       ema_decay: decay of the parameters' moving average, in [0, 1).
       ema_warmup: see `ema_decay_at`.
@@ -70,7 +71,7 @@ def make_train_step(
 
     def step(state: TrainState, batch: Any, key: jax.Array) -> tuple[TrainState, dict[str, jax.Array]]:
         key = jax.random.fold_in(key, state.step)
-        (loss, metrics), grads = _gradients(task, state.params, batch, key, accumulate)
+        (loss, metrics), grads, kept = _gradients(task, state, batch, key, accumulate)
         clash = sorted(set(metrics) & set(RESERVED_METRICS))
         if clash:
             raise ValueError(f"task {task.name!r} returns metrics named {clash}, which the training step uses itself")
@@ -82,7 +83,8 @@ def make_train_step(
             params = optax.apply_updates(state.params, updates)
             decay = ema_decay_at(state.step, ema_decay, warmup=ema_warmup)
             ema_params = jax.tree.map(lambda ema, p: ema + (1 - decay) * (p - ema), state.ema_params, params)
-            return TrainState(state.step + 1, params, ema_params, opt_state)
+            memory = None if state.memory is None else task.remember(state.memory, kept)
+            return TrainState(state.step + 1, params, ema_params, opt_state, memory)
 
         new_state = jax.lax.cond(finite, make_update, lambda: state)
         metrics |= {"loss": loss, "grad_norm": grad_norm, "param_norm": optax.tree.norm(state.params)}
@@ -93,17 +95,23 @@ def make_train_step(
     return step
 
 
-def _gradients(task: Task, params: Any, batch: Any, key: jax.Array, accumulate: int) -> tuple[tuple, Any]:
-    """Return ((mean loss, mean metrics), gradients of the mean loss), over `accumulate` micro-batches."""
+def _gradients(task: Task, state: TrainState, batch: Any, key: jax.Array, accumulate: int) -> tuple[tuple, Any, Any]:
+    """Return (mean loss, mean metrics) and their gradients over `accumulate` micro-batches, and what the task keeps."""
+    memory = () if state.memory is None else (state.memory,)
 
-    def mean_loss(params: Any, batch: Any, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
-        loss, metrics = task.loss(params, batch, key)
+    def mean_loss(params: Any, batch: Any, key: jax.Array) -> tuple[jax.Array, tuple[dict[str, jax.Array], Any]]:
+        loss, metrics = task.loss(params, batch, key, *memory)
+        kept = metrics.pop("kept") if memory else None
         means = {name: jnp.mean(value, dtype=jnp.float32) for name, value in metrics.items()}
-        return jnp.mean(loss, dtype=jnp.float32), means
+        return jnp.mean(loss, dtype=jnp.float32), (means, kept)
 
-    value_and_grad = jax.value_and_grad(mean_loss, has_aux=True)
+    def value_and_grad(batch: Any, key: jax.Array) -> tuple[tuple, Any]:
+        (loss, (means, kept)), grads = jax.value_and_grad(mean_loss, has_aux=True)(state.params, batch, key)
+        return ((loss, means), grads), kept
+
     if accumulate == 1:
-        return value_and_grad(params, batch, key)
+        found, kept = value_and_grad(batch, key)
+        return *found, kept
 
     def split(array: jax.Array) -> jax.Array:
         if array.shape[0] % accumulate != 0:
@@ -114,10 +122,14 @@ def _gradients(task: Task, params: Any, batch: Any, key: jax.Array, accumulate: 
     micro_batches = jax.tree.map(split, batch)
     keys = jax.random.split(key, accumulate)
     first = jax.tree.map(lambda x: x[0], micro_batches)
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(value_and_grad, params, first, keys[0]))
+    zeros = jax.tree.map(
+        lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(lambda *of: value_and_grad(*of)[0], first, keys[0])
+    )
 
-    def add(total: Any, micro: tuple) -> tuple[Any, None]:
-        return jax.tree.map(jnp.add, total, value_and_grad(params, *micro)), None
+    def add(total: Any, micro: tuple) -> tuple[Any, Any]:
+        found, kept = value_and_grad(*micro)
+        return jax.tree.map(jnp.add, total, found), kept
 
-    total, _ = jax.lax.scan(add, zeros, (micro_batches, keys))
-    return jax.tree.map(lambda x: x / accumulate, total)
+    total, kept = jax.lax.scan(add, zeros, (micro_batches, keys))
+    kept = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), kept)
+    return *jax.tree.map(lambda x: x / accumulate, total), kept

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ddpm_jax.guidance import drop
+from ddpm_jax.importance import LossHistory, Timesteps, importance_timesteps, loss_history, record_losses
 from ddpm_jax.losses import Objective, Weighting, contrastive_loss, denoising_loss, stratified_timesteps
 from ddpm_jax.models.clip import CLIP
 from ddpm_jax.models.decoder import Decoder
@@ -41,6 +42,10 @@ class ClipTask:
     model: CLIP
     name: str = "clip"
     frozen: Any = None
+
+    @property
+    def memory(self) -> None:
+        """None: nothing is kept from step to step."""
 
     def init(self, key: jax.Array) -> Params:
         """Return new parameters."""
@@ -112,6 +117,10 @@ class PriorTask(_WithText):
     drop_text: float = 0.1
     name: str = "prior"
 
+    @property
+    def memory(self) -> None:
+        """None: nothing is kept from step to step."""
+
     def init(self, key: jax.Array) -> Params:
         """Return new parameters."""
         one = self._example()
@@ -151,7 +160,7 @@ class DecoderTask(_WithText):
     vlb_weight: float = 1e-3
     drop_image: float = 0.1
     drop_text: float = 0.5
-    stratified: bool = False
+    timesteps: Timesteps = "uniform"
     preview_batch: Batch | None = None
     name: str = "decoder"
 
@@ -161,8 +170,19 @@ class DecoderTask(_WithText):
         text, x = self.text(one), jnp.zeros((1, self.image_size, self.image_size, 3))
         return self.model.init(key, x, jnp.zeros(1, jnp.int32), one["z_image"], text.z, text.hidden, text.mask)
 
-    def loss(self, params: Params, batch: Batch, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """Return the loss of every example."""
+    @property
+    def memory(self) -> LossHistory | None:
+        """The losses by which timesteps are drawn, if they are drawn by importance."""
+        return loss_history(self.process.num_steps) if self.timesteps == "importance" else None
+
+    def remember(self, memory: LossHistory, kept: tuple[jax.Array, jax.Array]) -> LossHistory:
+        """Return the history with a step's losses in it."""
+        return record_losses(memory, *kept)
+
+    def loss(
+        self, params: Params, batch: Batch, key: jax.Array, memory: LossHistory | None = None
+    ) -> tuple[jax.Array, dict[str, Any]]:
+        """Return the loss of every example; with a history, weighted so that its mean is the mean over timesteps."""
         x0 = stages.to_float(batch["image"])
         noise_key, image_key, text_key, dropout_key, t_key = jax.random.split(key, 5)
         denoise = stages.decoder_denoiser(
@@ -175,7 +195,12 @@ class DecoderTask(_WithText):
             train=True,
             rngs={"dropout": dropout_key},
         )
-        return denoising_loss(
+        t, weight = None, 1.0
+        if self.timesteps == "stratified":
+            t = stratified_timesteps(t_key, x0.shape[0], self.process.num_steps)
+        elif memory is not None:
+            t, weight = importance_timesteps(t_key, x0.shape[0], memory)
+        loss, metrics = denoising_loss(
             self.process,
             denoise,
             noise_key,
@@ -185,8 +210,9 @@ class DecoderTask(_WithText):
             variance=self.variance,
             weighting=self.weighting,
             vlb_weight=self.vlb_weight,
-            t=stratified_timesteps(t_key, x0.shape[0], self.process.num_steps) if self.stratified else None,
+            t=t,
         )
+        return weight * loss, metrics if memory is None else metrics | {"kept": (t, loss)}
 
     def preview(self, params: Params, key: jax.Array) -> np.ndarray | None:
         """Draw the pictures of `preview_batch`."""
@@ -220,6 +246,10 @@ class UpsamplerTask:
     preview_batch: Batch | None = None
     name: str = "upsampler"
     frozen: Any = None
+
+    @property
+    def memory(self) -> None:
+        """None: nothing is kept from step to step."""
 
     def init(self, key: jax.Array) -> Params:
         """Return new parameters."""
