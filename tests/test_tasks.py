@@ -20,7 +20,6 @@ from ddpm_jax.parallel.mesh import make_mesh, replicated, shard_batch
 from ddpm_jax.pipelines.stages import Sampling
 from ddpm_jax.process import make_process
 from ddpm_jax.schedules import cosine_betas
-from ddpm_jax.training.optimizer import make_optimizer
 from ddpm_jax.training.state import create_state
 from ddpm_jax.training.step import make_train_step
 from ddpm_jax.training.tasks import ClipTask, DecoderTask, PriorTask, UpsamplerTask, gaussian_blur3
@@ -93,13 +92,10 @@ def make_task(name):
 TASKS = ["clip", "prior own text", "decoder", "decoder hybrid own text", "upsampler"]
 
 
-@pytest.mark.parametrize("name,optimizer", [("clip", "sgd"), ("decoder", "sgd"), ("upsampler", "muon")])
-def test_a_step_is_the_same_on_one_device_and_on_eight(name, optimizer):
+@pytest.mark.parametrize("name", ["clip", "decoder", "upsampler"])
+def test_a_step_is_the_same_on_one_device_and_on_eight(name):
     """CLIP compares pictures on one device with captions on others; the decoder's frozen tower runs before the step."""
     results, tx = [], optax.sgd(0.1)
-    if optimizer == "muon":
-        rates = {"learning_rate": 0.1, "muon_learning_rate": 0.1, "eps": 1e-3}
-        tx, _ = make_optimizer(optimizer="muon", warmup_steps=0, total_steps=10, **rates)
     for devices in (jax.devices()[:1], jax.devices()):
         task, mesh = make_task(name), make_mesh({"data": -1}, devices=devices)
         state = create_state(task, tx, jax.random.key(0), mesh)
@@ -109,7 +105,7 @@ def test_a_step_is_the_same_on_one_device_and_on_eight(name, optimizer):
         step = fast_jit(make_train_step(task, tx, ema_decay=0.9))
         results.append(jax.device_get(step(state, batch, jax.device_put(jax.random.key(1), replicated(mesh)))))
     for a, b in zip(*map(jax.tree.leaves, results), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-3 if optimizer == "muon" else 1e-5)
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
     before = jax.tree.leaves(jax.device_get(state.params))
     assert any(np.abs(a - b).max() > 1e-3 for a, b in zip(before, jax.tree.leaves(results[0][0].params), strict=True))
 

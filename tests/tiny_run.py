@@ -20,6 +20,8 @@ FIELDS = {
     "upsampler.image_size": 32,
     "upsampler.crop": 32,
     "upsampler.channel_mult": "(1,)",
+    "prior.optimizer": "adamw",  # Muon, which takes long to compile, is left to CLIP and the decoder
+    "upsampler.optimizer": "adamw",
     "sample.prior.steps": "1",
     "sample.decoder.steps": "1",
     "sample.upsampler.steps": "1",
