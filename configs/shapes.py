@@ -48,7 +48,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config = ConfigDict()
     config.seed = 0
     config.stages = ("clip", "prior", "decoder", "upsampler")
-    config.data = {"name": "shapes", "seed": 0, "num_examples": 40_000, "two_fraction": 0.15}
+    config.data = {"name": "shapes", "seed": 0, "num_examples": 80_000, "two_fraction": 0.4}
     config.text = {"tokenizer": "compact", "length": 24}
     config.clip = training(256, 400, 2e-3, optimizer="muon", muon_learning_rate=4e-3) | {
         "image_size": 32,
@@ -72,7 +72,7 @@ def get_config(variant: str = "") -> ConfigDict:
         "activation": "quick_gelu",
     }
     config.decoder = training(
-        32, 9200, 2e-3, optimizer="muon", muon_learning_rate=6e-3, checkpoint_every=1000, preview_every=2000
+        32, 7500, 2e-3, optimizer="muon", muon_learning_rate=6e-3, checkpoint_every=1000, preview_every=2000
     ) | {
         "image_size": 16,
         "channels": 64,
@@ -90,7 +90,7 @@ def get_config(variant: str = "") -> ConfigDict:
         "layout_channels": 64,
         "layout_heads": 8,
         "modulate": True,
-        "text_encoder": {"kind": "gru", "width": 128, "layers": 1, "heads": 3, "causal": True},
+        "text_encoder": {"kind": "gru", "width": 128, "layers": 1, "heads": 2, "causal": False},
         "schedule": "cosine",
         "diffusion_steps": 1000,
         "kind": "x0",
@@ -140,7 +140,7 @@ def get_config(variant: str = "") -> ConfigDict:
 def quick(config: ConfigDict) -> None:
     """Cut the stages to a few minutes in all on two cores; the networks stay."""
     config.data.num_examples = 4_000
-    for stage, num_steps in {"clip": 80, "prior": 100, "decoder": 200, "upsampler": 40}.items():
+    for stage, num_steps in {"clip": 80, "prior": 100, "decoder": 150, "upsampler": 40}.items():
         config[stage].update(num_steps=num_steps, warmup_steps=num_steps // 10, preview_every=num_steps)
     config.evaluation.num_captions = 64
 

@@ -84,8 +84,13 @@ def _text_encoder(config: Config, text: Config, vocab_size: int) -> TextEncoder 
     own = config["text_encoder"]
     if own is None:
         return None
-    if _choose(own, "kind", {"transformer": False, "gru": True}):
-        return RecurrentTextEncoder(vocab_size, own["width"], own["layers"], _dtype(config), name="text_encoder")
+    with _naming("text_encoder"):
+        for field in ("width", "layers"):
+            _check_least(own, field, 1)
+        if _choose(own, "kind", {"transformer": False, "gru": True}):
+            if own["causal"]:
+                raise ValueError("causal=True must be False with kind='gru', which reads both ways")
+            return RecurrentTextEncoder(vocab_size, own["width"], own["layers"], _dtype(config), name="text_encoder")
     return TextEncoder(
         vocab_size,
         text["length"],

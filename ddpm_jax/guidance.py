@@ -163,9 +163,10 @@ def implicit_gradient(
 
         grad_xt log p(c | xt) = grad_xt log p(xt | c) - grad_xt log p(xt) = (eps_null - eps_cond) / sigma_t
 
-    As the guide of ``ancestral_step`` it is weighted by the variance of the step, which with
-    variance="learned_range" the network has learned for every channel of every pixel: where it is sure, guidance moves
-    little. ``classifier_free`` moves all of them alike; its scale is this one plus 1, with ``cond`` as the denoiser.
+    As the guide of ``ancestral_step`` it is weighted by the variance of the step, which the network has learned for
+    every channel of every pixel if variance="learned_range". ``classifier_free`` with scale + 1 moves all of them by
+    beta_t / sqrt(1 - beta_t) instead: the same in the limit of many steps, more with few. The learned variance differs
+    from beta_t most in the last steps into the data, and in short chains.
 
         sample(short, cond, keys, shape, step=ancestral_step(implicit_gradient(process, cond, null, 2.0)),
                variance="learned_range")

@@ -54,7 +54,9 @@ def timestep_probabilities(history: LossHistory, uniform: float = 1e-3) -> jax.A
     if not 0.0 <= uniform <= 1.0:
         raise ValueError(f"{uniform=} must be in [0, 1]")
     num_steps, length = history.losses.shape
-    size = jnp.sqrt(jnp.mean(history.losses**2, axis=1))
+    # Relative to the largest, whose square might not be finite.
+    largest = jnp.max(jnp.abs(history.losses))
+    size = jnp.sqrt(jnp.mean((history.losses / jnp.where(largest > 0.0, largest, 1.0)) ** 2, axis=1))
     total = jnp.sum(size)
     full = jnp.all(history.counts >= length) & (total > 0.0)
     p = jnp.where(full, size / jnp.where(full, total, 1.0), 1.0 / num_steps)
@@ -94,9 +96,12 @@ def record_losses(history: LossHistory, t: jax.Array, losses: jax.Array) -> Loss
     if t.ndim != 1 or t.shape != losses.shape:
         raise ValueError(f"t and losses must be vectors of one length, got shapes {t.shape} and {losses.shape}")
     length, order = history.losses.shape[1], jnp.arange(t.shape[0])
-    same = t[:, None] == t[None, :]
-    earlier = jnp.sum(same & (order[None, :] < order[:, None]), axis=1)
-    later = jnp.sum(same & (order[None, :] > order[:, None]), axis=1)
+    # Sorted by t, equal ones are neighbours, and how many stand before one is its distance from the first of them.
+    by_step = jnp.argsort(t, stable=True)
+    ordered = t[by_step]
+    first, end = (jnp.searchsorted(ordered, ordered, side=side) for side in ("left", "right"))
+    earlier = jnp.zeros_like(t).at[by_step].set(order - first)
+    later = jnp.zeros_like(t).at[by_step].set(end - 1 - order)
     # Of more than K losses at one step the last K are kept: two writes to one place would have no order.
     row = jnp.where(later < length, t, history.losses.shape[0])
     place = (history.counts[t] + earlier) % length

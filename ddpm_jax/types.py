@@ -68,9 +68,6 @@ class Task(Protocol):
     """Parameters of frozen networks, a pytree of arrays, or None: an argument of ``prepare``, since what is closed over
     becomes a constant of the compiled program."""
 
-    memory: Any
-    """Arrays that the task keeps from step to step besides the parameters, as they are at step 0; None for nothing."""
-
     def init(self, key: jax.Array) -> Any:
         """Return the parameters to train, a pytree of float32 arrays."""
         ...
@@ -84,12 +81,14 @@ class Task(Protocol):
     ) -> tuple[jax.Array, dict[str, Any]]:
         """Return the loss of every example, float32[B], and metrics, each a scalar or [B].
 
-        A task with a memory is given it, and returns under "kept" what ``remember`` needs: arrays [B], not averaged.
+        A task may have an attribute ``memory``: arrays that it keeps from step to step besides the parameters, as they
+        are at step 0. It is then given them, and returns under "kept" what ``remember`` needs: arrays [B], which are
+        not averaged.
         """
         ...
 
     def remember(self, memory: Any, kept: Any) -> Any:
-        """Return the memory after a step. Called only with a memory."""
+        """Return the memory after a step; only a task with a memory needs it."""
         ...
 
     def preview(self, params: Any, key: jax.Array) -> np.ndarray | None:

@@ -55,6 +55,12 @@ def test_steps_are_uniform_until_every_history_is_full(counts):
     np.testing.assert_allclose(importance_timesteps(jax.random.key(0), 5, history)[1], 1.0, rtol=1e-6)
 
 
+def test_huge_losses_do_not_overflow():
+    history = full_history().replace(losses=full_history().losses.at[0].set(1e30))
+    expected = 0.999 * np.eye(STEPS)[0] + 0.001 / STEPS
+    np.testing.assert_allclose(timestep_probabilities(history), expected, rtol=1e-5)
+
+
 def test_losses_of_zero_leave_the_steps_uniform():
     history = full_history().replace(losses=jnp.zeros((STEPS, LENGTH)))
     np.testing.assert_allclose(timestep_probabilities(history), 1 / STEPS, rtol=1e-6)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ddpm_jax.training.optimizer import decayed, make_optimizer, make_schedule
+from ddpm_jax.training.optimizer import assigned, decayed, make_optimizer, make_schedule
 
 
 @pytest.mark.parametrize("decay", ["cosine", "linear", "constant"])
@@ -63,7 +63,10 @@ def test_weight_decay_leaves_biases_and_scales_alone():
     zeros = jnp.zeros
     params = {"attention": {"kernel": zeros((4, 2, 3)), "bias": zeros((2, 3))}, "norm": {"scale": zeros((1, 4))}}
     params |= {"positions": zeros((7, 4)), "temperature": zeros(())}
+    params |= {"gru": {"kernel_0_ahead": zeros((4, 12)), "bias_0": zeros((2, 1, 4))}}
+    assert assigned(params)["gru"] == {"kernel_0_ahead": "muon", "bias_0": "adamw"}
     assert decayed(params) == {
+        "gru": {"kernel_0_ahead": True, "bias_0": False},
         "attention": {"kernel": True, "bias": False},
         "norm": {"scale": False},
         "positions": True,

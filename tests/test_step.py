@@ -210,29 +210,57 @@ class Remembering(ToyTask):
         return record_losses(memory, kept["column"], kept["loss"])
 
 
-def test_a_memory_is_updated_from_every_example_and_is_the_same_on_eight_devices():
-    """With the history written down by hand: every loss of the step before is in it, none is averaged."""
-    found = {}
-    for devices in (1, 8):
-        task, tx = Remembering(), optax.sgd(0.1)
-        state, batch, _ = start(task, tx, devices=jax.devices()[:devices])
-        assert set(np.asarray(state.memory.counts)) == {0}
-        step = jax.jit(make_train_step(task, tx, ema_decay=0.9))
-        first, metrics = step(state, batch, jax.random.key(1))
-        column, weight = importance_timesteps(jax.random.fold_in(jax.random.key(1), 0), BATCH, task.memory)
-        assert "kept" not in metrics
-        np.testing.assert_allclose(weight, 1.0, rtol=1e-6)
-        np.testing.assert_array_equal(first.memory.counts, np.bincount(column, minlength=TARGETS))
-        found[devices] = step(first, batch, jax.random.key(1))[0]
-    np.testing.assert_array_equal(found[1].memory.counts, found[8].memory.counts)
-    np.testing.assert_allclose(found[1].memory.losses, found[8].memory.losses, rtol=1e-5)
+def expected_memory(state, batch, columns, before):
+    """The last two losses at every column, sorted, in numpy: of the batch's order, after those before."""
+    kernel, bias = (np.asarray(state.params["dense"][name], np.float64) for name in ("kernel", "bias"))
+    error = (np.asarray(batch["x"], np.float64) @ kernel + bias - np.asarray(batch["y"], np.float64)) ** 2
+    lists = [list(losses) for losses in before]
+    for row, column in enumerate(columns):
+        lists[column].append(error[row, column])
+    return lists
+
+
+def assert_memory(memory, lists):
+    np.testing.assert_array_equal(memory.counts, [len(losses) for losses in lists])
+    for row, losses in zip(np.asarray(memory.losses), lists, strict=True):
+        np.testing.assert_allclose(np.sort(row[: len(losses)]), np.sort(losses[-2:]), rtol=1e-5)
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+def test_a_memory_holds_the_last_loss_of_every_example_and_weighs_the_next_step(devices):
+    """Against lists in numpy and float64, and the weighted gradient by hand."""
+    task, tx = Remembering(), optax.sgd(0.1)
+    state, batch, _ = start(task, tx, devices=jax.devices()[:devices])
+    step = jax.jit(make_train_step(task, tx, ema_decay=0.9))
+    columns, _ = importance_timesteps(jax.random.fold_in(jax.random.key(1), 0), BATCH, task.memory)
+    lists = expected_memory(state, batch, columns, [[]] * TARGETS)
+    first, metrics = step(state, batch, jax.random.key(1))
+    assert "kept" not in metrics
+    assert_memory(first.memory, lists)
+
+    columns, weight = importance_timesteps(jax.random.fold_in(jax.random.key(1), 1), BATCH, first.memory)
+    assert np.ptp(np.asarray(weight)) > 0.1
+    second, _ = step(first, batch, jax.random.key(1))
+    assert_memory(second.memory, expected_memory(first, batch, columns, lists))
+    x, y = (np.asarray(batch[name], np.float64) for name in "xy")
+    kernel = np.asarray(first.params["dense"]["kernel"], np.float64)
+    error = (x @ kernel + np.asarray(first.params["dense"]["bias"], np.float64) - y) * np.eye(TARGETS)[
+        np.asarray(columns)
+    ]
+    gradient = 2 * x.T @ (error * np.asarray(weight)[:, None]) / BATCH
+    np.testing.assert_allclose(second.params["dense"]["kernel"], kernel - 0.1 * gradient, rtol=1e-4, atol=1e-6)
 
 
 def test_a_memory_sees_every_micro_batch():
-    task, tx = Remembering(), optax.sgd(0.1)
+    """Each draws columns of its own, by the memory before the step."""
+    task, tx, parts = Remembering(), optax.sgd(0.1), 4
     state, batch, _ = start(task, tx, devices=jax.devices()[:1])
-    new, _ = jax.jit(make_train_step(task, tx, ema_decay=0.9, accumulate=4))(state, batch, jax.random.key(1))
-    assert int(new.memory.counts.sum()) == BATCH
+    new, _ = jax.jit(make_train_step(task, tx, ema_decay=0.9, accumulate=parts))(state, batch, jax.random.key(1))
+    keys = jax.random.split(jax.random.fold_in(jax.random.key(1), 0), parts)
+    columns = np.concatenate([importance_timesteps(key, BATCH // parts, task.memory)[0] for key in keys])
+    order = np.arange(BATCH).reshape(-1, parts).T.ravel()
+    cut = {name: np.asarray(value)[order] for name, value in batch.items()}
+    assert_memory(new.memory, expected_memory(state, cut, columns, [[]] * TARGETS))
 
 
 def test_a_step_that_is_not_made_leaves_the_memory():

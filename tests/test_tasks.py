@@ -1,5 +1,6 @@
 """Tasks: losses per example that reach every parameter, and conditions that are dropped at their rates."""
 
+import dataclasses
 import itertools
 
 import jax
@@ -13,7 +14,7 @@ from ddpm_jax.losses import min_snr
 from ddpm_jax.models.clip import CLIP, VisionTransformer, normalize
 from ddpm_jax.models.decoder import Decoder
 from ddpm_jax.models.prior import DiffusionPrior
-from ddpm_jax.models.text_encoder import TextEncoder
+from ddpm_jax.models.text_encoder import RecurrentTextEncoder, TextEncoder
 from ddpm_jax.models.unet import UNet
 from ddpm_jax.models.upsampler import Upsampler
 from ddpm_jax.parallel.mesh import make_mesh, replicated, shard_batch
@@ -53,6 +54,8 @@ def unet(out_channels=3, channel_mult=(1,), attention=(SIZE,), **options):
 
 def make_task(name):
     own = TextEncoder(VOCAB, L, 8, 1, 2, name="text_encoder") if name.endswith("own text") else None
+    if name == "decoder hybrid own text":
+        own = RecurrentTextEncoder(VOCAB, 8, name="text_encoder")
     frozen = random_params(ClipTask(CLIP_NETWORK).init) if own is None else None
     if name == "clip":
         return ClipTask(CLIP_NETWORK)
@@ -204,6 +207,13 @@ def test_timesteps_are_drawn_by_importance():
     p = 0.999 / 2 + 0.001 / PROCESS.num_steps
     seen = np.isin(t, (3, 40))
     np.testing.assert_allclose(loss[seen], unweighted[seen] / (PROCESS.num_steps * p), rtol=1e-3)
+    factor = np.asarray(loss) / np.asarray(unweighted)
+    plain = DecoderTask(network, CLIP_NETWORK, None, PROCESS, SIZE, SAMPLING, timesteps="uniform")
+    assert plain.memory is None
+    np.testing.assert_allclose(metrics["mse"], factor * unweighted, rtol=1e-5)  # simple: the loss is the squared error
+    for wrong, given in ((task, ()), (plain, (memory,)), (dataclasses.replace(plain, timesteps="often"), ())):
+        with pytest.raises(ValueError, match="timesteps='(importance|uniform|often)' with (no|a) memory"):
+            wrong.loss({}, batch, jax.random.key(0), *given)
     counts = task.remember(memory, metrics["kept"]).counts
     np.testing.assert_array_equal(counts - 10, np.bincount(t, minlength=PROCESS.num_steps))
 

@@ -21,7 +21,6 @@ class ToyTask:
 
     name = "toy"
     frozen = None
-    memory = None
 
     def init(self, key):
         return {"dense": {"kernel": jax.random.normal(key, (FEATURES, TARGETS)), "bias": jnp.zeros((TARGETS,))}}

@@ -1,6 +1,5 @@
 """Keys and noise of samplers: one key an example, so that a sample does not depend on its batch."""
 
-import functools
 import math
 
 import jax
@@ -50,21 +49,21 @@ def transition_keys(keys: jax.Array, number: int | jax.Array) -> jax.Array:
 def per_example_normal(keys: jax.Array, like: jax.Array) -> jax.Array:
     """Draw standard normal noise of the shape and dtype of ``like``, [B, ...], example i from keys[i].
 
-    In a loop around a small network the noise is most of the work. In float32 and from JAX's default keys, bits become
-    normals as in ``jax.random.normal``, but both words of every Threefry block are used and all rounds are one fused
-    loop over the batch, which is several times faster on a CPU. Anything else is ``jax.random.normal``; with keys of
-    other generators one example at a time, since under ``vmap`` they do not give what they give alone.
+    In a loop around a small network the noise is most of the work. In float32, bits become normals as in
+    ``jax.random.normal``, but both words of every Threefry block are used and all rounds are one fused loop over the
+    batch, which is several times faster on a CPU. Other dtypes are drawn by ``jax.random.normal``. Keys of another
+    generator serve as Threefry's, by their first two words, since that generator would not draw under ``vmap``, or on
+    several devices, what it draws alone.
     """
-    shape, threefry = like.shape[1:], jax.random.key_impl(keys) == "threefry2x32"
-    if like.dtype != jnp.float32 or not threefry:
-        every = jax.vmap if threefry else lambda draw: functools.partial(jax.lax.map, draw)
-        return every(lambda key: jax.random.normal(key, shape, like.dtype))(keys)
-    size = math.prod(shape)
-    bits = _threefry_bits(jax.random.key_data(keys), size)
-    ones = np.uint32(0x3F800000)  # 1.0: 23 random bits behind it are a number in [1, 2)
-    uniform = 2.0 * (jax.lax.bitcast_convert_type((bits >> 9) | ones, jnp.float32) - 1.0) - 1.0
-    uniform = jnp.maximum(uniform, np.nextafter(np.float32(-1.0), np.float32(0.0)))
-    return (np.float32(np.sqrt(2.0)) * jax.lax.erf_inv(uniform)).reshape(like.shape)
+    shape, words = like.shape[1:], jax.random.key_data(keys)[:, :2]
+    if like.dtype != jnp.float32:
+        draw = lambda key: jax.random.normal(key, shape, like.dtype)  # noqa: E731
+        return jax.vmap(draw)(jax.random.wrap_key_data(words, impl="threefry2x32"))
+    bits = _threefry_bits(words, math.prod(shape))
+    one = np.uint32(0x3F800000)  # 1.0: 23 random bits behind it are a number in [1, 2)
+    least = np.nextafter(np.float32(-1.0), np.float32(0.0))
+    uniform = 2.0 * (jax.lax.bitcast_convert_type((bits >> 9) | one, jnp.float32) - 1.0) + least
+    return (np.float32(np.sqrt(2.0)) * jax.lax.erf_inv(jnp.maximum(uniform, least))).reshape(like.shape)
 
 
 def _threefry_bits(keys: jax.Array, size: int) -> jax.Array:

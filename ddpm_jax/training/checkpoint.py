@@ -3,7 +3,7 @@
 A checkpoint is a directory `<step>/` that appears under its name only when it is complete. It holds
 
   params, ema_params   the two sets of parameters, so that inference reads one of them and nothing else;
-  optimizer            {"step", "opt_state"};
+  optimizer            {"step", "opt_state"}, and "memory" if the task has one;
   data                 the data iterator's position, one entry a process;
   config               the resolved config, with which loading needs no flags;
   meta                 format, version, stage, step, number of parameters, a checksum of each of the trees above,

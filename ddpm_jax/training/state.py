@@ -63,6 +63,6 @@ def _initial_state(task: Task, tx: optax.GradientTransformation):
         params = task.init(key)
         # A copy, because the step donates its state and one buffer cannot be donated twice.
         ema_params = jax.tree.map(jnp.copy, params)
-        return TrainState(jnp.zeros((), jnp.int32), params, ema_params, tx.init(params), task.memory)
+        return TrainState(jnp.zeros((), jnp.int32), params, ema_params, tx.init(params), getattr(task, "memory", None))
 
     return init

@@ -8,7 +8,7 @@ Batches are dicts of arrays with a leading axis B:
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -42,10 +42,6 @@ class ClipTask:
     model: CLIP
     name: str = "clip"
     frozen: Any = None
-
-    @property
-    def memory(self) -> None:
-        """None: nothing is kept from step to step."""
 
     def init(self, key: jax.Array) -> Params:
         """Return new parameters."""
@@ -116,10 +112,6 @@ class PriorTask(_WithText):
     embed_scale: float
     drop_text: float = 0.1
     name: str = "prior"
-
-    @property
-    def memory(self) -> None:
-        """None: nothing is kept from step to step."""
 
     def init(self, key: jax.Array) -> Params:
         """Return new parameters."""
@@ -195,7 +187,13 @@ class DecoderTask(_WithText):
             train=True,
             rngs={"dropout": dropout_key},
         )
-        t, weight = None, 1.0
+        if self.timesteps not in get_args(Timesteps) or (self.timesteps == "importance") != (memory is not None):
+            given = "no memory" if memory is None else "a memory"
+            raise ValueError(
+                f"timesteps={self.timesteps!r} with {given}: it must be one of {', '.join(get_args(Timesteps))}, and "
+                "importance alone needs a memory"
+            )
+        t = None
         if self.timesteps == "stratified":
             t = stratified_timesteps(t_key, x0.shape[0], self.process.num_steps)
         elif memory is not None:
@@ -212,7 +210,10 @@ class DecoderTask(_WithText):
             vlb_weight=self.vlb_weight,
             t=t,
         )
-        return weight * loss, metrics if memory is None else metrics | {"kept": (t, loss)}
+        if memory is None:
+            return loss, metrics
+        # Weighted like the loss, so that their means are those of uniform timesteps.
+        return weight * loss, {name: weight * value for name, value in metrics.items()} | {"kept": (t, loss)}
 
     def preview(self, params: Params, key: jax.Array) -> np.ndarray | None:
         """Draw the pictures of `preview_batch`."""
@@ -246,10 +247,6 @@ class UpsamplerTask:
     preview_batch: Batch | None = None
     name: str = "upsampler"
     frozen: Any = None
-
-    @property
-    def memory(self) -> None:
-        """None: nothing is kept from step to step."""
 
     def init(self, key: jax.Array) -> Params:
         """Return new parameters."""
