@@ -168,10 +168,12 @@ def test_a_wrong_config_file(call, tmp_path):
         ({"decoder__supersample": 32}, ["data: resolution must lie between 16 and 256, got 512"]),
         ({"decoder__supersample": 0}, ["decoder.supersample=0 must be at least 1"]),
         (
-            {"decoder__layout_channels": 0, "decoder__layout_heads": 2},
+            {"decoder__layout_channels": 0, "decoder__layout_heads": 2, "decoder__modulate": False},
             ["decoder: layout_heads=2 needs layout_channels and word_vectors"],
         ),
         ({"decoder__layout_channels": 0, "decoder__modulate": True}, ["decoder: modulate=True needs layout_channels"]),
+        ({"decoder__text_encoder__kind": "lstm"}, ["decoder: text_encoder: kind='lstm' must be one of"]),
+        ({"decoder__text_encoder__kind": "gru", "decoder__text_encoder__causal": True}, ["causal=True must be False"]),
         ({"prior__optimizer": "sgd"}, ["the config of stage prior cannot work: optimizer='sgd' must be"]),
         ({"stages": "('clip','encoder')"}, ["stages contains 'encoder'; a stage is one of clip, prior"]),
     ],
