@@ -95,7 +95,7 @@ def make_task(name):
 TASKS = ["clip", "prior own text", "decoder", "decoder hybrid own text", "upsampler"]
 
 
-@pytest.mark.parametrize("name", ["clip", "decoder", "upsampler"])
+@pytest.mark.parametrize("name", ["clip", "decoder"])
 def test_a_step_is_the_same_on_one_device_and_on_eight(name):
     """CLIP compares pictures on one device with captions on others; the decoder's frozen tower runs before the step."""
     results, tx = [], optax.sgd(0.1)
