@@ -90,7 +90,7 @@ def get_config(variant: str = "") -> ConfigDict:
         "layout_channels": 64,
         "layout_heads": 8,
         "modulate": True,
-        "text_encoder": {"kind": "gru", "width": 128, "layers": 1, "heads": 2, "causal": False},
+        "text_encoder": {"kind": "gru", "width": 128, "layers": 1, "heads": 2, "causal": False},  # heads: transformer's
         "schedule": "cosine",
         "diffusion_steps": 1000,
         "kind": "x0",

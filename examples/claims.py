@@ -4,8 +4,7 @@
     python examples/claims.py [--out DIR]
 
 trains a residual MLP on scikit-learn's digits (8 x 8 pixels, 1797 pictures, a fifth of them held out) under several
-schedules, objectives and outputs, measures what the papers measured, and prints the table and draws the figure of
-docs/claims.md.
+schedules, objectives and outputs, measures what the papers measured, prints a table of what holds and draws a figure.
 Where the papers have the Frechet distance of Inception features, here is the energy distance between pixels, which
 needs no network; precision and recall are those of Kynkaanniemi et al. (2019), with pixels as features. A claim
 holds if its sign is that of the mean difference over seeds and Student's t says so at 95 % (one-sided).
