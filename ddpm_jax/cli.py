@@ -8,6 +8,7 @@ import difflib
 import importlib.util
 import logging as python_logging
 import os
+import platform
 import re
 import signal as signals
 import sys
@@ -109,6 +110,23 @@ def use_cpu_devices(count: int = 0) -> None:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         with contextlib.suppress(RuntimeError):  # JAX has its devices already
             jax.config.update("jax_num_cpu_devices", count or min(cores, 8))
+
+
+def keep_memory() -> None:
+    """Start this program again, once, with a C library that keeps memory and backs it with large pages.
+
+    A training step on a CPU takes and gives back hundreds of megabytes; glibc returns them to the system, which hands
+    out zeroed pages anew each time. Nothing happens where JAX may find an accelerator, where the C library is another
+    one, or where the user has set GLIBC_TUNABLES, which this sets.
+    """
+    import jax
+
+    accelerated = any(importlib.util.find_spec(name) is not None for name in ("libtpu", "jax_plugins"))
+    on_cpu = jax.config.jax_platforms == "cpu" or not accelerated
+    if on_cpu and platform.libc_ver()[0] == "glibc" and "GLIBC_TUNABLES" not in os.environ:
+        tunables = {"hugetlb": 1, "mmap_threshold": 2**32, "trim_threshold": 2**34, "top_pad": 2**28}
+        os.environ["GLIBC_TUNABLES"] = ":".join(f"glibc.malloc.{name}={value}" for name, value in tunables.items())
+        os.execv(sys.executable, sys.orig_argv)
 
 
 def check_can_write(path: str | os.PathLike, *, what: str) -> None:

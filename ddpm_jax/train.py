@@ -64,4 +64,5 @@ def plain(value):
 
 
 if __name__ == "__main__":
+    cli.keep_memory()
     cli.run(main, FLAGS, config="config")
