@@ -22,7 +22,7 @@ from ddpm_jax import (
     vlb_terms,
 )
 from ddpm_jax.likelihood import prior_kl
-from ddpm_jax.samplers import dpm_solver_step, loop, noise
+from ddpm_jax.samplers import dpm_solver_step, loop, noise, plms_step, unipc_step
 
 PUBLISHED = np.load(Path(__file__).parent / "data" / "published_diffusion.npz")
 BETAS = {"linear": linear_betas, "cosine": cosine_betas}
@@ -133,18 +133,22 @@ def test_terms_of_the_variational_bound(schedule, float64):
     np.testing.assert_allclose(prior_kl(process, x0), PUBLISHED[f"prior/{schedule}"], rtol=RTOL)
 
 
-def test_dpm_solver_of_diffusers(float64):
+@pytest.mark.parametrize(
+    ("name", "step"), [("dpm", dpm_solver_step(2)), ("unipc", unipc_step(2)), ("plms", plms_step())]
+)
+def test_solvers_of_diffusers(name, step, float64):
     """diffusers keeps its tables in float32."""
-    timesteps = sorted(int(t) for t in PUBLISHED["dpm/timesteps"])
+    timesteps = sorted(int(t) for t in PUBLISHED[f"{name}/timesteps"])
+    assert len(timesteps) == 20
     process = respace(make_process(linear_betas(1000, 1e-4, 0.02), dtype=jnp.float64), timesteps)
     _, states = sample(
         process,
         prediction,
         noise.example_keys(jax.random.key(0), 2),
         (4, 4, 3),
-        step=dpm_solver_step(2),
+        step=step,
         x_init=jnp.asarray(nhwc(PUBLISHED["start"])),
         trajectory=True,
     )
-    theirs = nhwc(PUBLISHED["dpm/states"])
+    theirs = nhwc(PUBLISHED[f"{name}/states"])
     np.testing.assert_allclose(states, theirs, rtol=1e-4, atol=1e-4 * np.abs(theirs).max())

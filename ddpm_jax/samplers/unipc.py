@@ -19,7 +19,8 @@ def unipc_step(order: int = 2) -> Step:
 
     where r_k is the distance of the k-th other estimate in lambda, over h; rho solves sum_k r_k^(n-1) rho_k = b_n with
     b_n = n! phi_{n+1}(-h) / phi_1(-h), the conditions that make the integral of polynomials exact (theorem 3.1). UniC's
-    sum holds the new estimate as well, at r = 1.
+    sum holds the new estimate as well, at r = 1. A sum of one term takes rho = 1/2, as in the published code, which is
+    as good to its order.
 
     The first steps are of the order that the estimates so far allow, the step into the data is of order 1. One network
     call a step.
@@ -95,4 +96,5 @@ def _weights(r: jax.Array, valid: jax.Array, h: jax.Array) -> jax.Array:
     order_of_invalid = jnp.cumsum(~valid) - 1 + number
     pins = (~valid)[None, :] & (order_of_invalid[None, :] == n[:, None])
     matrix = jnp.where((n < number)[:, None], conditions, pins.astype(r.dtype))
-    return jnp.linalg.solve(matrix, jnp.where(n < number, jnp.stack(b), 0.0))
+    b = jnp.where(n < number, jnp.stack(b), 0.0)
+    return jnp.linalg.solve(matrix, b.at[0].set(jnp.where(number == 1, 0.5, b[0])))

@@ -133,19 +133,25 @@ def bounds(out: dict) -> None:
 
 
 def diffusers_steps(out: dict) -> None:
-    """Add one trajectory of DPM-Solver++ 2M as diffusers has it, on leading timesteps of its own."""
-    from diffusers import DPMSolverMultistepScheduler
+    """Add trajectories of solvers that diffusers has, on timesteps of its own."""
+    from diffusers import DPMSolverMultistepScheduler, PNDMScheduler, UniPCMultistepScheduler
 
-    scheduler = DPMSolverMultistepScheduler(
-        beta_schedule="linear", algorithm_type="dpmsolver++", solver_order=2, lower_order_final=False
-    )
-    scheduler.set_timesteps(20)
-    x = torch.from_numpy(out["start"])
-    states, timesteps = [], scheduler.timesteps.numpy()
-    for t in scheduler.timesteps:
-        x = scheduler.step(prediction(x, torch.full((2,), int(t))), t, x).prev_sample
-        states.append(x.numpy())
-    out["dpm/timesteps"], out["dpm/states"] = timesteps, np.stack(states)
+    solvers = {
+        "dpm": DPMSolverMultistepScheduler(
+            beta_schedule="linear", algorithm_type="dpmsolver++", solver_order=2, lower_order_final=False
+        ),
+        "unipc": UniPCMultistepScheduler(beta_schedule="linear", solver_order=2, solver_type="bh2"),
+        "plms": PNDMScheduler(beta_schedule="linear", skip_prk_steps=True, set_alpha_to_one=True),
+    }
+    for name, scheduler in solvers.items():
+        scheduler.set_timesteps(20)
+        x = torch.from_numpy(out["start"])
+        states, timesteps = [], scheduler.timesteps.numpy()
+        for t in scheduler.timesteps:
+            x = scheduler.step(prediction(x, torch.full((2,), int(t))), t, x).prev_sample
+            states.append(x.numpy())
+        # PLMS makes its first step twice.
+        out[f"{name}/timesteps"], out[f"{name}/states"] = np.unique(timesteps)[::-1], np.stack(states[-20:])
 
 
 def main() -> None:
