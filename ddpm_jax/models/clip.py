@@ -85,19 +85,22 @@ class CLIP(nn.Module):
     """Two towers and a temperature (CLIP 2.3).
 
     `log_scale` starts at ln(1 / 0.07) and is clamped so that the scale stays at most 100. Embeddings are returned
-    as the projections give them; `normalize` makes them unit vectors.
+    as the projections give them; `normalize` makes them unit vectors. A tower that is None is not there, and only the
+    other one's method can be called.
     """
 
-    vision: VisionTransformer
-    text: TextEncoder
+    vision: VisionTransformer | None
+    text: TextEncoder | None
     embed_dim: int
 
     def setup(self):
         project = lambda width: nn.Dense(  # noqa: E731
             self.embed_dim, use_bias=False, kernel_init=nn.initializers.normal(width**-0.5)
         )
-        self.image_projection = project(self.vision.width)
-        self.text_projection = project(self.text.width)
+        if self.vision is not None:
+            self.image_projection = project(self.vision.width)
+        if self.text is not None:
+            self.text_projection = project(self.text.width)
         self.log_scale = self.param("log_scale", lambda _: jnp.asarray(math.log(1 / 0.07), jnp.float32))
 
     def encode_image(self, images: jax.Array) -> jax.Array:

@@ -224,6 +224,21 @@ class ResBlock(nn.Module):
         return x + h
 
 
+class Resample(nn.Module):
+    """Halve ("down") or double ("up") the resolution with a learned 3 x 3 convolution (DDPM, improved diffusion)."""
+
+    features: int
+    direction: str
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        if self.direction == "up":
+            return conv(self.features, 3, "conv", self.dtype)(upsample2(x))
+        # Padded on both sides, not by XLA's "SAME", which pads one side only.
+        return nn.Conv(self.features, (3, 3), strides=2, padding=((1, 1), (1, 1)), dtype=self.dtype, name="conv")(x)
+
+
 class AttentionBlock(nn.Module):
     """Self-attention over pixels whose keys and values are preceded by those of a context (GLIDE 3, ADM 3).
 

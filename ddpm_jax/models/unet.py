@@ -1,4 +1,4 @@
-"""The ADM U-Net (Dhariwal & Nichol 2021, section 3) that the decoder and the upsamplers are built on."""
+"""The ADM U-Net (Dhariwal & Nichol 2021, section 3) that the decoder and the upsamplers are built on, and its half."""
 
 from typing import Any
 
@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from ddpm_jax.models.layers import (
     AttentionBlock,
     GroupNorm,
+    Resample,
     ResBlock,
     TimeEmbedding,
     conv,
@@ -25,15 +26,18 @@ class UNet(nn.Module):
     map sizes (in pixels of the network's own grid, image size / patch) that have attention. patch: space-to-depth
     stem, so that the first level works on (size / patch)^2 positions; 1 is the published network. mid_attention:
     False gives the network without any attention that DALL-E 2 uses for upsampling. modulate: the layout, averaged down
-    to each level, also scales and shifts the features of every block (see `ResBlock`).
+    to each level, also scales and shifts the features of every block (see `ResBlock`). heads: so many at every level,
+    in place of heads of head_channels. conv_resample: `Resample` between levels, as before BigGAN's blocks.
     """
 
     channels: int
     out_channels: int
-    channel_mult: tuple[int, ...] = (1, 2, 3, 4)
+    channel_mult: tuple[float, ...] = (1, 2, 3, 4)
     num_res_blocks: int = 3
     attention_resolutions: tuple[int, ...] = (32, 16, 8)
     head_channels: int = 64
+    heads: int | None = None
+    conv_resample: bool = False
     patch: int = 1
     scale_shift: bool = True
     mid_attention: bool = True
@@ -64,49 +68,67 @@ class UNet(nn.Module):
         """
         check_image_size(x.shape[1], self.patch, len(self.channel_mult))
         check_image_size(x.shape[2], self.patch, len(self.channel_mult))
-        block_class = nn.remat(ResBlock, static_argnums=(3,)) if self.remat else ResBlock
-        attention_class = nn.remat(AttentionBlock) if self.remat else AttentionBlock
         time = TimeEmbedding(self.channels, 4 * self.channels, self.dtype, name="time")(t)
         time = time if emb is None else time + emb.astype(self.dtype)
-
         layouts = _pyramid(layout, len(self.channel_mult)) if self.modulate and layout is not None else {}
-
-        def res(h, features, name, resample=None):
-            block = block_class(features, resample, self.scale_shift, self.dropout, self.groups, self.dtype, name=name)
-            height = {None: h.shape[1], "up": 2 * h.shape[1], "down": h.shape[1] // 2}[resample]
-            return block(h, time, train, layouts.get(height))
-
-        def attend(h, name, wanted=None):
-            if wanted is None:
-                wanted = h.shape[1] in self.attention_resolutions
-            if not wanted:
-                return h
-            return attention_class(self.head_channels, self.groups, self.dtype, name=name)(h, context, context_mask)
-
+        parts = Parts(self, time, train, layouts, context, context_mask)
         h = space_to_depth(x.astype(self.dtype), self.patch)
         if layout is not None:
             h = jnp.concatenate([h, layout.astype(self.dtype)], axis=-1)
-        h = conv(self.channels, 3, "in_conv", self.dtype)(h)
-        skips = [h]
-        levels = len(self.channel_mult)
-        for level, mult in enumerate(self.channel_mult):
-            for i in range(self.num_res_blocks):
-                h = attend(res(h, self.channels * mult, f"down_{level}_{i}"), f"down_{level}_{i}_attn")
-                skips.append(h)
-            if level != levels - 1:
-                h = res(h, self.channels * mult, f"down_{level}_sample", "down")
-                skips.append(h)
-        h = attend(res(h, h.shape[-1], "mid_0"), "mid_attn", self.mid_attention)
-        h = res(h, h.shape[-1], "mid_1")
+        h, skips = contract(parts, h, self.mid_attention)
         for level, mult in reversed(list(enumerate(self.channel_mult))):
             for i in range(self.num_res_blocks + 1):
                 h = jnp.concatenate([h, skips.pop()], axis=-1)
-                h = attend(res(h, self.channels * mult, f"up_{level}_{i}"), f"up_{level}_{i}_attn")
+                h = parts.attend(parts.res(h, int(self.channels * mult), f"up_{level}_{i}"), f"up_{level}_{i}_attn")
             if level != 0:
-                h = res(h, self.channels * mult, f"up_{level}_sample", "up")
+                h = parts.move(h, f"up_{level}_sample", "up")
         h = nn.silu(GroupNorm(self.groups, dtype=self.dtype, name="out_norm")(h))
         h = conv(self.out_channels * self.patch**2, 3, "out_conv", jnp.float32, zero=True)(h.astype(jnp.float32))
         return depth_to_space(h, self.patch)
+
+
+class Parts:
+    """The blocks of a U-Net `net`, made inside its call, with all that is the same for each of them."""
+
+    def __init__(self, net: Any, time: jax.Array, train: bool, layouts: dict, context: Any = None, mask: Any = None):
+        self.net, self.time, self.train, self.layouts = net, time, train, layouts
+        self.context, self.mask = context, mask
+        self.block = nn.remat(ResBlock, static_argnums=(3,)) if net.remat else ResBlock
+        self.attention = nn.remat(AttentionBlock) if net.remat else AttentionBlock
+
+    def res(self, h: jax.Array, features: int, name: str, resample: str | None = None) -> jax.Array:
+        net = self.net
+        block = self.block(features, resample, net.scale_shift, net.dropout, net.groups, net.dtype, name=name)
+        height = {None: h.shape[1], "up": 2 * h.shape[1], "down": h.shape[1] // 2}[resample]
+        return block(h, self.time, self.train, self.layouts.get(height))
+
+    def move(self, h: jax.Array, name: str, resample: str) -> jax.Array:
+        if self.net.conv_resample:
+            return Resample(h.shape[-1], resample, self.net.dtype, name=name)(h)
+        return self.res(h, h.shape[-1], name, resample)
+
+    def attend(self, h: jax.Array, name: str, wanted: bool | None = None) -> jax.Array:
+        net = self.net
+        if not (h.shape[1] in net.attention_resolutions if wanted is None else wanted):
+            return h
+        head = net.head_channels if net.heads is None else h.shape[-1] // net.heads
+        return self.attention(head, net.groups, net.dtype, name=name)(h, self.context, self.mask)
+
+
+def contract(parts: Parts, h: jax.Array, mid_attention: bool) -> tuple[jax.Array, list[jax.Array]]:
+    """Return what the way down and the middle make of the stem, and the features to skip to the way up."""
+    net = parts.net
+    h = conv(int(net.channels * net.channel_mult[0]), 3, "in_conv", net.dtype)(h)
+    skips = [h]
+    for level, mult in enumerate(net.channel_mult):
+        for i in range(net.num_res_blocks):
+            h = parts.attend(parts.res(h, int(net.channels * mult), f"down_{level}_{i}"), f"down_{level}_{i}_attn")
+            skips.append(h)
+        if level != len(net.channel_mult) - 1:
+            h = parts.move(h, f"down_{level}_sample", "down")
+            skips.append(h)
+    h = parts.attend(parts.res(h, h.shape[-1], "mid_0"), "mid_attn", mid_attention)
+    return parts.res(h, h.shape[-1], "mid_1"), skips
 
 
 def _pyramid(layout: jax.Array, levels: int) -> dict[int, jax.Array]:

@@ -1,0 +1,252 @@
+"""CLIP with vision transformers, in the layouts of OpenAI, open_clip and Hugging Face's transformers.
+
+The layouts differ in names, and hold the same network (Radford et al. 2021). What a file cannot say is an argument: the
+width of a head (64 in OpenAI's networks), the activation (quick_gelu in OpenAI's, exact gelu in most of open_clip's),
+and by which rule the end of a caption is found (`end_mask`).
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ddpm_jax.interop.table import (
+    KERNEL,
+    SAME,
+    TURNED,
+    ConvertError,
+    Entry,
+    Layout,
+    count,
+    dense,
+    joined,
+    norm,
+    to_ours,
+    to_peer,
+)
+from ddpm_jax.models.clip import CLIP, VisionTransformer
+from ddpm_jax.models.text_encoder import TextEncoder
+from ddpm_jax.models.transformer import gelu, quick_gelu
+
+Dialect = Literal["openai", "hf"]
+ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": gelu}
+# Buffers: OpenAI's archives carry three numbers, old files of transformers the positions 0, 1, 2, ...
+_IGNORED = (
+    *("input_resolution", "context_length", "vocab_size"),
+    *("text_model.embeddings.position_ids", "vision_model.embeddings.position_ids"),
+)
+MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+
+
+class LoadedCLIP(NamedTuple):
+    """A network and its parameters, and the dialect that they came in."""
+
+    model: CLIP
+    params: dict[str, Any]
+    dialect: Dialect
+
+
+class _Names(NamedTuple):
+    """One dialect."""
+
+    token: str
+    text_position: str
+    text_block: str
+    text_ln: str
+    text_projection: Callable[[str], list[Entry]]
+    vision_class: str
+    vision_position: str
+    patch: str
+    ln_pre: str
+    vision_block: str
+    ln_post: str
+    image_projection: Callable[[str], list[Entry]]
+    qkv: tuple[str, ...]
+    out: str
+    ln_1: str
+    ln_2: str
+    mlp: tuple[str, str]
+
+
+NAMES = {
+    "openai": _Names(
+        "token_embedding.weight", "positional_embedding", "transformer.resblocks.#", "ln_final",
+        lambda ours: [Entry(f"{ours}/kernel", ("text_projection",), SAME)],
+        "visual.class_embedding", "visual.positional_embedding", "visual.conv1.weight", "visual.ln_pre",
+        "visual.transformer.resblocks.#", "visual.ln_post",
+        lambda ours: [Entry(f"{ours}/kernel", ("visual.proj",), SAME)],
+        ("attn.in_proj_",), "attn.out_proj", "ln_1", "ln_2", ("mlp.c_fc", "mlp.c_proj"),
+    ),
+    "hf": _Names(
+        "text_model.embeddings.token_embedding.weight", "text_model.embeddings.position_embedding.weight",
+        "text_model.encoder.layers.#", "text_model.final_layer_norm",
+        lambda ours: dense(ours, "text_projection", bias=False),
+        "vision_model.embeddings.class_embedding", "vision_model.embeddings.position_embedding.weight",
+        "vision_model.embeddings.patch_embedding.weight", "vision_model.pre_layrnorm",
+        "vision_model.encoder.layers.#", "vision_model.post_layernorm",
+        lambda ours: dense(ours, "visual_projection", bias=False),
+        ("self_attn.q_proj.", "self_attn.k_proj.", "self_attn.v_proj."), "self_attn.out_proj",
+        "layer_norm1", "layer_norm2", ("mlp.fc1", "mlp.fc2"),
+    ),
+}  # fmt: skip
+
+
+def end_mask(tokens: jax.Array, end: int | None = None) -> jax.Array:
+    """Return the mask that `CLIP.encode_text` wants, bool[B, L]: True up to the end token.
+
+    tokens: int32[B, L]. end: the first token of this id is the end (transformers, when eos_token_id is not 2); None
+    takes the largest id (OpenAI, open_clip, and transformers' configs that say eos_token_id = 2).
+    """
+    at = jnp.argmax(tokens if end is None else tokens == end, axis=-1)
+    return jnp.arange(tokens.shape[1])[None] <= at[:, None]
+
+
+def clip_table(dialect: Dialect, text_layers: int | None, vision_layers: int | None) -> list[Entry]:
+    """Return the table of a CLIP with so many layers; None is a tower that is not there."""
+    names = NAMES[dialect]
+
+    def blocks(ours: str, peer: str, layers: int) -> list[Entry]:
+        return [entry for i in range(layers) for entry in _block(f"{ours}/block_{i}", peer.replace("#", str(i)), names)]
+
+    # A tower alone has no temperature: ours has then the one that training starts from.
+    alone = text_layers is None or vision_layers is None
+    start = Layout(lambda: np.float32(math.log(1 / 0.07)), lambda x: ())
+    table = [Entry("log_scale", (), start) if alone else Entry("log_scale", ("logit_scale",), SAME)]
+    if text_layers is not None:
+        table += [
+            Entry("text/token/embedding", (names.token,), SAME),
+            Entry("text/position", (names.text_position,), SAME),
+            *blocks("text/transformer", names.text_block, text_layers),
+            *norm("text/ln_final", names.text_ln),
+            *names.text_projection("text_projection"),
+        ]
+    if vision_layers is not None:
+        table += [
+            Entry("vision/class", (names.vision_class,), SAME),
+            Entry("vision/position", (names.vision_position,), SAME),
+            Entry("vision/patch/kernel", (names.patch,), KERNEL),
+            *norm("vision/ln_pre", names.ln_pre),
+            *blocks("vision/transformer", names.vision_block, vision_layers),
+            *norm("vision/ln_post", names.ln_post),
+            *names.image_projection("image_projection"),
+        ]
+    return table
+
+
+def _block(ours: str, peer: str, names: _Names) -> list[Entry]:
+    parts = len(names.qkv)
+    return [
+        *norm(f"{ours}/ln_1", f"{peer}.{names.ln_1}"),
+        Entry(f"{ours}/qkv/kernel", tuple(f"{peer}.{part}weight" for part in names.qkv), joined(TURNED, parts)),
+        Entry(f"{ours}/qkv/bias", tuple(f"{peer}.{part}bias" for part in names.qkv), joined(SAME, parts)),
+        *dense(f"{ours}/out", f"{peer}.{names.out}"),
+        *norm(f"{ours}/ln_2", f"{peer}.{names.ln_2}"),
+        *dense(f"{ours}/mlp_1", f"{peer}.{names.mlp[0]}"),
+        *dense(f"{ours}/mlp_2", f"{peer}.{names.mlp[1]}"),
+    ]
+
+
+def load_clip(
+    tensors: Mapping[str, np.ndarray],
+    *,
+    head_width: int | tuple[int, int] = 64,
+    activation: Literal["quick_gelu", "gelu"] = "quick_gelu",
+    dtype: Any = jnp.float32,
+) -> LoadedCLIP:
+    """Make a CLIP of a peer's tensors.
+
+    Args:
+        tensors: as `read_tensors` gives them: OpenAI's archive or state_dict, open_clip's state_dict, or transformers'
+            CLIPModel, CLIPTextModelWithProjection or CLIPVisionModelWithProjection, of which the last two give a CLIP
+            with one tower.
+        head_width: of attention; a pair is of the text and of the vision transformer.
+        activation: "quick_gelu" for OpenAI's weights and open_clip's "-quickgelu" ones, "gelu" for the others.
+        dtype: in which the network computes; parameters are float32.
+
+    Raises:
+        ConvertError: if the tensors are not those of such a CLIP; it lists which.
+    """
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"{activation=} must be one of {', '.join(ACTIVATIONS)}")
+    tensors = _with_prefix(tensors)
+    dialect = "hf" if NAMES["hf"].token in tensors or NAMES["hf"].patch in tensors else "openai"
+    names, options = NAMES[dialect], {"activation": ACTIVATIONS[activation], "dtype": dtype}
+    text_head, vision_head = (head_width, head_width) if isinstance(head_width, int) else head_width
+    text = vision = None
+    if names.token in tensors:
+        text = _text_encoder(tensors, names, text_head, options)
+    if names.patch in tensors:
+        vision = _vision_transformer(tensors, names, vision_head, options)
+    if (text is None and vision is None) or (dialect == "openai" and (text is None or vision is None)):
+        missing = names.token if text is None else names.patch
+        raise ConvertError(f"the file is not of a CLIP with a vision transformer: it lacks {missing}")
+    projection = ("text_projection", "text_projection.weight", "visual_projection.weight")
+    found = [tensors[name] for name in projection if name in tensors]
+    if not found:
+        raise ConvertError(f"the file is not of a CLIP: it lacks {projection[0 if dialect == 'openai' else 1]}")
+    model = CLIP(vision, text, found[0].shape[-1 if dialect == "openai" else 0])
+    layers = [None if tower is None else tower.layers for tower in (text, vision)]
+    return LoadedCLIP(model, to_ours(clip_table(dialect, *layers), tensors, _shapes(model), ignored=_IGNORED), dialect)
+
+
+def _with_prefix(tensors: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+    """Give a tower of transformers 5, saved alone, the names that it has in a whole CLIP."""
+    for mark, prefix in (("token_embedding", "text_model."), ("patch_embedding", "vision_model.")):
+        if f"embeddings.{mark}.weight" in tensors:
+            return {name if "projection" in name else prefix + name: array for name, array in tensors.items()}
+    return tensors
+
+
+def _text_encoder(tensors: Mapping[str, np.ndarray], names: _Names, head: int, options: dict) -> TextEncoder:
+    if names.text_position not in tensors:
+        raise ConvertError(f"the file is not of a CLIP: it lacks {names.text_position}")
+    (vocab_size, width), context = tensors[names.token].shape, len(tensors[names.text_position])
+    return TextEncoder(
+        vocab_size, context, width, count(tensors, names.text_block), _heads(width, head, "text"), **options
+    )
+
+
+def _vision_transformer(tensors: Mapping[str, np.ndarray], names: _Names, head: int, options: dict) -> Any:
+    if names.vision_position not in tensors:
+        raise ConvertError(f"the file is not of a CLIP with a vision transformer: it lacks {names.vision_position}")
+    width, _, patch, _ = tensors[names.patch].shape
+    side = round((len(tensors[names.vision_position]) - 1) ** 0.5)
+    layers = count(tensors, names.vision_block)
+    return VisionTransformer(patch * side, patch, width, layers, _heads(width, head, "vision"), **options)
+
+
+def _heads(width: int, head_width: int, tower: str) -> int:
+    if width % head_width:
+        raise ValueError(f"{head_width=} must divide the {tower} width, which is {width}")
+    return width // head_width
+
+
+def export_clip(params: Mapping[str, Any], dialect: Dialect) -> dict[str, np.ndarray]:
+    """Return a peer's tensors, float32; they load strictly there. Either dialect may be asked of any CLIP.
+
+    Raises:
+        ValueError: for another dialect, or a CLIP with a convolutional stem, which no peer has.
+    """
+    if dialect not in NAMES:
+        raise ValueError(f"{dialect=} must be one of {', '.join(NAMES)}")
+    if any(name.startswith("stem") for name in params.get("vision", {})):
+        raise ValueError("a CLIP with a stem of convolutions has no counterpart in another library")
+    layers = [len(params[tower]["transformer"]) if tower in params else None for tower in ("text", "vision")]
+    return to_peer(clip_table(dialect, *layers), params)
+
+
+def _shapes(model: CLIP) -> Any:
+    spec = lambda *shape, dtype=jnp.float32: jax.ShapeDtypeStruct(shape, dtype)  # noqa: E731
+    shapes = {}
+    if model.vision is not None:
+        images = spec(1, model.vision.image_size, model.vision.image_size, 3)
+        shapes |= jax.eval_shape(lambda key, x: model.init(key, x, method="encode_image"), jax.random.key(0), images)
+    params = dict(shapes.get("params", {}))
+    if model.text is not None:
+        tokens = spec(1, model.text.context, dtype=jnp.int32), spec(1, model.text.context, dtype=jnp.bool_)
+        made = jax.eval_shape(lambda key, *x: model.init(key, *x, method="encode_text"), jax.random.key(0), *tokens)
+        params |= made["params"]
+    return params

@@ -1,0 +1,233 @@
+"""The U-Nets and classifiers of guided diffusion (ADM) and improved diffusion, in OpenAI's layout.
+
+A file holds names and shapes, which do not say where a level ends, how wide a head is, or in which order attention
+keeps queries, keys and values: head by head (all published networks but one) or all queries first (the 64 x 64 model
+of ADM). The wrong order gives a network that runs and draws noise. So the network is an argument, and `PUBLISHED` has
+those that OpenAI released; every tensor of the file must then find its place.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ddpm_jax.interop.table import KERNEL, SAME, Entry, Layout, dense, norm, to_ours, to_peer
+from ddpm_jax.models.adm import Classifier, ClassUNet, SuperUNet
+from ddpm_jax.models.unet import UNet
+
+POINTWISE = Layout(lambda x: x[..., 0].T, lambda x: (x.T[..., None],))  # a convolution of width one: [O, I, 1]
+_MULT = {
+    64: (1, 2, 3, 4), 128: (1, 1, 2, 3, 4), 256: (1, 1, 2, 2, 4, 4), 512: (0.5, 1, 1, 2, 2, 4, 4),
+}  # fmt: skip
+
+
+class Published(NamedTuple):
+    """A released network: how it is built, the sizes of its pictures, and what its file does not say."""
+
+    model: Callable[[], nn.Module]
+    image_size: int
+    new_attention_order: bool = False
+    schedule: str = "linear"
+    low_size: int | None = None
+
+
+def _unet(
+    size: int, channels: int = 256, blocks: int = 2, *, attention: tuple[int, ...] = (32, 16, 8), **options
+) -> UNet:
+    return UNet(channels, 6, _MULT[size], blocks, attention, **options)
+
+
+def _classifier(size: int, blocks: int = 2) -> Classifier:
+    return Classifier(128, 1000, size, _MULT[size], blocks)
+
+
+PUBLISHED = {
+    "64x64_diffusion": Published(lambda: ClassUNet(_unet(64, 192, 3, dropout=0.1), 1000), 64, True, "cosine"),
+    "128x128_diffusion": Published(lambda: ClassUNet(_unet(128, heads=4), 1000), 128),
+    "256x256_diffusion": Published(lambda: ClassUNet(_unet(256), 1000), 256),
+    "256x256_diffusion_uncond": Published(lambda: _unet(256), 256),
+    "512x512_diffusion": Published(lambda: ClassUNet(_unet(512), 1000), 512),
+    "64_256_upsampler": Published(lambda: SuperUNet(_unet(256, 192, heads=4), 1000), 256, low_size=64),
+    "128_512_upsampler": Published(lambda: SuperUNet(UNet(192, 6, _MULT[256], 2, (32, 16)), 1000), 512, low_size=128),
+    "lsun": Published(lambda: _unet(256, dropout=0.1), 256),
+    "64x64_classifier": Published(lambda: _classifier(64, 4), 64, schedule="cosine"),
+    "128x128_classifier": Published(lambda: _classifier(128), 128),
+    "256x256_classifier": Published(lambda: _classifier(256), 256),
+    "512x512_classifier": Published(lambda: _classifier(512), 512),
+}
+
+
+def load_guided(
+    tensors: Mapping[str, np.ndarray], model: nn.Module, *, image_size: int, new_attention_order: bool = False
+) -> dict[str, Any]:
+    """Return the parameters of a network, float32.
+
+    Args:
+        tensors: as `read_tensors` gives them.
+        model: a `UNet`, `ClassUNet`, `SuperUNet` or `Classifier`, built as the published one was; with
+            conv_resample=True for improved diffusion, and for guided diffusion without resblock_updown.
+        image_size: of the pictures, in pixels.
+        new_attention_order: the flag of that name (use_new_attention_order).
+
+    Raises:
+        ConvertError: if the tensors are not those of the network; it lists which.
+    """
+    return to_ours(guided_table(model, image_size, new_attention_order), tensors, _shapes(model, image_size))
+
+
+def export_guided(
+    params: Mapping[str, Any], model: nn.Module, *, image_size: int, new_attention_order: bool = False
+) -> dict[str, np.ndarray]:
+    """Return OpenAI's tensors, float32: the inverse of `load_guided`, bit for bit."""
+    return to_peer(guided_table(model, image_size, new_attention_order), params)
+
+
+def guided_table(model: nn.Module, image_size: int, new_attention_order: bool = False) -> list[Entry]:
+    """Return the table of a network."""
+    net = model.unet if isinstance(model, (ClassUNet, SuperUNet)) else model
+    ours = "" if net is model else "unet/"
+    table = [*dense(f"{ours}time/dense_0", "time_embed.0"), *dense(f"{ours}time/dense_1", "time_embed.2")]
+    if getattr(model, "num_classes", None) is not None and not isinstance(model, Classifier):
+        table.append(Entry("label/embedding", ("label_emb.weight",), SAME))
+    table += _conv(f"{ours}in_conv", "input_blocks.0.0")
+    for name, peer, kind, widths in _blocks(net, image_size):
+        if kind == "attention":
+            heads = net.heads or widths[0] // net.head_channels
+            table += _attention(f"{ours}{name}", peer, heads, new_attention_order)
+        elif kind == "resample":
+            table += _conv(f"{ours}{name}/conv", peer)
+        else:
+            table += _res(f"{ours}{name}", peer, widths[0] != widths[1])
+    return table + (_head(net) if isinstance(net, Classifier) else _out(ours))
+
+
+class _Block(NamedTuple):
+    ours: str
+    peer: str
+    kind: str
+    widths: tuple[int, int]  # of its input and its output
+
+
+def _blocks(net: UNet | Classifier, image_size: int) -> list[_Block]:
+    """Walk the network as OpenAI's constructor does, numbering the lists of blocks that it makes."""
+    width = [int(net.channels * mult) for mult in net.channel_mult]
+    last, blocks, number = len(width) - 1, [], 1
+    here, skips = width[0], [width[0]]
+
+    def add(ours: str, peer: str, out: int, wanted: bool, here: int) -> int:
+        blocks.append(_Block(ours, f"{peer}.0", "res", (here, out)))
+        if wanted:
+            blocks.append(_Block(f"{ours}_attn", f"{peer}.1", "attention", (out, out)))
+        return out
+
+    def sample(ours: str, peer: str, here: int) -> None:
+        kind = "resample" if net.conv_resample else "res"
+        suffix = (".op" if ours.startswith("down") else ".conv") if net.conv_resample else ""
+        blocks.append(_Block(ours, peer + suffix, kind, (here, here)))
+
+    attends = [image_size >> level in net.attention_resolutions for level in range(len(width))]
+    for level, out in enumerate(width):
+        for i in range(net.num_res_blocks):
+            here = add(f"down_{level}_{i}", f"input_blocks.{number}", out, attends[level], here)
+            skips.append(here)
+            number += 1
+        if level != last:
+            sample(f"down_{level}_sample", f"input_blocks.{number}.0", here)
+            skips.append(here)
+            number += 1
+    blocks.append(_Block("mid_0", "middle_block.0", "res", (here, here)))
+    blocks.append(_Block("mid_attn", "middle_block.1", "attention", (here, here)))
+    blocks.append(_Block("mid_1", "middle_block.2", "res", (here, here)))
+    if isinstance(net, Classifier):
+        return blocks
+    number = 0
+    for level in range(last, -1, -1):
+        for i in range(net.num_res_blocks + 1):
+            before = here + skips.pop()
+            here = add(f"up_{level}_{i}", f"output_blocks.{number}", width[level], attends[level], before)
+            if level and i == net.num_res_blocks:
+                sample(f"up_{level}_sample", f"output_blocks.{number}.{1 + attends[level]}", here)
+            number += 1
+    return blocks
+
+
+POINTWISE = Layout(
+    lambda x: x[..., 0].T, lambda x: (x.T[..., None],)
+)  # a convolution of width one: [O, I, 1] -> [I, O]
+
+
+def _conv(ours: str, peer: str) -> list[Entry]:
+    return [Entry(f"{ours}/kernel", (f"{peer}.weight",), KERNEL), Entry(f"{ours}/bias", (f"{peer}.bias",), SAME)]
+
+
+def _pointwise(ours: str, peer: str, layout: Layout = POINTWISE, bias: Layout = SAME) -> list[Entry]:
+    return [Entry(f"{ours}/kernel", (f"{peer}.weight",), layout), Entry(f"{ours}/bias", (f"{peer}.bias",), bias)]
+
+
+def _res(ours: str, peer: str, has_skip: bool) -> list[Entry]:
+    return [
+        *norm(f"{ours}/norm_1", f"{peer}.in_layers.0"),
+        *_conv(f"{ours}/conv_1", f"{peer}.in_layers.2"),
+        *dense(f"{ours}/emb", f"{peer}.emb_layers.1"),
+        *norm(f"{ours}/norm_2", f"{peer}.out_layers.0"),
+        *_conv(f"{ours}/conv_2", f"{peer}.out_layers.3"),
+        *(_conv(f"{ours}/skip", f"{peer}.skip_connection") if has_skip else ()),
+    ]
+
+
+def _attention(ours: str, peer: str, heads: int, new_order: bool) -> list[Entry]:
+    layout, bias = (POINTWISE, SAME) if not new_order else (by_head(POINTWISE, heads), by_head(SAME, heads))
+    return [
+        *norm(f"{ours}/norm", f"{peer}.norm"),
+        *_pointwise(f"{ours}/qkv", f"{peer}.qkv", layout, bias),
+        *_pointwise(f"{ours}/out", f"{peer}.proj_out"),
+    ]
+
+
+def by_head(layout: Layout, heads: int, *, parts: int = 3) -> Layout:
+    """Return the layout that reorders the last axis from [q|k|v][head][d] there to [head][q|k|v][d] here.
+
+    parts: how many stand in place of q, k and v.
+    """
+
+    def turned(x: np.ndarray, first: int, second: int) -> np.ndarray:
+        blocks = x.reshape(*x.shape[:-1], first, second, x.shape[-1] // (first * second))
+        return blocks.swapaxes(-3, -2).reshape(x.shape)
+
+    def read(*tensors: np.ndarray) -> np.ndarray:
+        return turned(layout.read(*tensors), parts, heads)
+
+    return Layout(read, lambda x: layout.write(turned(x, heads, parts)))
+
+
+def _out(ours: str) -> list[Entry]:
+    return [*norm(f"{ours}out_norm", "out.0"), *_conv(f"{ours}out_conv", "out.2")]
+
+
+def _head(net: Classifier) -> list[Entry]:
+    turned = Layout(lambda x: x.T, lambda x: (x.T,))
+    flat = Layout(lambda x: x[..., 0, 0].T, lambda x: (x.T[..., None, None],))
+    return {
+        "attention": [
+            *norm("out_norm", "out.0"),
+            Entry("pool/position", ("out.2.positional_embedding",), turned),
+            *_pointwise("pool/qkv", "out.2.qkv_proj"),
+            *_pointwise("pool/out", "out.2.c_proj"),
+        ],
+        "adaptive": [*norm("out_norm", "out.0"), *_pointwise("out", "out.3", flat)],
+        "spatial": [*dense("hidden", "out.0"), *dense("out", "out.2")],
+        "spatial_v2": [*dense("hidden", "out.0"), *norm("out_norm", "out.1"), *dense("out", "out.3")],
+    }[net.pool]
+
+
+def _shapes(model: nn.Module, image_size: int) -> Any:
+    spec = lambda *shape, dtype=jnp.float32: jax.ShapeDtypeStruct(shape, dtype)  # noqa: E731
+    inputs = [spec(1, image_size, image_size, 3), spec(1)]
+    if isinstance(model, SuperUNet):
+        inputs.append(spec(1, image_size // 4, image_size // 4, 3))
+    if isinstance(model, ClassUNet) or (isinstance(model, SuperUNet) and model.num_classes is not None):
+        inputs.append(spec(1, dtype=jnp.int32))
+    return jax.eval_shape(model.init, jax.random.key(0), *inputs)["params"]

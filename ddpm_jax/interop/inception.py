@@ -1,0 +1,53 @@
+"""FID's Inception network from the files that carry its weights in PyTorch.
+
+The one that torch-fidelity and pytorch-fid download is pt_inception-2015-12-05-6726825d.pth.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import flax.traverse_util
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ddpm_jax.interop.table import KERNEL, SAME, TURNED, ConvertError, Entry, to_ours, to_peer
+from ddpm_jax.models.inception import SIZE, Inception
+
+_NORM = {"scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}
+
+
+def load_inception(tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """Return the parameters of `Inception`, float32.
+
+    Args:
+        tensors: as `read_tensors` gives them.
+
+    Raises:
+        ConvertError: if the tensors are not those of the network; it lists which.
+    """
+    if "Mixed_7c.branch_pool.conv.weight" not in tensors:
+        raise ConvertError("the file is not of FID's Inception network: it lacks Mixed_7c.branch_pool.conv.weight")
+    counters = [name for name in tensors if name.endswith(".num_batches_tracked")]
+    return to_ours(inception_table(), tensors, _shapes(), ignored=counters)
+
+
+def export_inception(params: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """Return the file's tensors, float32, without PyTorch's counters of batches."""
+    return to_peer(inception_table(), params)
+
+
+def inception_table() -> list[Entry]:
+    """Return the table; our names are the file's."""
+    table = [Entry("fc_kernel", ("fc.weight",), TURNED), Entry("fc_bias", ("fc.bias",), SAME)]
+    for path in flax.traverse_util.flatten_dict(_shapes(), sep="/"):
+        if "/" in path:
+            *place, kind, name = path.split("/")
+            peer, layout = ("weight", KERNEL) if kind == "conv" else (_NORM[name], SAME)
+            table.append(Entry(path, (".".join([*place, kind, peer]),), layout))
+    return table
+
+
+def _shapes() -> Any:
+    picture = jax.ShapeDtypeStruct((1, SIZE, SIZE, 3), jnp.float32)
+    return jax.eval_shape(Inception().init, jax.random.key(0), picture)["params"]

@@ -1,0 +1,277 @@
+"""Karlo, the one released unCLIP (kakaobrain 2022), in the layout of diffusers: prior, decoder, both upsamplers.
+
+Its networks are `DiffusionPrior`, `Decoder` and `Upsampler`. What is told differently there:
+
+- CLIP's embeddings come as the projections give them, not of unit length, and are not scaled before a layer: divide
+  them by sqrt(embed_dim), by which our networks multiply.
+- A caption is dropped by giving the empty one, so there are no learned vectors of dropped text; ours are zeros.
+- The decoder's conditioning is a file of its own there (text_proj).
+- The prior's file holds the mean and the standard deviation of image embeddings, by which what it draws is turned back.
+"""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ddpm_jax.interop.guided import by_head
+from ddpm_jax.interop.table import (
+    KERNEL,
+    SAME,
+    TURNED,
+    ConvertError,
+    Entry,
+    Layout,
+    count,
+    dense,
+    joined,
+    norm,
+    to_ours,
+    to_peer,
+)
+from ddpm_jax.models.decoder import Decoder
+from ddpm_jax.models.prior import DiffusionPrior
+from ddpm_jax.models.transformer import gelu
+from ddpm_jax.models.unet import UNet
+from ddpm_jax.models.upsampler import Upsampler
+
+STATISTICS = ("clip_mean", "clip_std")
+
+
+class LoadedPrior(NamedTuple):
+    """The prior, its parameters, and the statistics of image embeddings, float32[D] each."""
+
+    model: DiffusionPrior
+    params: dict[str, Any]
+    mean: np.ndarray
+    std: np.ndarray
+
+
+def absent(*shape: int) -> Layout:
+    """Return the layout of a parameter that the peer does not have: zeros, and nothing to write."""
+    return Layout(lambda: np.zeros(shape, np.float32), lambda x: ())
+
+
+def _flat(shape: tuple[int, ...]) -> Layout:
+    """Return the layout of a tensor that has axes of length one there."""
+    ours = tuple(size for size in shape if size != 1)
+    return Layout(lambda x: x.reshape(ours), lambda x: (x.reshape(shape),))
+
+
+# ---- The prior -------------------------------------------------------------------------------------------------------
+
+
+def load_prior(tensors: Mapping[str, np.ndarray], *, heads: int = 32, dtype: Any = jnp.float32) -> LoadedPrior:
+    """Make the prior of diffusers' `PriorTransformer`; heads is 32 in Karlo.
+
+    Raises:
+        ConvertError: if the tensors are not those of such a network; it lists which.
+    """
+    for name in ("positional_embedding", "proj_in.weight", *STATISTICS):
+        if name not in tensors:
+            raise ConvertError(f"the file is not of a PriorTransformer: it lacks {name}")
+    _, length, width = tensors["positional_embedding"].shape
+    embed_dim, layers = tensors["proj_in.weight"].shape[1], count(tensors, "transformer_blocks.#")
+    model = DiffusionPrior(embed_dim, length - 4, width, layers, heads, activation=gelu, dtype=dtype)
+    spec = jax.ShapeDtypeStruct
+    text = tensors["encoder_hidden_states_proj.weight"].shape[1]
+    inputs = (
+        spec((1, embed_dim), jnp.float32), spec((1,), jnp.float32), spec((1, embed_dim), jnp.float32),
+        spec((1, length - 4, text), jnp.float32), spec((1, length - 4), jnp.bool_),
+    )  # fmt: skip
+    shapes = jax.eval_shape(model.init, jax.random.key(0), *inputs)["params"]
+    params = to_ours(prior_table(length, width, layers), tensors, shapes, ignored=STATISTICS)
+    mean, std = (np.asarray(tensors[name], np.float32).reshape(-1) for name in STATISTICS)
+    return LoadedPrior(model, params, mean, std)
+
+
+def export_prior(prior: LoadedPrior) -> dict[str, np.ndarray]:
+    """Return the tensors of diffusers' `PriorTransformer`, float32."""
+    length, width = prior.params["position"].shape
+    tensors = to_peer(prior_table(length, width, prior.model.layers), prior.params)
+    return tensors | {"clip_mean": prior.mean[None], "clip_std": prior.std[None]}
+
+
+def prior_table(length: int, width: int, layers: int) -> list[Entry]:
+    """Return the table of a prior of so many positions and layers."""
+    table = [
+        Entry("position", ("positional_embedding",), _flat((1, length, width))),
+        Entry("query", ("prd_embedding",), _flat((1, 1, width))),
+        Entry("null_text", (), absent(width)),
+        *dense("time/dense_0", "time_embedding.linear_1"),
+        *dense("time/dense_1", "time_embedding.linear_2"),
+        *dense("zt_in", "proj_in"),
+        *dense("z_text_in", "embedding_proj"),
+        *dense("text_in", "encoder_hidden_states_proj"),
+        *norm("ln_final", "norm_out"),
+        *dense("out", "proj_to_clip_embeddings"),
+    ]
+    for i in range(layers):
+        ours, peer = f"transformer/block_{i}", f"transformer_blocks.{i}"
+        table += [
+            *norm(f"{ours}/ln_1", f"{peer}.norm1"),
+            *dense(f"{ours}/qkv", *(f"{peer}.attn1.to_{part}" for part in "qkv")),
+            *dense(f"{ours}/out", f"{peer}.attn1.to_out.0"),
+            *norm(f"{ours}/ln_2", f"{peer}.norm3"),
+            *dense(f"{ours}/mlp_1", f"{peer}.ff.net.0.proj"),
+            *dense(f"{ours}/mlp_2", f"{peer}.ff.net.2"),
+        ]
+    return table
+
+
+# ---- The decoder and what it is told ---------------------------------------------------------------------------------
+
+
+def load_decoder(
+    unet: Mapping[str, np.ndarray], text_proj: Mapping[str, np.ndarray], model: Decoder, *, image_size: int = 64
+) -> dict[str, Any]:
+    """Return the parameters of a decoder.
+
+    Args:
+        unet, text_proj: the tensors of diffusers' UNet2DConditionModel and UnCLIPTextProjModel.
+        model: the network; `DECODER()` is Karlo's.
+        image_size: of its pictures.
+
+    Raises:
+        ConvertError: if the tensors are not those of the network; it lists which.
+    """
+    tensors = {f"unet.{name}": array for name, array in unet.items()}
+    tensors |= {f"text_proj.{name}": array for name, array in text_proj.items()}
+    return to_ours(decoder_table(model, image_size), tensors, _decoder_shapes(model, text_proj, image_size))
+
+
+def export_decoder(
+    params: Mapping[str, Any], model: Decoder, *, image_size: int = 64
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Return diffusers' tensors of the U-Net and of text_proj: the inverse of `load_decoder`, bit for bit."""
+    tensors = to_peer(decoder_table(model, image_size), params)
+    part = lambda prefix: {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}  # noqa: E731
+    return part("unet."), part("text_proj.")
+
+
+def decoder_table(model: Decoder, image_size: int) -> list[Entry]:
+    """Return the table of a decoder."""
+    tokens = by_head(TURNED, model.image_tokens, parts=model.context_width)  # the token is the fastest axis there
+    bias = by_head(SAME, model.image_tokens, parts=model.context_width)
+    peer = "text_proj.clip_extra_context_tokens_proj"
+    return [
+        Entry("null_image", ("text_proj.learned_classifier_free_guidance_embeddings",), SAME),
+        Entry("null_text", (), absent(4 * model.unet.channels)),
+        *dense("text_emb", "text_proj.embedding_proj"),
+        *dense("image_emb", "text_proj.clip_image_embeddings_project_to_time_embeddings"),
+        Entry("image_tokens_in/kernel", (f"{peer}.weight",), tokens),
+        Entry("image_tokens_in/bias", (f"{peer}.bias",), bias),
+        *dense("text_in", "text_proj.encoder_hidden_states_proj"),
+        *norm("text_ln", "text_proj.text_encoder_hidden_states_norm"),
+        *unet_table(model.unet, image_size, "unet/", "unet.", context=True),
+    ]
+
+
+def DECODER(**options: Any) -> Decoder:  # noqa: N802
+    """Return Karlo's decoder, 64 x 64."""
+    unet = UNet(320, 6, (1, 2, 3, 4), 3, (32, 16, 8), 64, **options)
+    return Decoder(unet, 768, 1536, dtype=unet.dtype)
+
+
+def _decoder_shapes(model: Decoder, text_proj: Mapping[str, np.ndarray], size: int) -> Any:
+    spec = lambda *shape, dtype=jnp.float32: jax.ShapeDtypeStruct(shape, dtype)  # noqa: E731
+    width = text_proj["encoder_hidden_states_proj.weight"].shape[1]
+    inputs = (
+        spec(1, size, size, 3), spec(1), spec(1, model.embed_dim), spec(1, model.embed_dim),
+        spec(1, 5, width), spec(1, 5, dtype=jnp.bool_),
+    )  # fmt: skip
+    return jax.eval_shape(model.init, jax.random.key(0), *inputs)["params"]
+
+
+# ---- The upsamplers --------------------------------------------------------------------------------------------------
+
+
+def load_upsampler(tensors: Mapping[str, np.ndarray], model: Upsampler, *, image_size: int = 256) -> dict[str, Any]:
+    """Return the parameters of one of the two upsamplers (UNet2DModel); `UPSAMPLER()` is the network of both.
+
+    Raises:
+        ConvertError: if the tensors are not those of the network; it lists which.
+    """
+    spec = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)  # noqa: E731
+    inputs = spec(1, image_size, image_size, 3), spec(1), spec(1, image_size // 4, image_size // 4, 3)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), *inputs)["params"]
+    return to_ours(unet_table(model.unet, image_size, "unet/", ""), tensors, shapes)
+
+
+def export_upsampler(params: Mapping[str, Any], model: Upsampler, *, image_size: int = 256) -> dict[str, np.ndarray]:
+    """Return diffusers' tensors: the inverse of `load_upsampler`, bit for bit."""
+    return to_peer(unet_table(model.unet, image_size, "unet/", ""), params)
+
+
+def UPSAMPLER(**options: Any) -> Upsampler:  # noqa: N802
+    """Return Karlo's upsampler, 64 to 256, whose time embedding is added and not a scale and a shift."""
+    return Upsampler(UNet(320, 3, (1, 2, 3, 4), 3, (), scale_shift=False, mid_attention=False, **options))
+
+
+# ---- The U-Net -------------------------------------------------------------------------------------------------------
+
+
+def unet_table(net: UNet, image_size: int, ours: str, peer: str, *, context: bool = False) -> list[Entry]:
+    """Return the table of a U-Net in diffusers' names; with context, its attention also reads one."""
+    conv = lambda a, b: [Entry(f"{ours}{a}/kernel", (f"{peer}{b}.weight",), KERNEL),  # noqa: E731
+                         Entry(f"{ours}{a}/bias", (f"{peer}{b}.bias",), SAME)]  # fmt: skip
+    width = [int(net.channels * mult) for mult in net.channel_mult]
+    last, skips, table = len(width) - 1, [width[0]], []
+
+    def res(a: str, b: str, before: int, after: int) -> int:
+        table.extend(norm(f"{ours}{a}/norm_1", f"{peer}{b}.norm1") + conv(f"{a}/conv_1", f"{b}.conv1"))
+        table.extend(dense(f"{ours}{a}/emb", f"{peer}{b}.time_emb_proj"))
+        table.extend(norm(f"{ours}{a}/norm_2", f"{peer}{b}.norm2") + conv(f"{a}/conv_2", f"{b}.conv2"))
+        table.extend(conv(f"{a}/skip", f"{b}.conv_shortcut") if before != after else ())
+        return after
+
+    def attend(a: str, b: str, channels: int, wanted: bool) -> None:
+        if wanted:
+            table.extend(_attention(f"{ours}{a}", f"{peer}{b}", channels // net.head_channels, context))
+
+    here, attends = width[0], [image_size >> level in net.attention_resolutions for level in range(len(width))]
+    for level, out in enumerate(width):
+        for i in range(net.num_res_blocks):
+            here = res(f"down_{level}_{i}", f"down_blocks.{level}.resnets.{i}", here, out)
+            attend(f"down_{level}_{i}_attn", f"down_blocks.{level}.attentions.{i}", out, attends[level])
+            skips.append(here)
+        if level != last:
+            skips.append(res(f"down_{level}_sample", f"down_blocks.{level}.downsamplers.0", here, here))
+    res("mid_0", "mid_block.resnets.0", here, here)
+    attend("mid_attn", "mid_block.attentions.0", here, net.mid_attention)
+    res("mid_1", "mid_block.resnets.1", here, here)
+    for level in range(last, -1, -1):
+        for i in range(net.num_res_blocks + 1):
+            block = f"up_blocks.{last - level}"
+            here = res(f"up_{level}_{i}", f"{block}.resnets.{i}", here + skips.pop(), width[level])
+            attend(f"up_{level}_{i}_attn", f"{block}.attentions.{i}", here, attends[level])
+        if level:
+            res(f"up_{level}_sample", f"up_blocks.{last - level}.upsamplers.0", here, here)
+    return [
+        *dense(f"{ours}time/dense_0", f"{peer}time_embedding.linear_1"),
+        *dense(f"{ours}time/dense_1", f"{peer}time_embedding.linear_2"),
+        *conv("in_conv", "conv_in"),
+        *table,
+        *norm(f"{ours}out_norm", f"{peer}conv_norm_out"),
+        *conv("out_conv", "conv_out"),
+    ]
+
+
+def _attention(ours: str, peer: str, heads: int, context: bool) -> list[Entry]:
+    """Return the entries of attention whose queries, keys and values are layers of their own there."""
+
+    def fused(name: str, parts: list[str]) -> list[Entry]:
+        def entry(here: str, there: str, layout: Layout) -> Entry:
+            layout = by_head(joined(layout, len(parts)), heads, parts=len(parts))
+            return Entry(f"{ours}/{name}/{here}", tuple(f"{peer}.{part}.{there}" for part in parts), layout)
+
+        return [entry("kernel", "weight", TURNED), entry("bias", "bias", SAME)]
+
+    return [
+        *norm(f"{ours}/norm", f"{peer}.group_norm"),
+        *fused("qkv", ["to_q", "to_k", "to_v"]),
+        *(fused("context_kv", ["add_k_proj", "add_v_proj"]) if context else ()),
+        *dense(f"{ours}/out", f"{peer}.to_out.0"),
+    ]

@@ -1,0 +1,136 @@
+"""A table of names and layouts, read in both directions: from a peer's tensors to our parameters and back.
+
+A family (`interop.clip`, ...) lists an `Entry` for every parameter of ours. Reading consumes each tensor of the file
+exactly once; what is missing, unknown, misshapen or not finite is an error that lists it, before anything is returned.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import flax.traverse_util
+import numpy as np
+
+from ddpm_jax.interop.mapping import forget
+
+
+class ConvertError(ValueError):
+    """A checkpoint does not fit the network it is read as; the message lists what does not."""
+
+
+class Layout(NamedTuple):
+    """How a parameter of ours lies in a peer: from its tensors, and back to them."""
+
+    read: Callable[..., np.ndarray]
+    write: Callable[[np.ndarray], tuple[np.ndarray, ...]]
+
+
+class Entry(NamedTuple):
+    """One parameter: its path here, the peer's names for it, and the layout."""
+
+    ours: str
+    peer: tuple[str, ...]
+    layout: Layout
+
+
+SAME = Layout(lambda x: x, lambda x: (x,))
+TURNED = Layout(lambda x: x.T, lambda x: (x.T,))  # a dense layer: [out, in] -> [in, out]
+KERNEL = Layout(lambda x: x.transpose(2, 3, 1, 0), lambda x: (x.transpose(3, 2, 0, 1),))  # OIHW -> HWIO
+
+
+def joined(layout: Layout, count: int) -> Layout:
+    """Return the layout of `count` tensors that are one parameter here, side by side along the last axis."""
+    return Layout(
+        lambda *parts: np.concatenate([layout.read(part) for part in parts], axis=-1),
+        lambda x: tuple(layout.write(part)[0] for part in np.split(x, count, axis=-1)),
+    )
+
+
+def dense(ours: str, *peer: str, bias: bool = True) -> list[Entry]:
+    """Return the entries of a dense layer, made of one or more layers of the peer."""
+    entries = [Entry(f"{ours}/kernel", tuple(f"{name}.weight" for name in peer), joined(TURNED, len(peer)))]
+    if bias:
+        entries.append(Entry(f"{ours}/bias", tuple(f"{name}.bias" for name in peer), joined(SAME, len(peer))))
+    return entries
+
+
+def norm(ours: str, peer: str) -> list[Entry]:
+    """Return the entries of a layer or group norm."""
+    return [Entry(f"{ours}/scale", (f"{peer}.weight",), SAME), Entry(f"{ours}/bias", (f"{peer}.bias",), SAME)]
+
+
+def to_ours(
+    table: Sequence[Entry],
+    tensors: Mapping[str, np.ndarray],
+    shapes: Mapping[str, Any],
+    *,
+    ignored: Iterable[str] = (),
+) -> dict[str, Any]:
+    """Return the parameters that a peer's tensors are, float32.
+
+    Args:
+        table: an entry for every parameter.
+        tensors: name -> array, as `read_tensors` gives them.
+        shapes: our parameters' tree, of anything with a shape (`jax.eval_shape` of an init).
+        ignored: names that the file may hold besides, such as buffers that the architecture implies.
+
+    Raises:
+        ConvertError: if a tensor is missing, unknown, of another shape or not finite; all of them are listed.
+    """
+    wanted = flax.traverse_util.flatten_dict(dict(shapes), sep="/")
+    listed = [entry.ours for entry in table]
+    if sorted(listed) != sorted(wanted):
+        raise AssertionError(f"the table is not that of the network: {sorted(set(listed) ^ set(wanted))}")
+    names = {name for entry in table for name in entry.peer}
+    problems = _listed("lacks", [name for name in names if name not in tensors])
+    problems += _listed("has, unknown to this network,", set(tensors) - names - set(ignored))
+    found, shapeless, infinite = {}, [], []
+    for entry in table:
+        if any(name not in tensors for name in entry.peer):
+            continue
+        try:
+            array = entry.layout.read(*(tensors[name] for name in entry.peer))
+        except ValueError:
+            array = None
+        if array is None or array.shape != wanted[entry.ours].shape:
+            has = " and ".join(f"{name} {list(tensors[name].shape)}" for name in entry.peer)
+            shapeless.append(f"{has} (for a parameter of shape {list(wanted[entry.ours].shape)})")
+            continue
+        # A copy even where nothing moves: the parameters must not hang on the file.
+        found[entry.ours] = np.array(array, np.float32, order="C")
+        if not np.isfinite(found[entry.ours]).all():
+            infinite += entry.peer
+        for name in entry.peer:
+            forget(tensors[name])
+    problems += _listed("has, of another shape,", shapeless) + _listed("has, not finite,", infinite)
+    if problems:
+        raise ConvertError(f"the file does not fit: it {'; it '.join(problems)}")
+    return flax.traverse_util.unflatten_dict(found, sep="/")
+
+
+def to_peer(table: Sequence[Entry], params: Mapping[str, Any], dtype: Any = np.float32) -> dict[str, np.ndarray]:
+    """Return a peer's tensors: the inverse of `to_ours`, bit for bit in float32."""
+    flat = flax.traverse_util.flatten_dict(dict(params), sep="/")
+    return {
+        name: np.array(array, dtype, order="C")
+        for entry in table
+        for name, array in zip(entry.peer, entry.layout.write(np.asarray(flat[entry.ours])), strict=True)
+    }
+
+
+def count(tensors: Iterable[str], pattern: str) -> int:
+    """Return how many layers a file has: 1 + the largest number where the pattern has a #, or 0."""
+    before, _, after = pattern.partition("#")
+    numbers = [
+        name[len(before) :].split(".", 1)[0]
+        for name in tensors
+        if name.startswith(before) and name[len(before) :].partition(".")[2].startswith(after.removeprefix("."))
+    ]
+    return max((int(number) + 1 for number in numbers if number.isdigit()), default=0)
+
+
+def _listed(what: str, names: Iterable[str], most: int = 8) -> list[str]:
+    names = sorted(names)
+    if not names:
+        return []
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return [f"{what} {', '.join(names[:most])}{more}"]

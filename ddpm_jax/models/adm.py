@@ -1,0 +1,115 @@
+"""The class-conditional U-Net of ADM and the classifier that guides it (Dhariwal & Nichol 2021)."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from ddpm_jax.models.layers import GroupNorm, TimeEmbedding, attention
+from ddpm_jax.models.unet import Parts, UNet, contract
+
+POOLS = ("attention", "adaptive", "spatial", "spatial_v2")
+
+
+class ClassUNet(nn.Module):
+    """A U-Net that is told the class: a learned vector for each is added to the time embedding (improved DDPM, 4).
+
+    For classifier-free guidance give it one class more, and that one as null.
+    """
+
+    unet: UNet
+    num_classes: int
+
+    @nn.compact
+    def __call__(self, xt: jax.Array, t: jax.Array, y: jax.Array, *, train: bool = False) -> jax.Array:
+        """Predict the process' output. xt: float[B, H, W, C]; t: [B]; y: int32[B] in [0, num_classes)."""
+        width = 4 * self.unet.channels
+        init = nn.initializers.normal(1.0)
+        label = nn.Embed(self.num_classes, width, embedding_init=init, dtype=self.unet.dtype, name="label")(y)
+        return self.unet(xt, t, label, train=train)
+
+
+class SuperUNet(nn.Module):
+    """ADM's upsampler: a U-Net that sees the low-resolution picture, resized bilinearly, beside the noised one."""
+
+    unet: UNet
+    num_classes: int | None = None
+
+    @nn.compact
+    def __call__(
+        self, xt: jax.Array, t: jax.Array, low_res: jax.Array, y: jax.Array | None = None, *, train: bool = False
+    ) -> jax.Array:
+        """Predict the process' output. xt: float[B, H, W, C]; low_res: float[B, h, w, C]; y: int32[B] or None."""
+        low = jax.image.resize(low_res, (*xt.shape[:3], low_res.shape[-1]), "linear", antialias=False)
+        x, label = jnp.concatenate([xt, low.astype(xt.dtype)], axis=-1), None
+        if (y is None) != (self.num_classes is None):
+            raise ValueError(f"y is needed if, and only if, the network has classes; num_classes={self.num_classes}")
+        if y is not None:
+            label = nn.Embed(self.num_classes, 4 * self.unet.channels, dtype=self.unet.dtype, name="label")(y)
+        return self.unet(x, t, label, train=train)
+
+
+class Classifier(nn.Module):
+    """The way down of the U-Net, and a head: the logits of the class of a noised picture (ADM 4, appendix H).
+
+    pool: "attention" as published (a query from the mean over positions), "adaptive" (the mean), "spatial" or
+    "spatial_v2" (the means of every block's output, through one hidden layer of 2048, the latter with a norm). The
+    other fields are those of `UNet`.
+    """
+
+    channels: int
+    num_classes: int
+    image_size: int
+    channel_mult: tuple[float, ...] = (1, 1, 2, 2, 4, 4)
+    num_res_blocks: int = 2
+    attention_resolutions: tuple[int, ...] = (32, 16, 8)
+    head_channels: int = 64
+    heads: int | None = None
+    conv_resample: bool = False
+    scale_shift: bool = True
+    pool: str = "attention"
+    dropout: float = 0.0
+    groups: int = 32
+    remat: bool = False
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, t: jax.Array, *, train: bool = False) -> jax.Array:
+        """Return the logits. x: float[B, H, W, C]; t: [B]. float32[B, num_classes]."""
+        if self.pool not in POOLS:
+            raise ValueError(f"pool={self.pool!r} must be one of {', '.join(POOLS)}")
+        if x.shape[1:3] != (self.image_size,) * 2:
+            raise ValueError(f"x has shape {x.shape}; this classifier was built for pictures of {self.image_size}")
+        time = TimeEmbedding(self.channels, 4 * self.channels, self.dtype, name="time")(t)
+        h, skips = contract(Parts(self, time, train, {}), x.astype(self.dtype), True)
+        h = h.astype(jnp.float32)
+        if self.pool.startswith("spatial"):
+            means = [part.astype(jnp.float32).mean((1, 2)) for part in (*skips, h)]
+            h = nn.Dense(2048, name="hidden")(jnp.concatenate(means, axis=-1))
+            h = nn.relu(h) if self.pool == "spatial" else nn.silu(GroupNorm(self.groups, name="out_norm")(h))
+            return nn.Dense(self.num_classes, name="out")(h)
+        h = nn.silu(GroupNorm(self.groups, name="out_norm")(h))
+        if self.pool == "adaptive":
+            return nn.Dense(self.num_classes, kernel_init=nn.initializers.zeros, name="out")(h.mean((1, 2)))
+        return AttentionPool(self.head_channels, self.num_classes, name="pool")(h)
+
+
+class AttentionPool(nn.Module):
+    """CLIP's pooling (Radford et al. 2021, ResNets): the mean over positions asks all positions and itself.
+
+    x: float32[B, H, W, C] -> float32[B, features].
+    """
+
+    head_channels: int
+    features: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        b, height, width, c = x.shape
+        x = x.reshape(b, height * width, c)
+        x = jnp.concatenate([x.mean(1, keepdims=True), x], axis=1)
+        init = nn.initializers.normal(c**-0.5)
+        x = x + self.param("position", init, (x.shape[1], c), jnp.float32)[None]
+        q, k, v = jnp.split(nn.Dense(3 * c, name="qkv")(x).reshape(b, x.shape[1], -1, self.head_channels), 3, axis=2)
+        return nn.Dense(self.features, name="out")(attention(q[:, :1], k, v).reshape(b, c))

@@ -1,0 +1,212 @@
+"""Karlo in diffusers' layout: diffusers' own outputs of networks and of whole pipelines, and the way back."""
+
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from random_weights import random_weights
+
+from ddpm_jax import ancestral_step, example_keys, sample
+from ddpm_jax.interop import karlo
+from ddpm_jax.interop.clip import end_mask, load_clip
+from ddpm_jax.interop.table import ConvertError
+from ddpm_jax.models.decoder import Decoder
+from ddpm_jax.models.unet import UNet
+from ddpm_jax.models.upsampler import Upsampler
+from ddpm_jax.pipelines import karlo as karlo_pipeline
+from ddpm_jax.samplers import loop
+
+PEER = np.load(Path(__file__).parent / "data" / "karlo.npz")
+D = 32
+SMALL = {"channel_mult": (1, 2), "num_res_blocks": 1}
+DECODER = Decoder(UNet(32, 6, attention_resolutions=(8,), head_channels=16, **SMALL), D, 40)
+UPSAMPLER = Upsampler(UNet(32, 3, attention_resolutions=(), scale_shift=False, mid_attention=False, **SMALL))
+
+
+def weights(name, seed=0):
+    return random_weights(json.loads(str(PEER[f"shapes/{name}"])), seed)
+
+
+def given(name):
+    array = PEER[name]
+    return jnp.asarray(array.transpose(0, 2, 3, 1) if array.ndim == 4 else array)
+
+
+def same(one, other):
+    assert set(one) == set(other)
+    for name, array in other.items():
+        np.testing.assert_array_equal(one[name], array, err_msg=name)
+
+
+@pytest.fixture(autouse=True)
+def exact():
+    with jax.default_matmul_precision("highest"):
+        yield
+
+
+def test_the_prior():
+    peer = weights("prior")
+    prior = karlo.load_prior(peer, heads=2)
+    run = jax.jit(lambda p, *inputs: prior.model.apply({"params": p}, *inputs))
+    ours = run(prior.params, given("zt"), given("t"), given("z_text") / D**0.5, given("hidden"), given("mask"))
+    np.testing.assert_allclose(ours, PEER["out/prior"], atol=2e-5)
+    same(karlo.export_prior(prior), peer)
+    np.testing.assert_array_equal(prior.std, peer["clip_std"][0])
+
+
+def test_the_decoder_with_and_without_an_image():
+    unet, text_proj = weights("decoder"), weights("text_proj")
+    params = karlo.load_decoder(unet, text_proj, DECODER, image_size=16)
+    run = jax.jit(lambda p, *inputs: DECODER.apply({"params": p}, *inputs))
+    z_image, z_text = (given(name) / D**0.5 for name in ("z_image", "z_text"))
+    text = z_text, given("hidden"), given("mask")
+    for half, keep in enumerate((False, True)):
+        ours = run(params, given("xt"), given("t"), z_image, *text, jnp.full(2, keep))
+        theirs = PEER["out/decoder"][2 * half : 2 * half + 2].transpose(0, 2, 3, 1)
+        np.testing.assert_allclose(ours, theirs, atol=2e-5)
+    back = karlo.export_decoder(params, DECODER, image_size=16)
+    same(back[0], unet)
+    same(back[1], text_proj)
+
+
+def test_the_upsampler():
+    peer = weights("upsampler")
+    params = karlo.load_upsampler(peer, UPSAMPLER, image_size=32)
+    run = jax.jit(lambda p, *inputs: UPSAMPLER.apply({"params": p}, *inputs))
+    ours = run(params, given("large"), given("t"), given("small"))
+    np.testing.assert_allclose(ours, PEER["out/upsampler"].transpose(0, 2, 3, 1), atol=2e-5)
+    same(karlo.export_upsampler(params, UPSAMPLER, image_size=32), peer)
+
+
+@pytest.fixture(scope="module")
+def pipeline():
+    prior = karlo.load_prior(weights("prior"), heads=2)
+    text, image = (load_clip(weights(name), head_width=(8, 16)) for name in ("text", "vision"))
+    params = {
+        "text": text.params,
+        "image": image.params,
+        "prior": prior.params,
+        "decoder": karlo.load_decoder(weights("decoder"), weights("text_proj"), DECODER, image_size=16),
+        "first": karlo.load_upsampler(weights("upsampler"), UPSAMPLER, image_size=32),
+        "last": karlo.load_upsampler(weights("upsampler", 1), UPSAMPLER, image_size=32),
+    }
+    statistics = jnp.asarray(prior.mean), jnp.asarray(prior.std)
+    return karlo_pipeline.Karlo(text.model, image.model, prior.model, DECODER, UPSAMPLER, params, statistics)
+
+
+@pytest.fixture
+def recorded(monkeypatch):
+    """Transition number i of a stage gets the i-th noise that diffusers drew in it; a stage is told by its shape."""
+
+    def use(which):
+        files = [PEER[f"noise/{which}/{i}"] for i in range(sum(f.startswith(f"noise/{which}/") for f in PEER.files))]
+        stages = [jnp.asarray(np.stack(files[i : i + 3])) for i in range(0, len(files), 3)]
+        stages = [jnp.moveaxis(stage, 2, -1) if stage.ndim == 5 else stage for stage in stages]
+        by_shape = {stage.shape[1:]: stage for stage in stages}
+        monkeypatch.setattr(loop, "transition_keys", lambda keys, number: jnp.broadcast_to(number, keys.shape))
+        for module in (sample, ancestral_step):
+            draw = lambda numbers, like: by_shape[like.shape][numbers[0]]
+            monkeypatch.setitem(module.__globals__, "per_example_normal", draw)
+
+    return use
+
+
+@pytest.fixture(autouse=True, scope="module")
+def rounded_as_diffusers_does():
+    """diffusers keeps its tables in float32, where 1 - alpha_bar of the first step is off by a thousandth."""
+    exact, f = karlo_pipeline._process, np.float32
+
+    def rounded(steps):
+        process = exact(steps)
+        at = lambda t: np.cos((t / 1000 + 0.008) / 1.008 * np.pi / 2) ** 2
+        betas = np.array([min(1 - at(t + 1) / at(t), 0.999) for t in range(1000)]).astype(f)
+        alpha_bar = np.cumprod(1 - betas, dtype=np.float64).astype(f)
+        t = np.asarray(process.timestep_map)
+        here, before = alpha_bar[t], np.append(f(1), alpha_bar[t[:-1]])
+        beta = 1 - here / before
+        beta[0] = betas[0]  # the step before is t = -1
+        variance = (1 - before) / (1 - here) * beta
+        return process.replace(
+            sqrt_alpha_bar=jnp.asarray(np.sqrt(here)),
+            sqrt_one_minus_alpha_bar=jnp.asarray(np.sqrt(1 - here)),
+            posterior_coef_x0=jnp.asarray(np.sqrt(before) * beta / (1 - here)),
+            posterior_coef_xt=jnp.asarray(np.sqrt(1 - beta) * (1 - before) / (1 - here)),
+            posterior_log_variance=jnp.asarray(np.log(np.maximum(variance, f(1e-20)))),
+            log_betas=jnp.asarray(np.log(beta)),
+        )
+
+    karlo_pipeline._process = rounded
+    yield
+    karlo_pipeline._process = exact
+
+
+def text_of(pipeline, captions):
+    rows = [[298, *caption.encode(), 299] for caption in captions]
+    tokens = jnp.asarray([row + [299] * (12 - len(row)) for row in rows], jnp.int32)
+    return pipeline.encode_text(tokens, end_mask(tokens, 299))
+
+
+def drawn(pipeline, z_image, text, empty, keys):
+    images = pipeline.decode(z_image, text, empty, keys, size=16, steps="3")
+    return pipeline.upsample(images, keys, size=32, steps="3") / 2 + 0.5
+
+
+def test_the_pipeline_from_captions(pipeline, recorded):
+    recorded("text")
+    keys = example_keys(jax.random.key(0), 2)
+
+    @jax.jit
+    def run(keys):
+        text, empty = text_of(pipeline, ["a cat", "a tall dog"]), text_of(pipeline, ["", ""])
+        return drawn(pipeline, pipeline.draw_embedding(text, empty, keys, steps="3"), text, empty, keys)
+
+    images = run(keys)
+    assert PEER["pipeline/text"].std() > 0.1
+    np.testing.assert_allclose(images, PEER["pipeline/text"], atol=2e-3)
+
+
+def test_variations_of_a_picture(pipeline, recorded):
+    recorded("image")
+    keys = example_keys(jax.random.key(0), 2)
+
+    @jax.jit
+    def run(keys):
+        empty = text_of(pipeline, ["", ""])
+        return drawn(pipeline, pipeline.encode_image(given("picture")), empty, empty, keys)
+
+    np.testing.assert_allclose(run(keys), PEER["pipeline/image"], atol=2e-3)
+
+
+def test_other_files_are_refused():
+    with pytest.raises(ConvertError, match="not of a PriorTransformer: it lacks positional_embedding"):
+        karlo.load_prior(weights("upsampler"))
+    with pytest.raises(ConvertError, match="does not fit: it has, unknown to this network, down_blocks"):
+        karlo.load_upsampler(weights("decoder"), UPSAMPLER, image_size=32)
+    with pytest.raises(ConvertError, match="of another shape"):
+        karlo.load_decoder(
+            weights("decoder") | {"conv_in.weight": np.zeros((32, 4, 3, 3))},
+            weights("text_proj"),
+            DECODER,
+            image_size=16,
+        )
+
+
+def test_the_published_networks_have_a_table():
+    """Every parameter of the full size has its entry; what has none in the peer is what the paper drops otherwise."""
+    spec = lambda *shape, dtype=jnp.float32: jax.ShapeDtypeStruct(shape, dtype)
+    upsampler = karlo.UPSAMPLER()
+    inputs = spec(1, 256, 256, 3), spec(1), spec(1, 64, 64, 3)
+    shapes = jax.eval_shape(upsampler.init, jax.random.key(0), *inputs)["params"]
+    table = karlo.unet_table(upsampler.unet, 256, "unet/", "")
+    decoder = karlo.DECODER()
+    text = {"encoder_hidden_states_proj.weight": np.zeros((1536, 768))}
+    for params, entries, without in (
+        (shapes, table, []),
+        (karlo._decoder_shapes(decoder, text, 64), karlo.decoder_table(decoder, 64), ["null_text"]),
+    ):
+        flat = ["/".join(k.key for k in path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+        assert sorted(flat) == sorted(entry.ours for entry in entries)
+        assert [entry.ours for entry in entries if not entry.peer] == without
