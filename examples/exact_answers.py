@@ -5,17 +5,21 @@
 prints two tables. A Gaussian and a mixture of three in two dimensions have an exact denoiser, so whatever is left is
 the sampler's: the error of mean and covariance, the energy distance to exact draws (as a multiple of what two sets of
 exact draws have, 95 % of the time), and for solvers of the probability-flow ODE the slope of the error against the
-step. Samplers that draw no noise on their way start from the same noise. The likelihoods are compared with the density
-itself, in bits per dimension. The corrector of score SDEs is not here: its step size is for many dimensions
-(tests/test_stochastic.py has it in 64).
+step. Samplers that draw no noise on their way start from the same noise. The predictor-corrector, whose step size is
+for many dimensions, samples a Gaussian in 64. SDEdit starts from exact draws and RePaint knows the first number of
+each, so both must leave the distribution as it is; DDIM inversion must turn exact draws to noise. The likelihoods are
+compared with the density itself, and the variational bound with its expectation in closed form, in bits per dimension.
 """
 
+import functools
 import math
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from scipy.spatial.distance import cdist
+from scipy.special import log_ndtr
 
 from ddpm_jax import (
     ancestral_step,
@@ -28,7 +32,7 @@ from ddpm_jax import (
     respace,
     sample,
 )
-from ddpm_jax.likelihood import ode_log_likelihood, ode_sample
+from ddpm_jax.likelihood import ode_log_likelihood, ode_sample, variational_bound
 from ddpm_jax.process import GaussianProcess
 from ddpm_jax.samplers import (
     analytic_moments,
@@ -36,8 +40,12 @@ from ddpm_jax.samplers import (
     dpm_solver_step,
     euler_maruyama_step,
     heun_step,
+    invert,
     plms_step,
+    predictor_corrector_step,
+    repaint_step,
     reverse_diffusion_step,
+    sdedit,
     unipc_step,
 )
 from ddpm_jax.types import Denoiser, Step
@@ -46,10 +54,15 @@ N = 2000
 WEIGHTS = np.array([0.3, 0.45, 0.25])
 MEANS = np.array([[-0.6, -0.3], [0.5, 0.4], [0.4, -0.7]])
 COVARIANCES = np.array([[[0.02, 0.01], [0.01, 0.03]], [[0.05, -0.02], [-0.02, 0.03]], [[0.02, 0.0], [0.0, 0.06]]])
+MANY = np.linalg.qr(np.random.default_rng(0).standard_normal((64, 64)))[0] * np.sqrt(np.geomspace(0.05, 0.5, 64))
+ONE = np.ones(1)
 DATA = {
-    "Gaussian": (np.array([1.0]), np.array([[0.3, -0.2]]), np.array([[[0.25, 0.12], [0.12, 0.16]]])),
+    "Gaussian": (ONE, np.array([[0.3, -0.2]]), np.array([[[0.25, 0.12], [0.12, 0.16]]])),
     "mixture": (WEIGHTS, MEANS, COVARIANCES),
+    "Gaussian, 64 numbers": (ONE, np.linspace(-0.4, 0.4, 64)[None], (MANY @ MANY.T)[None]),
+    "noise": (ONE, np.zeros((1, 2)), np.eye(2)[None]),
 }
+PLANE = ("Gaussian", "mixture")
 VP, VE, EDM = continuous.vp_linear(t_min=1e-3), continuous.ve(0.01, 20.0), continuous.edm(0.005, 20.0)
 
 
@@ -82,13 +95,12 @@ def draws(data: str, n: int, seed: int) -> np.ndarray:
     rng = np.random.default_rng(seed)
     which = rng.choice(len(weights), n, p=weights)
     roots = np.linalg.cholesky(covariances)
-    return means[which] + np.einsum("bij,bj->bi", roots[which], rng.standard_normal((n, 2)))
+    return means[which] + np.einsum("bij,bj->bi", roots[which], rng.standard_normal((n, means.shape[1])))
 
 
 def energy_distance(a: np.ndarray, b: np.ndarray) -> float:
     """Return the squared energy distance 2 E|A - B| - E|A - A'| - E|B - B'| (Szekely & Rizzo 2013)."""
-    mean = lambda p, q: np.mean(np.linalg.norm(p[:, None] - q[None], axis=-1))
-    return 2 * mean(a, b) - mean(a, a) - mean(b, b)
+    return 2 * cdist(a, b).mean() - cdist(a, a).mean() - cdist(b, b).mean()
 
 
 def moments(data: str) -> tuple[np.ndarray, np.ndarray]:
@@ -184,19 +196,35 @@ def main() -> None:
         "| sampler | network calls | data | error of the mean | of the covariance | energy distance | order (slope) |"
     )
     print("| --- | --- | --- | --- | --- | --- | --- |")
-    usual = {}
-    for data in DATA:
-        pairs = [energy_distance(draws(data, N, 2 * i), draws(data, N, 2 * i + 1)) for i in range(10)]
-        usual[data] = np.quantile(pairs, 0.95)
     for name, (step, (process, denoiser), calls) in samplers().items():
         order = f"{ODE[name][1]} ({slope(ODE[name][0]):.2f})" if name in ODE else ""
-        for data in DATA:
-            row(name, calls, data, draw(process, denoiser(data), step, data), usual[data], order)
-    for data in DATA:
+        for data in PLANE:
+            row(name, calls, data, draw(process, denoiser(data), step, data), order)
+    for data in PLANE:
         x0, used = draw_adaptively(in_time(VP, np.array([1.0]))[1](data))
-        row("probability flow, adaptive", round(used), data, x0, usual[data], "")
+        row("probability flow, adaptive", round(used), data, x0)
+    many = "Gaussian, 64 numbers"
+    process, denoiser = in_time(VE, continuous.uniform_times(VE, 500))
+    row("predictor-corrector, VE", 1000, many, draw(process, denoiser(many), predictor_corrector_step(), many))
+    editing()
     print()
     likelihoods()
+
+
+def editing() -> None:
+    """Print the rows of what starts from data."""
+    for data in PLANE:
+        given, keys = jnp.asarray(draws(data, N, 5)), example_keys(jax.random.key(1), N)
+        process, denoiser = discrete(cosine_betas(1000), "1000")
+        denoise = denoiser(data)
+        x0 = jax.jit(lambda x: sdedit(process, denoise, keys, x, strength=0.5))(given)  # noqa: B023
+        row("SDEdit of draws, strength 0.5", 500, data, np.asarray(x0))
+        short = respace(process, "250")
+        step = repaint_step(given, jnp.asarray([[True, False]]))
+        x0 = jax.jit(lambda keys: sample(short, denoise, keys, (2,), step=step))(keys)  # noqa: B023
+        row("RePaint of draws, one number known", 2491, data, np.asarray(x0))
+        xt = jax.jit(lambda x: invert(short, denoise, x))(given)  # noqa: B023
+        row(f"DDIM inversion of draws, {data}", 250, "noise", np.asarray(xt))
 
 
 def draw(process: GaussianProcess, denoise: Denoiser, step: Step | None, data: str) -> np.ndarray:
@@ -204,7 +232,8 @@ def draw(process: GaussianProcess, denoise: Denoiser, step: Step | None, data: s
     if step is None:
         keys = example_keys(jax.random.key(7), 2000)
         step = analytic_step(analytic_moments(process, denoise, keys, jnp.asarray(draws(data, 2000, 99))))
-    run = jax.jit(lambda keys: sample(process, denoise, keys, (2,), step=step))
+    shape = DATA[data][1].shape[1:]
+    run = jax.jit(lambda keys: sample(process, denoise, keys, shape, step=step))
     return np.asarray(run(example_keys(jax.random.key(0), N)))
 
 
@@ -214,11 +243,19 @@ def draw_adaptively(denoise: Denoiser) -> tuple[np.ndarray, float]:
     return np.asarray(x0), float(used.mean())
 
 
-def row(name: str, calls: int, data: str, x0: np.ndarray, usual: float, order: str) -> None:
+@functools.cache
+def usual(data: str) -> float:
+    """Return the energy distance that 95 % of pairs of exact sets of draws stay below."""
+    return float(
+        np.quantile([energy_distance(draws(data, N, 2 * i), draws(data, N, 2 * i + 1)) for i in range(10)], 0.95)
+    )
+
+
+def row(name: str, calls: int, data: str, x0: np.ndarray, order: str = "") -> None:
     """Print one line."""
     mean, covariance = moments(data)
     errors = np.abs(x0.mean(0) - mean).max(), np.abs(np.cov(x0.T) - covariance).max()
-    distance = energy_distance(x0, draws(data, N, 1000)) / usual
+    distance = energy_distance(x0, draws(data, N, 1000)) / usual(data)
     print(f"| {name} | {calls} | {data} | {errors[0]:.4f} | {errors[1]:.4f} | {distance:.2f} | {order} |", flush=True)
 
 
@@ -227,7 +264,7 @@ def likelihoods() -> None:
     print("| likelihood | data | bits/dim, exact | found | difference | its standard error |")
     print("| --- | --- | --- | --- | --- | --- |")
     b = 1e-3 * 0.1 + 0.5 * 1e-6 * 19.9
-    for data in DATA:
+    for data in PLANE:
         x = draws(data, 256, 5)
         denoise = in_time(VP, np.array([1.0]))[1](data)
         exact = -log_density(data, x, math.exp(-b / 2), math.sqrt(-math.expm1(-b))) / (2 * math.log(2))
@@ -235,9 +272,50 @@ def likelihoods() -> None:
         for probe in ("exact", "rademacher", "gaussian"):
             run = jax.jit(lambda x: ode_log_likelihood(VP, denoise, keys, x, probe=probe)[0])  # noqa: B023
             found = -np.asarray(run(jnp.asarray(x))) / (2 * math.log(2))
-            numbers = f"{exact.mean():.5f} | {found.mean():.5f} | {(found - exact).mean():+.5f}"
-            numbers += f" | {(found - exact).std() / len(x) ** 0.5:.5f}"
-            print(f"| probability flow, {probe} | {data} | {numbers} |", flush=True)
+            likelihood_row(f"probability flow, {probe}", data, exact, found)
+    bound_row()
+
+
+def likelihood_row(name: str, data: str, exact: np.ndarray, found: np.ndarray) -> None:
+    """Print one line of the second table."""
+    error = (found - exact).std() / len(found) ** 0.5
+    numbers = f"{exact.mean():.5f} | {found.mean():.5f} | {(found - exact).mean():+.5f} | {error:.5f}"
+    print(f"| {name} | {data} | {numbers} |", flush=True)
+
+
+def bound_row(levels: int = 64, n: int = 2**17) -> None:
+    """Print the line of the variational bound, of pixels in 8 bits and the exact denoiser of N(0.1, 0.5^2)."""
+    betas, mean, std = cosine_betas(100), 0.1, 0.5
+    process = make_process(betas, dtype=jnp.float64)
+    x0 = 2 * np.linspace(64, 192, levels).round() / 255 - 1
+
+    def denoise(xt: jax.Array, t: jax.Array) -> jax.Array:
+        alpha_bar = process.alpha_bar[t][:, None]
+        total = alpha_bar * std**2 + 1 - alpha_bar
+        return mean + jnp.sqrt(alpha_bar) * std**2 * (xt - jnp.sqrt(alpha_bar) * mean) / total
+
+    data = jnp.broadcast_to(jnp.asarray(x0), (n, levels))
+    run = jax.jit(lambda keys: variational_bound(process, denoise, keys, data, kind="x0")["total"])
+    exact = bound_expected(betas, x0, mean, std).mean()
+    likelihood_row("variational bound, T = 100", "pixels", exact, np.asarray(run(example_keys(jax.random.key(0), n))))
+
+
+def bound_expected(betas: np.ndarray, x0: np.ndarray, mean: float, std: float) -> np.ndarray:
+    """Return the expectation over the noise of the bound of pixels x0, in bits: every term is a Gaussian's moment."""
+    alpha_bar = np.cumprod(1 - betas)
+    previous = np.append(1.0, alpha_bar[:-1])
+    variance, share = betas * (1 - previous) / (1 - alpha_bar), betas * np.sqrt(previous) / (1 - alpha_bar)
+    slope = np.sqrt(alpha_bar) * std**2 / (alpha_bar * std**2 + 1 - alpha_bar)  # of the estimate of x0 in x_t
+    bias = (x0[:, None] - mean) * (1 - slope * np.sqrt(alpha_bar))
+    square = bias**2 + slope**2 * (1 - alpha_bar)
+    prior = 0.5 * (alpha_bar[-1] * x0**2 - alpha_bar[-1] - np.log1p(-alpha_bar[-1]))
+    # L_0 has no closed form but a smooth integrand: Gauss-Hermite quadrature.
+    nodes, weights = np.polynomial.hermite_e.hermegauss(101)
+    away = np.abs(bias[:, :1] - slope[0] * np.sqrt(1 - alpha_bar[0]) * nodes)  # by symmetry: the lower tail is exact
+    upper, lower = (log_ndtr((edge / 255 - away) / math.sqrt(variance[1])) for edge in (1, -1))
+    last = -(upper + np.log1p(-np.exp(lower - upper))) @ weights / weights.sum()
+    terms = 0.5 * share[1:] ** 2 * square[:, 1:] / variance[1:]
+    return (prior + last + terms.sum(1)) / math.log(2)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from random_networks import fast_jit
 from random_weights import random_weights
 
 from ddpm_jax.interop.clip import clip_table, end_mask, export_clip, load_clip
@@ -29,7 +30,7 @@ def test_the_outputs_are_the_peers(dialect, activation):
     pixels, tokens = jnp.asarray(peer["pixels"].transpose(0, 2, 3, 1)), jnp.asarray(peer["tokens"], jnp.int32)
     mask = end_mask(tokens, 63 if dialect == "hf" else None)
 
-    @jax.jit
+    @fast_jit
     def run(params):
         given = {"params": params}
         z_text, hidden = clip.model.apply(given, tokens, mask, method="encode_text")

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from random_networks import fast_jit
 from random_weights import random_weights
 
 from ddpm_jax.interop.guided import PUBLISHED, _shapes, export_guided, guided_table, load_guided
@@ -48,7 +49,7 @@ def test_the_outputs_are_the_peers(name):
     given += [nhwc("low")] if name == "upsampler" else []
     given += [jnp.asarray(PEER["y"], jnp.int32)] if name in ("adm", "upsampler") else []
     with jax.default_matmul_precision("highest"):
-        ours = jax.jit(lambda params: model.apply({"params": params}, *given))(params)
+        ours = fast_jit(lambda params: model.apply({"params": params}, *given))(params)
     theirs = PEER[f"{name}/out"]
     theirs = theirs if theirs.ndim == 2 else theirs.transpose(0, 2, 3, 1)
     assert theirs.std() > 0.1

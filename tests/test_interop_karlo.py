@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from random_networks import fast_jit
 from random_weights import random_weights
 
 from ddpm_jax import ancestral_step, example_keys, sample
@@ -50,7 +51,7 @@ def exact():
 def test_the_prior():
     peer = weights("prior")
     prior = karlo.load_prior(peer, heads=2)
-    run = jax.jit(lambda p, *inputs: prior.model.apply({"params": p}, *inputs))
+    run = fast_jit(lambda p, *inputs: prior.model.apply({"params": p}, *inputs))
     ours = run(prior.params, given("zt"), given("t"), given("z_text") / D**0.5, given("hidden"), given("mask"))
     np.testing.assert_allclose(ours, PEER["out/prior"], atol=2e-5)
     same(karlo.export_prior(prior), peer)
@@ -60,7 +61,7 @@ def test_the_prior():
 def test_the_decoder_with_and_without_an_image():
     unet, text_proj = weights("decoder"), weights("text_proj")
     params = karlo.load_decoder(unet, text_proj, DECODER, image_size=16)
-    run = jax.jit(lambda p, *inputs: DECODER.apply({"params": p}, *inputs))
+    run = fast_jit(lambda p, *inputs: DECODER.apply({"params": p}, *inputs))
     z_image, z_text = (given(name) / D**0.5 for name in ("z_image", "z_text"))
     text = z_text, given("hidden"), given("mask")
     for half, keep in enumerate((False, True)):
@@ -75,7 +76,7 @@ def test_the_decoder_with_and_without_an_image():
 def test_the_upsampler():
     peer = weights("upsampler")
     params = karlo.load_upsampler(peer, UPSAMPLER, image_size=32)
-    run = jax.jit(lambda p, *inputs: UPSAMPLER.apply({"params": p}, *inputs))
+    run = fast_jit(lambda p, *inputs: UPSAMPLER.apply({"params": p}, *inputs))
     ours = run(params, given("large"), given("t"), given("small"))
     np.testing.assert_allclose(ours, PEER["out/upsampler"].transpose(0, 2, 3, 1), atol=2e-5)
     same(karlo.export_upsampler(params, UPSAMPLER, image_size=32), peer)
@@ -158,7 +159,7 @@ def test_the_pipeline_from_captions(pipeline, recorded):
     recorded("text")
     keys = example_keys(jax.random.key(0), 2)
 
-    @jax.jit
+    @fast_jit
     def run(keys):
         text, empty = text_of(pipeline, ["a cat", "a tall dog"]), text_of(pipeline, ["", ""])
         return drawn(pipeline, pipeline.draw_embedding(text, empty, keys, steps="3"), text, empty, keys)
@@ -172,7 +173,7 @@ def test_variations_of_a_picture(pipeline, recorded):
     recorded("image")
     keys = example_keys(jax.random.key(0), 2)
 
-    @jax.jit
+    @fast_jit
     def run(keys):
         empty = text_of(pipeline, ["", ""])
         return drawn(pipeline, pipeline.encode_image(given("picture")), empty, empty, keys)
