@@ -3,7 +3,7 @@
     python -m ddpm_jax.train --config configs/shapes.py --workdir /tmp/shapes
 
 trains CLIP, the diffusion prior, a 16 x 16 decoder and a 16 -> 64 upsampler, and measures how faithful pictures are to
-captions. The weights that the package carries are a run of it, with more steps and more scenes of two objects;
+captions. The weights that the package carries are a run of it, with more steps of decoder and upsampler;
 docs/shapes.md has the duration of both, their results and the hardware. Variants: `configs/shapes.py:quick` trains for
 a few minutes and shows the path, not good pictures; `configs/shapes.py:smoke` makes a few steps of each stage with tiny
 networks.
@@ -49,7 +49,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config = ConfigDict()
     config.seed = 0
     config.stages = ("clip", "prior", "decoder", "upsampler")
-    config.data = {"name": "shapes", "seed": 0, "num_examples": 80_000, "two_fraction": 0.2}
+    config.data = {"name": "shapes", "seed": 0, "num_examples": 80_000, "two_fraction": 0.4}
     config.text = {"tokenizer": "compact", "length": 24}
     config.clip = training(256, 400, 2e-3, optimizer="muon", muon_learning_rate=4e-3) | {
         "image_size": 32,
@@ -73,7 +73,7 @@ def get_config(variant: str = "") -> ConfigDict:
         "activation": "quick_gelu",
     }
     config.decoder = training(
-        32, 7000, 2e-3, optimizer="muon", muon_learning_rate=6e-3, checkpoint_every=1000, preview_every=2000
+        32, 7500, 2e-3, optimizer="muon", muon_learning_rate=6e-3, checkpoint_every=1000, preview_every=2000
     ) | {
         "image_size": 16,
         "channels": 64,
@@ -103,7 +103,7 @@ def get_config(variant: str = "") -> ConfigDict:
         "drop_image": 0.5,
         "drop_text": 0.1,
     }
-    config.upsampler = training(16, 1800, 2e-3, optimizer="muon", muon_learning_rate=6e-3) | {
+    config.upsampler = training(16, 1300, 2e-3, optimizer="muon", muon_learning_rate=6e-3) | {
         "image_size": 64,
         "low_size": 16,
         "crop": 64,

@@ -283,7 +283,7 @@ def likelihood_row(name: str, data: str, exact: np.ndarray, found: np.ndarray) -
     print(f"| {name} | {data} | {numbers} |", flush=True)
 
 
-def bound_row(levels: int = 64, n: int = 2**17) -> None:
+def bound_row(levels: int = 64, n: int = 2**14) -> None:
     """Print the line of the variational bound, of pixels in 8 bits and the exact denoiser of N(0.1, 0.5^2)."""
     betas, mean, std = cosine_betas(100), 0.1, 0.5
     process = make_process(betas, dtype=jnp.float64)

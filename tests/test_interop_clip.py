@@ -10,6 +10,7 @@ import pytest
 from random_networks import fast_jit
 from random_weights import random_weights
 
+from ddpm_jax.data.transforms import clip_pixels
 from ddpm_jax.interop.clip import clip_table, end_mask, export_clip, load_clip
 from ddpm_jax.interop.table import ConvertError
 
@@ -72,6 +73,14 @@ def test_a_tower_alone(prefix):
         jax.tree.map(np.testing.assert_array_equal, alone.params[tower], whole.params[tower])
         back = export_clip(alone.params, "hf")
         assert set(back) == {n if "projection" in n or prefix else f"{tower}_model.{n}" for n in part}
+
+
+def test_preprocessing_is_the_peers():
+    file = np.load(FILES / "pixels.npz")
+    ours = clip_pixels([file[f"image_{i}"] for i in range(3)], 24)
+    np.testing.assert_allclose(ours, file["made"].transpose(0, 2, 3, 1), atol=1e-6)
+    with pytest.raises(ValueError, match=r"images must be uint8\[H, W, 3\], got float32\[2, 2, 3\]"):
+        clip_pixels([np.zeros((2, 2, 3), np.float32)])
 
 
 def test_the_end_of_a_caption():

@@ -1,6 +1,7 @@
 """Karlo in diffusers' layout: diffusers' own outputs of networks and of whole pipelines, and the way back."""
 
 import json
+import shutil
 from pathlib import Path
 
 import jax
@@ -9,9 +10,12 @@ import numpy as np
 import pytest
 from random_networks import fast_jit
 from random_weights import random_weights
+from safetensors.numpy import save_file
 
 from ddpm_jax import ancestral_step, example_keys, sample
-from ddpm_jax.interop import karlo
+from ddpm_jax.data.tokenizer import CompactTokenizer
+from ddpm_jax.data.transforms import clip_pixels
+from ddpm_jax.interop import ReadError, karlo
 from ddpm_jax.interop.clip import end_mask, load_clip
 from ddpm_jax.interop.table import ConvertError
 from ddpm_jax.models.decoder import Decoder
@@ -94,8 +98,16 @@ def pipeline():
         "first": karlo.load_upsampler(weights("upsampler"), UPSAMPLER, image_size=32),
         "last": karlo.load_upsampler(weights("upsampler", 1), UPSAMPLER, image_size=32),
     }
-    statistics = jnp.asarray(prior.mean), jnp.asarray(prior.std)
-    return karlo_pipeline.Karlo(text.model, image.model, prior.model, DECODER, UPSAMPLER, params, statistics)
+    return karlo_pipeline.Karlo(
+        params=params,
+        statistics=(jnp.asarray(prior.mean), jnp.asarray(prior.std)),
+        text=text.model,
+        image=image.model,
+        prior=prior.model,
+        decoder=DECODER,
+        upsampler=UPSAMPLER,
+        sizes=(16, 32),
+    )
 
 
 @pytest.fixture
@@ -151,8 +163,8 @@ def text_of(pipeline, captions):
 
 
 def drawn(pipeline, z_image, text, empty, keys):
-    images = pipeline.decode(z_image, text, empty, keys, size=16, steps="3")
-    return pipeline.upsample(images, keys, size=32, steps="3") / 2 + 0.5
+    images = pipeline.decode(z_image, text, empty, keys, steps="3")
+    return pipeline.upsample(images, keys, steps="3") / 2 + 0.5
 
 
 def test_the_pipeline_from_captions(pipeline, recorded):
@@ -179,6 +191,83 @@ def test_variations_of_a_picture(pipeline, recorded):
         return drawn(pipeline, pipeline.encode_image(given("picture")), empty, empty, keys)
 
     np.testing.assert_allclose(run(keys), PEER["pipeline/image"], atol=2e-3)
+
+
+class Bytes(CompactTokenizer):
+    """The tokenizer that the peer was given."""
+
+    pad, sot, eot, vocab_size = 299, 298, 299, 300
+
+    def __init__(self):
+        pass
+
+    def ids(self, text):
+        return list(text.encode())
+
+
+CONFIGS = {
+    "prior": {"num_attention_heads": 2},
+    "decoder": {
+        "block_out_channels": [32, 64], "layers_per_block": 1, "sample_size": 16, "attention_head_dim": 16,
+        "down_block_types": ["ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"], "out_channels": 6,
+    },
+    "text_proj": {},
+    "text_encoder": {"hidden_size": 32, "num_attention_heads": 4, "hidden_act": "quick_gelu"},
+    "image_encoder": {"hidden_size": 48, "num_attention_heads": 3, "hidden_act": "quick_gelu"},
+} | {
+    f"super_res_{name}": {
+        "block_out_channels": [32, 64], "layers_per_block": 1, "sample_size": 32, "out_channels": 3,
+        "down_block_types": ["ResnetDownsampleBlock2D"] * 2, "add_attention": False,
+    }
+    for name in ("first", "last")
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    """A directory as diffusers saves one."""
+    place = tmp_path_factory.mktemp("karlo")
+    peers = {"text_encoder": ("text", 0), "image_encoder": ("vision", 0), "super_res_first": ("upsampler", 0)}
+    peers |= {"super_res_last": ("upsampler", 1)} | {name: (name, 0) for name in ("prior", "decoder", "text_proj")}
+    for name, config in CONFIGS.items():
+        (place / name).mkdir()
+        (place / name / "config.json").write_text(json.dumps(config))
+        file = "model.safetensors" if "encoder" in name else "diffusion_pytorch_model.safetensors"
+        save_file(weights(*peers[name]), place / name / file)
+    return place
+
+
+def test_a_directory_becomes_a_pipeline(directory, pipeline):
+    opened = karlo.open_karlo(directory, tokenizer=Bytes())
+    for name in pipeline.params:
+        jax.tree.map(np.testing.assert_array_equal, opened.params[name], pipeline.params[name])
+    for name in ("text", "image", "prior", "decoder", "upsampler", "sizes"):
+        assert getattr(opened, name) == getattr(pipeline, name), name
+    steps = {"prior_steps": "2", "decoder_steps": "2", "upsampler_steps": "2"}
+    images = opened.generate(["a cat", "a tall dog", "me"], batch_size=2, **steps)
+    assert images.shape == (3, 32, 32, 3) and images.dtype == np.uint8
+    assert np.abs(images[0].astype(int) - images[1]).mean() > 1
+    picture = np.random.default_rng(0).integers(0, 256, (40, 30, 3), np.uint8)
+    others = opened.variations(clip_pixels([picture], 16), decoder_steps="2", upsampler_steps="2")
+    assert others.shape == (1, 32, 32, 3)
+    with pytest.raises(ValueError, match="there is no option 'scale'"):
+        opened.generate(["a cat"], scale=3.0)
+    with pytest.raises(ValueError, match="has no prior"):
+        opened.replace(prior=None).generate(["a cat"])
+    with pytest.raises(ValueError, match="has no image encoder"):
+        opened.replace(image=None).variations(np.zeros((1, 16, 16, 3), np.float32))
+
+
+def test_a_broken_directory_is_refused(directory, tmp_path):
+    with pytest.raises(ReadError, match="it has neither prior nor image_encoder"):
+        karlo.open_karlo(tmp_path)
+    place = shutil.copytree(directory, tmp_path / "copy")
+    (place / "super_res_last" / "diffusion_pytorch_model.safetensors").unlink()
+    with pytest.raises(ReadError, match="super_res_last has no weights; they would be called diffusion_pytorch_model"):
+        karlo.open_karlo(place)
+    (place / "decoder" / "config.json").unlink()
+    with pytest.raises(ReadError, match="decoder cannot be read as a part of Karlo"):
+        karlo.open_karlo(place)
 
 
 def test_other_files_are_refused():

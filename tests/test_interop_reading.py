@@ -189,7 +189,7 @@ def test_archives_with_odd_members_are_refused(tmp_path):
 
 def test_other_files_are_refused(tmp_path):
     for data, message in (
-        (b"", "neither safetensors nor"),
+        (b"", "is empty"),
         (b"hello, world", "neither safetensors nor"),
         (pickle.dumps({"a": 1}), "a pickle, but not one of PyTorch"),
         ((10**12).to_bytes(8, "little") + b"{}", "neither safetensors nor"),
@@ -200,6 +200,8 @@ def test_other_files_are_refused(tmp_path):
             read_tensors(tmp_path / "file")
     with pytest.raises(ReadError, match="does not exist"):
         read_tensors(tmp_path / "none.pt")
+    with pytest.raises(ReadError, match="is a directory"):
+        read_tensors(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["zip.pt", "stream.pt", "tar.pt", "script.pt", "safetensors"])

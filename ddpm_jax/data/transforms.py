@@ -6,10 +6,14 @@ place. Instances can be pickled, so that worker processes can run them.
 """
 
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 
 from ddpm_jax.data.tokenizer import Tokenizer
+
+CLIP_MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
+CLIP_STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +44,33 @@ class Keep:
 
     def __call__(self, record: dict) -> dict:
         return {name: record[name] for name in self.names}
+
+
+def clip_pixels(images: Sequence[np.ndarray], size: int = 224) -> np.ndarray:
+    """Bring pictures to what OpenAI's and open_clip's image towers were trained on.
+
+    The short side becomes `size` by Pillow's antialiased bicubic resize in 8 bits, the middle is cut out, and channels
+    are normalised by CLIP's means and standard deviations. images: uint8[H, W, 3] each, of any sizes.
+
+    Returns:
+        float32[N, size, size, 3].
+
+    Raises:
+        ValueError: if a picture is not uint8[H, W, 3].
+    """
+    from PIL import Image
+
+    done = []
+    for image in images:
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3:
+            raise ValueError(f"images must be uint8[H, W, 3], got {image.dtype}{list(image.shape)}.")
+        height, width = image.shape[:2]
+        short = min(height, width)
+        new = int(size * width / short), int(size * height / short)
+        resized = np.asarray(Image.fromarray(image).resize(new, Image.Resampling.BICUBIC))
+        left, top = round((new[0] - size) / 2), round((new[1] - size) / 2)
+        done.append(resized[top : top + size, left : left + size])
+    return (np.stack(done).astype(np.float32) / 255 - CLIP_MEAN) / CLIP_STD
 
 
 @dataclasses.dataclass(frozen=True)

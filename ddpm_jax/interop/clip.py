@@ -38,7 +38,6 @@ _IGNORED = (
     *("input_resolution", "context_length", "vocab_size"),
     *("text_model.embeddings.position_ids", "vision_model.embeddings.position_ids"),
 )
-MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
 class LoadedCLIP(NamedTuple):

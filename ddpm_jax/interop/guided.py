@@ -88,15 +88,23 @@ def export_guided(
 def guided_table(model: nn.Module, image_size: int, new_attention_order: bool = False) -> list[Entry]:
     """Return the table of a network."""
     net = model.unet if isinstance(model, (ClassUNet, SuperUNet)) else model
-    ours = "" if net is model else "unet/"
-    table = [*dense(f"{ours}time/dense_0", "time_embed.0"), *dense(f"{ours}time/dense_1", "time_embed.2")]
+    table = []
     if getattr(model, "num_classes", None) is not None and not isinstance(model, Classifier):
         table.append(Entry("label/embedding", ("label_emb.weight",), SAME))
+    return table + unet_table(net, image_size, "" if net is model else "unet/", new_attention_order)
+
+
+def unet_table(
+    net: UNet | Classifier, image_size: int, ours: str, new_attention_order: bool = False, *, context: bool = False
+) -> list[Entry]:
+    """Return the table of a U-Net or a classifier; ours: where its parameters lie; context: its attention reads one."""
+    table = [*dense(f"{ours}time/dense_0", "time_embed.0"), *dense(f"{ours}time/dense_1", "time_embed.2")]
     table += _conv(f"{ours}in_conv", "input_blocks.0.0")
     for name, peer, kind, widths in _blocks(net, image_size):
         if kind == "attention":
             heads = net.heads or widths[0] // net.head_channels
             table += _attention(f"{ours}{name}", peer, heads, new_attention_order)
+            table += _pointwise(f"{ours}{name}/context_kv", f"{peer}.encoder_kv") if context else []
         elif kind == "resample":
             table += _conv(f"{ours}{name}/conv", peer)
         else:

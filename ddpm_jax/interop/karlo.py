@@ -9,13 +9,18 @@ Its networks are `DiffusionPrior`, `Decoder` and `Upsampler`. What is told diffe
 - The prior's file holds the mean and the standard deviation of image embeddings, by which what it draws is turned back.
 """
 
+import functools
+import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ddpm_jax.data.tokenizer import ClipTokenizer, Tokenizer
+from ddpm_jax.interop.clip import LoadedCLIP, load_clip
 from ddpm_jax.interop.guided import by_head
 from ddpm_jax.interop.table import (
     KERNEL,
@@ -31,13 +36,120 @@ from ddpm_jax.interop.table import (
     to_ours,
     to_peer,
 )
+from ddpm_jax.interop.tensor_file import ReadError, read_tensors
 from ddpm_jax.models.decoder import Decoder
 from ddpm_jax.models.prior import DiffusionPrior
 from ddpm_jax.models.transformer import gelu
 from ddpm_jax.models.unet import UNet
 from ddpm_jax.models.upsampler import Upsampler
+from ddpm_jax.pipelines.karlo import Karlo
 
 STATISTICS = ("clip_mean", "clip_std")
+WEIGHTS = (
+    *("diffusion_pytorch_model.safetensors", "model.safetensors"),
+    *("diffusion_pytorch_model.safetensors.index.json", "model.safetensors.index.json"),
+    *("diffusion_pytorch_model.bin", "pytorch_model.bin"),
+)
+
+
+def open_karlo(directory: str | Path, *, tokenizer: Tokenizer | None = None, dtype: Any = jnp.float32) -> Karlo:
+    """Make a pipeline of a directory in diffusers' layout, such as a copy of kakaobrain/karlo-v1-alpha.
+
+    Args:
+        directory: with the parts prior (captions) or image_encoder (variations), and text_encoder, text_proj, decoder,
+            super_res_first and super_res_last; each has a config.json and its weights, safetensors or PyTorch's.
+        tokenizer: CLIP's, padded with the end token, by default.
+        dtype: in which the networks compute; parameters are float32.
+
+    Returns:
+        `pipelines.karlo.Karlo`, whose `generate` draws captions and whose `variations` draws pictures.
+
+    Raises:
+        ReadError: if a part is missing or cannot be read.
+        ConvertError: if a part's tensors are not those of its network.
+    """
+    directory = Path(directory)
+    part = functools.partial(_part, directory)
+    has = {name: (directory / name).is_dir() for name in ("prior", "image_encoder")}
+    if not any(has.values()):
+        raise ReadError(f"{directory} is not a directory of Karlo: it has neither prior nor image_encoder")
+    params, prior, image = {}, None, None
+    config, tensors = part("text_encoder")
+    text = _tower(config, tensors, dtype)
+    params["text"] = text.params
+    if has["prior"]:
+        config, tensors = part("prior")
+        prior = load_prior(tensors, heads=config["num_attention_heads"], dtype=dtype)
+        params["prior"] = prior.params
+    if has["image_encoder"]:
+        image = _tower(*part("image_encoder"), dtype)
+        params["image"] = image.params
+    (config, unet), (_, text_proj) = part("decoder"), part("text_proj")
+    decoder = _decoder_of(config, unet, text_proj, dtype)
+    sizes = [config["sample_size"]]
+    params["decoder"] = load_decoder(unet, text_proj, decoder, image_size=sizes[0])
+    for name in ("first", "last"):
+        config, tensors = part(f"super_res_{name}")
+        upsampler = _upsampler_of(config, dtype)
+        params[name] = load_upsampler(tensors, upsampler, image_size=config["sample_size"])
+    return Karlo(
+        params=params,
+        statistics=None if prior is None else (jnp.asarray(prior.mean), jnp.asarray(prior.std)),
+        text=text.model,
+        image=None if image is None else image.model,
+        prior=None if prior is None else prior.model,
+        decoder=decoder,
+        upsampler=upsampler,
+        tokenizer=ClipTokenizer(pad="eot") if tokenizer is None else tokenizer,
+        sizes=(sizes[0], config["sample_size"]),
+    )
+
+
+def _part(directory: Path, name: str) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Return the config and the tensors of a part."""
+    try:
+        config = json.loads((directory / name / "config.json").read_text())
+    except (OSError, ValueError) as error:
+        raise ReadError(f"{directory / name} cannot be read as a part of Karlo: {error}") from None
+    for file in WEIGHTS:
+        if (directory / name / file).is_file():
+            return config, read_tensors(directory / name / file)
+    raise ReadError(f"{directory / name} has no weights; they would be called {', '.join(WEIGHTS)}")
+
+
+def _tower(config: Mapping[str, Any], tensors: Mapping[str, np.ndarray], dtype: Any) -> LoadedCLIP:
+    head_width = config["hidden_size"] // config["num_attention_heads"]
+    return load_clip(tensors, head_width=head_width, activation=config["hidden_act"], dtype=dtype)
+
+
+def _unet_of(config: Mapping[str, Any], dtype: Any, **options: Any) -> UNet:
+    widths, depths = config["block_out_channels"], config["layers_per_block"]
+    attends = ["Attn" in block for block in config["down_block_types"]]
+    return UNet(
+        widths[0],
+        config["out_channels"],
+        tuple(width / widths[0] for width in widths),
+        depths,
+        tuple(config["sample_size"] >> level for level, wanted in enumerate(attends) if wanted),
+        dtype=dtype,
+        **options,
+    )
+
+
+def _decoder_of(config: Mapping[str, Any], unet: Any, text_proj: Mapping[str, np.ndarray], dtype: Any) -> Decoder:
+    null, peer = "learned_classifier_free_guidance_embeddings", "encoder_hidden_states_proj.weight"
+    for name in (null, peer, "clip_extra_context_tokens_proj.bias"):
+        if name not in text_proj:
+            raise ConvertError(f"text_proj is not of Karlo: it lacks {name}")
+    width = len(text_proj[peer])
+    tokens = len(text_proj["clip_extra_context_tokens_proj.bias"]) // width
+    network = _unet_of(config, dtype, head_channels=config["attention_head_dim"])
+    return Decoder(network, len(text_proj[null]), width, tokens, dtype=dtype)
+
+
+def _upsampler_of(config: Mapping[str, Any], dtype: Any) -> Upsampler:
+    scale_shift = config.get("resnet_time_scale_shift", "default") == "scale_shift"
+    return Upsampler(_unet_of(config, dtype, scale_shift=scale_shift, mid_attention=config["add_attention"]))
 
 
 class LoadedPrior(NamedTuple):

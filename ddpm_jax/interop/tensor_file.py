@@ -39,7 +39,9 @@ def read_tensors(path: str | Path) -> dict[str, np.ndarray]:
     """
     path = Path(path)
     if not path.is_file():
-        raise ReadError(f"weights file {path} does not exist")
+        raise ReadError(f"weights file {path} {'is a directory' if path.is_dir() else 'does not exist'}")
+    if not path.stat().st_size:
+        raise ReadError(f"weights file {path} is empty")
     try:
         if path.name.endswith(".json"):
             return _read_shards(path)

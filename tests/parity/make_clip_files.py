@@ -107,10 +107,23 @@ def stand_in_for_torchvision() -> None:
             setattr(sys.modules["torchvision" + name.rpartition(".")[0]], name.rpartition(".")[2], module)
 
 
+def preprocessing() -> None:
+    """Write what transformers' image processor, the one of Pillow, makes of pictures of several sizes."""
+    from PIL import Image
+    from transformers import CLIPImageProcessorPil
+
+    rng = np.random.default_rng(0)
+    images = [rng.integers(0, 256, shape, np.uint8) for shape in ((40, 31, 3), (20, 57, 3), (24, 24, 3))]
+    processor = CLIPImageProcessorPil(size={"shortest_edge": 24}, crop_size={"height": 24, "width": 24})
+    made = processor(images=[Image.fromarray(image) for image in images], return_tensors="np")["pixel_values"]
+    np.savez_compressed(OUT / "pixels.npz", made=made, **{f"image_{i}": image for i, image in enumerate(images)})
+
+
 @torch.no_grad()
 def main() -> None:
     """Write the files."""
     OUT.mkdir(parents=True, exist_ok=True)
+    preprocessing()
     pixels, tokens = inputs()
     made = {f"hf_{name}": transformers_clip(name) for name in ("quick_gelu", "gelu")}
     stand_in_for_torchvision()
