@@ -87,7 +87,7 @@ def record_noise() -> list[torch.Tensor]:
     At the first step a rounding error of eps is 2e4 times as large in x0; with one seed in a few the clip does not hide
     it, and the pictures of two float32 programs differ in a pixel.
     """
-    drawn, generator = [], torch.Generator().manual_seed(7)
+    drawn, generator = [], torch.Generator().manual_seed(12)
 
     def randn(shape: tuple[int, ...], **options) -> torch.Tensor:
         del options  # their generator, device and type
