@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ddpm_jax.interop.table import KERNEL, SAME, Entry, Layout, dense, norm, to_ours, to_peer
+from ddpm_jax.interop.table import KERNEL, SAME, TURNED, Entry, Layout, dense, norm, to_ours, to_peer
 from ddpm_jax.models.adm import Classifier, ClassUNet, SuperUNet
 from ddpm_jax.models.unet import UNet
 
@@ -34,10 +34,8 @@ class Published(NamedTuple):
     low_size: int | None = None
 
 
-def _unet(
-    size: int, channels: int = 256, blocks: int = 2, *, attention: tuple[int, ...] = (32, 16, 8), **options
-) -> UNet:
-    return UNet(channels, 6, _MULT[size], blocks, attention, **options)
+def _unet(size: int, channels: int = 256, blocks: int = 2, **options) -> UNet:
+    return UNet(channels, 6, _MULT[size], blocks, (32, 16, 8), **options)
 
 
 def _classifier(size: int, blocks: int = 2) -> Classifier:
@@ -162,11 +160,6 @@ def _blocks(net: UNet | Classifier, image_size: int) -> list[_Block]:
     return blocks
 
 
-POINTWISE = Layout(
-    lambda x: x[..., 0].T, lambda x: (x.T[..., None],)
-)  # a convolution of width one: [O, I, 1] -> [I, O]
-
-
 def _conv(ours: str, peer: str) -> list[Entry]:
     return [Entry(f"{ours}/kernel", (f"{peer}.weight",), KERNEL), Entry(f"{ours}/bias", (f"{peer}.bias",), SAME)]
 
@@ -216,12 +209,11 @@ def _out(ours: str) -> list[Entry]:
 
 
 def _head(net: Classifier) -> list[Entry]:
-    turned = Layout(lambda x: x.T, lambda x: (x.T,))
     flat = Layout(lambda x: x[..., 0, 0].T, lambda x: (x.T[..., None, None],))
     return {
         "attention": [
             *norm("out_norm", "out.0"),
-            Entry("pool/position", ("out.2.positional_embedding",), turned),
+            Entry("pool/position", ("out.2.positional_embedding",), TURNED),
             *_pointwise("pool/qkv", "out.2.qkv_proj"),
             *_pointwise("pool/out", "out.2.c_proj"),
         ],

@@ -85,9 +85,9 @@ def open_karlo(directory: str | Path, *, tokenizer: Tokenizer | None = None, dty
         image = _tower(*part("image_encoder"), dtype)
         params["image"] = image.params
     (config, unet), (_, text_proj) = part("decoder"), part("text_proj")
-    decoder = _decoder_of(config, unet, text_proj, dtype)
-    sizes = [config["sample_size"]]
-    params["decoder"] = load_decoder(unet, text_proj, decoder, image_size=sizes[0])
+    decoder = _decoder_of(config, text_proj, dtype)
+    small = config["sample_size"]
+    params["decoder"] = load_decoder(unet, text_proj, decoder, image_size=small)
     for name in ("first", "last"):
         config, tensors = part(f"super_res_{name}")
         upsampler = _upsampler_of(config, dtype)
@@ -101,7 +101,7 @@ def open_karlo(directory: str | Path, *, tokenizer: Tokenizer | None = None, dty
         decoder=decoder,
         upsampler=upsampler,
         tokenizer=ClipTokenizer(pad="eot") if tokenizer is None else tokenizer,
-        sizes=(sizes[0], config["sample_size"]),
+        sizes=(small, config["sample_size"]),
     )
 
 
@@ -136,7 +136,7 @@ def _unet_of(config: Mapping[str, Any], dtype: Any, **options: Any) -> UNet:
     )
 
 
-def _decoder_of(config: Mapping[str, Any], unet: Any, text_proj: Mapping[str, np.ndarray], dtype: Any) -> Decoder:
+def _decoder_of(config: Mapping[str, Any], text_proj: Mapping[str, np.ndarray], dtype: Any) -> Decoder:
     null, peer = "learned_classifier_free_guidance_embeddings", "encoder_hidden_states_proj.weight"
     for name in (null, peer, "clip_extra_context_tokens_proj.bias"):
         if name not in text_proj:
@@ -181,7 +181,7 @@ def load_prior(tensors: Mapping[str, np.ndarray], *, heads: int = 32, dtype: Any
     Raises:
         ConvertError: if the tensors are not those of such a network; it lists which.
     """
-    for name in ("positional_embedding", "proj_in.weight", *STATISTICS):
+    for name in ("positional_embedding", "proj_in.weight", "encoder_hidden_states_proj.weight", *STATISTICS):
         if name not in tensors:
             raise ConvertError(f"the file is not of a PriorTransformer: it lacks {name}")
     _, length, width = tensors["positional_embedding"].shape

@@ -89,7 +89,7 @@ def to_ours(
             continue
         try:
             array = entry.layout.read(*(tensors[name] for name in entry.peer))
-        except ValueError:
+        except (ValueError, IndexError):
             array = None
         if array is None or array.shape != wanted[entry.ours].shape:
             has = " and ".join(f"{name} {list(tensors[name].shape)}" for name in entry.peer)
