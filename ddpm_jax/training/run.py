@@ -33,6 +33,7 @@ from ddpm_jax.training.tasks import ClipTask, DecoderTask, PriorTask, UpsamplerT
 from ddpm_jax.types import Source, Task
 
 NUM_PREVIEWS = 16
+_NEED_CLIP = ("prior", "decoder")
 _DECODER_LOSS = ("kind", "objective", "variance", "vlb_weight", "timesteps", "drop_image", "drop_text")
 _UPSAMPLER_LOSS = ("image_size", "low_size", "kind", "blur_sigma", "blur_rate", "noise", "mix_colours")
 
@@ -55,6 +56,9 @@ def run_stages(config: Mapping[str, Any], workdir: str | os.PathLike, names: Seq
     # Before the lock too, which would leave its file in a directory that is not ours.
     run = _Run(config, workdir, build.make_tokenizer(config))
     _check_workdir(run)
+    for i, name in enumerate(names):
+        if name in _NEED_CLIP and "clip" not in names[:i] and not is_trained(config, workdir, "clip"):
+            raise ValueError(f"stage {name} needs a trained CLIP in {workdir}; train the stage clip first")
     if not (workdir / RUN_FILE).exists() or read_run(workdir)["config"] != json.loads(json.dumps(config)):
         _rehearse(run)
     # On a shared disk the first process holds the directory for all of them.
@@ -90,10 +94,8 @@ class _Run:
         """Return the transform that reads captions."""
         return Tokenize(self.tokenizer, self.config["text"]["length"])
 
-    def clip_params(self, stage: str) -> Any:
+    def clip_params(self) -> Any:
         """Return CLIP's averaged parameters."""
-        if not is_trained(self.config, self.workdir, "clip"):
-            raise ValueError(f"stage {stage} needs a trained CLIP in {self.workdir}; train the stage clip first")
         params, _ = restore_params(self.workdir / "clip", step=self.config["clip"]["num_steps"])
         return params
 
@@ -186,7 +188,7 @@ def _prior_task(run: _Run, clip_params: Any) -> PriorTask:
 
 
 def _train_prior(run: _Run) -> None:
-    params = run.clip_params("prior")
+    params = run.clip_params()
     source = run.embedded(build.make_source(run.config, resolution=run.config["clip"]["image_size"]), params)
     transforms = (run.tokenize(), Keep(("tokens", "mask", "z_image", "z_text")))
     run.train(_prior_task(run, params), source, transforms, **{CLIP_WEIGHTS: tree_fingerprint(params)})
@@ -208,7 +210,7 @@ def _decoder_task(run: _Run, clip_params: Any) -> DecoderTask:
 
 def _train_decoder(run: _Run) -> None:
     config = run.config["decoder"]
-    params = run.clip_params("decoder")
+    params = run.clip_params()
     clip_source = build.make_source(run.config, resolution=run.config["clip"]["image_size"])
     cache = run.embedded(clip_source, params).embeddings
     scale = config["supersample"]
