@@ -265,6 +265,9 @@ def test_a_broken_directory_is_refused(directory, tmp_path):
     (place / "super_res_last" / "diffusion_pytorch_model.safetensors").unlink()
     with pytest.raises(ReadError, match="super_res_last has no weights; they would be called diffusion_pytorch_model"):
         karlo.open_karlo(place)
+    (place / "decoder" / "config.json").write_text(json.dumps({"sample_size": 16}))
+    with pytest.raises(ReadError, match="is not of Karlo: it lacks block_out_channels, layers_per_block"):
+        karlo.open_karlo(place)
     (place / "decoder" / "config.json").unlink()
     with pytest.raises(ReadError, match="decoder cannot be read as a part of Karlo"):
         karlo.open_karlo(place)
@@ -275,6 +278,9 @@ def test_other_files_are_refused():
         karlo.load_prior(weights("upsampler"))
     with pytest.raises(ConvertError, match="does not fit: it has, unknown to this network, down_blocks"):
         karlo.load_upsampler(weights("decoder"), UPSAMPLER, image_size=32)
+    silent = Decoder(DECODER.unet, D, 40, text_embedding=False)
+    with pytest.raises(ConvertError, match="not one that this layout holds: null_text, text_emb/bias, text_emb/kernel"):
+        karlo.load_decoder(weights("decoder"), weights("text_proj"), silent, image_size=16)
     with pytest.raises(ConvertError, match="of another shape"):
         karlo.load_decoder(
             weights("decoder") | {"conv_in.weight": np.zeros((32, 4, 3, 3))},

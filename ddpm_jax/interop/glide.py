@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ddpm_jax.interop.guided import by_head, unet_table
-from ddpm_jax.interop.table import SAME, TURNED, Entry, dense, norm, to_ours, to_peer
+from ddpm_jax.interop.guided import unet_table
+from ddpm_jax.interop.table import SAME, TURNED, Entry, by_head, dense, norm, to_ours, to_peer
 from ddpm_jax.models.glide import Glide
 from ddpm_jax.models.unet import UNet
 

@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ddpm_jax.interop.table import KERNEL, SAME, TURNED, Entry, Layout, dense, norm, to_ours, to_peer
+from ddpm_jax.interop.table import SAME, TURNED, Entry, Layout, by_head, conv, dense, norm, to_ours, to_peer
+from ddpm_jax.interop.unet import Block, walk
 from ddpm_jax.models.adm import Classifier, ClassUNet, SuperUNet
 from ddpm_jax.models.unet import UNet
 
@@ -97,71 +98,33 @@ def unet_table(
 ) -> list[Entry]:
     """Return the table of a U-Net or a classifier; ours: where its parameters lie; context: its attention reads one."""
     table = [*dense(f"{ours}time/dense_0", "time_embed.0"), *dense(f"{ours}time/dense_1", "time_embed.2")]
-    table += _conv(f"{ours}in_conv", "input_blocks.0.0")
-    for name, peer, kind, widths in _blocks(net, image_size):
-        if kind == "attention":
-            heads = net.heads or widths[0] // net.head_channels
-            table += _attention(f"{ours}{name}", peer, heads, new_attention_order)
-            table += _pointwise(f"{ours}{name}/context_kv", f"{peer}.encoder_kv") if context else []
-        elif kind == "resample":
-            table += _conv(f"{ours}{name}/conv", peer)
+    table += conv(f"{ours}in_conv", "input_blocks.0.0")
+    for block in walk(net, image_size):
+        here, peer = f"{ours}{block.ours}", _peer(block, net, image_size)
+        if block.kind == "attention":
+            heads = net.heads or block.widths[0] // net.head_channels
+            table += _attention(here, peer, heads, new_attention_order)
+            table += _pointwise(f"{here}/context_kv", f"{peer}.encoder_kv") if context else []
+        elif block.kind == "resample" and net.conv_resample:
+            table += conv(f"{here}/conv", f"{peer}.{'op' if block.side == 'down' else 'conv'}")
         else:
-            table += _res(f"{ours}{name}", peer, widths[0] != widths[1])
+            table += _res(here, peer, block.widths[0] != block.widths[1])
     return table + (_head(net) if isinstance(net, Classifier) else _out(ours))
 
 
-class _Block(NamedTuple):
-    ours: str
-    peer: str
-    kind: str
-    widths: tuple[int, int]  # of its input and its output
-
-
-def _blocks(net: UNet | Classifier, image_size: int) -> list[_Block]:
-    """Walk the network as OpenAI's constructor does, numbering the lists of blocks that it makes."""
-    width = [int(net.channels * mult) for mult in net.channel_mult]
-    last, blocks, number = len(width) - 1, [], 1
-    here, skips = width[0], [width[0]]
-
-    def add(ours: str, peer: str, out: int, wanted: bool, here: int) -> int:
-        blocks.append(_Block(ours, f"{peer}.0", "res", (here, out)))
-        if wanted:
-            blocks.append(_Block(f"{ours}_attn", f"{peer}.1", "attention", (out, out)))
-        return out
-
-    def sample(ours: str, peer: str, here: int) -> None:
-        kind = "resample" if net.conv_resample else "res"
-        suffix = (".op" if ours.startswith("down") else ".conv") if net.conv_resample else ""
-        blocks.append(_Block(ours, peer + suffix, kind, (here, here)))
-
-    attends = [image_size >> level in net.attention_resolutions for level in range(len(width))]
-    for level, out in enumerate(width):
-        for i in range(net.num_res_blocks):
-            here = add(f"down_{level}_{i}", f"input_blocks.{number}", out, attends[level], here)
-            skips.append(here)
-            number += 1
-        if level != last:
-            sample(f"down_{level}_sample", f"input_blocks.{number}.0", here)
-            skips.append(here)
-            number += 1
-    blocks.append(_Block("mid_0", "middle_block.0", "res", (here, here)))
-    blocks.append(_Block("mid_attn", "middle_block.1", "attention", (here, here)))
-    blocks.append(_Block("mid_1", "middle_block.2", "res", (here, here)))
-    if isinstance(net, Classifier):
-        return blocks
-    number = 0
-    for level in range(last, -1, -1):
-        for i in range(net.num_res_blocks + 1):
-            before = here + skips.pop()
-            here = add(f"up_{level}_{i}", f"output_blocks.{number}", width[level], attends[level], before)
-            if level and i == net.num_res_blocks:
-                sample(f"up_{level}_sample", f"output_blocks.{number}.{1 + attends[level]}", here)
-            number += 1
-    return blocks
-
-
-def _conv(ours: str, peer: str) -> list[Entry]:
-    return [Entry(f"{ours}/kernel", (f"{peer}.weight",), KERNEL), Entry(f"{ours}/bias", (f"{peer}.bias",), SAME)]
+def _peer(block: Block, net: UNet | Classifier, image_size: int) -> str:
+    """Return OpenAI's name of a block: they are numbered from the picture to the middle, and from there on anew."""
+    side, level, blocks = block.side, block.level, net.num_res_blocks
+    if side == "mid":
+        return f"middle_block.{block.number}"
+    part = int(block.kind == "attention")
+    if side == "down":
+        return f"input_blocks.{1 + level * (blocks + 1) + block.number}.{part}"
+    # What doubles the picture is the last part of the level's last entry, behind its attention.
+    number, last = block.number, len(net.channel_mult) - 1
+    if block.kind == "resample":
+        number, part = blocks, 1 + (image_size >> level in net.attention_resolutions)
+    return f"output_blocks.{(last - level) * (blocks + 1) + number}.{part}"
 
 
 def _pointwise(ours: str, peer: str, layout: Layout = POINTWISE, bias: Layout = SAME) -> list[Entry]:
@@ -171,11 +134,11 @@ def _pointwise(ours: str, peer: str, layout: Layout = POINTWISE, bias: Layout = 
 def _res(ours: str, peer: str, has_skip: bool) -> list[Entry]:
     return [
         *norm(f"{ours}/norm_1", f"{peer}.in_layers.0"),
-        *_conv(f"{ours}/conv_1", f"{peer}.in_layers.2"),
+        *conv(f"{ours}/conv_1", f"{peer}.in_layers.2"),
         *dense(f"{ours}/emb", f"{peer}.emb_layers.1"),
         *norm(f"{ours}/norm_2", f"{peer}.out_layers.0"),
-        *_conv(f"{ours}/conv_2", f"{peer}.out_layers.3"),
-        *(_conv(f"{ours}/skip", f"{peer}.skip_connection") if has_skip else ()),
+        *conv(f"{ours}/conv_2", f"{peer}.out_layers.3"),
+        *(conv(f"{ours}/skip", f"{peer}.skip_connection") if has_skip else ()),
     ]
 
 
@@ -188,24 +151,8 @@ def _attention(ours: str, peer: str, heads: int, new_order: bool) -> list[Entry]
     ]
 
 
-def by_head(layout: Layout, heads: int, *, parts: int = 3) -> Layout:
-    """Return the layout that reorders the last axis from [q|k|v][head][d] there to [head][q|k|v][d] here.
-
-    parts: how many stand in place of q, k and v.
-    """
-
-    def turned(x: np.ndarray, first: int, second: int) -> np.ndarray:
-        blocks = x.reshape(*x.shape[:-1], first, second, x.shape[-1] // (first * second))
-        return blocks.swapaxes(-3, -2).reshape(x.shape)
-
-    def read(*tensors: np.ndarray) -> np.ndarray:
-        return turned(layout.read(*tensors), parts, heads)
-
-    return Layout(read, lambda x: layout.write(turned(x, heads, parts)))
-
-
 def _out(ours: str) -> list[Entry]:
-    return [*norm(f"{ours}out_norm", "out.0"), *_conv(f"{ours}out_conv", "out.2")]
+    return [*norm(f"{ours}out_norm", "out.0"), *conv(f"{ours}out_conv", "out.2")]
 
 
 def _head(net: Classifier) -> list[Entry]:

@@ -21,14 +21,14 @@ import numpy as np
 
 from ddpm_jax.data.tokenizer import ClipTokenizer, Tokenizer
 from ddpm_jax.interop.clip import LoadedCLIP, load_clip
-from ddpm_jax.interop.guided import by_head
 from ddpm_jax.interop.table import (
-    KERNEL,
     SAME,
     TURNED,
     ConvertError,
     Entry,
     Layout,
+    by_head,
+    conv,
     count,
     dense,
     joined,
@@ -37,6 +37,7 @@ from ddpm_jax.interop.table import (
     to_peer,
 )
 from ddpm_jax.interop.tensor_file import ReadError, read_tensors
+from ddpm_jax.interop.unet import Block, walk
 from ddpm_jax.models.decoder import Decoder
 from ddpm_jax.models.prior import DiffusionPrior
 from ddpm_jax.models.transformer import gelu
@@ -50,6 +51,17 @@ WEIGHTS = (
     *("diffusion_pytorch_model.safetensors.index.json", "model.safetensors.index.json"),
     *("diffusion_pytorch_model.bin", "pytorch_model.bin"),
 )
+
+_TOWER = ("hidden_size", "num_attention_heads", "hidden_act")
+_UNET = ("block_out_channels", "layers_per_block", "down_block_types", "sample_size", "out_channels")
+FIELDS = {
+    "prior": ("num_attention_heads",),
+    "text_encoder": _TOWER,
+    "image_encoder": _TOWER,
+    "decoder": (*_UNET, "attention_head_dim"),
+    "super_res_first": (*_UNET, "add_attention"),
+    "super_res_last": (*_UNET, "add_attention"),
+}
 
 
 def open_karlo(directory: str | Path, *, tokenizer: Tokenizer | None = None, dtype: Any = jnp.float32) -> Karlo:
@@ -109,8 +121,11 @@ def _part(directory: Path, name: str) -> tuple[dict[str, Any], dict[str, np.ndar
     """Return the config and the tensors of a part."""
     try:
         config = json.loads((directory / name / "config.json").read_text())
-    except (OSError, ValueError) as error:
+        missing = [field for field in FIELDS.get(name, ()) if field not in config]
+    except (OSError, ValueError, TypeError) as error:
         raise ReadError(f"{directory / name} cannot be read as a part of Karlo: {error}") from None
+    if missing:
+        raise ReadError(f"{directory / name / 'config.json'} is not of Karlo: it lacks {', '.join(missing)}")
     for file in WEIGHTS:
         if (directory / name / file).is_file():
             return config, read_tensors(directory / name / file)
@@ -327,47 +342,41 @@ def UPSAMPLER(**options: Any) -> Upsampler:  # noqa: N802
 
 def unet_table(net: UNet, image_size: int, ours: str, peer: str, *, context: bool = False) -> list[Entry]:
     """Return the table of a U-Net in diffusers' names; with context, its attention also reads one."""
-    conv = lambda a, b: [Entry(f"{ours}{a}/kernel", (f"{peer}{b}.weight",), KERNEL),  # noqa: E731
-                         Entry(f"{ours}{a}/bias", (f"{peer}{b}.bias",), SAME)]  # fmt: skip
-    width = [int(net.channels * mult) for mult in net.channel_mult]
-    last, skips, table = len(width) - 1, [width[0]], []
-
-    def res(a: str, b: str, before: int, after: int) -> int:
-        table.extend(norm(f"{ours}{a}/norm_1", f"{peer}{b}.norm1") + conv(f"{a}/conv_1", f"{b}.conv1"))
-        table.extend(dense(f"{ours}{a}/emb", f"{peer}{b}.time_emb_proj"))
-        table.extend(norm(f"{ours}{a}/norm_2", f"{peer}{b}.norm2") + conv(f"{a}/conv_2", f"{b}.conv2"))
-        table.extend(conv(f"{a}/skip", f"{b}.conv_shortcut") if before != after else ())
-        return after
-
-    def attend(a: str, b: str, channels: int, wanted: bool) -> None:
-        if wanted:
-            table.extend(_attention(f"{ours}{a}", f"{peer}{b}", channels // net.head_channels, context))
-
-    here, attends = width[0], [image_size >> level in net.attention_resolutions for level in range(len(width))]
-    for level, out in enumerate(width):
-        for i in range(net.num_res_blocks):
-            here = res(f"down_{level}_{i}", f"down_blocks.{level}.resnets.{i}", here, out)
-            attend(f"down_{level}_{i}_attn", f"down_blocks.{level}.attentions.{i}", out, attends[level])
-            skips.append(here)
-        if level != last:
-            skips.append(res(f"down_{level}_sample", f"down_blocks.{level}.downsamplers.0", here, here))
-    res("mid_0", "mid_block.resnets.0", here, here)
-    attend("mid_attn", "mid_block.attentions.0", here, net.mid_attention)
-    res("mid_1", "mid_block.resnets.1", here, here)
-    for level in range(last, -1, -1):
-        for i in range(net.num_res_blocks + 1):
-            block = f"up_blocks.{last - level}"
-            here = res(f"up_{level}_{i}", f"{block}.resnets.{i}", here + skips.pop(), width[level])
-            attend(f"up_{level}_{i}_attn", f"{block}.attentions.{i}", here, attends[level])
-        if level:
-            res(f"up_{level}_sample", f"up_blocks.{last - level}.upsamplers.0", here, here)
-    return [
+    table = [
         *dense(f"{ours}time/dense_0", f"{peer}time_embedding.linear_1"),
         *dense(f"{ours}time/dense_1", f"{peer}time_embedding.linear_2"),
-        *conv("in_conv", "conv_in"),
-        *table,
+        *conv(f"{ours}in_conv", f"{peer}conv_in"),
         *norm(f"{ours}out_norm", f"{peer}conv_norm_out"),
-        *conv("out_conv", "conv_out"),
+        *conv(f"{ours}out_conv", f"{peer}conv_out"),
+    ]
+    for block in walk(net, image_size):
+        here, there = f"{ours}{block.ours}", f"{peer}{_peer(block, len(net.channel_mult) - 1)}"
+        if block.kind == "attention":
+            table += _attention(here, there, block.widths[0] // net.head_channels, context)
+        else:
+            table += _res(here, there, block.widths[0] != block.widths[1])
+    return table
+
+
+def _peer(block: Block, last: int) -> str:
+    """Return diffusers' name of a block."""
+    if block.side == "mid":
+        return f"mid_block.{('resnets.0', 'attentions.0', 'resnets.1')[block.number]}"
+    down = block.side == "down"
+    level = f"down_blocks.{block.level}" if down else f"up_blocks.{last - block.level}"
+    if block.kind == "resample":
+        return f"{level}.{'downsamplers' if down else 'upsamplers'}.0"
+    return f"{level}.{'attentions' if block.kind == 'attention' else 'resnets'}.{block.number}"
+
+
+def _res(ours: str, peer: str, has_skip: bool) -> list[Entry]:
+    return [
+        *norm(f"{ours}/norm_1", f"{peer}.norm1"),
+        *conv(f"{ours}/conv_1", f"{peer}.conv1"),
+        *dense(f"{ours}/emb", f"{peer}.time_emb_proj"),
+        *norm(f"{ours}/norm_2", f"{peer}.norm2"),
+        *conv(f"{ours}/conv_2", f"{peer}.conv2"),
+        *(conv(f"{ours}/skip", f"{peer}.conv_shortcut") if has_skip else ()),
     ]
 
 

@@ -45,6 +45,27 @@ def joined(layout: Layout, count: int) -> Layout:
     )
 
 
+def by_head(layout: Layout, heads: int, *, parts: int = 3) -> Layout:
+    """Return the layout that reorders the last axis from [q|k|v][head][d] there to [head][q|k|v][d] here.
+
+    parts: how many stand in place of q, k and v.
+    """
+
+    def turned(x: np.ndarray, first: int, second: int) -> np.ndarray:
+        blocks = x.reshape(*x.shape[:-1], first, second, x.shape[-1] // (first * second))
+        return blocks.swapaxes(-3, -2).reshape(x.shape)
+
+    def read(*tensors: np.ndarray) -> np.ndarray:
+        return turned(layout.read(*tensors), parts, heads)
+
+    return Layout(read, lambda x: layout.write(turned(x, heads, parts)))
+
+
+def conv(ours: str, peer: str) -> list[Entry]:
+    """Return the entries of a convolution."""
+    return [Entry(f"{ours}/kernel", (f"{peer}.weight",), KERNEL), Entry(f"{ours}/bias", (f"{peer}.bias",), SAME)]
+
+
 def dense(ours: str, *peer: str, bias: bool = True) -> list[Entry]:
     """Return the entries of a dense layer, made of one or more layers of the peer."""
     entries = [Entry(f"{ours}/kernel", tuple(f"{name}.weight" for name in peer), joined(TURNED, len(peer)))]
@@ -79,7 +100,8 @@ def to_ours(
     wanted = flax.traverse_util.flatten_dict(dict(shapes), sep="/")
     listed = [entry.ours for entry in table]
     if sorted(listed) != sorted(wanted):
-        raise AssertionError(f"the table is not that of the network: {sorted(set(listed) ^ set(wanted))}")
+        odd = sorted(set(listed) ^ set(wanted))
+        raise ConvertError(f"the network is not one that this layout holds: {', '.join(odd[:8])}")
     names = {name for entry in table for name in entry.peer}
     problems = _listed("lacks", [name for name in names if name not in tensors])
     problems += _listed("has, unknown to this network,", set(tensors) - names - set(ignored))
