@@ -223,18 +223,21 @@ CONFIGS = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def directory(tmp_path_factory):
-    """A directory as diffusers saves one."""
-    place = tmp_path_factory.mktemp("karlo")
+def write_directory(place):
+    """Write a directory as diffusers saves one."""
     peers = {"text_encoder": ("text", 0), "image_encoder": ("vision", 0), "super_res_first": ("upsampler", 0)}
     peers |= {"super_res_last": ("upsampler", 1)} | {name: (name, 0) for name in ("prior", "decoder", "text_proj")}
     for name, config in CONFIGS.items():
-        (place / name).mkdir()
+        (place / name).mkdir(parents=True)
         (place / name / "config.json").write_text(json.dumps(config))
         file = "model.safetensors" if "encoder" in name else "diffusion_pytorch_model.safetensors"
         save_file(weights(*peers[name]), place / name / file)
     return place
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    return write_directory(tmp_path_factory.mktemp("karlo"))
 
 
 def test_a_directory_becomes_a_pipeline(directory, pipeline):

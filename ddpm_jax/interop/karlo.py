@@ -10,7 +10,6 @@ Its networks are `DiffusionPrior`, `Decoder` and `Upsampler`. What is told diffe
 """
 
 import functools
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +20,7 @@ import numpy as np
 
 from ddpm_jax.data.tokenizer import ClipTokenizer, Tokenizer
 from ddpm_jax.interop.clip import LoadedCLIP, load_clip
+from ddpm_jax.interop.diffusers_layout import block_name, outer, read_config, read_weights, res
 from ddpm_jax.interop.table import (
     SAME,
     TURNED,
@@ -28,7 +28,6 @@ from ddpm_jax.interop.table import (
     Entry,
     Layout,
     by_head,
-    conv,
     count,
     dense,
     joined,
@@ -36,8 +35,8 @@ from ddpm_jax.interop.table import (
     to_ours,
     to_peer,
 )
-from ddpm_jax.interop.tensor_file import ReadError, read_tensors
-from ddpm_jax.interop.unet import Block, walk
+from ddpm_jax.interop.tensor_file import ReadError
+from ddpm_jax.interop.unet import walk
 from ddpm_jax.models.decoder import Decoder
 from ddpm_jax.models.prior import DiffusionPrior
 from ddpm_jax.models.transformer import gelu
@@ -46,11 +45,6 @@ from ddpm_jax.models.upsampler import Upsampler
 from ddpm_jax.pipelines.karlo import Karlo
 
 STATISTICS = ("clip_mean", "clip_std")
-WEIGHTS = (
-    *("diffusion_pytorch_model.safetensors", "model.safetensors"),
-    *("diffusion_pytorch_model.safetensors.index.json", "model.safetensors.index.json"),
-    *("diffusion_pytorch_model.bin", "pytorch_model.bin"),
-)
 
 _TOWER = ("hidden_size", "num_attention_heads", "hidden_act")
 _UNET = ("block_out_channels", "layers_per_block", "down_block_types", "sample_size", "out_channels")
@@ -119,17 +113,8 @@ def open_karlo(directory: str | Path, *, tokenizer: Tokenizer | None = None, dty
 
 def _part(directory: Path, name: str) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """Return the config and the tensors of a part."""
-    try:
-        config = json.loads((directory / name / "config.json").read_text())
-        missing = [field for field in FIELDS.get(name, ()) if field not in config]
-    except (OSError, ValueError, TypeError) as error:
-        raise ReadError(f"{directory / name} cannot be read as a part of Karlo: {error}") from None
-    if missing:
-        raise ReadError(f"{directory / name / 'config.json'} is not of Karlo: it lacks {', '.join(missing)}")
-    for file in WEIGHTS:
-        if (directory / name / file).is_file():
-            return config, read_tensors(directory / name / file)
-    raise ReadError(f"{directory / name} has no weights; they would be called {', '.join(WEIGHTS)}")
+    config = read_config(directory, name, FIELDS.get(name, ()), family="Karlo")
+    return config, read_weights(directory, name)
 
 
 def _tower(config: Mapping[str, Any], tensors: Mapping[str, np.ndarray], dtype: Any) -> LoadedCLIP:
@@ -342,42 +327,14 @@ def UPSAMPLER(**options: Any) -> Upsampler:  # noqa: N802
 
 def unet_table(net: UNet, image_size: int, ours: str, peer: str, *, context: bool = False) -> list[Entry]:
     """Return the table of a U-Net in diffusers' names; with context, its attention also reads one."""
-    table = [
-        *dense(f"{ours}time/dense_0", f"{peer}time_embedding.linear_1"),
-        *dense(f"{ours}time/dense_1", f"{peer}time_embedding.linear_2"),
-        *conv(f"{ours}in_conv", f"{peer}conv_in"),
-        *norm(f"{ours}out_norm", f"{peer}conv_norm_out"),
-        *conv(f"{ours}out_conv", f"{peer}conv_out"),
-    ]
+    table = outer(ours, peer)
     for block in walk(net, image_size):
-        here, there = f"{ours}{block.ours}", f"{peer}{_peer(block, len(net.channel_mult) - 1)}"
+        here, there = f"{ours}{block.ours}", f"{peer}{block_name(block, len(net.channel_mult) - 1)}"
         if block.kind == "attention":
             table += _attention(here, there, block.widths[0] // net.head_channels, context)
         else:
-            table += _res(here, there, block.widths[0] != block.widths[1])
+            table += res(here, there, block.widths[0] != block.widths[1])
     return table
-
-
-def _peer(block: Block, last: int) -> str:
-    """Return diffusers' name of a block."""
-    if block.side == "mid":
-        return f"mid_block.{('resnets.0', 'attentions.0', 'resnets.1')[block.number]}"
-    down = block.side == "down"
-    level = f"down_blocks.{block.level}" if down else f"up_blocks.{last - block.level}"
-    if block.kind == "resample":
-        return f"{level}.{'downsamplers' if down else 'upsamplers'}.0"
-    return f"{level}.{'attentions' if block.kind == 'attention' else 'resnets'}.{block.number}"
-
-
-def _res(ours: str, peer: str, has_skip: bool) -> list[Entry]:
-    return [
-        *norm(f"{ours}/norm_1", f"{peer}.norm1"),
-        *conv(f"{ours}/conv_1", f"{peer}.conv1"),
-        *dense(f"{ours}/emb", f"{peer}.time_emb_proj"),
-        *norm(f"{ours}/norm_2", f"{peer}.norm2"),
-        *conv(f"{ours}/conv_2", f"{peer}.conv2"),
-        *(conv(f"{ours}/skip", f"{peer}.conv_shortcut") if has_skip else ()),
-    ]
 
 
 def _attention(ours: str, peer: str, heads: int, context: bool) -> list[Entry]:

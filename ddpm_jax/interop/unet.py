@@ -25,7 +25,7 @@ class Block(NamedTuple):
 def walk(net: UNet | Classifier, image_size: int) -> Iterator[Block]:
     """Yield the blocks between the first and the last convolution; of a classifier those down to the middle."""
     width = [int(net.channels * mult) for mult in net.channel_mult]
-    attends = [image_size >> level in net.attention_resolutions for level in range(len(width))]
+    attends = [attends_at(net, image_size, level) for level in range(len(width))]
     here, skips, last = width[0], [width[0]], len(width) - 1
     for level, out in enumerate(width):
         for i in range(net.num_res_blocks):
@@ -51,3 +51,9 @@ def walk(net: UNet | Classifier, image_size: int) -> Iterator[Block]:
                 yield Block(f"up_{level}_{i}_attn", "attention", (here, here), "up", level, i)
         if level:
             yield Block(f"up_{level}_sample", "resample", (here, here), "up", level, net.num_res_blocks + 1)
+
+
+def attends_at(net: UNet | Classifier, image_size: int, level: int) -> bool:
+    """Return whether a level has attention."""
+    levels = getattr(net, "attention_levels", None)
+    return image_size >> level in net.attention_resolutions if levels is None else level in levels

@@ -187,6 +187,7 @@ class ResBlock(nn.Module):
 
     layout: [B, H, W, E] at the size of the output; its projection is added to (scale, shift) position by position, so
     that the embedding may say other things at other places (spatially adaptive normalisation, Park et al. 2019).
+    emb: None for a network that is told nothing, such as an autoencoder.
     """
 
     features: int
@@ -195,16 +196,22 @@ class ResBlock(nn.Module):
     dropout: float = 0.0
     groups: int = 32
     dtype: Dtype = jnp.float32
+    eps: float = 1e-5
 
     @nn.compact
-    def __call__(self, x: jax.Array, emb: jax.Array, train: bool = False, layout: jax.Array | None = None) -> jax.Array:
-        norm = lambda name: GroupNorm(self.groups, dtype=self.dtype, name=name)  # noqa: E731
+    def __call__(
+        self, x: jax.Array, emb: jax.Array | None, train: bool = False, layout: jax.Array | None = None
+    ) -> jax.Array:
+        norm = lambda name: GroupNorm(self.groups, self.eps, self.dtype, name=name)  # noqa: E731
         move: Callable = {None: lambda y: y, "up": upsample2, "down": downsample2}[self.resample]
         h = conv(self.features, 3, "conv_1", self.dtype)(move(nn.silu(norm("norm_1")(x))))
         x = move(x)
         width = 2 * self.features if self.scale_shift else self.features
-        emb = nn.Dense(width, dtype=self.dtype, name="emb")(nn.silu(emb))
-        if layout is not None:
+        if emb is not None:
+            emb = nn.Dense(width, dtype=self.dtype, name="emb")(nn.silu(emb))
+        if emb is None:
+            h = norm("norm_2")(h)
+        elif layout is not None:
             if not self.scale_shift:
                 raise ValueError("a layout scales and shifts, which scale_shift=False does not")
             init = nn.initializers.normal(0.02)
@@ -249,6 +256,7 @@ class AttentionBlock(nn.Module):
     head_channels: int = 64
     groups: int = 32
     dtype: Dtype = jnp.float32
+    eps: float = 1e-5
 
     @nn.compact
     def __call__(self, x: jax.Array, context: jax.Array | None = None, context_mask: jax.Array | None = None):
@@ -256,7 +264,7 @@ class AttentionBlock(nn.Module):
         if c % self.head_channels:
             raise ValueError(f"head_channels={self.head_channels} must divide the {c} channels of the level")
         heads, n = c // self.head_channels, height * width
-        h = GroupNorm(self.groups, dtype=self.dtype, name="norm")(x).reshape(b, n, c)
+        h = GroupNorm(self.groups, self.eps, self.dtype, name="norm")(x).reshape(b, n, c)
         split = lambda y, parts: jnp.split(y.reshape(b, y.shape[1], heads, -1), parts, axis=-1)  # noqa: E731
         q, k, v = split(nn.Dense(3 * c, dtype=self.dtype, name="qkv")(h), 3)
         mask = None

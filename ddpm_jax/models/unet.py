@@ -17,6 +17,7 @@ from ddpm_jax.models.layers import (
     downsample2,
     space_to_depth,
 )
+from ddpm_jax.models.spatial_transformer import SpatialTransformer
 
 
 class UNet(nn.Module):
@@ -28,6 +29,8 @@ class UNet(nn.Module):
     False gives the network without any attention that DALL-E 2 uses for upsampling. modulate: the layout, averaged down
     to each level, also scales and shifts the features of every block (see `ResBlock`). heads: so many at every level,
     in place of heads of head_channels. conv_resample: `Resample` between levels, as before BigGAN's blocks.
+    attention_levels: the levels that have attention, whatever the size of the picture, in place of
+    attention_resolutions. spatial_transformer: attention is a `SpatialTransformer`, as in latent diffusion.
     """
 
     channels: int
@@ -46,6 +49,8 @@ class UNet(nn.Module):
     groups: int = 32
     remat: bool = False
     dtype: Any = jnp.float32
+    attention_levels: tuple[int, ...] | None = None
+    spatial_transformer: bool = False
 
     @nn.compact
     def __call__(
@@ -79,7 +84,8 @@ class UNet(nn.Module):
         for level, mult in reversed(list(enumerate(self.channel_mult))):
             for i in range(self.num_res_blocks + 1):
                 h = jnp.concatenate([h, skips.pop()], axis=-1)
-                h = parts.attend(parts.res(h, int(self.channels * mult), f"up_{level}_{i}"), f"up_{level}_{i}_attn")
+                h = parts.res(h, int(self.channels * mult), f"up_{level}_{i}")
+                h = parts.attend(h, f"up_{level}_{i}_attn", level)
             if level != 0:
                 h = parts.move(h, f"up_{level}_sample", "up")
         h = nn.silu(GroupNorm(self.groups, dtype=self.dtype, name="out_norm")(h))
@@ -94,7 +100,9 @@ class Parts:
         self.net, self.time, self.train, self.layouts = net, time, train, layouts
         self.context, self.mask = context, mask
         self.block = nn.remat(ResBlock, static_argnums=(3,)) if net.remat else ResBlock
-        self.attention = nn.remat(AttentionBlock) if net.remat else AttentionBlock
+        kind = SpatialTransformer if getattr(net, "spatial_transformer", False) else AttentionBlock
+        self.attention = nn.remat(kind) if net.remat else kind
+        self.levels = getattr(net, "attention_levels", None)
 
     def res(self, h: jax.Array, features: int, name: str, resample: str | None = None) -> jax.Array:
         net = self.net
@@ -107,9 +115,11 @@ class Parts:
             return Resample(h.shape[-1], resample, self.net.dtype, name=name)(h)
         return self.res(h, h.shape[-1], name, resample)
 
-    def attend(self, h: jax.Array, name: str, wanted: bool | None = None) -> jax.Array:
+    def attend(self, h: jax.Array, name: str, level: int | None = None) -> jax.Array:
+        """Let the features attend; at a level only if it is one of those that do."""
         net = self.net
-        if not (h.shape[1] in net.attention_resolutions if wanted is None else wanted):
+        chosen = h.shape[1] in net.attention_resolutions if self.levels is None else level in self.levels
+        if level is not None and not chosen:
             return h
         head = net.head_channels if net.heads is None else h.shape[-1] // net.heads
         return self.attention(head, net.groups, net.dtype, name=name)(h, self.context, self.mask)
@@ -122,12 +132,14 @@ def contract(parts: Parts, h: jax.Array, mid_attention: bool) -> tuple[jax.Array
     skips = [h]
     for level, mult in enumerate(net.channel_mult):
         for i in range(net.num_res_blocks):
-            h = parts.attend(parts.res(h, int(net.channels * mult), f"down_{level}_{i}"), f"down_{level}_{i}_attn")
+            h = parts.res(h, int(net.channels * mult), f"down_{level}_{i}")
+            h = parts.attend(h, f"down_{level}_{i}_attn", level)
             skips.append(h)
         if level != len(net.channel_mult) - 1:
             h = parts.move(h, f"down_{level}_sample", "down")
             skips.append(h)
-    h = parts.attend(parts.res(h, h.shape[-1], "mid_0"), "mid_attn", mid_attention)
+    h = parts.res(h, h.shape[-1], "mid_0")
+    h = parts.attend(h, "mid_attn") if mid_attention else h
     return parts.res(h, h.shape[-1], "mid_1"), skips
 
 

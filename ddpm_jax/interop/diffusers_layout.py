@@ -1,0 +1,92 @@
+"""What the networks of diffusers have in common: where a directory keeps its parts, and how blocks are called."""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ddpm_jax.interop.table import Entry, conv, dense, norm
+from ddpm_jax.interop.tensor_file import ReadError, read_tensors
+from ddpm_jax.interop.unet import Block
+
+WEIGHTS = (
+    *("diffusion_pytorch_model.safetensors", "model.safetensors"),
+    *("diffusion_pytorch_model.safetensors.index.json", "model.safetensors.index.json"),
+    *("diffusion_pytorch_model.bin", "pytorch_model.bin"),
+)
+
+
+def read_config(
+    directory: Path, part: str, fields: Iterable[str], *, family: str, name: str = "config.json"
+) -> dict[str, Any]:
+    """Return the config of a part of a pipeline.
+
+    Raises:
+        ReadError: if it is missing, not JSON, or lacks one of the fields.
+    """
+    path = directory / part / name
+    try:
+        config = json.loads(path.read_text())
+        missing = [field for field in fields if field not in config]
+    except (OSError, ValueError, TypeError) as error:
+        raise ReadError(f"{directory / part} cannot be read as a part of {family}: {error}") from None
+    if missing:
+        raise ReadError(f"{path} is not of {family}: it lacks {', '.join(missing)}")
+    return config
+
+
+def weights_file(directory: Path, part: str) -> Path:
+    """Return the file with a part's weights.
+
+    Raises:
+        ReadError: if there is none.
+    """
+    for file in WEIGHTS:
+        if (directory / part / file).is_file():
+            return directory / part / file
+    raise ReadError(f"{directory / part} has no weights; they would be called {', '.join(WEIGHTS)}")
+
+
+def read_weights(directory: Path, part: str) -> dict[str, np.ndarray]:
+    """Return the tensors of a part.
+
+    Raises:
+        ReadError: if there are none, or they cannot be read.
+    """
+    return read_tensors(weights_file(directory, part))
+
+
+def block_name(block: Block, last: int) -> str:
+    """Return diffusers' name of a block; last: the number of the last level."""
+    if block.side == "mid":
+        return f"mid_block.{('resnets.0', 'attentions.0', 'resnets.1')[block.number]}"
+    down = block.side == "down"
+    level = f"down_blocks.{block.level}" if down else f"up_blocks.{last - block.level}"
+    if block.kind == "resample":
+        return f"{level}.{'downsamplers' if down else 'upsamplers'}.0"
+    return f"{level}.{'attentions' if block.kind == 'attention' else 'resnets'}.{block.number}"
+
+
+def res(ours: str, peer: str, has_skip: bool, *, emb: bool = True) -> list[Entry]:
+    """Return the entries of a residual block; emb: it is told an embedding."""
+    return [
+        *norm(f"{ours}/norm_1", f"{peer}.norm1"),
+        *conv(f"{ours}/conv_1", f"{peer}.conv1"),
+        *(dense(f"{ours}/emb", f"{peer}.time_emb_proj") if emb else ()),
+        *norm(f"{ours}/norm_2", f"{peer}.norm2"),
+        *conv(f"{ours}/conv_2", f"{peer}.conv2"),
+        *(conv(f"{ours}/skip", f"{peer}.conv_shortcut") if has_skip else ()),
+    ]
+
+
+def outer(ours: str, peer: str) -> list[Entry]:
+    """Return the entries of a U-Net's first and last layers and of its time embedding."""
+    return [
+        *dense(f"{ours}time/dense_0", f"{peer}time_embedding.linear_1"),
+        *dense(f"{ours}time/dense_1", f"{peer}time_embedding.linear_2"),
+        *conv(f"{ours}in_conv", f"{peer}conv_in"),
+        *norm(f"{ours}out_norm", f"{peer}conv_norm_out"),
+        *conv(f"{ours}out_conv", f"{peer}conv_out"),
+    ]

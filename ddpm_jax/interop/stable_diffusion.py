@@ -1,0 +1,389 @@
+"""Stable Diffusion 1 and 2 in the layout of diffusers: autoencoder, U-Net and text encoder.
+
+The text encoder is CLIP's text tower without its projection, `models.text_encoder.TextEncoder`. What the files do not
+say, their config.json does: how many heads attention has (called attention_head_dim there), what the network predicts,
+and the schedule.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ddpm_jax.data.tokenizer import ClipTokenizer, Tokenizer
+from ddpm_jax.interop.clip import ACTIVATIONS, NAMES, clip_table
+from ddpm_jax.interop.diffusers_layout import block_name, outer, read_config, read_weights, res
+from ddpm_jax.interop.table import (
+    SAME,
+    TURNED,
+    ConvertError,
+    Entry,
+    Layout,
+    conv,
+    count,
+    dense,
+    joined,
+    norm,
+    to_ours,
+    to_peer,
+)
+from ddpm_jax.interop.tensor_file import ReadError
+from ddpm_jax.interop.unet import walk
+from ddpm_jax.models.autoencoder import Autoencoder
+from ddpm_jax.models.text_encoder import TextEncoder
+from ddpm_jax.models.unet import UNet
+from ddpm_jax.pipelines.stable_diffusion import StableDiffusion
+from ddpm_jax.process import GaussianProcess, make_process
+from ddpm_jax.schedules import linear_betas, quadratic_betas
+
+POINTWISE = Layout(lambda x: x.reshape(x.shape[:2]).T, lambda x: (x.T[..., None, None],))
+# The names that the attention of an autoencoder had before diffusers 0.17.
+OLD_NAMES = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
+FIELDS = {
+    "vae": ("block_out_channels", "layers_per_block", "latent_channels"),
+    "unet": (
+        *("block_out_channels", "layers_per_block", "down_block_types", "in_channels", "out_channels"),
+        *("sample_size", "attention_head_dim", "cross_attention_dim"),
+    ),
+    "text_encoder": ("hidden_size", "num_attention_heads", "hidden_act"),
+    "scheduler": ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule"),
+}
+KINDS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
+BETAS = {"scaled_linear": quadratic_betas, "linear": linear_betas}
+
+
+def open_stable_diffusion(
+    directory: str | Path, *, tokenizer: Tokenizer | None = None, dtype: Any = jnp.float32
+) -> StableDiffusion:
+    """Make a pipeline of a directory in diffusers' layout, such as a copy of stable-diffusion-v1-5.
+
+    Args:
+        directory: with the parts vae, unet, text_encoder and scheduler, each with its config.json
+            (scheduler_config.json) and its weights, safetensors or PyTorch's.
+        tokenizer: CLIP's by default, padded as the directory's tokenizer says: with the end token, or with id 0 ("!").
+        dtype: in which the networks compute; parameters are float32.
+
+    Raises:
+        ReadError: if a part is missing or cannot be read.
+        ConvertError: if a part's tensors are not those of its network, or its config asks for what is not supported.
+    """
+    directory = Path(directory)
+    config_of = lambda part, **name: read_config(  # noqa: E731
+        directory, part, FIELDS[part], family="Stable Diffusion", **name
+    )
+    config = config_of("text_encoder")
+    text, text_params = load_text_encoder(
+        read_weights(directory, "text_encoder"),
+        head_width=config["hidden_size"] // config["num_attention_heads"],
+        activation=config["hidden_act"],
+        dtype=dtype,
+    )
+    config = config_of("vae")
+    autoencoder = autoencoder_of(config, dtype)
+    autoencoder_params = load_autoencoder(read_weights(directory, "vae"), autoencoder)
+    config = config_of("unet")
+    unet = unet_of(config, dtype)
+    params = {
+        "text": text_params,
+        "autoencoder": autoencoder_params,
+        "unet": load_unet(read_weights(directory, "unet"), unet, context_width=config["cross_attention_dim"]),
+    }
+    schedule = config_of("scheduler", name="scheduler_config.json")
+    return StableDiffusion(
+        params=params,
+        process=process_of(schedule),
+        text=text,
+        unet=unet,
+        autoencoder=autoencoder,
+        tokenizer=ClipTokenizer(pad=_padding(directory)) if tokenizer is None else tokenizer,
+        kind=KINDS[schedule.get("prediction_type", "epsilon")],
+        latent_size=config["sample_size"],
+    )
+
+
+def _padding(directory: Path) -> int | str:
+    """Return the id that captions are padded with: 0 where the tokenizer's padding is "!", as in version 2."""
+    path = directory / "tokenizer" / "special_tokens_map.json"
+    if not path.is_file():
+        return "eot"
+    try:
+        token = json.loads(path.read_text()).get("pad_token", "<|endoftext|>")
+    except (OSError, ValueError, AttributeError) as error:
+        raise ReadError(f"{path} cannot be read: {error}") from None
+    return 0 if (token["content"] if isinstance(token, dict) else token) == "!" else "eot"
+
+
+def process_of(config: Mapping[str, Any]) -> GaussianProcess:
+    """Return the process of a scheduler's config.
+
+    Raises:
+        ConvertError: if its schedule or its prediction is another than those of Stable Diffusion 1 and 2.
+    """
+    schedule, kind = config["beta_schedule"], config.get("prediction_type", "epsilon")
+    if schedule not in BETAS or kind not in KINDS:
+        raise ConvertError(
+            f"the scheduler has beta_schedule={schedule!r} and prediction_type={kind!r}; known are {', '.join(BETAS)} "
+            f"and {', '.join(KINDS)}"
+        )
+    steps = config["num_train_timesteps"]
+    scale = steps / 1000  # ours are scaled to the number of steps, theirs are not
+    return make_process(BETAS[schedule](steps, scale * config["beta_start"], scale * config["beta_end"]))
+
+
+# ---- The text encoder ------------------------------------------------------------------------------------------------
+
+
+def TEXT(**options: Any) -> TextEncoder:  # noqa: N802
+    """Return the text encoder of Stable Diffusion 1, that of CLIP ViT-L/14."""
+    return TextEncoder(49408, 77, 768, 12, 12, ACTIVATIONS["quick_gelu"], **options)
+
+
+def load_text_encoder(
+    tensors: Mapping[str, np.ndarray], *, head_width: int = 64, activation: str = "quick_gelu", dtype: Any = jnp.float32
+) -> tuple[TextEncoder, dict[str, Any]]:
+    """Make the text encoder of transformers' CLIPTextModel, with the names of transformers 5 or those before.
+
+    Returns:
+        the network and its parameters; its output is the last hidden state, after the final norm.
+
+    Raises:
+        ConvertError: if the tensors are not those of such a network; it lists which.
+        ValueError: for an unknown activation, or a head_width that does not divide the width.
+    """
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"{activation=} must be one of {', '.join(ACTIVATIONS)}")
+    if "embeddings.token_embedding.weight" in tensors:
+        tensors = {f"text_model.{name}": array for name, array in tensors.items()}
+    names = NAMES["hf"]
+    for name in (names.token, names.text_position):
+        if name not in tensors or tensors[name].ndim != 2:
+            raise ConvertError(f"the file is not of CLIP's text encoder: it lacks {name}")
+    (vocab_size, width), context = tensors[names.token].shape, len(tensors[names.text_position])
+    if width % head_width:
+        raise ValueError(f"{head_width=} must divide the width, which is {width}")
+    layers = count(tensors, names.text_block)
+    model = TextEncoder(vocab_size, context, width, layers, width // head_width, ACTIVATIONS[activation], dtype=dtype)
+    ignored = ["text_model.embeddings.position_ids"]
+    return model, to_ours(text_encoder_table(layers), tensors, text_encoder_shapes(model), ignored=ignored)
+
+
+def export_text_encoder(params: Mapping[str, Any], model: TextEncoder) -> dict[str, np.ndarray]:
+    """Return the tensors of a CLIPTextModel, with the prefix text_model that published files have, float32."""
+    return to_peer(text_encoder_table(model.layers), params)
+
+
+def text_encoder_table(layers: int) -> list[Entry]:
+    """Return the table of a text encoder of so many layers."""
+    whole = clip_table("hf", layers, None)
+    return [entry._replace(ours=entry.ours[5:]) for entry in whole if entry.ours.startswith("text/")]
+
+
+def text_encoder_shapes(model: TextEncoder) -> Any:
+    """Return the shapes of the parameters."""
+    tokens = jax.ShapeDtypeStruct((1, model.context), jnp.int32)
+    return jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]
+
+
+# ---- The autoencoder -------------------------------------------------------------------------------------------------
+
+
+def AUTOENCODER(**options: Any) -> Autoencoder:  # noqa: N802
+    """Return the autoencoder of Stable Diffusion 1 and 2: eight times smaller, four channels."""
+    return Autoencoder(**options)
+
+
+def autoencoder_of(config: Mapping[str, Any], dtype: Any = jnp.float32) -> Autoencoder:
+    """Return the network that the config of diffusers' AutoencoderKL describes."""
+    widths = config["block_out_channels"]
+    return Autoencoder(
+        widths[0],
+        tuple(width / widths[0] for width in widths),
+        config["layers_per_block"],
+        config["latent_channels"],
+        scale=config.get("scaling_factor", 0.18215),
+        dtype=dtype,
+    )
+
+
+def load_autoencoder(tensors: Mapping[str, np.ndarray], model: Autoencoder) -> dict[str, Any]:
+    """Return the parameters of an autoencoder; the names of attention before diffusers 0.17 are read too.
+
+    Raises:
+        ConvertError: if the tensors are not those of the network; it lists which.
+    """
+    renamed = {}
+    for name, array in tensors.items():
+        for old, new in OLD_NAMES.items():
+            name = name.replace(f"attentions.0{old}", f"attentions.0{new}")
+        renamed[name] = array
+    return to_ours(autoencoder_table(model), renamed, autoencoder_shapes(model))
+
+
+def export_autoencoder(params: Mapping[str, Any], model: Autoencoder) -> dict[str, np.ndarray]:
+    """Return diffusers' tensors, float32: the inverse of `load_autoencoder`, bit for bit."""
+    return to_peer(autoencoder_table(model), params)
+
+
+def autoencoder_table(model: Autoencoder) -> list[Entry]:
+    """Return the table of an autoencoder."""
+    last, table = len(model.channel_mult) - 1, []
+    width = [int(model.channels * mult) for mult in model.channel_mult]
+    for side in ("encoder", "decoder"):
+        table += [
+            *conv(f"{side}/in_conv", f"{side}.conv_in"),
+            *res(f"{side}/mid_0", f"{side}.mid_block.resnets.0", False, emb=False),
+            *_plain_attention(f"{side}/mid_attn", f"{side}.mid_block.attentions.0"),
+            *res(f"{side}/mid_1", f"{side}.mid_block.resnets.1", False, emb=False),
+            *norm(f"{side}/out_norm", f"{side}.conv_norm_out"),
+            *conv(f"{side}/out_conv", f"{side}.conv_out"),
+        ]
+    for side, word, blocks in (("encoder", "down", model.num_res_blocks), ("decoder", "up", model.num_res_blocks + 1)):
+        here = width[0 if word == "down" else -1]
+        for number in range(last + 1):
+            level = number if word == "down" else last - number
+            peer = f"{side}.{word}_blocks.{number}"
+            for i in range(blocks):
+                table += res(f"{side}/{word}_{level}_{i}", f"{peer}.resnets.{i}", here != width[level], emb=False)
+                here = width[level]
+            if number != last:
+                table += conv(f"{side}/{word}_{level}_sample", f"{peer}.{word}samplers.0.conv")
+    return table + conv("moments", "quant_conv") + conv("latents", "post_quant_conv")
+
+
+def autoencoder_shapes(model: Autoencoder) -> Any:
+    """Return the shapes of the parameters."""
+    picture = jax.ShapeDtypeStruct((1, 2 * model.factor, 2 * model.factor, model.out_channels), jnp.float32)
+    return jax.eval_shape(model.init, jax.random.key(0), picture)["params"]
+
+
+def _plain_attention(ours: str, peer: str) -> list[Entry]:
+    """Return the entries of attention with one head, whose layers may be convolutions of width one in old files."""
+    turned = Layout(lambda x: x.reshape(x.shape[:2]).T, lambda x: (x.T,))
+    qkv = [f"{peer}.to_{part}" for part in "qkv"]
+    return [
+        *norm(f"{ours}/norm", f"{peer}.group_norm"),
+        Entry(f"{ours}/qkv/kernel", tuple(f"{name}.weight" for name in qkv), joined(turned, 3)),
+        Entry(f"{ours}/qkv/bias", tuple(f"{name}.bias" for name in qkv), joined(SAME, 3)),
+        Entry(f"{ours}/out/kernel", (f"{peer}.to_out.0.weight",), turned),
+        Entry(f"{ours}/out/bias", (f"{peer}.to_out.0.bias",), SAME),
+    ]
+
+
+# ---- The U-Net -------------------------------------------------------------------------------------------------------
+
+
+def UNET(**options: Any) -> UNet:  # noqa: N802
+    """Return the U-Net of Stable Diffusion 1: eight heads at every level. Version 2 has heads of 64 (heads=None)."""
+    options = {"heads": 8} | options
+    return UNet(320, 4, (1, 2, 4, 4), 2, (), conv_resample=True, scale_shift=False, attention_levels=(0, 1, 2),
+                spatial_transformer=True, **options)  # fmt: skip
+
+
+def unet_of(config: Mapping[str, Any], dtype: Any = jnp.float32) -> UNet:
+    """Return the network that the config of diffusers' UNet2DConditionModel describes.
+
+    Raises:
+        ConvertError: if the config asks for what Stable Diffusion 1 and 2 do not have.
+    """
+    widths, heads = config["block_out_channels"], config["attention_head_dim"]
+    heads = [heads] * len(widths) if isinstance(heads, int) else list(heads)
+    wide = {width // count for width, count in zip(widths, heads, strict=True)}
+    if len(set(heads)) > 1 and len(wide) > 1:
+        raise ConvertError(f"attention_head_dim={heads} gives neither equal heads nor heads of equal width")
+    known = {
+        "class_embed_type": None, "addition_embed_type": None, "time_embedding_type": "positional",
+        "dual_cross_attention": False, "only_cross_attention": False, "transformer_layers_per_block": 1,
+        "resnet_time_scale_shift": "default", "act_fn": "silu", "num_class_embeds": None,
+    }  # fmt: skip
+    odd = [f"{name}={config[name]!r}" for name, value in known.items() if config.get(name, value) not in (value, None)]
+    if odd:
+        raise ConvertError(f"the U-Net is not one of Stable Diffusion 1 or 2: it has {', '.join(odd)}")
+    return UNet(
+        widths[0],
+        config["out_channels"],
+        tuple(width / widths[0] for width in widths),
+        config["layers_per_block"],
+        (),
+        head_channels=min(wide),
+        heads=heads[0] if len(set(heads)) == 1 else None,
+        conv_resample=True,
+        scale_shift=False,
+        dtype=dtype,
+        attention_levels=tuple(i for i, kind in enumerate(config["down_block_types"]) if kind.startswith("CrossAttn")),
+        spatial_transformer=True,
+    )
+
+
+def load_unet(tensors: Mapping[str, np.ndarray], model: UNet, *, context_width: int = 768) -> dict[str, Any]:
+    """Return the parameters of a U-Net.
+
+    Args:
+        tensors: of diffusers' UNet2DConditionModel.
+        model: the network; `UNET()` is that of version 1.
+        context_width: of the text encoder's states; 768 in version 1, 1024 in version 2.
+
+    Raises:
+        ConvertError: if the tensors are not those of the network; it lists which.
+    """
+    kernel = tensors.get("conv_in.weight")
+    channels = 4 if kernel is None or kernel.ndim != 4 else kernel.shape[1]
+    return to_ours(unet_table(model), tensors, unet_shapes(model, context_width, channels))
+
+
+def export_unet(params: Mapping[str, Any], model: UNet, *, linear_projection: bool = False) -> dict[str, np.ndarray]:
+    """Return diffusers' tensors, float32: the inverse of `load_unet`, bit for bit.
+
+    linear_projection: what goes into and out of attention is a dense layer, as in version 2, and not a convolution of
+    width one (use_linear_projection).
+    """
+    return to_peer(unet_table(model, linear_projection=linear_projection), params)
+
+
+def unet_table(model: UNet, *, linear_projection: bool = False) -> list[Entry]:
+    """Return the table of a U-Net."""
+    table = outer("", "")
+    for block in walk(model, 0):
+        here, there = block.ours, block_name(block, len(model.channel_mult) - 1)
+        if block.kind == "attention":
+            table += _spatial_transformer(here, there, linear_projection)
+        elif block.kind == "resample":
+            table += conv(f"{here}/conv", f"{there}.conv")
+        else:
+            table += res(here, there, block.widths[0] != block.widths[1])
+    return table
+
+
+def unet_shapes(model: UNet, context_width: int, channels: int = 4) -> Any:
+    """Return the shapes of the parameters; channels: of what the network sees."""
+    spec = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)  # noqa: E731
+    size = 2 ** (len(model.channel_mult) - 1)
+    run = lambda x, t, context: model.init(jax.random.key(0), x, t, None, context)  # noqa: E731
+    return jax.eval_shape(run, spec(1, size, size, channels), spec(1), spec(1, 3, context_width))["params"]
+
+
+def _spatial_transformer(ours: str, peer: str, linear: bool) -> list[Entry]:
+    projection = Layout(POINTWISE.read, TURNED.write) if linear else POINTWISE
+    block = f"{peer}.transformer_blocks.0"
+    table = norm(f"{ours}/norm", f"{peer}.norm")
+    for name in ("in", "out"):
+        table += [
+            Entry(f"{ours}/{name}/kernel", (f"{peer}.proj_{name}.weight",), projection),
+            Entry(f"{ours}/{name}/bias", (f"{peer}.proj_{name}.bias",), SAME),
+        ]
+    return [
+        *table,
+        *norm(f"{ours}/ln_1", f"{block}.norm1"),
+        *dense(f"{ours}/qkv", *(f"{block}.attn1.to_{part}" for part in "qkv"), bias=False),
+        *dense(f"{ours}/attn_out", f"{block}.attn1.to_out.0"),
+        *norm(f"{ours}/ln_2", f"{block}.norm2"),
+        *dense(f"{ours}/cross_q", f"{block}.attn2.to_q", bias=False),
+        *dense(f"{ours}/cross_kv", f"{block}.attn2.to_k", f"{block}.attn2.to_v", bias=False),
+        *dense(f"{ours}/cross_out", f"{block}.attn2.to_out.0"),
+        *norm(f"{ours}/ln_3", f"{block}.norm3"),
+        *dense(f"{ours}/mlp_1", f"{block}.ff.net.0.proj"),
+        *dense(f"{ours}/mlp_2", f"{block}.ff.net.2"),
+    ]

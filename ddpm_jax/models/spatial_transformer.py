@@ -1,0 +1,49 @@
+"""Attention of latent diffusion: pixels as tokens of a transformer that also reads a context."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from ddpm_jax.models.layers import GroupNorm, attention
+from ddpm_jax.models.transformer import gelu
+
+
+class SpatialTransformer(nn.Module):
+    """A block of a transformer over pixels, around which they are normed and projected (Rombach et al. 2022, E.2.1).
+
+    `h = in(GN(x))`, then `h + attn(ln_1(h))`, `h + cross(ln_2(h), context)`, `h + mlp(ln_3(h))` with a gated mlp,
+    `a * gelu(g)` (GEGLU, Shazeer 2020), and `x + out(h)`. Queries, keys and values have no bias.
+
+    x: [B, H, W, C]; context: [B, M, D]; context_mask: bool[B, M], True where a token may be seen, or None for all.
+    Heads are head_channels wide each. The output projection starts at zero.
+    Raises ValueError without a context, or if head_channels does not divide C.
+    """
+
+    head_channels: int = 64
+    groups: int = 32
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, context: jax.Array | None = None, context_mask: jax.Array | None = None):
+        b, height, width, c = x.shape
+        if context is None:
+            raise ValueError("a U-Net with spatial_transformer=True needs a context, which its attention reads")
+        if c % self.head_channels:
+            raise ValueError(f"head_channels={self.head_channels} must divide the {c} channels of the level")
+        dense = lambda features, name, **options: nn.Dense(features, dtype=self.dtype, name=name, **options)  # noqa: E731
+        norm = lambda name: nn.LayerNorm(epsilon=1e-5, dtype=self.dtype, name=name)  # noqa: E731
+        heads = lambda y, parts: jnp.split(  # noqa: E731
+            y.reshape(b, y.shape[1], parts * c // self.head_channels, self.head_channels), parts, axis=2
+        )
+        mask = None if context_mask is None else context_mask[:, None, None, :]
+        h = dense(c, "in")(GroupNorm(self.groups, 1e-6, self.dtype, name="norm")(x).reshape(b, height * width, c))
+        q, k, v = heads(dense(3 * c, "qkv", use_bias=False)(norm("ln_1")(h)), 3)
+        h = h + dense(c, "attn_out")(attention(q, k, v).reshape(h.shape))
+        (q,) = heads(dense(c, "cross_q", use_bias=False)(norm("ln_2")(h)), 1)
+        k, v = heads(dense(2 * c, "cross_kv", use_bias=False)(context.astype(self.dtype)), 2)
+        h = h + dense(c, "cross_out")(attention(q, k, v, mask).reshape(h.shape))
+        value, gate = jnp.split(dense(8 * c, "mlp_1")(norm("ln_3")(h)), 2, axis=-1)
+        h = h + dense(c, "mlp_2")(value * gelu(gate))
+        return x + dense(c, "out", kernel_init=nn.initializers.zeros)(h).reshape(x.shape)

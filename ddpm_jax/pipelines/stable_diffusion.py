@@ -1,0 +1,160 @@
+"""Stable Diffusion as a pipeline: captions in, pictures out, by DDIM in the latents of an autoencoder.
+
+`interop.stable_diffusion.open_stable_diffusion` makes one of a directory (Rombach et al. 2022, section 4.3).
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ddpm_jax.data.tokenizer import Tokenizer
+from ddpm_jax.guidance import classifier_free
+from ddpm_jax.models.autoencoder import Autoencoder
+from ddpm_jax.models.text_encoder import TextEncoder
+from ddpm_jax.models.unet import UNet
+from ddpm_jax.pipelines.stages import to_uint8
+from ddpm_jax.process import GaussianProcess, respace
+from ddpm_jax.samplers import ddim_step, example_keys, sample
+
+
+def _static(**options: Any) -> Any:
+    return flax.struct.field(pytree_node=False, **options)
+
+
+class StableDiffusion(flax.struct.PyTreeNode):
+    """The networks and their parameters; a tree of arrays, so that it can be an argument of a jitted function.
+
+    params: "text", "unet" and "autoencoder". kind: what the U-Net predicts, "eps" (version 1) or "v" (version 2, 768).
+    latent_size: height and width of the latents that it was trained on.
+    """
+
+    params: dict[str, Any]
+    process: GaussianProcess
+    text: TextEncoder = _static()
+    unet: UNet = _static()
+    autoencoder: Autoencoder = _static()
+    tokenizer: Tokenizer | None = _static(default=None)
+    kind: str = _static(default="eps")
+    latent_size: int = _static(default=64)
+
+    @property
+    def image_size(self) -> int:
+        """Height and width of the pictures, in pixels."""
+        return self.latent_size * self.autoencoder.factor
+
+    def encode_text(self, tokens: jax.Array) -> jax.Array:
+        """Return what the U-Net reads of captions, [B, L, width]; padding is read too. tokens: int32[B, L]."""
+        return self.text.apply({"params": self.params["text"]}, tokens)
+
+    def draw_latents(
+        self,
+        process: GaussianProcess,
+        text: jax.Array,
+        nothing: jax.Array,
+        keys: jax.Array,
+        *,
+        scale: float = 7.5,
+        eta: float = 0.0,
+    ) -> jax.Array:
+        """Draw latents of captions, float32[B, h, w, C], as the U-Net sees them (multiplied by the scale).
+
+        process: the pipeline's, respaced. text, nothing: of the captions and of the empty one, [B, L, width].
+        """
+        network = lambda context: (
+            lambda xt, t: self.unet.apply({"params": self.params["unet"]}, xt, t, None, context)  # noqa: E731
+        )
+        size = self.latent_size
+        return sample(
+            process,
+            classifier_free(network(text), network(nothing), scale),
+            keys,
+            (size, size, self.autoencoder.latent_channels),
+            step=ddim_step(eta),
+            kind=self.kind,
+        )
+
+    def decode(self, latents: jax.Array) -> jax.Array:
+        """Return the pictures of latents, float32[B, H, W, 3] in [-1, 1]."""
+        method = Autoencoder.decode
+        z = latents / self.autoencoder.scale
+        return jnp.clip(self.autoencoder.apply({"params": self.params["autoencoder"]}, z, method=method), -1.0, 1.0)
+
+    def generate(
+        self,
+        prompts: Sequence[str],
+        *,
+        seed: int = 0,
+        negative: str = "",
+        steps: int | Sequence[int] = 50,
+        decoder_scale: float | None = None,
+        eta: float = 0.0,
+        batch_size: int = 1,
+        report: Callable[[int], None] | None = None,
+    ) -> np.ndarray:
+        """Draw one picture for every prompt.
+
+        Args:
+            prompts: captions; one too long is cut, with a warning.
+            seed: of all noise; picture i depends on it, i and prompt i.
+            negative: the caption that guidance leads away from.
+            steps: of DDIM, with one stride, the least noisy at t = 1; or the timesteps themselves, increasing.
+            decoder_scale: of guidance, 7.5 by default.
+            eta: of DDIM; 0 draws no noise on the way, 1 as much as ancestral sampling.
+            batch_size: pictures at a time.
+            report: called with the number of pictures each time some are done.
+
+        Returns:
+            uint8[N, R, R, 3].
+
+        Raises:
+            ValueError: if there is no prompt, or an argument does not fit.
+        """
+        if isinstance(prompts, str) or not len(prompts):
+            raise ValueError("prompts must be a sequence of at least one caption")
+        if batch_size < 1:
+            raise ValueError(f"{batch_size=} must be at least 1")
+        if self.tokenizer is None:
+            raise ValueError("this pipeline has no tokenizer; give it one, as in pipeline.replace(tokenizer=...)")
+        process = respace(self.process, self.timesteps(steps) if isinstance(steps, int) else steps)
+        tokens, _ = self.tokenizer(list(prompts), self.text.context)
+        empty = self.tokenizer([negative], self.text.context) if negative else self.tokenizer.null(self.text.context)
+        keys, done = example_keys(jax.random.key(seed), len(prompts)), []
+        how = (("scale", 7.5 if decoder_scale is None else decoder_scale), ("eta", eta))
+        for start in range(0, len(prompts), batch_size):
+            # The last batch repeats its last row, so that all have one shape.
+            rows = np.minimum(np.arange(start, start + min(batch_size, len(prompts))), len(prompts) - 1)
+            images = _generate(self, process, tokens[rows], empty[0], keys[rows], how)
+            done.append(np.asarray(images)[: len(prompts) - start])
+            if report is not None:
+                report(len(done[-1]))
+        return np.concatenate(done)
+
+    def timesteps(self, steps: int) -> list[int]:
+        """Return so many timesteps with one stride from 1, as the released pipelines take them (steps_offset = 1).
+
+        Raises:
+            ValueError: if steps is not between 1 and one less than the process has.
+        """
+        if not 1 <= steps < self.process.num_steps:
+            raise ValueError(f"{steps=} must be between 1 and {self.process.num_steps - 1}")
+        return [1 + i * (self.process.num_steps // steps) for i in range(steps)]
+
+
+@functools.partial(jax.jit, static_argnames="options")
+def _generate(
+    pipeline: StableDiffusion,
+    process: GaussianProcess,
+    tokens: jax.Array,
+    empty: jax.Array,
+    keys: jax.Array,
+    options: tuple[tuple[str, Any], ...],
+) -> jax.Array:
+    """Run all stages for one batch. Returns uint8[B, R, R, 3]."""
+    text = pipeline.encode_text(tokens)
+    nothing = pipeline.encode_text(jnp.broadcast_to(empty, tokens.shape))
+    return to_uint8(pipeline.decode(pipeline.draw_latents(process, text, nothing, keys, **dict(options))))

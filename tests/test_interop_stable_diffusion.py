@@ -1,0 +1,211 @@
+"""Stable Diffusion in diffusers' layout: diffusers' own outputs of networks and of whole pipelines, and the way back."""
+
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from random_networks import fast_jit
+from random_weights import random_weights
+from safetensors.numpy import save_file
+
+from ddpm_jax import example_keys, respace
+from ddpm_jax.data.tokenizer import ClipTokenizer, CompactTokenizer
+from ddpm_jax.interop import ReadError, stable_diffusion
+from ddpm_jax.interop.table import ConvertError
+from ddpm_jax.models.autoencoder import Autoencoder
+from ddpm_jax.samplers import loop
+
+PEER = np.load(Path(__file__).parent / "data" / "stable_diffusion.npz")
+AUTOENCODER = Autoencoder(32, (1, 2), 1, scale=0.2)
+
+
+def weights(name):
+    return random_weights(json.loads(str(PEER[f"shapes/{name}"])))
+
+
+def config(name):
+    return json.loads(str(PEER[f"config/{name}"]))
+
+
+def given(name):
+    array = PEER[name]
+    return jnp.asarray(array.transpose(0, 2, 3, 1) if array.ndim == 4 else array)
+
+
+def same(one, other):
+    assert set(one) == set(other)
+    for name, array in other.items():
+        np.testing.assert_array_equal(one[name], array, err_msg=name)
+
+
+@pytest.fixture(autouse=True)
+def exact():
+    with jax.default_matmul_precision("highest"):
+        yield
+
+
+def test_the_autoencoder():
+    peer = weights("autoencoder")
+    assert stable_diffusion.autoencoder_of(config("autoencoder")) == AUTOENCODER
+    params = stable_diffusion.load_autoencoder(peer, AUTOENCODER)
+    run = lambda method: fast_jit(lambda p, x: AUTOENCODER.apply({"params": p}, x, method=method))
+    mean, std = run("encode")(params, given("picture"))
+    np.testing.assert_allclose(mean, given("out/mean"), atol=2e-5)
+    np.testing.assert_allclose(std, given("out/std"), atol=2e-5)
+    np.testing.assert_allclose(run("decode")(params, given("z")), given("out/decode"), atol=2e-5)
+    same(stable_diffusion.export_autoencoder(params, AUTOENCODER), peer)
+    with pytest.raises(
+        ValueError, match=r"images have shape \(1, 15, 16, 3\); height and width must be multiples of 2"
+    ):
+        AUTOENCODER.init(jax.random.key(0), jnp.zeros((1, 15, 16, 3)))
+
+
+@pytest.mark.parametrize("flat", [True, False])
+def test_the_old_names_of_its_attention(flat):
+    """As dense layers (diffusers before 0.17) and as convolutions."""
+    peer, old = weights("autoencoder"), {}
+    for name, array in peer.items():
+        for before, now in stable_diffusion.OLD_NAMES.items():
+            if f"attentions.0{now}" in name:
+                name = name.replace(now, before)
+                array = array if flat or array.ndim == 1 else array[..., None, None]
+        old[name] = array
+    assert set(old) != set(peer)
+    params = stable_diffusion.load_autoencoder(old, AUTOENCODER)
+    same(stable_diffusion.export_autoencoder(params, AUTOENCODER), peer)
+
+
+@pytest.mark.parametrize("name", ["unet1", "unet2"])
+def test_the_unet(name):
+    """With equal heads and convolutions around attention, as version 1 has it, and as version 2 has it."""
+    peer = weights(name)
+    model = stable_diffusion.unet_of(config(name))
+    assert (model.heads, model.head_channels) == ((4, 8) if name == "unet1" else (None, 16))
+    params = stable_diffusion.load_unet(peer, model, context_width=24)
+    run = fast_jit(lambda p, xt, t, context: model.apply({"params": p}, xt, t, None, context))
+    ours = run(params, given("xt"), given("t"), given("context"))
+    np.testing.assert_allclose(ours, given(f"out/{name}"), atol=2e-5)
+    same(stable_diffusion.export_unet(params, model, linear_projection=name == "unet2"), peer)
+
+
+@pytest.mark.parametrize("prefix", [True, False])
+def test_the_text_encoder(prefix):
+    """With the names of published files, and of transformers 5."""
+    peer = weights("text")
+    file = {name if prefix else name.removeprefix("text_model."): array for name, array in peer.items()}
+    file["text_model." * prefix + "embeddings.position_ids"] = np.arange(12)[None]
+    model, params = stable_diffusion.load_text_encoder(file, head_width=8)
+    ours = fast_jit(lambda p, tokens: model.apply({"params": p}, tokens))(params, given("tokens"))
+    np.testing.assert_allclose(ours, given("out/text"), atol=2e-5)
+    same(stable_diffusion.export_text_encoder(params, model), peer)
+
+
+def directory(path, name="unet1", **schedule):
+    """Write a directory as diffusers does."""
+    parts = {"vae": "autoencoder", "unet": name, "text_encoder": "text"}
+    for part, peer in parts.items():
+        (path / part).mkdir(parents=True)
+        save_file(weights(peer), path / part / "diffusion_pytorch_model.safetensors")
+        text = config({"vae": "autoencoder", "unet": name}.get(part, part))
+        (path / part / "config.json").write_text(json.dumps(text))
+    (path / "scheduler").mkdir()
+    (path / "scheduler" / "scheduler_config.json").write_text(json.dumps(config("scheduler") | schedule))
+    return path
+
+
+@pytest.mark.parametrize("name", ["unet1", "unet2"])
+def test_the_pipeline(tmp_path, monkeypatch, name):
+    """Five steps with guidance from the peer's noise, the first version predicting eps and the second v."""
+    kind = "epsilon" if name == "unet1" else "v_prediction"
+    pipeline = stable_diffusion.open_stable_diffusion(directory(tmp_path, name, prediction_type=kind))
+    assert (pipeline.image_size, pipeline.kind) == (16, "eps" if name == "unet1" else "v")
+    noise = given("noise")
+    monkeypatch.setitem(loop.sample.__globals__, "per_example_normal", lambda keys, like: noise)
+    process = respace(pipeline.process, pipeline.timesteps(5))
+
+    @fast_jit
+    def draw(params, keys):
+        p = pipeline.replace(params=params)
+        text, nothing = p.encode_text(given("tokens")), p.encode_text(given("empty"))
+        return p.decode(p.draw_latents(process, text, nothing, keys, scale=3.0))
+
+    ours = draw(pipeline.params, example_keys(jax.random.key(0), 2)) / 2 + 0.5
+    theirs = PEER[f"drawn/{name}"]
+    assert theirs.std() > 0.1
+    np.testing.assert_allclose(ours, theirs, atol=2e-3)
+
+
+def test_pictures_of_captions(tmp_path):
+    """A picture does not depend on the others; a negative caption, the scale and eta say something."""
+    tokenizer = CompactTokenizer([chr(c) for c in range(97, 123)])
+    pipeline = stable_diffusion.open_stable_diffusion(directory(tmp_path), tokenizer=tokenizer)
+    draw = lambda prompts, **options: pipeline.generate(prompts, steps=2, **options)
+    both = draw(["a b", "c"], batch_size=2)
+    assert both.shape == (2, 16, 16, 3) and both.dtype == np.uint8
+    assert np.abs(draw(["a b"]).astype(int) - both[:1]).max() <= 1
+    for options in ({"negative": "d"}, {"decoder_scale": 1.0}, {"eta": 1.0}, {"seed": 1}):
+        assert np.abs(draw(["a b"], **options).astype(int) - both[:1]).max() > 1, options
+    for options, message in {
+        "steps": (0, "steps=0 must be between 1 and 999"),
+        "batch_size": (0, "batch_size=0 must be at least 1"),
+        "prompts": ("a", "prompts must be a sequence of at least one caption"),
+    }.items():
+        with pytest.raises(ValueError, match=message[1]):
+            pipeline.generate(**({"prompts": ["a"]} | {options: message[0]}))
+
+
+def test_the_padding_of_the_tokenizer(tmp_path):
+    path = directory(tmp_path)
+    assert stable_diffusion.open_stable_diffusion(path).tokenizer.pad == ClipTokenizer.eot
+    (path / "tokenizer").mkdir()
+    (path / "tokenizer" / "special_tokens_map.json").write_text(json.dumps({"pad_token": "!"}))
+    assert stable_diffusion.open_stable_diffusion(path).tokenizer.pad == 0
+
+
+def test_what_is_refused(tmp_path):
+    path = directory(tmp_path)
+    unet = stable_diffusion.unet_of(config("unet1"))
+    with pytest.raises(ConvertError, match=r"it lacks mid_block\.attentions\.0\.norm\.bias; it has, unknown .* extra"):
+        file = {k: v for k, v in weights("unet1").items() if k != "mid_block.attentions.0.norm.bias"}
+        stable_diffusion.load_unet(file | {"extra": np.zeros(3)}, unet, context_width=24)
+    with pytest.raises(ConvertError, match="it has class_embed_type='timestep'"):
+        stable_diffusion.unet_of(config("unet1") | {"class_embed_type": "timestep"})
+    with pytest.raises(ConvertError, match="beta_schedule='cosine' and prediction_type='epsilon'"):
+        stable_diffusion.process_of(config("scheduler") | {"beta_schedule": "cosine"})
+    with pytest.raises(ConvertError, match="the file is not of CLIP's text encoder: it lacks text_model.emb"):
+        stable_diffusion.load_text_encoder(weights("autoencoder"))
+    (path / "vae" / "diffusion_pytorch_model.safetensors").unlink()
+    with pytest.raises(ReadError, match="vae has no weights; they would be called diffusion_pytorch_model.safetensors"):
+        stable_diffusion.open_stable_diffusion(path)
+    (path / "unet" / "config.json").write_text("{}")
+    (path / "vae" / "config.json").write_text("[")
+    with pytest.raises(ReadError, match="vae cannot be read as a part of Stable Diffusion"):
+        stable_diffusion.open_stable_diffusion(path)
+
+
+# Millions of parameters: of version 1.5's three files (facts of the released models' configs).
+PARAMETERS = {"unet": 859_520_964, "autoencoder": 83_653_863, "text": 123_060_480}
+
+
+def test_the_published_networks_have_a_table():
+    unet, autoencoder = stable_diffusion.UNET(), stable_diffusion.AUTOENCODER()
+    text = stable_diffusion.TEXT()
+    shapes = {
+        "unet": stable_diffusion.unet_shapes(unet, 768),
+        "autoencoder": stable_diffusion.autoencoder_shapes(autoencoder),
+        "text": stable_diffusion.text_encoder_shapes(text),
+    }
+    tables = {
+        "unet": stable_diffusion.unet_table(unet),
+        "autoencoder": stable_diffusion.autoencoder_table(autoencoder),
+        "text": stable_diffusion.text_encoder_table(text.layers),
+    }
+    for name, table in tables.items():
+        flat = {"/".join(k.key for k in path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(shapes[name])}
+        assert sorted(flat) == sorted(entry.ours for entry in table)
+        names = [key for entry in table for key in entry.peer]
+        assert len(names) == len(set(names))
+        assert sum(leaf.size for leaf in flat.values()) == PARAMETERS[name]
