@@ -1,4 +1,4 @@
-"""CLIP with vision transformers, in the layouts of OpenAI, open_clip and Hugging Face's transformers.
+"""CLIP with a vision transformer, in the layouts of OpenAI, open_clip and transformers, or with a ResNet, in OpenAI's.
 
 The layouts differ in names, and hold the same network (Radford et al. 2021). What a file cannot say is an argument: the
 width of a head (64 in OpenAI's networks), the activation (quick_gelu in OpenAI's, exact gelu in most of open_clip's),
@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ddpm_jax.interop.modified_resnet import counters, is_resnet, layers_of, resnet_of, resnet_table
 from ddpm_jax.interop.table import (
     KERNEL,
     SAME,
@@ -103,8 +104,11 @@ def end_mask(tokens: jax.Array, end: int | None = None) -> jax.Array:
     return jnp.arange(tokens.shape[1])[None] <= at[:, None]
 
 
-def clip_table(dialect: Dialect, text_layers: int | None, vision_layers: int | None) -> list[Entry]:
-    """Return the table of a CLIP with so many layers; None is a tower that is not there."""
+def clip_table(dialect: Dialect, text_layers: int | None, vision_layers: int | tuple[int, ...] | None) -> list[Entry]:
+    """Return the table of a CLIP with so many layers; None is a tower that is not there.
+
+    vision_layers: of a vision transformer, or the blocks in each of a ResNet's four stages.
+    """
     names = NAMES[dialect]
 
     def blocks(ours: str, peer: str, layers: int) -> list[Entry]:
@@ -122,7 +126,9 @@ def clip_table(dialect: Dialect, text_layers: int | None, vision_layers: int | N
             *norm("text/ln_final", names.text_ln),
             *names.text_projection("text_projection"),
         ]
-    if vision_layers is not None:
+    if isinstance(vision_layers, tuple):
+        table += resnet_table(vision_layers)
+    elif vision_layers is not None:
         table += [
             Entry("vision/class", (names.vision_class,), SAME),
             Entry("vision/position", (names.vision_position,), SAME),
@@ -160,8 +166,8 @@ def load_clip(
     Args:
         tensors: as `read_tensors` gives them: OpenAI's archive or state_dict, open_clip's state_dict, or transformers'
             CLIPModel, CLIPTextModelWithProjection or CLIPVisionModelWithProjection, of which the last two give a CLIP
-            with one tower.
-        head_width: of attention; a pair is of the text and of the vision transformer.
+            with one tower. The first two may have a ResNet.
+        head_width: of attention; a pair is of the text and of the vision tower.
         activation: "quick_gelu" for OpenAI's weights and open_clip's "-quickgelu" ones, "gelu" for the others.
         dtype: in which the network computes; parameters are float32.
 
@@ -177,18 +183,26 @@ def load_clip(
     text = vision = None
     if names.token in tensors:
         text = _text_encoder(tensors, names, text_head, options)
-    if names.patch in tensors:
+    resnet = dialect == "openai" and is_resnet(tensors)
+    if names.patch in tensors and not resnet:
         vision = _vision_transformer(tensors, names, vision_head, options)
-    if (text is None and vision is None) or (dialect == "openai" and (text is None or vision is None)):
+    if (text is None and vision is None) or (dialect == "openai" and (text is None or not (vision or resnet))):
         missing = names.token if text is None else names.patch
-        raise ConvertError(f"the file is not of a CLIP with a vision transformer: it lacks {missing}")
+        kind = "ResNet" if resnet else "vision transformer"
+        raise ConvertError(f"the file is not of a CLIP with a {kind}: it lacks {missing}")
     projection = ("text_projection", "text_projection.weight", "visual_projection.weight")
     found = [tensors[name] for name in projection if name in tensors]
     if not found:
         raise ConvertError(f"the file is not of a CLIP: it lacks {projection[0 if dialect == 'openai' else 1]}")
-    model = CLIP(vision, text, found[0].shape[-1 if dialect == "openai" else 0])
-    layers = [None if tower is None else tower.layers for tower in (text, vision)]
-    return LoadedCLIP(model, to_ours(clip_table(dialect, *layers), tensors, _shapes(model), ignored=_IGNORED), dialect)
+    embed_dim = found[0].shape[-1 if dialect == "openai" else 0]
+    if resnet:
+        vision = resnet_of(tensors, embed_dim, vision_head, dtype)
+    model = CLIP(vision, text, embed_dim)
+    table = clip_table(dialect, *(None if tower is None else tower.layers for tower in (text, vision)))
+    # The causal mask, which every text layer implies, is among an archive's attributes.
+    masks = [name for name in tensors if name.split(".")[-1] == "attn_mask"]
+    ignored = (*_IGNORED, *masks, *counters(table))
+    return LoadedCLIP(model, to_ours(table, tensors, _shapes(model), ignored=ignored), dialect)
 
 
 def _with_prefix(tensors: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
@@ -224,17 +238,25 @@ def _heads(width: int, head_width: int, tower: str) -> int:
 
 
 def export_clip(params: Mapping[str, Any], dialect: Dialect) -> dict[str, np.ndarray]:
-    """Return a peer's tensors, float32; they load strictly there. Either dialect may be asked of any CLIP.
+    """Return a peer's tensors, float32; they load strictly there.
+
+    Either dialect may be asked of any CLIP but one with a ResNet, which "openai" alone has. Its file also has PyTorch's
+    counters of batches, int64 zeros.
 
     Raises:
-        ValueError: for another dialect, or a CLIP with a convolutional stem, which no peer has.
+        ValueError: for another dialect, a ResNet in "hf", or a CLIP with a convolutional stem, which no peer has.
     """
     if dialect not in NAMES:
         raise ValueError(f"{dialect=} must be one of {', '.join(NAMES)}")
     if any(name.startswith("stem") for name in params.get("vision", {})):
         raise ValueError("a CLIP with a stem of convolutions has no counterpart in another library")
-    layers = [len(params[tower]["transformer"]) if tower in params else None for tower in ("text", "vision")]
-    return to_peer(clip_table(dialect, *layers), params)
+    resnet = layers_of(params.get("vision", {}))
+    if resnet and dialect != "openai":
+        raise ValueError(f"{dialect=} has no CLIP with a ResNet; it must be openai")
+    text = len(params["text"]["transformer"]) if "text" in params else None
+    vision = resnet or (len(params["vision"]["transformer"]) if "vision" in params else None)
+    table = clip_table(dialect, text, vision)
+    return to_peer(table, params) | counters(table)
 
 
 def _shapes(model: CLIP) -> Any:

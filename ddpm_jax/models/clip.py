@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ddpm_jax.models.modified_resnet import ModifiedResNet
 from ddpm_jax.models.text_encoder import TextEncoder, end_position
 from ddpm_jax.models.transformer import Transformer, gelu
 
@@ -86,10 +87,11 @@ class CLIP(nn.Module):
 
     `log_scale` starts at ln(1 / 0.07) and is clamped so that the scale stays at most 100. Embeddings are returned
     as the projections give them; `normalize` makes them unit vectors. A tower that is None is not there, and only the
-    other one's method can be called.
+    other one's method can be called. A ResNet projects to the embedding itself, and its `features` must be `embed_dim`;
+    a vision transformer has `image_projection`.
     """
 
-    vision: VisionTransformer | None
+    vision: VisionTransformer | ModifiedResNet | None
     text: TextEncoder | None
     embed_dim: int
 
@@ -97,7 +99,10 @@ class CLIP(nn.Module):
         project = lambda width: nn.Dense(  # noqa: E731
             self.embed_dim, use_bias=False, kernel_init=nn.initializers.normal(width**-0.5)
         )
-        if self.vision is not None:
+        if isinstance(self.vision, ModifiedResNet):
+            if self.vision.features != self.embed_dim:
+                raise ValueError(f"the ResNet's features={self.vision.features} must be embed_dim={self.embed_dim}")
+        elif self.vision is not None:
             self.image_projection = project(self.vision.width)
         if self.text is not None:
             self.text_projection = project(self.text.width)
@@ -105,7 +110,8 @@ class CLIP(nn.Module):
 
     def encode_image(self, images: jax.Array) -> jax.Array:
         """Embed images in [-1, 1], float32[B, S, S, 3]. Returns float32[B, embed_dim], not normalised."""
-        return self.image_projection(self.vision(images).astype(jnp.float32))
+        z = self.vision(images).astype(jnp.float32)
+        return z if isinstance(self.vision, ModifiedResNet) else self.image_projection(z)
 
     def encode_text(self, tokens: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Embed tokens, int32[B, L], with mask bool[B, L] True at real tokens.

@@ -31,15 +31,17 @@ class BasicConv(nn.Module):
 
 
 class BatchNorm(nn.Module):
-    """Normalise channels by stored statistics: (x - mean) / sqrt(var + 1e-3) * scale + bias."""
+    """Normalise channels by stored statistics: (x - mean) / sqrt(var + eps) * scale + bias, in x's dtype."""
+
+    eps: float = 1e-3
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         shape, zeros, ones = (x.shape[-1],), nn.initializers.zeros, nn.initializers.ones
         mean, var = self.param("mean", zeros, shape, jnp.float32), self.param("var", ones, shape, jnp.float32)
         scale, bias = self.param("scale", ones, shape, jnp.float32), self.param("bias", zeros, shape, jnp.float32)
-        gain = scale * jax.lax.rsqrt(var + 1e-3)
-        return x * gain[None, None, None] + (bias - mean * gain)[None, None, None]
+        gain = scale * jax.lax.rsqrt(var + self.eps)
+        return (x * gain[None, None, None] + (bias - mean * gain)[None, None, None]).astype(x.dtype)
 
 
 def _average(x: jax.Array) -> jax.Array:
