@@ -104,7 +104,7 @@ class Tokenizer(abc.ABC):
         return tokens[None], mask[None]
 
 
-def _byte_symbols() -> dict[int, str]:
+def byte_symbols() -> dict[int, str]:
     """Return the printable character that stands for each byte in the merges file.
 
     Printable Latin-1 bytes stand for themselves; the others, in order, for the characters from U+0100 on.
@@ -119,7 +119,7 @@ def _byte_symbols() -> dict[int, str]:
 def _clip_tables() -> tuple[dict[tuple[str, str], int], tuple[str, ...]]:
     """Return the rank of each merge and the symbol of each id."""
     # Order of the ids: bytes (printable ones first), the same at a word's end, merges, specials.
-    single = list(_byte_symbols().values())
+    single = list(byte_symbols().values())
     wanted = _CLIP_SIZE - 2 * len(single) - 2
     with gzip.open(_CLIP_FILE, "rt", encoding="utf-8") as file:
         lines = file.read().split("\n")[1 : 1 + wanted]  # the first line is a version
@@ -151,7 +151,7 @@ class ClipTokenizer(Tokenizer):
         self.pad = self.eot if pad == "eot" else 0
         self._ranks, self._symbols = _clip_tables()
         self._id = {symbol: i for i, symbol in enumerate(self._symbols)}
-        self._bytes = _byte_symbols()
+        self._bytes = byte_symbols()
         self._pattern = regex.compile(_CLIP_PATTERN, regex.IGNORECASE)
         self._word_ids = functools.lru_cache(maxsize=65536)(self._merge)
 
