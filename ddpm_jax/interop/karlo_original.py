@@ -1,0 +1,425 @@
+"""Karlo as kakaobrain released it: three checkpoints of its own, statistics, and OpenAI's CLIP.
+
+The networks, and what the pipeline does with them, are those of `interop.karlo`, which reads diffusers' copy of the
+same weights. What differs in the original release (github.com/kakaobrain/karlo):
+
+- The U-Nets have OpenAI's names and orders (`interop.guided`), with the decoder's conditioning in the same file.
+- The prior's queries, keys and values are one layer, head by head.
+- The statistics of image embeddings are a file of their own, a pair of tensors.
+- Both upsamplers are one file.
+- The prior's predictions are clipped to +- 10, and captions are filled up with zeros.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ddpm_jax.data.tokenizer import ClipTokenizer, Tokenizer
+from ddpm_jax.interop.clip import LoadedCLIP, load_clip
+from ddpm_jax.interop.guided import unet_table
+from ddpm_jax.interop.karlo import LoadedPrior, absent
+from ddpm_jax.interop.table import (
+    SAME,
+    TURNED,
+    ConvertError,
+    Entry,
+    Layout,
+    by_head,
+    count,
+    dense,
+    norm,
+    to_ours,
+    to_peer,
+)
+from ddpm_jax.interop.tensor_file import ReadError, read_tensors
+from ddpm_jax.models.clip import CLIP
+from ddpm_jax.models.decoder import Decoder
+from ddpm_jax.models.prior import DiffusionPrior
+from ddpm_jax.models.transformer import gelu
+from ddpm_jax.models.unet import UNet
+from ddpm_jax.models.upsampler import Upsampler
+from ddpm_jax.pipelines.karlo import Karlo
+
+FILES = {
+    "prior": "prior-ckpt*.ckpt",
+    "decoder": "decoder-ckpt*.ckpt",
+    "upsamplers": "improved-sr-ckpt*.ckpt",
+    "statistics": "ViT-L-14*.th",
+    "clip": "ViT-L-14*.pt",
+}
+UPSAMPLERS = {"first": "model_first_steps.", "last": "model_last_step."}
+# Axes of length one in front, which a parameter of ours does not have; reshape refuses any other length.
+_POSITION = Layout(lambda x: x.reshape(x.shape[1:]), lambda x: (x[None],))
+_QUERY = Layout(lambda x: x.reshape(x.shape[2:]), lambda x: (x[None, None],))
+
+
+class Loaded(NamedTuple):
+    """A network and its parameters; of the upsamplers one network, and the parameters of "first" and of "last"."""
+
+    model: nn.Module
+    params: dict[str, Any]
+
+
+def open_karlo_original(
+    directory: str | Path,
+    *,
+    tokenizer: Tokenizer | None = None,
+    heads: int = 32,
+    head_channels: int = 64,
+    head_width: int | tuple[int, int] = 64,
+    image_sizes: tuple[int, int] = (64, 256),
+    prior_clip: float = 10.0,
+    dtype: Any = jnp.float32,
+) -> Karlo:
+    """Make a pipeline of a directory with the five files of Karlo's original release, version 1.0.0 alpha.
+
+    Args:
+        directory: with the files that Karlo's setup.sh fetches: prior-ckpt*.ckpt, decoder-ckpt*.ckpt,
+            improved-sr-ckpt*.ckpt, ViT-L-14_stats.th and ViT-L-14.pt. Sizes are read from the tensors.
+        tokenizer: CLIP's, filled up with 0 as Karlo's, by default. No network sees what stands behind the end of a
+            caption, so that another padding draws the same pictures.
+        heads: of the prior's attention.
+        head_channels: the width of a head in the decoder.
+        head_width: the width of a head in CLIP; a pair is of the text and of the vision transformer.
+        image_sizes: of the decoder's and of the upsamplers' pictures, in pixels.
+        prior_clip: what the prior predicts is clipped to +- this.
+        dtype: in which the networks compute; parameters are float32.
+
+    Returns:
+        `pipelines.karlo.Karlo`, whose `generate` draws captions and whose `variations` draws pictures. The decoder's 25
+        steps are Karlo's "fast" way, decoder_steps="50" its default. For variations Karlo squeezes pictures to a
+        square, of which `data.transforms.clip_pixels` takes the middle instead.
+
+    Raises:
+        ReadError: if a file is missing, there twice, or cannot be read.
+        ConvertError: if a file's tensors are not those of its network, or the networks do not fit each other.
+        ValueError: if a number of heads, or the width of one, does not divide a layer's width.
+    """
+    files = find_files(Path(directory))
+    clip = load_clip(read_tensors(files["clip"]), head_width=head_width, dtype=dtype)
+    statistics = read_tensors(files["statistics"])
+    prior = load_prior(read_tensors(files["prior"]), statistics, heads=heads, dtype=dtype)
+    small, large = image_sizes
+    decoder = load_decoder(read_tensors(files["decoder"]), image_size=small, head_channels=head_channels, dtype=dtype)
+    upsamplers = load_upsamplers(read_tensors(files["upsamplers"]), image_size=large, dtype=dtype)
+    _check_fit(clip.model, prior.model, decoder.model)
+    text, image = _towers(clip)
+    return Karlo(
+        params={
+            "text": text.params,
+            "image": image.params,
+            "prior": prior.params,
+            "decoder": decoder.params,
+            **upsamplers.params,
+        },
+        statistics=(jnp.asarray(prior.mean), jnp.asarray(prior.std)),
+        text=text.model,
+        image=image.model,
+        prior=prior.model,
+        decoder=decoder.model,
+        upsampler=upsamplers.model,
+        tokenizer=ClipTokenizer() if tokenizer is None else tokenizer,
+        sizes=(small, large),
+        prior_clip=prior_clip,
+    )
+
+
+def find_files(directory: Path) -> dict[str, Path]:
+    """Return the path of each file."""
+    found = {name: sorted(directory.glob(pattern)) for name, pattern in FILES.items()}
+    missing = [FILES[name] for name, paths in found.items() if not paths]
+    if missing:
+        raise ReadError(f"{directory} is not a directory of Karlo's original release: it lacks {', '.join(missing)}")
+    for name, paths in found.items():
+        if len(paths) > 1:
+            names = ", ".join(path.name for path in paths)
+            raise ReadError(f"{directory} must hold one file called {FILES[name]}, and holds {names}")
+    return {name: paths[0] for name, paths in found.items()}
+
+
+def _check_fit(clip: CLIP, prior: DiffusionPrior, decoder: Decoder) -> None:
+    ours = (clip.embed_dim, clip.text.context)
+    if (prior.embed_dim, prior.context) != ours or decoder.embed_dim != clip.embed_dim:
+        raise ConvertError(
+            f"the files are not of one Karlo: CLIP has embeddings of {ours[0]} numbers and captions of {ours[1]} "
+            f"tokens, the prior of {prior.embed_dim} and {prior.context}, and the decoder embeddings of "
+            f"{decoder.embed_dim}"
+        )
+
+
+def _towers(clip: LoadedCLIP) -> tuple[Loaded, Loaded]:
+    """Return both towers, each a CLIP of its own, so that neither carries the other's parameters."""
+    part = lambda *names: {name: clip.params[name] for name in ("log_scale", *names)}  # noqa: E731
+    text, image = CLIP(None, clip.model.text, clip.model.embed_dim), CLIP(clip.model.vision, None, clip.model.embed_dim)
+    return Loaded(text, part("text", "text_projection")), Loaded(image, part("vision", "image_projection"))
+
+
+def _state_dict(tensors: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+    """Leave away what a checkpoint holds beside its state_dict."""
+    state = {name.removeprefix("state_dict."): x for name, x in tensors.items() if name.startswith("state_dict.")}
+    return state or tensors
+
+
+def _shape(tensors: Mapping[str, np.ndarray], name: str, axes: int, whose: str) -> tuple[int, ...]:
+    """Return a tensor's shape, once it is there and has so many axes."""
+    if name not in tensors:
+        raise ConvertError(f"the file is not of {whose}: it lacks {name}")
+    shape = tensors[name].shape
+    if len(shape) != axes or 0 in shape:
+        raise ConvertError(f"the file is not of {whose}: {name} has the shape {list(shape)}, and needs {axes} axes")
+    return shape
+
+
+def _spec(*shape: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def _params_of(model: nn.Module, *inputs: jax.ShapeDtypeStruct) -> dict[str, Any]:
+    """Return the shapes of a network's parameters."""
+    return jax.eval_shape(model.init, jax.random.key(0), *inputs)["params"]
+
+
+def _under(table: list[Entry], ours: str, peer: str) -> list[Entry]:
+    """Return a table whose names begin with these."""
+    named = lambda entry: tuple(f"{peer}{name}" for name in entry.peer)  # noqa: E731
+    return [Entry(f"{ours}{entry.ours}", named(entry), entry.layout) for entry in table]
+
+
+# ---- The prior -------------------------------------------------------------------------------------------------------
+
+
+def load_prior(
+    tensors: Mapping[str, np.ndarray],
+    statistics: Mapping[str, np.ndarray],
+    *,
+    heads: int = 32,
+    dtype: Any = jnp.float32,
+) -> LoadedPrior:
+    """Make the prior of the checkpoint and the statistics.
+
+    Args:
+        tensors: of prior-ckpt*.ckpt, as `read_tensors` gives them, or the state_dict alone.
+        statistics: of ViT-L-14_stats.th: "0" is the mean of image embeddings and "1" their deviation, float[D] each.
+        heads: of attention; 32 in Karlo.
+        dtype: in which the network computes; parameters are float32.
+
+    Raises:
+        ConvertError: if the tensors are not those of the prior, or the statistics not two finite vectors of its size.
+        ValueError: if heads does not divide the width.
+    """
+    tensors = _state_dict(tensors)
+    model, shapes = prior_of(tensors, heads=heads, dtype=dtype)
+    params = to_ours(prior_table(model.width, model.layers, heads), tensors, shapes)
+    return LoadedPrior(model, params, *_statistics(statistics, model.embed_dim))
+
+
+def prior_of(
+    tensors: Mapping[str, np.ndarray], *, heads: int = 32, dtype: Any = jnp.float32
+) -> tuple[DiffusionPrior, dict[str, Any]]:
+    """Return the network that a state_dict is of and its parameters' shapes; arguments are those of `load_prior`."""
+    whose = "Karlo's prior"
+    _, length, width = _shape(tensors, "model.positional_embedding", 3, whose)
+    _, embed_dim = _shape(tensors, "model.clip_img_proj.weight", 2, whose)
+    _, text = _shape(tensors, "model.text_enc_proj.weight", 2, whose)
+    if width % heads:
+        raise ValueError(f"{heads=} must divide the prior's width, which is {width}")
+    layers = count(tensors, "model.transformer.resblocks.#")
+    model = DiffusionPrior(embed_dim, length - 4, width, layers, heads, activation=gelu, dtype=dtype)
+    seen = _spec(1, length - 4, text), _spec(1, length - 4, dtype=jnp.bool_)
+    return model, _params_of(model, _spec(1, embed_dim), _spec(1), _spec(1, embed_dim), *seen)
+
+
+def _statistics(tensors: Mapping[str, np.ndarray], size: int) -> tuple[np.ndarray, np.ndarray]:
+    shapes = {name: list(array.shape) for name, array in tensors.items()}
+    if shapes != {"0": [size], "1": [size]}:
+        raise ConvertError(f"the statistics must be a pair of vectors of {size} numbers, got {shapes}")
+    mean, std = (np.array(tensors[name], np.float32) for name in "01")
+    if not np.isfinite([mean, std]).all():
+        raise ConvertError("the statistics must be finite numbers, and hold others")
+    return mean, std
+
+
+def export_prior(prior: LoadedPrior) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Return the state_dict and the statistics, float32: the inverse of `load_prior`, bit for bit."""
+    model = prior.model
+    tensors = to_peer(prior_table(model.width, model.layers, model.heads), prior.params)
+    return tensors, {"0": prior.mean, "1": prior.std}
+
+
+def prior_table(width: int, layers: int, heads: int) -> list[Entry]:
+    """Return the table of a prior of so many layers and heads."""
+    # Head by head there, all queries first here.
+    kernel, bias = (by_head(layout, 3, parts=heads) for layout in (TURNED, SAME))
+    table = [
+        Entry("position", ("positional_embedding",), _POSITION),
+        Entry("query", ("prd_emb",), _QUERY),
+        Entry("null_text", (), absent(width)),
+        *dense("time/dense_0", "time_embed.0"),
+        *dense("time/dense_1", "time_embed.2"),
+        *dense("zt_in", "clip_img_proj"),
+        *dense("z_text_in", "text_emb_proj"),
+        *dense("text_in", "text_enc_proj"),
+        *norm("ln_final", "final_ln"),
+        *dense("out", "out_proj"),
+    ]
+    for i in range(layers):
+        ours, peer = f"transformer/block_{i}", f"transformer.resblocks.{i}"
+        table += [
+            *norm(f"{ours}/ln_1", f"{peer}.ln_1"),
+            Entry(f"{ours}/qkv/kernel", (f"{peer}.attn.c_qkv.weight",), kernel),
+            Entry(f"{ours}/qkv/bias", (f"{peer}.attn.c_qkv.bias",), bias),
+            *dense(f"{ours}/out", f"{peer}.attn.c_proj"),
+            *norm(f"{ours}/ln_2", f"{peer}.ln_2"),
+            *dense(f"{ours}/mlp_1", f"{peer}.mlp.c_fc"),
+            *dense(f"{ours}/mlp_2", f"{peer}.mlp.c_proj"),
+        ]
+    return _under(table, "", "model.")
+
+
+# ---- The decoder -----------------------------------------------------------------------------------------------------
+
+
+def load_decoder(
+    tensors: Mapping[str, np.ndarray], *, image_size: int = 64, head_channels: int = 64, dtype: Any = jnp.float32
+) -> Loaded:
+    """Make the decoder of its checkpoint.
+
+    Args:
+        tensors: of decoder-ckpt*.ckpt, as `read_tensors` gives them, or the state_dict alone.
+        image_size: of its pictures, in pixels.
+        head_channels: the width of a head; 64 in Karlo.
+        dtype: in which the network computes; parameters are float32.
+
+    Raises:
+        ConvertError: if the tensors are not those of the decoder; it lists which.
+        ValueError: if head_channels does not divide a width.
+    """
+    tensors = _state_dict(tensors)
+    model = decoder_of(tensors, image_size=image_size, head_channels=head_channels, dtype=dtype)
+    return Loaded(model, to_ours(decoder_table(model, image_size), tensors, decoder_shapes(model, image_size)))
+
+
+def export_decoder(decoder: Loaded, *, image_size: int = 64) -> dict[str, np.ndarray]:
+    """Return the decoder's state_dict, float32: the inverse of `load_decoder`, bit for bit."""
+    return to_peer(decoder_table(decoder.model, image_size), decoder.params)
+
+
+def decoder_of(
+    tensors: Mapping[str, np.ndarray], *, image_size: int = 64, head_channels: int = 64, dtype: Any = jnp.float32
+) -> Decoder:
+    """Return the network that a state_dict is of; the arguments are those of `load_decoder`."""
+    whose = "Karlo's decoder"
+    network = _unet_of(tensors, "model.", whose, image_size, head_channels, dtype)
+    width, _ = _shape(tensors, "model.text_seq_proj.0.weight", 2, whose)
+    tokens, embed_dim = _shape(tensors, "model.clip_tok_proj.weight", 2, whose)
+    return Decoder(network, embed_dim, width, tokens // width, dtype=dtype)
+
+
+def decoder_table(model: Decoder, image_size: int) -> list[Entry]:
+    """Return the table of a decoder."""
+    # The token is the fastest axis there.
+    tokens, bias = (by_head(layout, model.image_tokens, parts=model.context_width) for layout in (TURNED, SAME))
+    table = [
+        Entry("null_image", ("cf_param",), SAME),
+        Entry("null_text", (), absent(4 * model.unet.channels)),
+        *dense("image_emb", "clip_emb"),
+        *dense("text_emb", "text_feat_proj"),
+        Entry("image_tokens_in/kernel", ("clip_tok_proj.weight",), tokens),
+        Entry("image_tokens_in/bias", ("clip_tok_proj.bias",), bias),
+        *dense("text_in", "text_seq_proj.0"),
+        *norm("text_ln", "text_seq_proj.1"),
+        *unet_table(model.unet, image_size, "unet/", context=True),
+    ]
+    return _under(table, "", "model.")
+
+
+def decoder_shapes(model: Decoder, image_size: int) -> dict[str, Any]:
+    """Return the shapes of a decoder's parameters; its text is as wide as its embeddings."""
+    z, text = _spec(1, model.embed_dim), _spec(1, 5, model.embed_dim)
+    return _params_of(model, _spec(1, image_size, image_size, 3), _spec(1), z, z, text, _spec(1, 5, dtype=jnp.bool_))
+
+
+# ---- The upsamplers --------------------------------------------------------------------------------------------------
+
+
+def load_upsamplers(tensors: Mapping[str, np.ndarray], *, image_size: int = 256, dtype: Any = jnp.float32) -> Loaded:
+    """Make both upsamplers of their checkpoint; params are of "first" and of "last", which takes the last step.
+
+    Args:
+        tensors: of improved-sr-ckpt*.ckpt, as `read_tensors` gives them, or the state_dict alone.
+        image_size: of the pictures that they draw, in pixels.
+        dtype: in which the network computes; parameters are float32.
+
+    Raises:
+        ConvertError: if the tensors are not those of two upsamplers of one kind; it lists which.
+    """
+    tensors = _state_dict(tensors)
+    model = upsampler_of(tensors, image_size=image_size, dtype=dtype)
+    shapes = dict.fromkeys(UPSAMPLERS, upsampler_shapes(model, image_size))
+    return Loaded(model, to_ours(upsampler_table(model, image_size), tensors, shapes))
+
+
+def export_upsamplers(upsamplers: Loaded, *, image_size: int = 256) -> dict[str, np.ndarray]:
+    """Return the state_dict of both, float32: the inverse of `load_upsamplers`, bit for bit."""
+    return to_peer(upsampler_table(upsamplers.model, image_size), upsamplers.params)
+
+
+def upsampler_of(tensors: Mapping[str, np.ndarray], *, image_size: int = 256, dtype: Any = jnp.float32) -> Upsampler:
+    """Return the network that a state_dict is of; the arguments are those of `load_upsamplers`."""
+    return Upsampler(_unet_of(tensors, UPSAMPLERS["first"], "Karlo's upsamplers", image_size, 64, dtype))
+
+
+def upsampler_table(model: Upsampler, image_size: int) -> list[Entry]:
+    """Return the table of both upsamplers."""
+    table = unet_table(model.unet, image_size, "unet/")
+    if not model.unet.mid_attention:  # the second residual block of the middle follows the first
+        moved = lambda name: name.replace("middle_block.2.", "middle_block.1.")  # noqa: E731
+        table = [entry._replace(peer=tuple(map(moved, entry.peer))) for entry in table]
+    return [entry for ours, peer in UPSAMPLERS.items() for entry in _under(table, f"{ours}/", peer)]
+
+
+def upsampler_shapes(model: Upsampler, image_size: int) -> dict[str, Any]:
+    """Return the shapes of one upsampler's parameters."""
+    small = image_size // 4
+    return _params_of(model, _spec(1, image_size, image_size, 3), _spec(1), _spec(1, small, small, 3))
+
+
+# ---- The U-Net -------------------------------------------------------------------------------------------------------
+
+
+def _unet_of(
+    tensors: Mapping[str, np.ndarray], peer: str, whose: str, image_size: int, head_channels: int, dtype: Any
+) -> UNet:
+    """Return the U-Net that the tensors with such a prefix are of.
+
+    On the way up every level but the first picture's ends with a residual block of its own that doubles the picture,
+    behind the other parts of its entry, which is where names tell that a level ends.
+    """
+    blocks = f"{peer}output_blocks"
+    total = count(tensors, f"{blocks}.#")
+    doubles = lambda n: any(f"{blocks}.{n}.{part}.in_layers.2.weight" in tensors for part in (1, 2))  # noqa: E731
+    ends = [n for n in range(total) if doubles(n)]
+    begins = [0, *(n + 1 for n in ends)][::-1]  # of every level, the one of the picture's size first
+    _, channels = _shape(tensors, f"{peer}time_embed.0.weight", 2, whose)
+    widths = [_shape(tensors, f"{blocks}.{n}.0.in_layers.2.weight", 4, whose)[0] for n in begins]
+    attends = [f"{blocks}.{n}.1.qkv.weight" in tensors for n in begins]
+    emb, _ = _shape(tensors, f"{blocks}.0.0.emb_layers.1.weight", 2, whose)
+    for width, wanted in zip(widths, attends, strict=True):
+        if wanted and width % head_channels:
+            raise ValueError(f"{head_channels=} must divide the widths of attention, one of which is {width}")
+    return UNet(
+        channels,
+        _shape(tensors, f"{peer}out.2.weight", 4, whose)[0],
+        tuple(width / channels for width in widths),
+        ends[0] if ends else max(total - 1, 1),
+        tuple(image_size >> level for level, wanted in enumerate(attends) if wanted),
+        head_channels,
+        scale_shift=emb == 2 * widths[-1],
+        mid_attention=f"{peer}middle_block.1.qkv.weight" in tensors,
+        dtype=dtype,
+    )
