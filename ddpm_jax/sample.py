@@ -12,7 +12,10 @@ FLAGS = flags.FlagValues()
 _PROMPT = flags.DEFINE_multi_string("prompt", None, "What to draw; may be repeated.", flag_values=FLAGS)
 _OUT = flags.DEFINE_string("out", None, "PNG file to write.", flag_values=FLAGS)
 _WORKDIR = flags.DEFINE_string(
-    "workdir", None, "Workdir of a training run, or a weights file; bundled weights if none.", flag_values=FLAGS
+    "workdir",
+    None,
+    "Workdir of a training run, directory of ddpm_jax.convert, or weights file; bundled weights if none.",
+    flag_values=FLAGS,
 )
 _SEED = flags.DEFINE_integer("seed", 0, "Seed of all noise.", lower_bound=0, flag_values=FLAGS)
 _COUNT = flags.DEFINE_integer("count", 1, "Pictures a prompt.", lower_bound=1, flag_values=FLAGS)
@@ -39,21 +42,20 @@ def main() -> None:
     import tqdm
 
     from ddpm_jax.parallel.mesh import make_local_mesh
-    from ddpm_jax.pipelines import load
+    from ddpm_jax.pipelines import UnCLIP, load
     from ddpm_jax.training import pictures
 
     cli.use_cpu_devices()
     pipeline = load(_WORKDIR.value, ema=not _RAW.value)
+    if not hasattr(pipeline, "generate"):
+        raise cli.UsageError(f"--workdir={_WORKDIR.value} holds {pipeline.family} alone, which draws no captions")
     prompts = [prompt for prompt in _PROMPT.value for _ in range(_COUNT.value)]
+    options = {"decoder_scale": _SCALE.value, "prior_scale": _PRIOR_SCALE.value}
+    options = {name: value for name, value in options.items() if value is not None}
+    if isinstance(pipeline, UnCLIP):
+        options["mesh"] = make_local_mesh(at_most=len(prompts))
     with tqdm.tqdm(total=len(prompts), desc="sample", unit="image", dynamic_ncols=True) as bar:
-        images = pipeline.generate(
-            prompts,
-            seed=_SEED.value,
-            decoder_scale=_SCALE.value,
-            prior_scale=_PRIOR_SCALE.value,
-            mesh=make_local_mesh(at_most=len(prompts)),
-            report=bar.update,
-        )
+        images = pipeline.generate(prompts, seed=_SEED.value, report=bar.update, **options)
     pictures.save_png(_OUT.value, pictures.grid(images, prompts, columns=_COLUMNS.value))
     print(f"wrote {_OUT.value}: {len(images)} pictures of {pipeline.image_size} x {pipeline.image_size} pixels")
 

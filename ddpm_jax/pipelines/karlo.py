@@ -50,6 +50,11 @@ class Karlo(flax.struct.PyTreeNode):
     sizes: tuple[int, int] = _static(default=(64, 256))
     prior_clip: float = _static(default=5.0)
 
+    @property
+    def image_size(self) -> int:
+        """Height and width of the pictures, in pixels."""
+        return self.sizes[1]
+
     def encode_text(self, tokens: jax.Array, mask: jax.Array) -> Text:
         """Return what the networks see of captions.
 

@@ -29,11 +29,12 @@ class LoadError(RuntimeError):
     """Weights or a run could not be loaded; the message is one sentence."""
 
 
-def load(path: str | os.PathLike | None = None, *, ema: bool = True) -> UnCLIP:
-    """Load a pipeline.
+def load(path: str | os.PathLike | None = None, *, ema: bool = True) -> Any:
+    """Load a pipeline: `UnCLIP`, or what was converted (`Karlo`, `StableDiffusion`, or `converted.Converted` networks).
 
     Args:
-        path: a workdir of `ddpm_jax.train`, a weights file, or None for the weights that the package carries.
+        path: a workdir of `ddpm_jax.train`, a directory of `ddpm_jax.convert`, a weights file, or None for the weights
+            that the package carries.
         ema: for a workdir, True takes the averaged parameters and False the raw ones; of CLIP always the average, with
             which the other stages were trained.
 
@@ -44,11 +45,26 @@ def load(path: str | os.PathLike | None = None, *, ema: bool = True) -> UnCLIP:
         with resources.as_file(resources.files("ddpm_jax") / "weights" / "shapes.safetensors") as file:
             return load_file(file)
     path = Path(path)
+    if (path / "model.json").is_file():
+        return load_converted(path)
     if path.is_dir():
         return load_run(path, ema=ema)
     if not path.exists():
         raise LoadError(f"{path} does not exist; give the workdir of a training run or a weights file")
     return load_file(path)
+
+
+def load_converted(path: str | os.PathLike) -> Any:
+    """Load what `ddpm_jax.convert` wrote."""
+    # Here and not above: it knows every network of every family.
+    from ddpm_jax.interop.families import pipeline_of
+    from ddpm_jax.interop.tensor_file import ReadError
+    from ddpm_jax.pipelines import converted
+
+    try:
+        return pipeline_of(converted.load(path))
+    except ReadError as error:
+        raise LoadError(str(error)) from error
 
 
 def read_run(workdir: str | os.PathLike) -> dict[str, Any]:

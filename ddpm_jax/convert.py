@@ -1,0 +1,102 @@
+"""Read another library's checkpoint, and write it back.
+
+    python -m ddpm_jax.convert --from karlo --src DIR --out WORKDIR
+    python -m ddpm_jax.convert --to karlo --src WORKDIR --out DIR
+
+The first writes a directory that `ddpm_jax.pipelines.load` and `python -m ddpm_jax.sample --workdir` open, and prints
+its model card; the second writes safetensors in the layout that the source had. Families: clip, karlo,
+stable-diffusion, guided (guided and improved diffusion), glide, noised-clip, inception. Nothing that a file contains is
+run, and nothing is written unless all of it could be read.
+"""
+
+from ddpm_jax import cli
+
+# isort: split
+import os
+import shutil
+import tempfile
+import time
+from pathlib import Path
+
+from absl import flags
+
+KNOWN = ("clip", "karlo", "stable-diffusion", "guided", "glide", "noised-clip", "inception")
+FLAGS = flags.FlagValues()
+_FROM = flags.DEFINE_enum("from", None, KNOWN, "Family to read --src as.", flag_values=FLAGS)
+_TO = flags.DEFINE_enum("to", None, KNOWN, "Family to write a converted --src as.", flag_values=FLAGS)
+_SRC = flags.DEFINE_string("src", None, "File or directory to read.", flag_values=FLAGS)
+_OUT = flags.DEFINE_string("out", None, "Directory to make.", flag_values=FLAGS)
+_MODEL = flags.DEFINE_string("model", None, "Released network, for guided and glide.", flag_values=FLAGS)
+_HEAD = flags.DEFINE_integer("head_width", 64, "Width of a head, for clip.", lower_bound=1, flag_values=FLAGS)
+_ACTIVATION = flags.DEFINE_enum(
+    "activation", "quick_gelu", ["quick_gelu", "gelu"], "Of clip; gelu for most of open_clip's.", flag_values=FLAGS
+)
+_CLIP = flags.DEFINE_float(
+    "prior_clip", None, "Bound of what Karlo's prior predicts; by its layout 5 or 10.", lower_bound=0.0,
+    flag_values=FLAGS,
+)  # fmt: skip
+_DTYPE = flags.DEFINE_enum(
+    "dtype", "float32", ["float32", "float16", "bfloat16"], "Of the parameters in --out.", flag_values=FLAGS
+)
+
+
+def main() -> None:
+    """Run the program."""
+    if not _SRC.value or not _OUT.value or (_FROM.value is None) == (_TO.value is None):
+        raise cli.UsageError("--src, --out and either --from or --to are needed")
+    source, out = Path(_SRC.value), Path(_OUT.value)
+    if not source.exists():
+        raise cli.UsageError(f"--src={source} does not exist")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise cli.UsageError(f"--out={out} exists already; give a new directory")
+    cli.check_can_write(out / "model.json", what="--out")
+    start = time.perf_counter()
+    if _FROM.value is not None:
+        _convert(source, out)
+    else:
+        _export(source, out)
+    print(f"wrote {out} in {time.perf_counter() - start:.0f} s")
+
+
+def _convert(source: Path, out: Path) -> None:
+    import jax.numpy as jnp
+    import numpy as np
+    import tqdm
+
+    from ddpm_jax.interop import families
+    from ddpm_jax.pipelines import converted
+
+    options = families.Options(_MODEL.value, _HEAD.value, _ACTIVATION.value, _CLIP.value)
+    read = families.FAMILIES[_FROM.value].read(source, options)
+    sums = {}
+    base = source if source.is_dir() else source.parent
+    for path in tqdm.tqdm(read.files, desc="sha256", unit="file", dynamic_ncols=True):
+        sums[str(path.relative_to(base))] = families.sha256(path)
+    dtype = {"float32": np.float32, "float16": np.float16, "bfloat16": jnp.bfloat16}[_DTYPE.value]
+    small = families.peer_files(source)
+    print(converted.save(read.converted, out, sources=sums, assumed=read.assumed, peer_files=small, dtype=dtype))
+
+
+def _export(source: Path, out: Path) -> None:
+    from ddpm_jax.interop import families
+    from ddpm_jax.pipelines import converted
+
+    family = converted.read_description(source)["family"]
+    if family != _TO.value:
+        raise cli.UsageError(f"--to={_TO.value}: {source} is a converted {family}, which is written as --to={family}")
+    read = converted.load(source)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    new = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    try:
+        families.FAMILIES[family].write(read, new)
+        families.restore_peer_files(source, new)
+        mask = os.umask(0)
+        os.umask(mask)
+        new.chmod(0o777 & ~mask)
+        os.replace(new, out)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    cli.run(main, FLAGS)

@@ -1,0 +1,355 @@
+"""What `python -m ddpm_jax.convert` can read and write: every family's way from its files and back to them."""
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from ddpm_jax.data.tokenizer import Tokenizer, tokenizer_from_config
+from ddpm_jax.interop import clip, glide, guided, inception, karlo, karlo_original, noised_clip, stable_diffusion
+from ddpm_jax.interop.diffusers_layout import read_config
+from ddpm_jax.interop.table import ConvertError
+from ddpm_jax.interop.tensor_file import ReadError, read_tensors
+from ddpm_jax.pipelines.converted import PEER, Converted, read_description, write_tensors
+from ddpm_jax.pipelines.karlo import Karlo
+from ddpm_jax.pipelines.stable_diffusion import StableDiffusion
+
+SMALL = (".json", ".txt", ".model")
+GLIDE_MODELS = {"base": (glide.BASE, 64), "upsampler": (glide.UPSAMPLER, 256)}
+
+
+class Options(NamedTuple):
+    """What a file does not say, where the family's published value is not meant.
+
+    model: the name of a released network, for guided ("256x256_diffusion") and glide ("base"). head_width, activation:
+    of a CLIP. prior_clip: of Karlo; None takes 5 in diffusers' layout and 10 in the original one.
+    """
+
+    model: str | None = None
+    head_width: int = 64
+    activation: str = "quick_gelu"
+    prior_clip: float | None = None
+
+
+class Read(NamedTuple):
+    """What was read, what was assumed on the way, and the files that it came from."""
+
+    converted: Converted
+    assumed: dict[str, Any]
+    files: list[Path]
+
+
+class Family(NamedTuple):
+    """A family: what its source is, how it is read, and how it is written into a directory."""
+
+    source: str
+    read: Callable[[Path, Options], Read]
+    write: Callable[[Converted, Path], None]
+
+
+def sha256(path: Path) -> str:
+    """Return the sum of a file, in hexadecimal digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def peer_files(source: Path) -> dict[str, Path]:
+    """Return the small files of a directory that are not weights, by their place in it."""
+    if not source.is_dir():
+        return {}
+    files = (path for path in sorted(source.rglob("*")) if path.is_file() and path.suffix in SMALL)
+    return {
+        str(path.relative_to(source)): path
+        for path in files
+        if path.stat().st_size < 2**24 and not path.name.endswith(".safetensors.index.json")
+    }
+
+
+def pipeline_of(converted: Converted, tokenizer: Tokenizer | None = None) -> Karlo | StableDiffusion | Converted:
+    """Return the pipeline that a converted checkpoint is; one network alone is returned as it is.
+
+    tokenizer: in place of the one that the facts describe.
+    """
+    facts, models, params = converted.facts, converted.models, converted.params
+    if converted.family not in ("karlo", "stable-diffusion"):
+        return converted
+    tokenizer = tokenizer_from_config(facts["tokenizer"]) if tokenizer is None else tokenizer
+    if converted.family == "stable-diffusion":
+        return StableDiffusion(
+            params=params,
+            process=stable_diffusion.process_of(facts["schedule"]),
+            tokenizer=tokenizer,
+            kind=facts["kind"],
+            latent_size=facts["latent_size"],
+            **models,
+        )
+    numbers = params.get("statistics")
+    return Karlo(
+        params={name: params[name] for name in params if name != "statistics"},
+        statistics=None if numbers is None else (jnp.asarray(numbers["mean"]), jnp.asarray(numbers["std"])),
+        text=models["text"],
+        image=models.get("image"),
+        prior=models.get("prior"),
+        decoder=models["decoder"],
+        upsampler=models["first"],
+        tokenizer=tokenizer,
+        sizes=tuple(facts["sizes"]),
+        prior_clip=facts["prior_clip"],
+    )
+
+
+# ---- Pipelines -------------------------------------------------------------------------------------------------------
+
+
+def _read_karlo(source: Path, options: Options) -> Read:
+    _needs_directory(source, "karlo")
+    original = any(source.glob(karlo_original.FILES["decoder"]))
+    opened = karlo_original.open_karlo_original(source) if original else karlo.open_karlo(source)
+    prior_clip = opened.prior_clip if options.prior_clip is None else options.prior_clip
+    models = {"text": opened.text, "image": opened.image, "prior": opened.prior, "decoder": opened.decoder}
+    models |= {"first": opened.upsampler, "last": opened.upsampler}
+    models = {name: model for name, model in models.items() if model is not None}
+    params = dict(opened.params)
+    if opened.statistics is not None:
+        mean, std = opened.statistics
+        params["statistics"] = {"mean": np.asarray(mean), "std": np.asarray(std)}
+    facts = {
+        "layout": "original" if original else "diffusers",
+        "sizes": list(opened.sizes),
+        "prior_clip": prior_clip,
+        "tokenizer": opened.tokenizer.to_config(),
+    }
+    assumed = {
+        "prior_clip": prior_clip,
+        "schedules": "cosine, 1000 steps; the decoder's variance is learned, the others' fixed small",
+        "padding of captions": facts["tokenizer"]["pad"],
+    }
+    if original:
+        assumed["widths of heads"] = "64 in the prior, the decoder and CLIP"
+        files = list(karlo_original.find_files(source).values())
+    else:
+        files = _weights(source, [*karlo.FIELDS, "text_proj"])
+    return Read(Converted("karlo", models, params, facts), assumed, files)
+
+
+def _write_karlo(converted: Converted, out: Path) -> None:
+    models, params = converted.models, converted.params
+    if converted.facts["layout"] != "diffusers":
+        _write_karlo_original(converted, out)
+        return
+    small, large = converted.facts["sizes"]
+    parts = {"text_encoder": clip.export_clip(params["text"], "hf")}
+    if "image" in params:
+        parts["image_encoder"] = clip.export_clip(params["image"], "hf")
+    if "prior" in params:
+        numbers = params["statistics"]
+        prior = karlo.LoadedPrior(models["prior"], params["prior"], numbers["mean"], numbers["std"])
+        parts["prior"] = karlo.export_prior(prior)
+    parts["decoder"], parts["text_proj"] = karlo.export_decoder(params["decoder"], models["decoder"], image_size=small)
+    for name in ("first", "last"):
+        parts[f"super_res_{name}"] = karlo.export_upsampler(params[name], models[name], image_size=large)
+    _write_parts(out, parts)
+
+
+def _write_karlo_original(converted: Converted, out: Path) -> None:
+    models, params = converted.models, converted.params
+    small, large = converted.facts["sizes"]
+    numbers = params["statistics"]
+    prior = karlo.LoadedPrior(models["prior"], params["prior"], numbers["mean"], numbers["std"])
+    prior_file, statistics = karlo_original.export_prior(prior)
+    decoder = karlo_original.Loaded(models["decoder"], params["decoder"])
+    upsamplers = karlo_original.Loaded(models["first"], {name: params[name] for name in ("first", "last")})
+    towers = {**params["text"], **params["image"]}
+    for name, tensors in {
+        "prior": prior_file,
+        "ViT-L-14_stats": statistics,
+        "decoder": karlo_original.export_decoder(decoder, image_size=small),
+        "improved-sr": karlo_original.export_upsamplers(upsamplers, image_size=large),
+        "ViT-L-14": clip.export_clip(towers, "openai"),
+    }.items():
+        write_tensors(out, name, tensors)
+
+
+def _read_stable_diffusion(source: Path, options: Options) -> Read:
+    del options
+    _needs_directory(source, "stable-diffusion")
+    opened = stable_diffusion.open_stable_diffusion(source)
+    schedule = read_config(
+        source,
+        "scheduler",
+        stable_diffusion.FIELDS["scheduler"],
+        family="Stable Diffusion",
+        name="scheduler_config.json",
+    )
+    facts = {
+        "kind": opened.kind,
+        "latent_size": opened.latent_size,
+        "schedule": schedule,
+        "linear_projection": bool(
+            json.loads((source / "unet" / "config.json").read_text()).get("use_linear_projection", False)
+        ),
+        "tokenizer": opened.tokenizer.to_config(),
+    }
+    models = {"text": opened.text, "unet": opened.unet, "autoencoder": opened.autoencoder}
+    assumed = {
+        "sampler": "DDIM from t = 1 with one stride, whatever the scheduler's name; its last step ends at x0",
+        "padding of captions": facts["tokenizer"]["pad"],
+    }
+    files = _weights(source, ["text_encoder", "unet", "vae"])
+    return Read(Converted("stable-diffusion", models, dict(opened.params), facts), assumed, files)
+
+
+def _write_stable_diffusion(converted: Converted, out: Path) -> None:
+    models, params = converted.models, converted.params
+    linear = converted.facts["linear_projection"]
+    _write_parts(
+        out,
+        {
+            "text_encoder": stable_diffusion.export_text_encoder(params["text"], models["text"]),
+            "vae": stable_diffusion.export_autoencoder(params["autoencoder"], models["autoencoder"]),
+            "unet": stable_diffusion.export_unet(params["unet"], models["unet"], linear_projection=linear),
+        },
+    )
+
+
+# ---- Single networks -------------------------------------------------------------------------------------------------
+
+
+def _read_clip(source: Path, options: Options) -> Read:
+    file = _file(source)
+    loaded = clip.load_clip(read_tensors(file), head_width=options.head_width, activation=options.activation)
+    facts = {"dialect": loaded.dialect}
+    assumed = {"head_width": options.head_width, "activation": options.activation,
+               "end of a caption": "the largest id, as interop.clip.end_mask(tokens) finds it"}  # fmt: skip
+    return Read(Converted("clip", {"clip": loaded.model}, {"clip": loaded.params}, facts), assumed, [file])
+
+
+def _write_clip(converted: Converted, out: Path) -> None:
+    write_tensors(out, "model", clip.export_clip(converted.params["clip"], converted.facts["dialect"]))
+
+
+def _read_guided(source: Path, options: Options) -> Read:
+    published = guided.PUBLISHED[_named(options, guided.PUBLISHED)]
+    file, model = _file(source), published.model()
+    how = {"image_size": published.image_size, "new_attention_order": published.new_attention_order}
+    params = guided.load_guided(read_tensors(file), model, **how)
+    facts = {name: value for name, value in published._asdict().items() if name != "model"}
+    converted = Converted("guided", {"model": model}, {"model": params}, {"model": options.model} | facts)
+    return Read(converted, {"model": options.model} | facts, [file])
+
+
+def _write_guided(converted: Converted, out: Path) -> None:
+    how = {name: converted.facts[name] for name in ("image_size", "new_attention_order")}
+    write_tensors(out, "model", guided.export_guided(converted.params["model"], converted.models["model"], **how))
+
+
+def _read_glide(source: Path, options: Options) -> Read:
+    make, size = GLIDE_MODELS[_named(options, GLIDE_MODELS)]
+    file, model = _file(source), make()
+    params = glide.load_glide(read_tensors(file), model, image_size=size)
+    facts = {"model": options.model, "image_size": size}
+    schedule = {"schedule": "cosine" if options.model == "base" else "linear", "num_steps": 1000}
+    return Read(Converted("glide", {"model": model}, {"model": params}, facts | schedule), facts | schedule, [file])
+
+
+def _write_glide(converted: Converted, out: Path) -> None:
+    model, size = converted.models["model"], converted.facts["image_size"]
+    write_tensors(out, "model", glide.export_glide(converted.params["model"], model, image_size=size))
+
+
+def _read_noised_clip(source: Path, options: Options) -> Read:
+    del options
+    _needs_directory(source, "noised-clip")
+    files = []
+    for tower in ("image", "text"):
+        found = sorted(source.glob(f"*{tower}*"))
+        if len(found) != 1:
+            raise ReadError(f"{source} must hold one file with {tower} in its name, and holds {len(found)}")
+        files += found
+    model = noised_clip.NOISED_CLIP()
+    params = noised_clip.load_noised_clip(*map(read_tensors, files), model)
+    assumed = {"scale": model.scale, "process": "cosine, 1000 steps"}
+    return Read(Converted("noised-clip", {"model": model}, {"model": params}, {}), assumed, files)
+
+
+def _write_noised_clip(converted: Converted, out: Path) -> None:
+    image, text = noised_clip.export_noised_clip(converted.params["model"], converted.models["model"])
+    write_tensors(out, "image-enc", image)
+    write_tensors(out, "text-enc", text)
+
+
+def _read_inception(source: Path, options: Options) -> Read:
+    del options
+    file = _file(source)
+    params = inception.load_inception(read_tensors(file))
+    model = inception.Inception()
+    return Read(Converted("inception", {"model": model}, {"model": params}, {}), {"classes": 1008}, [file])
+
+
+def _write_inception(converted: Converted, out: Path) -> None:
+    write_tensors(out, "model", inception.export_inception(converted.params["model"]))
+
+
+FAMILIES = {
+    "clip": Family("a file: OpenAI's, open_clip's or transformers'", _read_clip, _write_clip),
+    "karlo": Family("a directory, diffusers' layout or the original one", _read_karlo, _write_karlo),
+    "stable-diffusion": Family("a directory, diffusers' layout", _read_stable_diffusion, _write_stable_diffusion),
+    "guided": Family("a file of guided or improved diffusion", _read_guided, _write_guided),
+    "glide": Family("a file: base or upsampler, inpainting or not", _read_glide, _write_glide),
+    "noised-clip": Family(
+        "a directory with GLIDE's image-enc.pt and text-enc.pt", _read_noised_clip, _write_noised_clip
+    ),
+    "inception": Family("FID's pt_inception file", _read_inception, _write_inception),
+}
+
+
+def _needs_directory(source: Path, family: str) -> None:
+    if not source.is_dir():
+        raise ReadError(f"{source} is not a directory; {family} is read from {FAMILIES[family].source}")
+
+
+def _file(source: Path) -> Path:
+    """Return the file that a source is, or the only weights file in the directory that it is."""
+    if not source.is_dir():
+        return source
+    index = sorted(source.glob("*.safetensors.index.json"))
+    kinds = ("*.safetensors", "*.pt", "*.pth", "*.bin", "*.ckpt", "*.th")
+    found = index or [path for kind in kinds for path in sorted(source.glob(kind))]
+    if len(found) != 1:
+        names = ", ".join(path.name for path in found) or "none"
+        raise ReadError(f"{source} must hold one weights file to be read as one network; it holds {names}")
+    return found[0]
+
+
+def _named(options: Options, known: Mapping[str, Any]) -> str:
+    if options.model not in known:
+        raise ConvertError(f"model={options.model!r} is not a released network of this family: {', '.join(known)}")
+    return options.model
+
+
+def _weights(source: Path, parts: list[str]) -> list[Path]:
+    """Return the weights files of the parts that a directory has, shards too."""
+    suffixes = (".safetensors", ".bin", ".safetensors.index.json")
+    places = [source / part for part in parts if (source / part).is_dir()]
+    return [path for place in places for path in sorted(place.iterdir()) if path.name.endswith(suffixes)]
+
+
+def _write_parts(out: Path, parts: Mapping[str, Mapping[str, np.ndarray]]) -> None:
+    for part, tensors in parts.items():
+        (out / part).mkdir(parents=True, exist_ok=True)
+        name = "model" if part.endswith("encoder") else "diffusion_pytorch_model"
+        write_tensors(out / part, name, tensors)
+
+
+def restore_peer_files(workdir: Path, out: Path) -> None:
+    """Copy the small files that a converted checkpoint kept of its source."""
+    read_description(workdir)
+    for path in sorted((workdir / PEER).rglob("*")):
+        if path.is_file():
+            target = out / path.relative_to(workdir / PEER)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(path.read_bytes())

@@ -1,0 +1,211 @@
+"""`python -m ddpm_jax.convert`: what it writes loads without flags, and goes back to the peer's files."""
+
+import hashlib
+import json
+
+import jax
+import numpy as np
+import pytest
+import test_interop_glide
+import test_interop_guided
+import test_interop_karlo
+import test_interop_stable_diffusion
+from PIL import Image
+from random_weights import random_weights
+from safetensors.numpy import load_file, save_file
+from tiny_run import finish, start
+
+from ddpm_jax import cli, convert
+from ddpm_jax.interop import ReadError, families, glide, guided, read_tensors
+from ddpm_jax.interop.table import ConvertError
+from ddpm_jax.pipelines import LoadError, converted, load
+from ddpm_jax.pipelines.karlo import Karlo
+from ddpm_jax.pipelines.stable_diffusion import StableDiffusion
+
+
+def run(capsys, **flags):
+    """Run the program in this process and return what it printed."""
+    given = [f"--{name.rstrip('_')}={value}" for name, value in flags.items()]
+    convert.FLAGS.unparse_flags()
+    for name in ("from", "to", "src", "out", "model", "prior_clip"):
+        convert.FLAGS[name].value = None
+    convert.FLAGS["dtype"].value = "float32"
+    convert.FLAGS(["convert", *given])
+    convert.main()
+    return capsys.readouterr().out
+
+
+def equal(one, other):
+    jax.tree.map(np.testing.assert_array_equal, one, other)
+
+
+def same_tensors(one, other):
+    assert set(one) == set(other)
+    for name, array in other.items():
+        np.testing.assert_array_equal(one[name], array, err_msg=name)
+
+
+def test_a_pipeline_of_karlo(tmp_path, capsys):
+    source = test_interop_karlo.write_directory(tmp_path / "karlo")
+    (source / "model_index.json").write_text('{"_class_name": "UnCLIPPipeline"}')
+    printed = run(capsys, from_="karlo", src=source, out=tmp_path / "ours", prior_clip=7)
+    file = source / "prior" / "diffusion_pytorch_model.safetensors"
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    for line in (
+        "# karlo, converted by ddpm_jax 0.1.0",
+        f"| prior | DiffusionPrior | {sum(x.size for x in load_file(file).values()) - 2 * 32 + 32:,} |",
+        "- prior_clip: 7.0",
+        f"- prior/diffusion_pytorch_model.safetensors: {digest}",
+    ):
+        assert line in printed.splitlines(), line
+    assert (tmp_path / "ours" / "model_card.md").read_text() in printed
+    opened, ours = test_interop_karlo.karlo.open_karlo(source), load(tmp_path / "ours")
+    assert isinstance(ours, Karlo) and ours.prior_clip == 7.0 and ours.tokenizer.pad == ours.tokenizer.eot
+    equal(ours.params, opened.params)
+    equal(ours.statistics, opened.statistics)
+    for name in ("text", "image", "prior", "decoder", "upsampler", "sizes"):
+        assert getattr(ours, name) == getattr(opened, name), name
+    run(capsys, to="karlo", src=tmp_path / "ours", out=tmp_path / "back")
+    files = lambda place: {str(path.relative_to(place)) for path in place.rglob("*") if path.is_file()}
+    assert files(tmp_path / "back") == files(source)
+    for name in files(source):
+        if name.endswith(".safetensors"):
+            same_tensors(load_file(tmp_path / "back" / name), load_file(source / name))
+        else:
+            assert (tmp_path / "back" / name).read_bytes() == (source / name).read_bytes()
+
+
+def test_stable_diffusion_draws_by_the_command(tmp_path, capsys):
+    source = test_interop_stable_diffusion.directory(tmp_path / "sd")
+    text = source / "text_encoder" / "diffusion_pytorch_model.safetensors"
+    shapes = {name: array.shape for name, array in load_file(text).items()}
+    shapes |= {"text_model.embeddings.token_embedding.weight": (49408, 24)}
+    save_file(random_weights(shapes), text)
+    run(capsys, from_="stable-diffusion", src=source, out=tmp_path / "ours")
+    ours = load(tmp_path / "ours")
+    assert isinstance(ours, StableDiffusion) and (ours.kind, ours.image_size) == ("eps", 16)
+    drawn = start("sample", "--prompt=a cat", f"--workdir={tmp_path / 'ours'}", f"--out={tmp_path / 'cat.png'}")
+    status, out, err = finish(drawn)
+    assert status == 0 and "1 pictures of 16 x 16 pixels" in out, err
+    assert np.asarray(Image.open(tmp_path / "cat.png")).std() > 1
+    run(capsys, to="stable-diffusion", src=tmp_path / "ours", out=tmp_path / "back")
+    for part in ("vae", "unet"):
+        name = f"{part}/diffusion_pytorch_model.safetensors"
+        same_tensors(load_file(tmp_path / "back" / name), load_file(source / name))
+    same_tensors(load_file(tmp_path / "back" / "text_encoder" / "model.safetensors"), load_file(text))
+
+
+def small_published(monkeypatch):
+    tiny = guided.Published(lambda: test_interop_guided.MODELS["new_order"], 16, new_attention_order=True)
+    monkeypatch.setitem(guided.PUBLISHED, "tiny", tiny)
+    monkeypatch.setitem(families.GLIDE_MODELS, "base", (lambda: test_interop_glide.MODEL, 16))
+
+
+@pytest.mark.parametrize("family", ["guided", "glide"])
+def test_a_network_alone(tmp_path, capsys, monkeypatch, family):
+    """In shards, since a file may be large; and back, bit for bit."""
+    small_published(monkeypatch)
+    peer = test_interop_guided.weights("new_order") if family == "guided" else test_interop_glide.weights("upsampler")
+    save_file(peer, tmp_path / "model.safetensors")
+    monkeypatch.setattr(converted, "SHARD_BYTES", 10**6)
+    name = "tiny" if family == "guided" else "base"
+    printed = run(capsys, from_=family, src=tmp_path / "model.safetensors", out=tmp_path / "ours", model=name)
+    assert len(list((tmp_path / "ours").glob("model-*-of-*.safetensors"))) > 2
+    ours = load(tmp_path / "ours")
+    assert (ours.family, ours.facts["image_size"]) == (family, 16)
+    if family == "guided":
+        assert ours.models["model"] == test_interop_guided.MODELS["new_order"]
+        assert "- new_attention_order: True" in printed
+        equal(
+            ours.params["model"],
+            guided.load_guided(peer, ours.models["model"], image_size=16, new_attention_order=True),
+        )
+    else:
+        equal(ours.params["model"], glide.load_glide(peer, ours.models["model"], image_size=16))
+    run(capsys, to=family, src=tmp_path / "ours", out=tmp_path / "back")
+    same_tensors(read_tensors(tmp_path / "back" / "model.safetensors.index.json"), peer)
+
+
+def test_half_the_bytes_and_what_they_cannot_hold(tmp_path, capsys, monkeypatch):
+    small_published(monkeypatch)
+    peer = test_interop_guided.weights("new_order")
+    save_file(peer, tmp_path / "model.safetensors")
+    flags = {"from_": "guided", "src": tmp_path / "model.safetensors", "model": "tiny"}
+    for dtype in ("float16", "bfloat16"):
+        run(capsys, **flags, out=tmp_path / dtype, dtype=dtype)
+        file = tmp_path / dtype / "model.safetensors"
+        assert file.stat().st_size < 0.6 * (tmp_path / "model.safetensors").stat().st_size
+        kernel = load(tmp_path / dtype).params["model"]["in_conv"]["kernel"]
+        exact = peer["input_blocks.0.0.weight"].transpose(2, 3, 1, 0)
+        assert 0 < np.abs(kernel - exact).max() < (1e-3 if dtype == "float16" else 1e-2)
+    peer["out.2.bias"] = peer["out.2.bias"] + 1e6
+    save_file(peer, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="out_conv/bias has values that float16 cannot hold"):
+        run(capsys, **flags, out=tmp_path / "large", dtype="float16")
+    assert not [path for path in tmp_path.iterdir() if "large" in path.name]
+
+
+def test_what_is_refused_leaves_nothing(tmp_path, capsys, monkeypatch):
+    small_published(monkeypatch)
+    peer = test_interop_guided.weights("new_order")
+    save_file(peer, tmp_path / "model.safetensors")
+    save_file(peer | {"out.2.bias": np.full(6, np.nan, np.float32)}, tmp_path / "nan.safetensors")
+    (tmp_path / "cut.safetensors").write_bytes((tmp_path / "model.safetensors").read_bytes()[:-100])
+    before = sorted(tmp_path.iterdir())
+    flags = {"from_": "guided", "src": tmp_path / "model.safetensors", "out": tmp_path / "ours", "model": "tiny"}
+    for change, kind, message in (
+        ({"src": tmp_path / "none"}, cli.UsageError, "none does not exist"),
+        ({"src": tmp_path / "nan.safetensors"}, ConvertError, r"it has, not finite, out\.2\.bias"),
+        ({"src": tmp_path / "cut.safetensors"}, ReadError, "cut.safetensors cannot be read"),
+        ({"model": "64x64_diffusion"}, ConvertError, "the file does not fit: it lacks"),
+        ({"model": "other"}, ConvertError, "model='other' is not a released network of this family: 64x64_diffusion"),
+        ({"from_": "clip"}, ConvertError, "not of a CLIP"),
+        ({"from_": "inception"}, ConvertError, "not of FID's Inception"),
+        ({"from_": "karlo"}, ReadError, "is not a directory; karlo is read from a directory"),
+        (
+            {"from_": "noised-clip", "src": tmp_path},
+            ReadError,
+            "must hold one file with image in its name, and holds 0",
+        ),
+        ({"src": tmp_path}, ReadError, "must hold one weights file to be read as one network; it holds cut"),
+        ({"out": tmp_path}, cli.UsageError, "exists already; give a new directory"),
+        ({"to": "clip"}, cli.UsageError, "either --from or --to are needed"),
+    ):
+        with pytest.raises(kind, match=message):
+            run(capsys, **(flags | change))
+        assert sorted(tmp_path.iterdir()) == before
+    with pytest.raises(ReadError, match="is not a converted checkpoint of this package"):
+        run(capsys, to="guided", src=tmp_path, out=tmp_path / "back")
+
+
+def test_a_damaged_conversion_is_refused(tmp_path, capsys, monkeypatch):
+    small_published(monkeypatch)
+    save_file(test_interop_guided.weights("new_order"), tmp_path / "model.safetensors")
+    out = tmp_path / "ours"
+    run(capsys, from_="guided", src=tmp_path / "model.safetensors", out=out, model="tiny")
+    with pytest.raises(cli.UsageError, match="is a converted guided, which is written as --to=guided"):
+        run(capsys, to="clip", src=out, out=tmp_path / "back")
+    described = json.loads((out / "model.json").read_text())
+    for change, message in (
+        ({"format": "other"}, "has the format 'other'"),
+        ({"networks": {"model": {"class": "Trainer"}}}, "there is no network 'Trainer' in this version"),
+        ({"networks": {"model": described["networks"]["model"] | {"strange": 1}}}, "is not described as this version"),
+        ({"parameters": {"model": 3}}, "does not hold the 3 parameters"),
+        ({"facts": None, "networks": None}, "does not fit this version"),
+    ):
+        (out / "model.json").write_text(json.dumps(described | change))
+        with pytest.raises(LoadError, match=message):
+            load(out)
+    (out / "model.json").write_text("{")
+    with pytest.raises(LoadError, match="is not a converted checkpoint of this package"):
+        load(out)
+
+
+def test_the_status_and_the_sentence(tmp_path):
+    """Through a process of its own: a wrong file ends with one line and status 1."""
+    (tmp_path / "model.pt").write_bytes(b"\x80\x02cos\nsystem\nq\x00X\x04\x00\x00\x00trueq\x01\x85q\x02Rq\x03.")
+    flags = "--from=clip", f"--src={tmp_path / 'model.pt'}", f"--out={tmp_path / 'out'}"
+    status, out, err = finish(start("convert", *flags))
+    assert (status, out) == (1, "")
+    assert err.count("\n") == 1 and err.startswith("error: weights file") and "os.system" in err
+    assert not (tmp_path / "out").exists()
