@@ -78,7 +78,7 @@ def importance_timesteps(
         t, int32[B], and 1 / (T p_t), float32[B], by which losses are multiplied.
     """
     p = timestep_probabilities(history, uniform)
-    t = jax.random.categorical(key, jnp.log(p), shape=(batch_size,)).astype(jnp.int32)
+    t = jax.random.choice(key, p.shape[0], (batch_size,), p=p).astype(jnp.int32)
     return t, 1.0 / (p.shape[0] * p[t])
 
 
