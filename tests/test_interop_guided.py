@@ -10,12 +10,14 @@ import pytest
 from random_networks import fast_jit
 from random_weights import random_weights
 
-from ddpm_jax.interop.guided import PUBLISHED, _shapes, export_guided, guided_table, load_guided
+from ddpm_jax import cosine_betas, linear_betas
+from ddpm_jax.interop.guided import PUBLISHED, export_guided, guided_shapes, load_guided
 from ddpm_jax.interop.table import ConvertError
 from ddpm_jax.models.adm import Classifier, ClassUNet, SuperUNet
 from ddpm_jax.models.unet import UNet
 
 PEER = np.load(Path(__file__).parent / "data" / "guided.npz")
+PROCESSES = json.loads((Path(__file__).parent / "data" / "published_sizes.json").read_text())
 CLASSIFIER = {"channel_mult": (1, 2), "num_res_blocks": 1, "attention_resolutions": (8,), "head_channels": 16}
 
 
@@ -75,25 +77,18 @@ def test_another_network_is_refused():
         load_guided(weights("adm"), unet(), image_size=16)
 
 
-# Millions of parameters, as ADM's tables 11 and 12 have them. The released 128 -> 512 upsampler leaves attention out
-# that the paper's has, so its number is not in them.
-PARAMETERS = {
-    "lsun": 552, "64x64_diffusion": 296, "128x128_diffusion": 422, "256x256_diffusion": 554, "512x512_diffusion": 559,
-    "64_256_upsampler": 312, "64x64_classifier": 65, "128x128_classifier": 43, "256x256_classifier": 54,
-    "512x512_classifier": 54,
-}  # fmt: skip
+@pytest.mark.parametrize("channels,millions", [(64, 30), (96, 68), (128, 120), (192, 270)])
+def test_the_sizes_of_improved_diffusion(channels, millions):
+    """Section 6 of its paper; what was released has 128 or 192 channels. All files: test_published_sizes.py."""
+    model = PUBLISHED["imagenet64_uncond_100M_1500K"].model().clone(channels=channels)
+    size = sum(leaf.size for leaf in jax.tree.leaves(guided_shapes(model, 64)))
+    assert size / 1e6 == pytest.approx(millions, rel=0.012)
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
-def test_the_published_networks_have_a_table(name):
-    """Every parameter of the full-size network has its entry, each name of the peer once."""
-    published = PUBLISHED[name]
-    model = published.model()
-    shapes = _shapes(model, published.image_size)
-    table = guided_table(model, published.image_size, published.new_attention_order)
-    names = [key for entry in table for key in entry.peer]
-    assert len(names) == len(set(names))
-    flat = {"/".join(k.key for k in path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(shapes)}
-    assert sorted(entry.ours for entry in table) == sorted(flat)
-    if name in PARAMETERS:
-        assert sum(leaf.size for leaf in flat.values()) / 1e6 == pytest.approx(PARAMETERS[name], abs=1.0)
+@pytest.mark.parametrize("name", [name for name in PUBLISHED if not name.endswith("classifier")])
+def test_the_published_processes_are_the_peers(name):
+    """The schedule, its length, and whether the network is told t or t * 1000 / num_steps."""
+    published, peer = PUBLISHED[name], PROCESSES[name]
+    assert (published.num_steps, published.rescale_timesteps) == (peer["num_steps"], peer["rescale_timesteps"])
+    betas = {"linear": linear_betas, "cosine": cosine_betas}[published.schedule](published.num_steps)
+    assert betas.sum() == pytest.approx(peer["sum_of_betas"], rel=1e-12)

@@ -21,28 +21,44 @@ from ddpm_jax.models.unet import UNet
 
 POINTWISE = Layout(lambda x: x[..., 0].T, lambda x: (x.T[..., None],))  # a convolution of width one: [O, I, 1]
 _MULT = {
-    64: (1, 2, 3, 4), 128: (1, 1, 2, 3, 4), 256: (1, 1, 2, 2, 4, 4), 512: (0.5, 1, 1, 2, 2, 4, 4),
+    32: (1, 2, 2, 2), 64: (1, 2, 3, 4), 128: (1, 1, 2, 3, 4), 256: (1, 1, 2, 2, 4, 4), 512: (0.5, 1, 1, 2, 2, 4, 4),
 }  # fmt: skip
 
 
 class Published(NamedTuple):
-    """A released network: how it is built, the sizes of its pictures, and what its file does not say."""
+    """A released network: how it is built, the sizes of its pictures, and what its file does not say.
+
+    schedule: "linear" or "cosine", of num_steps steps. rescale_timesteps: the network receives t * 1000 / num_steps in
+    place of t. All diffusion networks predict eps and learn the variance ("learned_range").
+    """
 
     model: Callable[[], nn.Module]
     image_size: int
     new_attention_order: bool = False
     schedule: str = "linear"
     low_size: int | None = None
+    num_steps: int = 1000
+    rescale_timesteps: bool = False
 
 
 def _unet(size: int, channels: int = 256, blocks: int = 2, **options) -> UNet:
     return UNet(channels, 6, _MULT[size], blocks, (32, 16, 8), **options)
 
 
+def _improved(size: int, channels: int, blocks: int = 3, **options) -> UNet:
+    options = {"attention_resolutions": (16, 8), "heads": 4} | options
+    return UNet(channels, 6, _MULT[size], blocks, conv_resample=True, **options)
+
+
+def _bedroom() -> UNet:
+    return _improved(256, 128, 2, attention_resolutions=(16,), heads=1, scale_shift=False)
+
+
 def _classifier(size: int, blocks: int = 2) -> Classifier:
     return Classifier(128, 1000, size, _MULT[size], blocks)
 
 
+_COSINE = {"schedule": "cosine", "num_steps": 4000, "rescale_timesteps": True}
 PUBLISHED = {
     "64x64_diffusion": Published(lambda: ClassUNet(_unet(64, 192, 3, dropout=0.1), 1000), 64, True, "cosine"),
     "128x128_diffusion": Published(lambda: ClassUNet(_unet(128, heads=4), 1000), 128),
@@ -56,6 +72,17 @@ PUBLISHED = {
     "128x128_classifier": Published(lambda: _classifier(128), 128),
     "256x256_classifier": Published(lambda: _classifier(256), 256),
     "512x512_classifier": Published(lambda: _classifier(512), 512),
+    # Improved diffusion, by the names of its files.
+    "imagenet64_uncond_100M_1500K": Published(lambda: _improved(64, 128), 64, **_COSINE),
+    "imagenet64_uncond_vlb_100M_1500K": Published(lambda: _improved(64, 128), 64, **_COSINE),
+    "cifar10_uncond_50M_500K": Published(lambda: _improved(32, 128, dropout=0.3), 32, **_COSINE),
+    "cifar10_uncond_vlb_50M_500K": Published(lambda: _improved(32, 128, dropout=0.3), 32, **_COSINE),
+    "imagenet64_cond_270M_250K": Published(
+        lambda: ClassUNet(_improved(64, 192), 1000), 64, schedule="cosine", num_steps=4000
+    ),
+    "upsample_cond_500K": Published(lambda: SuperUNet(_improved(256, 192, 2), 1000), 256, low_size=64, num_steps=4000),
+    "lsun_uncond_100M_1200K_bs128": Published(_bedroom, 256),
+    "lsun_uncond_100M_2400K_bs64": Published(_bedroom, 256),
 }
 
 
@@ -74,7 +101,7 @@ def load_guided(
     Raises:
         ConvertError: if the tensors are not those of the network; it lists which.
     """
-    return to_ours(guided_table(model, image_size, new_attention_order), tensors, _shapes(model, image_size))
+    return to_ours(guided_table(model, image_size, new_attention_order), tensors, guided_shapes(model, image_size))
 
 
 def export_guided(
@@ -170,7 +197,8 @@ def _head(net: Classifier) -> list[Entry]:
     }[net.pool]
 
 
-def _shapes(model: nn.Module, image_size: int) -> Any:
+def guided_shapes(model: nn.Module, image_size: int) -> Any:
+    """Return the shapes of a network's parameters, made without any numbers."""
     spec = lambda *shape, dtype=jnp.float32: jax.ShapeDtypeStruct(shape, dtype)  # noqa: E731
     inputs = [spec(1, image_size, image_size, 3), spec(1)]
     if isinstance(model, SuperUNet):

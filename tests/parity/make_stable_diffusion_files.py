@@ -81,11 +81,11 @@ def main() -> None:
     for name, options in UNETS.items():
         unet = randomize(UNet2DConditionModel(**options), name, arrays)
         arrays[f"out/{name}"] = unet(xt, t, context).sample.numpy()
-        arrays[f"config/{name}"] = json.dumps(dict(unet.config))
+        arrays[f"config/{name}"] = config(unet)
         kind = {"unet1": "epsilon", "unet2": "v_prediction"}[name]
         scheduler = DDIMScheduler(**SCHEDULE, prediction_type=kind)
         draw(unet, autoencoder, text, scheduler, tokens, arrays, f"drawn/{name}")
-    arrays["config/autoencoder"] = json.dumps(dict(autoencoder.config))
+    arrays["config/autoencoder"] = config(autoencoder)
     arrays["config/text_encoder"] = json.dumps(TEXT)
     arrays["config/scheduler"] = json.dumps(SCHEDULE)
     for name, array in arrays.items():
@@ -93,6 +93,11 @@ def main() -> None:
             print(name, array.shape, array.std())
     np.savez_compressed(OUT, **arrays)
     print(OUT.name, OUT.stat().st_size)
+
+
+def config(network: torch.nn.Module) -> str:
+    """Return what diffusers writes into config.json, without its private fields."""
+    return json.dumps({name: value for name, value in network.config.items() if not name.startswith("_")})
 
 
 def draw(unet, autoencoder, text, scheduler, tokens, arrays, name) -> None:
