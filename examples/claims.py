@@ -169,7 +169,6 @@ class Model:
 
     def gradient_norms(self, importance: bool, seed: int, count: int = 400) -> np.ndarray:
         """Return the norm of the gradient of as many batches, at the trained parameters."""
-
         keys = jax.random.split(jax.random.key(seed + 30), count)
         return np.asarray(self._gradient_norms(importance, self.params, self.history, keys))
 

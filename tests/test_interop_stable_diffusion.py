@@ -1,4 +1,4 @@
-"""Stable Diffusion in diffusers' layout: diffusers' own outputs of networks and of whole pipelines, and the way back."""
+"""Stable Diffusion in diffusers' layout: diffusers' own outputs of networks and pipelines, and the way back."""
 
 import json
 from pathlib import Path
