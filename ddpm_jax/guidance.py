@@ -122,6 +122,9 @@ def classifier_guided(
     grad. A variance half passes through. For ancestral sampling, whose mean the paper shifts by the variance times the
     gradient (algorithm 1), see ``ancestral_step(guide=...)``.
 
+    A sampler's ``x0_transform`` acts on the guided x0. The published code clips x0 before it is shifted, and not after:
+    give this the clipped x0 as ``denoise``, with kind="x0".
+
     Args:
         process: the process that the network was trained with, whose timesteps t are. Not a respaced one.
         denoise: the network.

@@ -3,7 +3,7 @@
 `python -m ddpm_jax.convert` makes one. It holds
 
     model.json       family, networks with all their fields, what was assumed, sha256 of the sources
-    NAME.safetensors the parameters of each network, by our names; in shards of a gigabyte if they are larger
+    NAME.safetensors the parameters of each network, by our names; in shards of half a gigabyte if they are larger
     model_card.md    the same for people
     peer/            the small files that lay beside the source (configs, tokenizer), for the way back
 """
@@ -42,7 +42,7 @@ from ddpm_jax.models import (
 
 FORMAT = "ddpm_jax converted 1"
 MODEL_FILE, CARD_FILE, PEER = "model.json", "model_card.md", "peer"
-SHARD_BYTES = 2**30
+SHARD_BYTES = 2**29
 _NETWORKS = {
     kind.__name__: kind
     for kind in (
@@ -175,7 +175,7 @@ def save(
 
 
 def write_tensors(directory: Path, name: str, arrays: Mapping[str, Any], dtype: Any = np.float32) -> None:
-    """Write arrays as `name`.safetensors, or as shards and their index if they are more than a gigabyte.
+    """Write arrays as `name`.safetensors, or as shards and their index if they are larger than half a gigabyte.
 
     Raises:
         ValueError: if dtype cannot hold a value.
@@ -187,7 +187,7 @@ def write_tensors(directory: Path, name: str, arrays: Mapping[str, Any], dtype: 
     for number, names in enumerate(shards, 1):
         file = f"{name}.safetensors" if len(shards) == 1 else f"{name}-{number:05d}-of-{len(shards):05d}.safetensors"
         with np.errstate(over="ignore"):  # said below, with the name
-            part = {key: np.array(arrays[key], dtype, order="C") for key in names}
+            part = {key: np.ascontiguousarray(arrays[key], dtype) for key in names}
         for key, array in part.items():
             if not np.isfinite(array.astype(np.float32)).all():
                 raise ValueError(f"{name}: {key} has values that {np.dtype(dtype).name} cannot hold")
