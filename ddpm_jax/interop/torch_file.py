@@ -38,9 +38,12 @@ def read_torch(path: Path) -> Any:
     """
     with open(path, "rb") as file:
         begin = file.read(4)
-    if begin == b"PK\x03\x04":
-        return _read_zip(path)
-    return _read_stream(path) if begin[:1] == b"\x80" else _read_tar(path)
+    read = _read_zip if begin == b"PK\x03\x04" else _read_stream if begin[:1] == b"\x80" else _read_tar
+    try:
+        return read(path)
+    except (LookupError, TypeError, OverflowError, AttributeError) as error:
+        # A part refers to one that is not there, or is of another type than the format says.
+        raise PickleError(f"it is broken ({type(error).__name__}: {error})") from None
 
 
 # ---- The zip file of torch 1.6 and later, and of TorchScript ---------------------------------------------------------
@@ -151,7 +154,8 @@ def _read_tar(path: Path) -> Any:
     for _ in range(_whole_number(interpret(parts["storages"], no_storage))):
         key, _, kind = _of_length(3, interpret(parts["storages"], no_storage))
         numel = _count(parts["storages"].read(8))
-        data = parts["storages"].read(numel * dtype_of(storage_type(kind)).itemsize)
+        size = numel * dtype_of(storage_type(kind)).itemsize
+        data = parts["storages"].read(min(size, parts["storages"].getbuffer().nbytes))
         storages[key] = Storage(storage_type(kind), key, numel), np.frombuffer(data, np.uint8)
     for view in interpret(parts["storages"], no_storage):
         target, root, offset, numel = _of_length(4, view)
