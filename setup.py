@@ -42,7 +42,8 @@ setup(
         "examples": [*TRAIN, *ODE, "matplotlib>=3.8", "scikit-learn>=1.4"],
         "tensorboard": ["tensorboard>=2.16", "tensorflow-cpu>=2.16"],
         "test": TEST,
-        "parity": [*TEST, "open-clip-torch>=2.32"],
+        # What else it needs, without what that depends on: tests/parity/requirements.txt.
+        "parity": [*TEST, "torch==2.13.*", "diffusers==0.42.*", "transformers==5.*", "guided-diffusion-sdk==1.0.*"],
         "tpu": ["jax[tpu]>=0.8.0"],
         "cuda": ["jax[cuda12]>=0.8.0"],
     },

@@ -143,7 +143,8 @@ def _peer(block: Block, net: UNet | Classifier, image_size: int) -> str:
     """Return OpenAI's name of a block: they are numbered from the picture to the middle, and from there on anew."""
     side, level, blocks = block.side, block.level, net.num_res_blocks
     if side == "mid":
-        return f"middle_block.{block.number}"
+        attends = isinstance(net, Classifier) or net.mid_attention
+        return f"middle_block.{block.number if attends else min(block.number, 1)}"
     part = int(block.kind == "attention")
     if side == "down":
         return f"input_blocks.{1 + level * (blocks + 1) + block.number}.{part}"

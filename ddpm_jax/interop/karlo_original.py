@@ -377,9 +377,6 @@ def upsampler_of(tensors: Mapping[str, np.ndarray], *, image_size: int = 256, dt
 def upsampler_table(model: Upsampler, image_size: int) -> list[Entry]:
     """Return the table of both upsamplers."""
     table = unet_table(model.unet, image_size, "unet/")
-    if not model.unet.mid_attention:  # the second residual block of the middle follows the first
-        moved = lambda name: name.replace("middle_block.2.", "middle_block.1.")  # noqa: E731
-        table = [entry._replace(peer=tuple(map(moved, entry.peer))) for entry in table]
     return [entry for ours, peer in UPSAMPLERS.items() for entry in _under(table, f"{ours}/", peer)]
 
 
