@@ -35,6 +35,12 @@ _CLIP = flags.DEFINE_float(
     "prior_clip", None, "Bound of what Karlo's prior predicts; by its layout 5 or 10.", lower_bound=0.0,
     flag_values=FLAGS,
 )  # fmt: skip
+_KIND = flags.DEFINE_enum(
+    "kind", "eps", ["eps", "v"], "What Stable Diffusion in one file predicts; v at 768 pixels.", flag_values=FLAGS
+)
+_SIZE = flags.DEFINE_integer(
+    "image_size", 512, "Of the pictures of Stable Diffusion in one file.", lower_bound=1, flag_values=FLAGS
+)
 _DTYPE = flags.DEFINE_enum(
     "dtype", "float32", ["float32", "float16", "bfloat16"], "Of the parameters in --out.", flag_values=FLAGS
 )
@@ -66,7 +72,7 @@ def _convert(source: Path, out: Path) -> None:
     from ddpm_jax.interop import families
     from ddpm_jax.pipelines import converted
 
-    options = families.Options(_MODEL.value, _HEAD.value, _ACTIVATION.value, _CLIP.value)
+    options = families.Options(_MODEL.value, _HEAD.value, _ACTIVATION.value, _CLIP.value, _KIND.value, _SIZE.value)
     read = families.FAMILIES[_FROM.value].read(source, options)
     sums = {}
     base = source if source.is_dir() else source.parent

@@ -9,6 +9,7 @@ import pytest
 import test_interop_glide
 import test_interop_guided
 import test_interop_karlo
+import test_interop_latent_diffusion
 import test_interop_stable_diffusion
 from PIL import Image
 from random_weights import random_weights
@@ -93,6 +94,17 @@ def test_stable_diffusion_draws_by_the_command(tmp_path, capsys):
         name = f"{part}/diffusion_pytorch_model.safetensors"
         same_tensors(load_file(tmp_path / "back" / name), load_file(source / name))
     same_tensors(load_file(tmp_path / "back" / "text_encoder" / "model.safetensors"), load_file(text))
+
+
+def test_stable_diffusion_in_one_file(tmp_path, capsys, monkeypatch):
+    tensors = test_interop_latent_diffusion.write(tmp_path / "model.safetensors")
+    opened = test_interop_latent_diffusion.opened(tmp_path / "model.safetensors")
+    monkeypatch.setattr(families.latent_diffusion, "open_stable_diffusion_file", lambda *_, **__: opened)
+    flags = {"src": tmp_path / "model.safetensors", "out": tmp_path / "ours"}
+    assert "- kind: eps" in run(capsys, from_="stable-diffusion", **flags).splitlines()
+    equal(load(tmp_path / "ours").params, opened.params)
+    run(capsys, to="stable-diffusion", src=tmp_path / "ours", out=tmp_path / "back")
+    same_tensors(load_file(tmp_path / "back" / "model.safetensors"), tensors)
 
 
 def small_published(monkeypatch):

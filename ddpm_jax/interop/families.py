@@ -10,7 +10,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from ddpm_jax.data.tokenizer import Tokenizer, tokenizer_from_config
-from ddpm_jax.interop import clip, glide, guided, inception, karlo, karlo_original, noised_clip, stable_diffusion
+from ddpm_jax.interop import (
+    clip,
+    glide,
+    guided,
+    inception,
+    karlo,
+    karlo_original,
+    latent_diffusion,
+    noised_clip,
+    stable_diffusion,
+)
 from ddpm_jax.interop.diffusers_layout import read_config
 from ddpm_jax.interop.table import ConvertError
 from ddpm_jax.interop.tensor_file import ReadError, read_tensors
@@ -26,13 +36,16 @@ class Options(NamedTuple):
     """What a file does not say, where the family's published value is not meant.
 
     model: the name of a released network, for guided ("256x256_diffusion") and glide ("base"). head_width, activation:
-    of a CLIP. prior_clip: of Karlo; None takes 5 in diffusers' layout and 10 in the original one.
+    of a CLIP. prior_clip: of Karlo; None takes 5 in diffusers' layout and 10 in the original one. kind, image_size: of
+    Stable Diffusion in one file.
     """
 
     model: str | None = None
     head_width: int = 64
     activation: str = "quick_gelu"
     prior_clip: float | None = None
+    kind: str = "eps"
+    image_size: int = 512
 
 
 class Read(NamedTuple):
@@ -175,8 +188,8 @@ def _write_karlo_original(converted: Converted, out: Path) -> None:
 
 
 def _read_stable_diffusion(source: Path, options: Options) -> Read:
-    del options
-    _needs_directory(source, "stable-diffusion")
+    if not source.is_dir():
+        return _read_stable_diffusion_file(source, options)
     opened = stable_diffusion.open_stable_diffusion(source)
     schedule = read_config(
         source,
@@ -186,6 +199,7 @@ def _read_stable_diffusion(source: Path, options: Options) -> Read:
         name="scheduler_config.json",
     )
     facts = {
+        "layout": "diffusers",
         "kind": opened.kind,
         "latent_size": opened.latent_size,
         "schedule": schedule,
@@ -203,7 +217,30 @@ def _read_stable_diffusion(source: Path, options: Options) -> Read:
     return Read(Converted("stable-diffusion", models, dict(opened.params), facts), assumed, files)
 
 
+def _read_stable_diffusion_file(source: Path, options: Options) -> Read:
+    opened = latent_diffusion.open_stable_diffusion_file(source, kind=options.kind, image_size=options.image_size)
+    facts = {
+        "layout": "original",
+        "kind": opened.kind,
+        "latent_size": opened.latent_size,
+        "schedule": latent_diffusion.SCHEDULE,
+        "tokenizer": opened.tokenizer.to_config(),
+    }
+    models = {"text": opened.text, "unet": opened.unet, "autoencoder": opened.autoencoder}
+    assumed = {
+        "kind": opened.kind,
+        "image_size": options.image_size,
+        "schedule": latent_diffusion.SCHEDULE,
+        "averages": "left out, if the file has them",
+    }
+    return Read(Converted("stable-diffusion", models, dict(opened.params), facts), assumed, [source])
+
+
 def _write_stable_diffusion(converted: Converted, out: Path) -> None:
+    if converted.facts["layout"] == "original":
+        pipeline = pipeline_of(converted)
+        write_tensors(out, "model", latent_diffusion.export_stable_diffusion_file(pipeline))
+        return
     models, params = converted.models, converted.params
     linear = converted.facts["linear_projection"]
     _write_parts(
@@ -297,7 +334,11 @@ def _write_inception(converted: Converted, out: Path) -> None:
 FAMILIES = {
     "clip": Family("a file: OpenAI's, open_clip's or transformers'", _read_clip, _write_clip),
     "karlo": Family("a directory, diffusers' layout or the original one", _read_karlo, _write_karlo),
-    "stable-diffusion": Family("a directory, diffusers' layout", _read_stable_diffusion, _write_stable_diffusion),
+    "stable-diffusion": Family(
+        "a directory, diffusers' layout, or a file of the original code",
+        _read_stable_diffusion,
+        _write_stable_diffusion,
+    ),
     "guided": Family("a file of guided or improved diffusion", _read_guided, _write_guided),
     "glide": Family("a file: base or upsampler, inpainting or not", _read_glide, _write_glide),
     "noised-clip": Family(

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ddpm_jax.interop.table import SAME, TURNED, Entry, Layout, by_head, conv, dense, norm, to_ours, to_peer
-from ddpm_jax.interop.unet import Block, walk
+from ddpm_jax.interop.unet import Block, attends_at, walk
 from ddpm_jax.models.adm import Classifier, ClassUNet, SuperUNet
 from ddpm_jax.models.unet import UNet
 
@@ -127,7 +127,7 @@ def unet_table(
     table = [*dense(f"{ours}time/dense_0", "time_embed.0"), *dense(f"{ours}time/dense_1", "time_embed.2")]
     table += conv(f"{ours}in_conv", "input_blocks.0.0")
     for block in walk(net, image_size):
-        here, peer = f"{ours}{block.ours}", _peer(block, net, image_size)
+        here, peer = f"{ours}{block.ours}", block_name(block, net, image_size)
         if block.kind == "attention":
             heads = net.heads or block.widths[0] // net.head_channels
             table += _attention(here, peer, heads, new_attention_order)
@@ -139,7 +139,7 @@ def unet_table(
     return table + (_head(net) if isinstance(net, Classifier) else _out(ours))
 
 
-def _peer(block: Block, net: UNet | Classifier, image_size: int) -> str:
+def block_name(block: Block, net: UNet | Classifier, image_size: int) -> str:
     """Return OpenAI's name of a block: they are numbered from the picture to the middle, and from there on anew."""
     side, level, blocks = block.side, block.level, net.num_res_blocks
     if side == "mid":
@@ -151,7 +151,7 @@ def _peer(block: Block, net: UNet | Classifier, image_size: int) -> str:
     # What doubles the picture is the last part of the level's last entry, behind its attention.
     number, last = block.number, len(net.channel_mult) - 1
     if block.kind == "resample":
-        number, part = blocks, 1 + (image_size >> level in net.attention_resolutions)
+        number, part = blocks, 1 + attends_at(net, image_size, level)
     return f"output_blocks.{(last - level) * (blocks + 1) + number}.{part}"
 
 

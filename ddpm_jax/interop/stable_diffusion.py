@@ -179,7 +179,7 @@ def export_text_encoder(params: Mapping[str, Any], model: TextEncoder) -> dict[s
 def text_encoder_table(layers: int) -> list[Entry]:
     """Return the table of a text encoder of so many layers."""
     whole = clip_table("hf", layers, None)
-    return [entry._replace(ours=entry.ours[5:]) for entry in whole if entry.ours.startswith("text/")]
+    return [entry._replace(ours=entry.ours.removeprefix("text/")) for entry in whole if entry.ours.startswith("text/")]
 
 
 def text_encoder_shapes(model: TextEncoder) -> Any:

@@ -151,6 +151,15 @@ def test_the_peer_loads_our_export_and_returns_what_the_files_say(maker, tmp_pat
                 np.testing.assert_array_equal(now[array], then[array], err_msg=f"{name} {array}")
 
 
+def test_the_names_of_stable_diffusion_in_one_file(tmp_path):
+    """What diffusers' converter reads each of its names from."""
+    command = [sys.executable, HERE / "run_maker.py", "make_latent_diffusion_names", tmp_path, "random"]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    name = "latent_diffusion_names.json"
+    assert json.loads((tmp_path / name).read_text()) == json.loads((DATA / name).read_text())
+
+
 def test_the_formats_of_torch(tmp_path):
     """What torch writes today reads as what it wrote for the committed files."""
     from ddpm_jax.interop import read_tensors
