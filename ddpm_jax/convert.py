@@ -26,10 +26,12 @@ _FROM = flags.DEFINE_enum("from", None, KNOWN, "Family to read --src as.", flag_
 _TO = flags.DEFINE_enum("to", None, KNOWN, "Family to write a converted --src as.", flag_values=FLAGS)
 _SRC = flags.DEFINE_string("src", None, "File or directory to read.", flag_values=FLAGS)
 _OUT = flags.DEFINE_string("out", None, "Directory to make.", flag_values=FLAGS)
-_MODEL = flags.DEFINE_string("model", None, "Released network, for guided and glide.", flag_values=FLAGS)
-_HEAD = flags.DEFINE_integer("head_width", 64, "Width of a head, for clip.", lower_bound=1, flag_values=FLAGS)
+_MODEL = flags.DEFINE_string("model", None, "Released network, for guided, glide and clip.", flag_values=FLAGS)
+_HEAD = flags.DEFINE_list(
+    "head_width", None, "Width of a head, for clip; of the text and the image tower: 64,80.", flag_values=FLAGS
+)
 _ACTIVATION = flags.DEFINE_enum(
-    "activation", "quick_gelu", ["quick_gelu", "gelu"], "Of clip; gelu for most of open_clip's.", flag_values=FLAGS
+    "activation", None, ["quick_gelu", "gelu"], "Of clip; gelu for most of open_clip's.", flag_values=FLAGS
 )
 _CLIP = flags.DEFINE_float(
     "prior_clip", None, "Bound of what Karlo's prior predicts; by its layout 5 or 10.", lower_bound=0.0,
@@ -50,12 +52,15 @@ def main() -> None:
     """Run the program."""
     if not _SRC.value or not _OUT.value or (_FROM.value is None) == (_TO.value is None):
         raise cli.UsageError("--src, --out and either --from or --to are needed")
-    source, out = Path(_SRC.value), Path(_OUT.value)
+    source, out = Path(_SRC.value), Path(os.path.realpath(_OUT.value))
     if not source.exists():
         raise cli.UsageError(f"--src={source} does not exist")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise cli.UsageError(f"--out={out} exists already; give a new directory")
-    cli.check_can_write(out / "model.json", what="--out")
+        raise cli.UsageError(f"--out={_OUT.value} exists already; give a new directory")
+    if not out.is_dir():
+        cli.check_can_write(out, what="--out")
+    elif not os.access(out.parent, os.W_OK) or out == Path.cwd():  # an empty one is replaced as a whole
+        raise cli.UsageError(f"--out={_OUT.value} cannot be replaced by another directory; give a new one")
     start = time.perf_counter()
     if _FROM.value is not None:
         _convert(source, out)
@@ -69,18 +74,31 @@ def _convert(source: Path, out: Path) -> None:
     import numpy as np
     import tqdm
 
-    from ddpm_jax.interop import families
+    from ddpm_jax.interop import families, table
     from ddpm_jax.pipelines import converted
 
-    options = families.Options(_MODEL.value, _HEAD.value, _ACTIVATION.value, _CLIP.value, _KIND.value, _SIZE.value)
-    read = families.FAMILIES[_FROM.value].read(source, options)
+    options = families.Options(_MODEL.value, _heads(), _ACTIVATION.value, _CLIP.value, _KIND.value, _SIZE.value)
+    try:
+        read = families.FAMILIES[_FROM.value].read(source, options)
+    except (LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
+        # A file or a config that is not of the family has what nothing above thought of.
+        reason = f"{type(error).__name__}: {error}"
+        raise table.ConvertError(f"{source} does not fit {_FROM.value} ({reason})") from error
     sums = {}
     base = source if source.is_dir() else source.parent
     for path in tqdm.tqdm(read.files, desc="sha256", unit="file", dynamic_ncols=True):
         sums[str(path.relative_to(base))] = families.sha256(path)
     dtype = {"float32": np.float32, "float16": np.float16, "bfloat16": jnp.bfloat16}[_DTYPE.value]
-    small = families.peer_files(source)
+    small = families.peer_files(source, read.files)
     print(converted.save(read.converted, out, sources=sums, assumed=read.assumed, peer_files=small, dtype=dtype))
+
+
+def _heads() -> tuple[int, int] | None:
+    if not _HEAD.value:
+        return None
+    if len(_HEAD.value) > 2 or not all(width.isdigit() and int(width) > 0 for width in _HEAD.value):
+        raise cli.UsageError(f"--head_width={','.join(_HEAD.value)} must be one width or two, as in 64,80")
+    return int(_HEAD.value[0]), int(_HEAD.value[-1])
 
 
 def _export(source: Path, out: Path) -> None:

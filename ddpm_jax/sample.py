@@ -49,6 +49,8 @@ def main() -> None:
     pipeline = load(_WORKDIR.value, ema=not _RAW.value)
     if not hasattr(pipeline, "generate"):
         raise cli.UsageError(f"--workdir={_WORKDIR.value} holds {pipeline.family} alone, which draws no captions")
+    if _PRIOR_SCALE.value is not None and not hasattr(pipeline, "prior"):
+        raise cli.UsageError(f"--prior_scale={_PRIOR_SCALE.value}: {_WORKDIR.value} has no prior")
     prompts = [prompt for prompt in _PROMPT.value for _ in range(_COUNT.value)]
     options = {"decoder_scale": _SCALE.value, "prior_scale": _PRIOR_SCALE.value}
     options = {name: value for name, value in options.items() if value is not None}

@@ -6,9 +6,11 @@ import json
 import jax
 import numpy as np
 import pytest
+import test_interop_clip
 import test_interop_glide
 import test_interop_guided
 import test_interop_karlo
+import test_interop_karlo_original
 import test_interop_latent_diffusion
 import test_interop_stable_diffusion
 from PIL import Image
@@ -17,7 +19,8 @@ from safetensors.numpy import load_file, save_file
 from tiny_run import finish, start
 
 from ddpm_jax import cli, convert
-from ddpm_jax.interop import ReadError, families, glide, guided, read_tensors
+from ddpm_jax.interop import ReadError, families, glide, guided
+from ddpm_jax.interop.clip import load_clip
 from ddpm_jax.interop.table import ConvertError
 from ddpm_jax.pipelines import LoadError, converted, load
 from ddpm_jax.pipelines.karlo import Karlo
@@ -28,7 +31,7 @@ def run(capsys, **flags):
     """Run the program in this process and return what it printed."""
     given = [f"--{name.rstrip('_')}={value}" for name, value in flags.items()]
     convert.FLAGS.unparse_flags()
-    for name in ("from", "to", "src", "out", "model", "prior_clip"):
+    for name in ("from", "to", "src", "out", "model", "prior_clip", "head_width", "activation"):
         convert.FLAGS[name].value = None
     convert.FLAGS["dtype"].value = "float32"
     convert.FLAGS(["convert", *given])
@@ -37,12 +40,14 @@ def run(capsys, **flags):
 
 
 def equal(one, other):
+    assert jax.tree.map(np.shape, one) == jax.tree.map(np.shape, other)  # assert_array_equal broadcasts
     jax.tree.map(np.testing.assert_array_equal, one, other)
 
 
 def same_tensors(one, other):
     assert set(one) == set(other)
     for name, array in other.items():
+        assert one[name].shape == array.shape and one[name].dtype == array.dtype, name
         np.testing.assert_array_equal(one[name], array, err_msg=name)
 
 
@@ -66,6 +71,10 @@ def test_a_pipeline_of_karlo(tmp_path, capsys):
     equal(ours.statistics, opened.statistics)
     for name in ("text", "image", "prior", "decoder", "upsampler", "sizes"):
         assert getattr(ours, name) == getattr(opened, name), name
+    draw = lambda karlo: karlo.replace(tokenizer=test_interop_karlo.Bytes(), prior_clip=5.0).generate(
+        ["a cat"], prior_steps="1", decoder_steps="1", upsampler_steps="1"
+    )
+    np.testing.assert_array_equal(draw(ours), draw(opened))
     run(capsys, to="karlo", src=tmp_path / "ours", out=tmp_path / "back")
     files = lambda place: {str(path.relative_to(place)) for path in place.rglob("*") if path.is_file()}
     assert files(tmp_path / "back") == files(source)
@@ -107,6 +116,42 @@ def test_stable_diffusion_in_one_file(tmp_path, capsys, monkeypatch):
     same_tensors(load_file(tmp_path / "back" / "model.safetensors"), tensors)
 
 
+@pytest.mark.parametrize("dialect", ["openai", "hf"])
+def test_a_clip(tmp_path, capsys, dialect):
+    """What a config.json beside the file says is taken; what nothing says is an argument."""
+    peer = test_interop_clip.weights(dialect)
+    save_file(peer, tmp_path / "model.safetensors")
+    flags = {"from_": "clip", "src": tmp_path, "out": tmp_path / "ours"}
+    if dialect == "hf":
+        towers = {
+            name: {"hidden_size": size, "num_attention_heads": heads, "hidden_act": "gelu"}
+            for name, size, heads in (("text_config", 32, 4), ("vision_config", 48, 3))
+        }
+        (tmp_path / "config.json").write_text(json.dumps(towers))
+    else:
+        flags |= {"head_width": "8,16", "activation": "gelu"}
+    printed = run(capsys, **flags)
+    assert "- head_width: 8 in the text tower, 16 in the image tower" in printed and "- activation: gelu" in printed
+    ours = load(tmp_path / "ours")
+    assert ours.models["clip"] == load_clip(peer, head_width=(8, 16), activation="gelu").model
+    pixels = np.zeros((1, 24, 24, 3), np.float32)
+    assert np.isfinite(ours.models["clip"].apply({"params": ours.params["clip"]}, pixels, method="encode_image")).all()
+    run(capsys, to="clip", src=tmp_path / "ours", out=tmp_path / "back")
+    same_tensors(load_file(tmp_path / "back" / "model.safetensors"), peer)
+
+
+def test_the_original_karlo_comes_back(tmp_path, capsys, monkeypatch):
+    (tmp_path / "original").mkdir()
+    source = test_interop_karlo_original.write_directory(tmp_path / "original")
+    original = families.karlo_original.open_karlo_original
+    open_tiny = lambda place: original(place, **test_interop_karlo_original.SIZES)
+    monkeypatch.setattr(families.karlo_original, "open_karlo_original", open_tiny)
+    run(capsys, from_="karlo", src=source, out=tmp_path / "ours")
+    run(capsys, to="karlo", src=tmp_path / "ours", out=tmp_path / "back")
+    one, other = open_tiny(tmp_path / "back"), open_tiny(source)
+    equal(one.params, other.params)
+
+
 def small_published(monkeypatch):
     tiny = guided.Published(lambda: test_interop_guided.MODELS["new_order"], 16, new_attention_order=True)
     monkeypatch.setitem(guided.PUBLISHED, "tiny", tiny)
@@ -135,7 +180,7 @@ def test_a_network_alone(tmp_path, capsys, monkeypatch, family):
     else:
         equal(ours.params["model"], glide.load_glide(peer, ours.models["model"], image_size=16))
     run(capsys, to=family, src=tmp_path / "ours", out=tmp_path / "back")
-    same_tensors(read_tensors(tmp_path / "back" / "model.safetensors.index.json"), peer)
+    same_tensors(load_file(tmp_path / "back" / "model.safetensors"), peer)
 
 
 def test_half_the_bytes_and_what_they_cannot_hold(tmp_path, capsys, monkeypatch):
@@ -171,7 +216,7 @@ def test_what_is_refused_leaves_nothing(tmp_path, capsys, monkeypatch):
         ({"src": tmp_path / "cut.safetensors"}, ReadError, "cut.safetensors cannot be read"),
         ({"model": "64x64_diffusion"}, ConvertError, "the file does not fit: it lacks"),
         ({"model": "other"}, ConvertError, "model='other' is not a released network of this family: 64x64_diffusion"),
-        ({"from_": "clip"}, ConvertError, "not of a CLIP"),
+        ({"from_": "clip", "model": "ViT-L/14"}, ConvertError, "not of a CLIP"),
         ({"from_": "inception"}, ConvertError, "not of FID's Inception"),
         ({"from_": "karlo"}, ReadError, "is not a directory; karlo is read from a directory"),
         (
@@ -202,7 +247,7 @@ def test_a_damaged_conversion_is_refused(tmp_path, capsys, monkeypatch):
         ({"format": "other"}, "has the format 'other'"),
         ({"networks": {"model": {"class": "Trainer"}}}, "there is no network 'Trainer' in this version"),
         ({"networks": {"model": described["networks"]["model"] | {"strange": 1}}}, "is not described as this version"),
-        ({"parameters": {"model": 3}}, "does not hold the 3 parameters"),
+        ({"shapes": {"model": {"in_conv/bias": [3]}}}, "does not hold what model.json says: "),
         ({"facts": None, "networks": None}, "does not fit this version"),
     ):
         (out / "model.json").write_text(json.dumps(described | change))

@@ -34,6 +34,16 @@ from ddpm_jax.models.transformer import gelu, quick_gelu
 
 Dialect = Literal["openai", "hf"]
 ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": gelu}
+# The width of a head in the text and the vision transformer, and the activation, of released weights; open_clip's names
+# are those of its configs, for weights trained on LAION, and "hf" files say it in their config.json.
+PUBLISHED = {
+    **dict.fromkeys(("ViT-B/32", "ViT-B/16", "ViT-L/14", "ViT-L/14@336px"), ((64, 64), "quick_gelu")),
+    **dict.fromkeys(("RN50", "RN101", "RN50x4", "RN50x16", "RN50x64"), ((64, 64), "quick_gelu")),
+    **dict.fromkeys(("ViT-B-32", "ViT-B-16", "ViT-L-14"), ((64, 64), "gelu")),
+    "ViT-H-14": ((64, 80), "gelu"),
+    "ViT-g-14": ((64, 88), "gelu"),
+    "ViT-bigG-14": ((64, 104), "gelu"),
+}
 # Buffers: OpenAI's archives carry three numbers, old files of transformers the positions 0, 1, 2, ...
 _IGNORED = (
     *("input_resolution", "context_length", "vocab_size"),
@@ -194,6 +204,8 @@ def load_clip(
     found = [tensors[name] for name in projection if name in tensors]
     if not found:
         raise ConvertError(f"the file is not of a CLIP: it lacks {projection[0 if dialect == 'openai' else 1]}")
+    if found[0].ndim != 2:
+        raise ConvertError(f"the file does not fit: a projection has the shape {list(found[0].shape)}, not two axes")
     embed_dim = found[0].shape[-1 if dialect == "openai" else 0]
     if resnet:
         vision = resnet_of(tensors, embed_dim, vision_head, dtype)
@@ -216,19 +228,41 @@ def _with_prefix(tensors: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
 def _text_encoder(tensors: Mapping[str, np.ndarray], names: _Names, head: int, options: dict) -> TextEncoder:
     if names.text_position not in tensors:
         raise ConvertError(f"the file is not of a CLIP: it lacks {names.text_position}")
-    (vocab_size, width), context = tensors[names.token].shape, len(tensors[names.text_position])
-    return TextEncoder(
-        vocab_size, context, width, count(tensors, names.text_block), _heads(width, head, "text"), **options
-    )
+    (vocab_size, width), (context, _) = shape_of(tensors, names.token, 2), shape_of(tensors, names.text_position, 2)
+    layers = count(tensors, names.text_block)
+    mlp = _mlp_width(tensors, names, names.text_block, width)
+    return TextEncoder(vocab_size, context, width, layers, _heads(width, head, "text"), mlp_width=mlp, **options)
 
 
 def _vision_transformer(tensors: Mapping[str, np.ndarray], names: _Names, head: int, options: dict) -> Any:
     if names.vision_position not in tensors:
         raise ConvertError(f"the file is not of a CLIP with a vision transformer: it lacks {names.vision_position}")
-    width, _, patch, _ = tensors[names.patch].shape
-    side = round((len(tensors[names.vision_position]) - 1) ** 0.5)
-    layers = count(tensors, names.vision_block)
-    return VisionTransformer(patch * side, patch, width, layers, _heads(width, head, "vision"), **options)
+    width, _, patch, _ = shape_of(tensors, names.patch, 4)
+    side = round((shape_of(tensors, names.vision_position, 2)[0] - 1) ** 0.5)
+    layers, heads = count(tensors, names.vision_block), _heads(width, head, "vision")
+    mlp = _mlp_width(tensors, names, names.vision_block, width)
+    return VisionTransformer(patch * side, patch, width, layers, heads, mlp_width=mlp, **options)
+
+
+def shape_of(tensors: Mapping[str, np.ndarray], name: str, axes: int) -> tuple[int, ...]:
+    """Return the shape of a tensor that sizes are read from.
+
+    Raises:
+        ConvertError: if it is missing, or has not so many axes, none of them empty.
+    """
+    if name not in tensors:
+        raise ConvertError(f"the file is not of a CLIP: it lacks {name}")
+    shape = tensors[name].shape
+    if len(shape) != axes or not all(shape):
+        raise ConvertError(f"the file does not fit: {name} has the shape {list(shape)}; it must have {axes} axes")
+    return shape
+
+
+def _mlp_width(tensors: Mapping[str, np.ndarray], names: _Names, block: str, width: int) -> int | None:
+    """Return the width inside the mlp, None for the usual four times the width."""
+    name = f"{block.replace('#', '0')}.{names.mlp[0]}.weight"
+    inside = shape_of(tensors, name, 2)[0] if name in tensors else 4 * width
+    return None if inside == 4 * width else inside
 
 
 def _heads(width: int, head_width: int, tower: str) -> int:

@@ -21,28 +21,30 @@ from ddpm_jax.interop import (
     noised_clip,
     stable_diffusion,
 )
-from ddpm_jax.interop.diffusers_layout import read_config
+from ddpm_jax.interop.diffusers_layout import read_config, weights_file
 from ddpm_jax.interop.table import ConvertError
 from ddpm_jax.interop.tensor_file import ReadError, read_tensors
 from ddpm_jax.pipelines.converted import PEER, Converted, read_description, write_tensors
 from ddpm_jax.pipelines.karlo import Karlo
 from ddpm_jax.pipelines.stable_diffusion import StableDiffusion
 
-SMALL = (".json", ".txt", ".model")
+SMALL, WEIGHTS = (".json", ".txt", ".model"), (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".th", ".msgpack")
 GLIDE_MODELS = {"base": (glide.BASE, 64), "upsampler": (glide.UPSAMPLER, 256)}
 
 
 class Options(NamedTuple):
     """What a file does not say, where the family's published value is not meant.
 
-    model: the name of a released network, for guided ("256x256_diffusion") and glide ("base"). head_width, activation:
-    of a CLIP. prior_clip: of Karlo; None takes 5 in diffusers' layout and 10 in the original one. kind, image_size: of
-    Stable Diffusion in one file.
+    model: the name of a released network, for guided ("256x256_diffusion"), glide ("base") and clip ("ViT-H-14").
+    head_width (of the text and the image tower), activation: of a CLIP; None takes what the model's name or the
+    config.json beside the file says, and OpenAI's 64 and quick_gelu without them. prior_clip: of Karlo; None takes what
+    its scheduler says, or 5 in diffusers' layout and 10 in the original one. kind, image_size: of Stable Diffusion in
+    one file.
     """
 
     model: str | None = None
-    head_width: int = 64
-    activation: str = "quick_gelu"
+    head_width: tuple[int, int] | None = None
+    activation: str | None = None
     prior_clip: float | None = None
     kind: str = "eps"
     image_size: int = 512
@@ -70,16 +72,22 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def peer_files(source: Path) -> dict[str, Path]:
-    """Return the small files of a directory that are not weights, by their place in it."""
+def peer_files(source: Path, read: list[Path]) -> dict[str, Path]:
+    """Return the small files of a directory that are not weights, by their place in it.
+
+    A part whose weights were not read (a safety checker) is left out.
+    """
     if not source.is_dir():
         return {}
-    files = (path for path in sorted(source.rglob("*")) if path.is_file() and path.suffix in SMALL)
+    kept = {path.parent for path in read}
+    left = {path.parent for path in source.glob("*/*") if path.suffix in WEIGHTS} - kept
+    files = [*source.glob("*"), *source.glob("*/*")]
     return {
         str(path.relative_to(source)): path
-        for path in files
-        if path.stat().st_size < 2**24 and not path.name.endswith(".safetensors.index.json")
-    }
+        for path in sorted(files)
+        if path.is_file() and path.suffix in SMALL and path.parent not in left and path.stat().st_size < 2**24
+        and not path.name.endswith(".index.json")
+    }  # fmt: skip
 
 
 def pipeline_of(converted: Converted, tokenizer: Tokenizer | None = None) -> Karlo | StableDiffusion | Converted:
@@ -122,7 +130,7 @@ def _read_karlo(source: Path, options: Options) -> Read:
     _needs_directory(source, "karlo")
     original = any(source.glob(karlo_original.FILES["decoder"]))
     opened = karlo_original.open_karlo_original(source) if original else karlo.open_karlo(source)
-    prior_clip = opened.prior_clip if options.prior_clip is None else options.prior_clip
+    prior_clip = _prior_clip(source, opened.prior_clip) if options.prior_clip is None else options.prior_clip
     models = {"text": opened.text, "image": opened.image, "prior": opened.prior, "decoder": opened.decoder}
     models |= {"first": opened.upsampler, "last": opened.upsampler}
     models = {name: model for name, model in models.items() if model is not None}
@@ -147,6 +155,15 @@ def _read_karlo(source: Path, options: Options) -> Read:
     else:
         files = _weights(source, [*karlo.FIELDS, "text_proj"])
     return Read(Converted("karlo", models, params, facts), assumed, files)
+
+
+def _prior_clip(source: Path, otherwise: float) -> float:
+    """Return the bound that the scheduler of the prior names, if there is one."""
+    if not (source / "prior_scheduler" / "scheduler_config.json").is_file():
+        return otherwise
+    name = "scheduler_config.json"
+    config = read_config(source, "prior_scheduler", ["clip_sample_range"], family="Karlo", name=name)
+    return float(config["clip_sample_range"])
 
 
 def _write_karlo(converted: Converted, out: Path) -> None:
@@ -178,13 +195,13 @@ def _write_karlo_original(converted: Converted, out: Path) -> None:
     upsamplers = karlo_original.Loaded(models["first"], {name: params[name] for name in ("first", "last")})
     towers = {**params["text"], **params["image"]}
     for name, tensors in {
-        "prior": prior_file,
+        "prior-ckpt": prior_file,
         "ViT-L-14_stats": statistics,
-        "decoder": karlo_original.export_decoder(decoder, image_size=small),
-        "improved-sr": karlo_original.export_upsamplers(upsamplers, image_size=large),
+        "decoder-ckpt": karlo_original.export_decoder(decoder, image_size=small),
+        "improved-sr-ckpt": karlo_original.export_upsamplers(upsamplers, image_size=large),
         "ViT-L-14": clip.export_clip(towers, "openai"),
     }.items():
-        write_tensors(out, name, tensors)
+        write_tensors(out, name, tensors, whole=True)
 
 
 def _read_stable_diffusion(source: Path, options: Options) -> Read:
@@ -239,7 +256,7 @@ def _read_stable_diffusion_file(source: Path, options: Options) -> Read:
 def _write_stable_diffusion(converted: Converted, out: Path) -> None:
     if converted.facts["layout"] == "original":
         pipeline = pipeline_of(converted)
-        write_tensors(out, "model", latent_diffusion.export_stable_diffusion_file(pipeline))
+        write_tensors(out, "model", latent_diffusion.export_stable_diffusion_file(pipeline), whole=True)
         return
     models, params = converted.models, converted.params
     linear = converted.facts["linear_projection"]
@@ -258,15 +275,36 @@ def _write_stable_diffusion(converted: Converted, out: Path) -> None:
 
 def _read_clip(source: Path, options: Options) -> Read:
     file = _file(source)
-    loaded = clip.load_clip(read_tensors(file), head_width=options.head_width, activation=options.activation)
-    facts = {"dialect": loaded.dialect}
-    assumed = {"head_width": options.head_width, "activation": options.activation,
+    if options.model is not None:
+        heads, activation = clip.PUBLISHED[_named(options, clip.PUBLISHED)]
+    else:
+        heads, activation = _clip_config(file.parent / "config.json")
+    heads, activation = options.head_width or heads, options.activation or activation
+    loaded = clip.load_clip(read_tensors(file), head_width=heads, activation=activation)
+    assumed = {"head_width": f"{heads[0]} in the text tower, {heads[1]} in the image tower", "activation": activation,
                "end of a caption": "the largest id, as interop.clip.end_mask(tokens) finds it"}  # fmt: skip
-    return Read(Converted("clip", {"clip": loaded.model}, {"clip": loaded.params}, facts), assumed, [file])
+    facts = {"dialect": loaded.dialect}
+    return Read(Converted("clip", {"clip": loaded.model}, {"clip": loaded.params}, facts), assumed, files_of(file))
+
+
+def _clip_config(path: Path) -> tuple[tuple[int, int], str]:
+    """Return the widths of heads and the activation that transformers' config says; OpenAI's if there is none."""
+    if not path.is_file():
+        return (64, 64), "quick_gelu"
+    try:
+        config = json.loads(path.read_text())
+        towers = [config.get(f"{name}_config") or config for name in ("text", "vision")]
+        heads = tuple(
+            int(tower.get("hidden_size", 512)) // int(tower.get("num_attention_heads", 8)) for tower in towers
+        )
+        return heads, towers[0].get("hidden_act", "quick_gelu")
+    except (OSError, ValueError, TypeError, AttributeError, ArithmeticError) as error:
+        raise ReadError(f"{path} cannot be read as the config of a CLIP: {error}") from None
 
 
 def _write_clip(converted: Converted, out: Path) -> None:
-    write_tensors(out, "model", clip.export_clip(converted.params["clip"], converted.facts["dialect"]))
+    tensors = clip.export_clip(converted.params["clip"], converted.facts["dialect"])
+    write_tensors(out, "model", tensors, whole=True)
 
 
 def _read_guided(source: Path, options: Options) -> Read:
@@ -276,12 +314,14 @@ def _read_guided(source: Path, options: Options) -> Read:
     params = guided.load_guided(read_tensors(file), model, **how)
     facts = {name: value for name, value in published._asdict().items() if name != "model"}
     converted = Converted("guided", {"model": model}, {"model": params}, {"model": options.model} | facts)
-    return Read(converted, {"model": options.model} | facts, [file])
+    return Read(converted, {"model": options.model} | facts, files_of(file))
 
 
 def _write_guided(converted: Converted, out: Path) -> None:
     how = {name: converted.facts[name] for name in ("image_size", "new_attention_order")}
-    write_tensors(out, "model", guided.export_guided(converted.params["model"], converted.models["model"], **how))
+    write_tensors(
+        out, "model", guided.export_guided(converted.params["model"], converted.models["model"], **how), whole=True
+    )
 
 
 def _read_glide(source: Path, options: Options) -> Read:
@@ -290,12 +330,14 @@ def _read_glide(source: Path, options: Options) -> Read:
     params = glide.load_glide(read_tensors(file), model, image_size=size)
     facts = {"model": options.model, "image_size": size}
     schedule = {"schedule": "cosine" if options.model == "base" else "linear", "num_steps": 1000}
-    return Read(Converted("glide", {"model": model}, {"model": params}, facts | schedule), facts | schedule, [file])
+    return Read(
+        Converted("glide", {"model": model}, {"model": params}, facts | schedule), facts | schedule, files_of(file)
+    )
 
 
 def _write_glide(converted: Converted, out: Path) -> None:
     model, size = converted.models["model"], converted.facts["image_size"]
-    write_tensors(out, "model", glide.export_glide(converted.params["model"], model, image_size=size))
+    write_tensors(out, "model", glide.export_glide(converted.params["model"], model, image_size=size), whole=True)
 
 
 def _read_noised_clip(source: Path, options: Options) -> Read:
@@ -315,8 +357,8 @@ def _read_noised_clip(source: Path, options: Options) -> Read:
 
 def _write_noised_clip(converted: Converted, out: Path) -> None:
     image, text = noised_clip.export_noised_clip(converted.params["model"], converted.models["model"])
-    write_tensors(out, "image-enc", image)
-    write_tensors(out, "text-enc", text)
+    write_tensors(out, "image-enc", image, whole=True)
+    write_tensors(out, "text-enc", text, whole=True)
 
 
 def _read_inception(source: Path, options: Options) -> Read:
@@ -324,7 +366,7 @@ def _read_inception(source: Path, options: Options) -> Read:
     file = _file(source)
     params = inception.load_inception(read_tensors(file))
     model = inception.Inception()
-    return Read(Converted("inception", {"model": model}, {"model": params}, {}), {"classes": 1008}, [file])
+    return Read(Converted("inception", {"model": model}, {"model": params}, {}), {"classes": 1008}, files_of(file))
 
 
 def _write_inception(converted: Converted, out: Path) -> None:
@@ -357,9 +399,18 @@ def _file(source: Path) -> Path:
     """Return the file that a source is, or the only weights file in the directory that it is."""
     if not source.is_dir():
         return source
-    index = sorted(source.glob("*.safetensors.index.json"))
-    kinds = ("*.safetensors", "*.pt", "*.pth", "*.bin", "*.ckpt", "*.th")
-    found = index or [path for kind in kinds for path in sorted(source.glob(kind))]
+    kinds = (
+        "*.safetensors.index.json",
+        "*.safetensors",
+        "*.bin.index.json",
+        "*.bin",
+        "*.pt",
+        "*.pth",
+        "*.ckpt",
+        "*.th",
+    )
+    # The same weights often lie there in several formats: the first is the one that can be mapped.
+    found = next((paths for kind in kinds if (paths := sorted(source.glob(kind)))), [])
     if len(found) != 1:
         names = ", ".join(path.name for path in found) or "none"
         raise ReadError(f"{source} must hold one weights file to be read as one network; it holds {names}")
@@ -374,9 +425,16 @@ def _named(options: Options, known: Mapping[str, Any]) -> str:
 
 def _weights(source: Path, parts: list[str]) -> list[Path]:
     """Return the weights files of the parts that a directory has, shards too."""
-    suffixes = (".safetensors", ".bin", ".safetensors.index.json")
-    places = [source / part for part in parts if (source / part).is_dir()]
-    return [path for place in places for path in sorted(place.iterdir()) if path.name.endswith(suffixes)]
+    there = [part for part in parts if (source / part).is_dir()]
+    return [path for part in there for path in files_of(weights_file(source, part))]
+
+
+def files_of(path: Path) -> list[Path]:
+    """Return a file, and the shards that it names if it is an index."""
+    if path.suffix != ".json":
+        return [path]
+    names = json.loads(path.read_text())["weight_map"].values()
+    return [path, *(path.parent / name for name in sorted(set(names)))]
 
 
 def _write_parts(out: Path, parts: Mapping[str, Mapping[str, np.ndarray]]) -> None:
@@ -393,4 +451,20 @@ def restore_peer_files(workdir: Path, out: Path) -> None:
         if path.is_file():
             target = out / path.relative_to(workdir / PEER)
             target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_bytes(path.read_bytes())
+            if not target.exists():
+                target.write_bytes(path.read_bytes())
+    index = out / "model_index.json"
+    if index.is_file():
+        parts, text = json.loads(index.read_text()), index.read_text()
+        if _without_missing(parts, out) != json.loads(text):
+            index.write_text(json.dumps(parts, indent=2))
+
+
+def _without_missing(index: dict[str, Any], out: Path) -> dict[str, Any]:
+    """Return diffusers' list of parts without those that are not there: their weights were never read."""
+    for name, part in index.items():
+        if isinstance(part, list) and len(part) == 2 and not (out / name).is_dir():
+            index[name] = [None, None]
+    if index.get("safety_checker") == [None, None]:
+        index["requires_safety_checker"] = False
+    return index

@@ -46,11 +46,11 @@ from ddpm_jax.models.upsampler import Upsampler
 from ddpm_jax.pipelines.karlo import Karlo
 
 FILES = {
-    "prior": "prior-ckpt*.ckpt",
-    "decoder": "decoder-ckpt*.ckpt",
-    "upsamplers": "improved-sr-ckpt*.ckpt",
-    "statistics": "ViT-L-14*.th",
-    "clip": "ViT-L-14*.pt",
+    "prior": "prior-ckpt*",
+    "decoder": "decoder-ckpt*",
+    "upsamplers": "improved-sr-ckpt*",
+    "statistics": "ViT-L-14_stats.*",
+    "clip": "ViT-L-14.*",
 }
 UPSAMPLERS = {"first": "model_first_steps.", "last": "model_last_step."}
 # Axes of length one in front, which a parameter of ours does not have; reshape refuses any other length.

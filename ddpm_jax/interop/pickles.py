@@ -2,12 +2,16 @@
 
 A pickle is a program for a stack machine that may import and call anything. `interpret` walks its opcodes as
 `pickletools` parses them: it imports nothing, and calls nothing but the few functions below, each of which stands for
-one of torch's own that rebuild a tensor. Any other name in the file ends the reading.
+one of torch's own that rebuild a tensor. Any other name in the file ends the reading, and so does a file that would
+take longer than any checkpoint does: keys are strings and whole numbers, and the steps are counted.
 """
 
 import pickletools
-from collections.abc import Callable
+from collections.abc import Callable, Sized
 from typing import Any, BinaryIO, NamedTuple
+
+NAME_LENGTH = 10_000  # of the longest key, and of the longest name of a tensor
+_MOST_STEPS = 4_000_000  # a checkpoint of 1000 tensors takes some 30,000
 
 
 class PickleError(ValueError):
@@ -104,6 +108,8 @@ _CALLABLE = tuple(set(CALLS.values()))
 
 def _named(name: str) -> Any:
     """Return what a global name stands for."""
+    if len(name) > NAME_LENGTH:
+        raise PickleError(f"it has a name of {len(name)} characters, more than {NAME_LENGTH}; nothing of it was run")
     module, _, last = name.rpartition(".")
     if name in CALLS:
         return CALLS[name]
@@ -128,7 +134,9 @@ def interpret(file: BinaryIO, storage_of: Callable[[Any], Any]) -> Any:
         dict, list, tuple, numbers, strings, `Tensor`; an object of a TorchScript class is the dict of its attributes.
 
     Raises:
-        PickleError: for any name but those of tensors, any call but those that rebuild one, and broken files.
+        PickleError: for any name but those of tensors, any call but those that rebuild one, keys of dictionaries that
+            are not strings (of at most `NAME_LENGTH` characters) or whole numbers, files of too many steps, and broken
+            ones.
     """
     machine = _Machine(storage_of)
     try:
@@ -138,6 +146,7 @@ def interpret(file: BinaryIO, storage_of: Callable[[Any], Any]) -> Any:
                 raise PickleError(
                     f"it holds the instruction {opcode.name}, which no tensor needs; nothing of it was run"
                 )
+            machine.spend(1)
             step(machine, argument)
     except PickleError:
         raise
@@ -155,6 +164,12 @@ class _Machine:
         self.stack: list[Any] = []
         self.memo: dict[int, Any] = {}
         self.storage_of = storage_of
+        self.left = _MOST_STEPS
+
+    def spend(self, steps: int) -> None:
+        self.left -= steps
+        if self.left < 0:
+            raise PickleError(f"it takes more than {_MOST_STEPS} steps to read, which no checkpoint does")
 
     def pop(self) -> Any:
         if not self.stack or self.stack[-1] is _MARK:
@@ -176,13 +191,21 @@ class _Machine:
 
 
 def _checked_dict(pairs: Any) -> dict:
-    return {key: value for key, value in pairs if _is_key(key)}
+    return {checked_key(key): value for key, value in pairs}
 
 
-def _is_key(key: Any) -> bool:
-    if not isinstance(key, (str, int, float, bool, type(None), tuple)):
-        raise PickleError(f"a dictionary has a key of type {type(key).__name__}")
-    return True
+def checked_key(key: Any) -> str | int | None:
+    """Return a key if it is a string, a whole number or None, and short.
+
+    Others would have to be hashed, which takes time and stack without bound for tuples of tuples.
+    """
+    if key is not None and not isinstance(key, (str, int)):
+        raise PickleError(f"it has a key of type {type(key).__name__}, which is neither a string nor a whole number")
+    if isinstance(key, str) and len(key) > NAME_LENGTH:
+        raise PickleError(f"it has a name of {len(key)} characters, more than {NAME_LENGTH}")
+    if isinstance(key, int) and key.bit_length() > 64:
+        raise PickleError(f"it has a key that is a number of {key.bit_length()} bits, more than 64")
+    return key
 
 
 def _set_items(machine: _Machine, items: list[Any]) -> None:
@@ -195,13 +218,19 @@ def _call(machine: _Machine, _: Any) -> None:
     arguments, function = machine.pop(), machine.pop()
     if not any(function is known for known in _CALLABLE) or not isinstance(arguments, tuple):
         raise PickleError("it calls something that is not one of torch's functions; nothing of it was run")
-    machine.stack.append(function(*arguments))
+    machine.stack.append(_result(machine, function, arguments))
+
+
+def _result(machine: _Machine, function: Callable[..., Any], arguments: tuple) -> Any:
+    # Functions copy their arguments, which a small file may ask for again and again.
+    machine.spend(sum(len(argument) for argument in arguments if isinstance(argument, Sized)))
+    return function(*arguments)
 
 
 def _new(machine: _Machine, _: Any) -> None:
     arguments, kind = machine.pop(), machine.pop()
-    if kind is CALLS["collections.OrderedDict"]:
-        machine.stack.append(_dictionary(*arguments))
+    if kind is CALLS["collections.OrderedDict"] and isinstance(arguments, tuple):
+        machine.stack.append(_result(machine, _dictionary, arguments))
     elif isinstance(kind, _Class) and arguments == ():
         machine.stack.append({})
     else:
@@ -215,7 +244,8 @@ def _build(machine: _Machine, _: Any) -> None:
     if isinstance(state, tuple) and len(state) == 2:  # a TorchScript object with a __getstate__ of its own
         state = state[0]
     if isinstance(state, dict):
-        thing.update(_checked_dict(state.items()))
+        machine.spend(len(state))
+        thing.update(state)
 
 
 def _global(machine: _Machine, argument: str) -> None:

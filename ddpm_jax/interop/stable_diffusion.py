@@ -107,14 +107,18 @@ def open_stable_diffusion(
 
 def _padding(directory: Path) -> int | str:
     """Return the id that captions are padded with: 0 where the tokenizer's padding is "!", as in version 2."""
-    path = directory / "tokenizer" / "special_tokens_map.json"
-    if not path.is_file():
-        return "eot"
-    try:
-        token = json.loads(path.read_text()).get("pad_token", "<|endoftext|>")
-    except (OSError, ValueError, AttributeError) as error:
-        raise ReadError(f"{path} cannot be read: {error}") from None
-    return 0 if (token["content"] if isinstance(token, dict) else token) == "!" else "eot"
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):  # transformers 5 writes the second only
+        path = directory / "tokenizer" / name
+        if not path.is_file():
+            continue
+        try:
+            token = json.loads(path.read_text()).get("pad_token")
+            token = token["content"] if isinstance(token, dict) else token
+        except (OSError, ValueError, AttributeError, LookupError) as error:
+            raise ReadError(f"{path} cannot be read: {error}") from None
+        if token is not None:
+            return 0 if token == "!" else "eot"
+    return "eot"
 
 
 def process_of(config: Mapping[str, Any]) -> GaussianProcess:
@@ -297,9 +301,11 @@ def unet_of(config: Mapping[str, Any], dtype: Any = jnp.float32) -> UNet:
     known = {
         "class_embed_type": None, "addition_embed_type": None, "time_embedding_type": "positional",
         "dual_cross_attention": False, "only_cross_attention": False, "transformer_layers_per_block": 1,
-        "resnet_time_scale_shift": "default", "act_fn": "silu", "num_class_embeds": None,
+        "resnet_time_scale_shift": "default", "act_fn": "silu", "num_class_embeds": None, "norm_num_groups": 32,
+        "freq_shift": 0, "flip_sin_to_cos": True, "num_attention_heads": None, "encoder_hid_dim": None,
+        "mid_block_type": "UNetMidBlock2DCrossAttn", "in_channels": 4, "norm_eps": 1e-5,
     }  # fmt: skip
-    odd = [f"{name}={config[name]!r}" for name, value in known.items() if config.get(name, value) not in (value, None)]
+    odd = [f"{name}={config[name]!r}" for name, value in known.items() if config.get(name, value) != value]
     if odd:
         raise ConvertError(f"the U-Net is not one of Stable Diffusion 1 or 2: it has {', '.join(odd)}")
     return UNet(

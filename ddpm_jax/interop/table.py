@@ -11,10 +11,14 @@ import flax.traverse_util
 import numpy as np
 
 from ddpm_jax.interop.mapping import forget
+from ddpm_jax.interop.tensor_file import printable
 
 
 class ConvertError(ValueError):
-    """A checkpoint does not fit the network it is read as; the message lists what does not."""
+    """A checkpoint does not fit the network it is read as; the message lists what does not, on one printable line."""
+
+    def __init__(self, message: str):
+        super().__init__(printable(message))
 
 
 class Layout(NamedTuple):
@@ -111,8 +115,8 @@ def to_ours(
             continue
         try:
             array = entry.layout.read(*(tensors[name] for name in entry.peer))
-        except (ValueError, IndexError):
-            array = None
+        except (ValueError, IndexError, TypeError, AttributeError, ZeroDivisionError):
+            array = None  # a layout may ask of a tensor of another rank what it does not have
         if array is None or array.shape != wanted[entry.ours].shape:
             has = " and ".join(f"{name} {list(tensors[name].shape)}" for name in entry.peer)
             shapeless.append(f"{has} (for a parameter of shape {list(wanted[entry.ours].shape)})")
@@ -140,14 +144,25 @@ def to_peer(table: Sequence[Entry], params: Mapping[str, Any], dtype: Any = np.f
 
 
 def count(tensors: Iterable[str], pattern: str) -> int:
-    """Return how many layers a file has: 1 + the largest number where the pattern has a #, or 0."""
+    """Return how many layers a file has: 1 + the largest number where the pattern has a #, or 0.
+
+    Raises:
+        ConvertError: if that number is not below the count of tensors, of which every layer has one at least.
+    """
     before, _, after = pattern.partition("#")
-    numbers = [
-        name[len(before) :].split(".", 1)[0]
-        for name in tensors
-        if name.startswith(before) and name[len(before) :].partition(".")[2].startswith(after.removeprefix("."))
-    ]
-    return max((int(number) + 1 for number in numbers if number.isdigit()), default=0)
+    names, layers = list(tensors), 0
+    for name in names:
+        number, _, rest = name.removeprefix(before).partition(".")
+        if not name.startswith(before) or not rest.startswith(after.removeprefix(".")):
+            continue
+        if number.isascii() and number.isdecimal():
+            # The length first: int() refuses numbers of thousands of digits.
+            if len(number) > 9 or int(number) >= len(names):
+                raise ConvertError(
+                    f"the file has the tensor {name}, of more layers than its {len(names)} tensors can be"
+                )
+            layers = max(layers, int(number) + 1)
+    return layers
 
 
 def _listed(what: str, names: Iterable[str], most: int = 8) -> list[str]:

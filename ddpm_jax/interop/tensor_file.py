@@ -1,14 +1,13 @@
 """Named arrays from any of the field's weight files: safetensors, whole or in shards, and PyTorch's formats."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ddpm_jax.interop.mapping import mapped
-from ddpm_jax.interop.pickles import PickleError
+from ddpm_jax.interop.pickles import NAME_LENGTH, PickleError
 from ddpm_jax.interop.torch_file import dtype_of, is_torch, read_torch
 
 _DTYPES = {
@@ -17,8 +16,25 @@ _DTYPES = {
 }  # fmt: skip
 
 
+_NAMES = 20_000_000  # characters of all names together; a small file may give one long name to many tensors
+_MESSAGE = 4000
+
+
+def printable(message: str) -> str:
+    r"""Return a message as one line that a terminal shows as it is, of at most 4000 characters and how many follow.
+
+    Names out of files stand in it, which may hold anything: what is not printable becomes \n, \x1b or the like.
+    """
+    shown = message[:_MESSAGE]
+    more = f"... ({len(message) - _MESSAGE} characters more)" if len(message) > _MESSAGE else ""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in shown) + more
+
+
 class ReadError(RuntimeError):
-    """A weights file could not be read; the message is one sentence."""
+    """A weights file could not be read; the message is one sentence on one printable line."""
+
+    def __init__(self, message: str):
+        super().__init__(printable(message))
 
 
 def read_tensors(path: str | Path) -> dict[str, np.ndarray]:
@@ -34,8 +50,8 @@ def read_tensors(path: str | Path) -> dict[str, np.ndarray]:
         file larger than the memory can be read as long as its arrays are converted one by one.
 
     Raises:
-        ReadError: if the file is missing, broken, of another kind, or holds anything but tensors, numbers and strings;
-            the message names what.
+        ReadError: if the file is missing, broken, of another kind, holds anything but tensors, numbers and strings,
+            has two tensors of one name, or has a shard that holds others than its index says; the message names what.
     """
     path = Path(path)
     if not path.is_file():
@@ -48,18 +64,34 @@ def read_tensors(path: str | Path) -> dict[str, np.ndarray]:
         if _is_safetensors(path):
             return _read_safetensors(path)
         if is_torch(path):
-            return dict(_named("", read_torch(path)))
+            return _named(read_torch(path))
     except (PickleError, RecursionError, MemoryError, OSError, ValueError) as error:
-        raise ReadError(f"weights file {path} cannot be read: {error or type(error).__name__}") from None
+        raise ReadError(f"weights file {path} cannot be read: {str(error) or type(error).__name__}") from None
     raise ReadError(f"weights file {path} cannot be read: it is neither safetensors nor a PyTorch checkpoint")
 
 
-def _named(prefix: str, saved: Any) -> Iterator[tuple[str, np.ndarray]]:
-    if isinstance(saved, np.ndarray):
-        yield prefix or "0", saved
-    items = saved.items() if isinstance(saved, dict) else enumerate(saved) if isinstance(saved, (list, tuple)) else ()
-    for key, value in items:
-        yield from _named(f"{prefix}.{key}" if prefix else str(key), value)
+def _named(saved: Any) -> dict[str, np.ndarray]:
+    """Return the tensors of nested dictionaries and lists, with their keys joined by dots."""
+    found: dict[str, np.ndarray] = {}
+    left = _NAMES
+
+    def add(name: str, value: Any) -> None:
+        nonlocal left
+        left -= len(name)
+        if len(name) > NAME_LENGTH:
+            raise ValueError(f"it has a name of {len(name)} characters, more than {NAME_LENGTH}")
+        if left < 0:
+            raise ValueError(f"its names have more than {_NAMES} characters together")
+        if isinstance(value, np.ndarray):
+            if (name or "0") in found:
+                raise ValueError(f"it has two tensors of the name {name or '0'}")
+            found[name or "0"] = value
+        items = value.items() if isinstance(value, dict) else enumerate(value) if type(value) in (list, tuple) else ()
+        for key, entry in items:
+            add(f"{name}.{key}" if name else str(key), entry)
+
+    add("", saved)
+    return found
 
 
 def _is_safetensors(path: Path) -> bool:
@@ -75,9 +107,13 @@ def _read_shards(path: Path) -> dict[str, np.ndarray]:
         raise ValueError("it is not the index of a file in shards (it has no weight_map)")
     found: dict[str, np.ndarray] = {}
     for shard in sorted(set(where.values())):
-        if Path(shard).name != shard:
-            raise ValueError(f"its shard {shard!r} is not a file beside it")
-        found |= read_tensors(path.parent / shard)
+        if Path(shard).name != shard or shard.endswith(".json"):
+            raise ValueError(f"its shard {shard!r} is not a weights file beside it")
+        tensors = read_tensors(path.parent / shard)
+        for name in tensors:
+            if where.get(name, shard) != shard:
+                raise ValueError(f"its shard {shard} holds {name}, which it says is in {where[name]}")
+        found |= tensors
     if set(found) != set(where):
         strange = sorted(set(found) ^ set(where))
         raise ValueError(f"its shards do not hold what it says: {strange[0]}, and {len(strange) - 1} more")

@@ -4,6 +4,7 @@ Arrays are views of the memory-mapped file wherever the format allows it, which 
 """
 
 import io
+import math
 import struct
 import tarfile
 import zipfile
@@ -16,11 +17,13 @@ import ml_dtypes
 import numpy as np
 
 from ddpm_jax.interop.mapping import mapped
-from ddpm_jax.interop.pickles import PickleError, Storage, Tensor, interpret, storage_type
+from ddpm_jax.interop.pickles import PickleError, Storage, Tensor, checked_key, interpret, storage_type
 
 _MAGIC = 0x1950A86A20F9469CFC6C  # of the format of torch 0.1.10 to 1.5
 _PROTOCOL = 1001
 _ENTRIES = 1_000_000
+_DESCRIPTION = 1 << 26  # bytes; the largest data.pkl of a published checkpoint has a few million
+_MOST_AXES = 64  # which numpy's arrays have
 
 
 def is_torch(path: Path) -> bool:
@@ -62,9 +65,10 @@ def _read_zip(path: Path) -> Any:
             roots = [root for root in roots if f"{root}data.pkl" in members]
             if len(roots) != 1:
                 raise PickleError("it is a zip file, but not one of PyTorch (it has no data.pkl)")
-            if f"{roots[0]}byteorder" in members and archive.read(f"{roots[0]}byteorder") != b"little":
+            order = members.get(f"{roots[0]}byteorder")
+            if order is not None and _member(archive, order) != b"little":
                 raise PickleError("its numbers are big-endian, which is not supported")
-            saved = interpret(io.BytesIO(archive.read(f"{roots[0]}data.pkl")), _storage_of)
+            saved = interpret(io.BytesIO(_member(archive, members[f"{roots[0]}data.pkl"])), _storage_of)
     except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError, OSError, zlib.error) as error:
         raise PickleError(f"it is a broken zip file ({error})") from None
     whole = mapped(path)
@@ -73,8 +77,7 @@ def _read_zip(path: Path) -> Any:
         info = members.get(f"{roots[0]}data/{storage.key}") or members.get(f"{roots[0]}tensors/{storage.key}")
         if info is None:
             raise PickleError(f"it lacks the numbers of a tensor (data/{storage.key})")
-        if info.compress_type != zipfile.ZIP_STORED:
-            raise PickleError(f"its member {info.filename} is compressed, which PyTorch's never are")
+        _check_stored(info)
         header = bytes(whole[info.header_offset : info.header_offset + 30])
         if len(header) != 30 or header[:4] != b"PK\x03\x04":
             raise PickleError(f"it is a broken zip file (no header for {info.filename})")
@@ -82,6 +85,19 @@ def _read_zip(path: Path) -> Any:
         return whole[begin : begin + info.file_size]
 
     return _resolve(saved, bytes_of)
+
+
+def _member(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes:
+    """Read a member that describes tensors, unless it is one that could fill the memory."""
+    _check_stored(info)
+    if info.file_size > _DESCRIPTION:
+        raise PickleError(f"its member {info.filename} has {info.file_size} bytes, more than {_DESCRIPTION}")
+    return archive.read(info)
+
+
+def _check_stored(info: zipfile.ZipInfo) -> None:
+    if info.compress_type != zipfile.ZIP_STORED:
+        raise PickleError(f"its member {info.filename} is compressed, which PyTorch's never are")
 
 
 def _storage_of(persistent_id: Any) -> Storage:
@@ -117,7 +133,7 @@ def _read_stream(path: Path) -> Any:
         saved = interpret(file, storage_of)
         keys = interpret(file, storage_of)
         place = file.tell()
-    if not isinstance(keys, list) or set(keys) != set(storages):
+    if not isinstance(keys, list) or {checked_key(key) for key in keys} != set(storages):
         raise PickleError("its list of storages is not that of its tensors")
     whole, where = mapped(path), {}
     for key in keys:
@@ -143,7 +159,8 @@ def _read_tar(path: Path) -> Any:
         with tarfile.open(path, "r:") as archive:
             parts = {}
             for name in ("storages", "tensors", "pickle"):
-                member = archive.extractfile(name)
+                info = archive.getmember(name)
+                member = archive.extractfile(info) if info.isreg() and not info.issparse() else None
                 if member is None:
                     raise PickleError(f"its member {name} is not a file")
                 parts[name] = io.BytesIO(member.read())
@@ -153,21 +170,26 @@ def _read_tar(path: Path) -> Any:
     storages: dict[Any, tuple[Storage, np.ndarray]] = {}
     for _ in range(_whole_number(interpret(parts["storages"], no_storage))):
         key, _, kind = _of_length(3, interpret(parts["storages"], no_storage))
+        checked_key(key)
         numel = _count(parts["storages"].read(8))
         size = numel * dtype_of(storage_type(kind)).itemsize
         data = parts["storages"].read(min(size, parts["storages"].getbuffer().nbytes))
         storages[key] = Storage(storage_type(kind), key, numel), np.frombuffer(data, np.uint8)
     for view in interpret(parts["storages"], no_storage):
         target, root, offset, numel = _of_length(4, view)
-        storage, data = storages[root]
+        storage, data = storages[checked_key(root)]
         size = dtype_of(storage.dtype).itemsize
-        storages[target] = Storage(storage.dtype, target, numel), data[offset * size : (offset + numel) * size]
+        storages[checked_key(target)] = (
+            Storage(storage.dtype, target, numel),
+            data[offset * size : (offset + numel) * size],
+        )
     tensors: dict[Any, Tensor] = {}
     for _ in range(_whole_number(interpret(parts["tensors"], no_storage))):
         key, storage_key, _ = _of_length(3, interpret(parts["tensors"], no_storage))
         rank = int.from_bytes(parts["tensors"].read(8)[:4], "little")
         numbers = [_count(parts["tensors"].read(8)) for _ in range(2 * min(rank, 64) + 1)]
-        tensors[key] = Tensor(storages[storage_key][0], numbers[-1], tuple(numbers[:rank]), tuple(numbers[rank:-1]))
+        storage = storages[checked_key(storage_key)][0]
+        tensors[checked_key(key)] = Tensor(storage, numbers[-1], tuple(numbers[:rank]), tuple(numbers[rank:-1]))
 
     def tensor_of(persistent_id: Any) -> Any:
         number = int(persistent_id) if isinstance(persistent_id, (str, int)) else None
@@ -224,6 +246,8 @@ def _array(tensor: Tensor, data: np.ndarray) -> np.ndarray:
     """Return a read-only view of a storage's bytes, after checking that it stays within them."""
     dtype = dtype_of(tensor.dtype or tensor.storage.dtype)
     shape, strides = tensor.shape, tensor.strides
+    if len(shape) > _MOST_AXES:
+        raise PickleError(f"a tensor has {len(shape)} axes, more than {_MOST_AXES}")
     if len(shape) != len(strides) or min((*shape, *strides, tensor.offset), default=0) < 0:
         raise PickleError(f"a tensor has shape {shape} and strides {strides}, which cannot be")
     last = tensor.offset + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
@@ -231,6 +255,10 @@ def _array(tensor: Tensor, data: np.ndarray) -> np.ndarray:
     if 0 not in shape and last >= len(numbers):
         raise PickleError(
             f"a tensor of shape {shape} needs {last + 1} numbers of its storage, which has {len(numbers)}"
+        )
+    if math.prod(shape) > len(numbers):  # strides of 0 would make a few bytes a tensor that no memory holds
+        raise PickleError(
+            f"a tensor of shape {shape} has {math.prod(shape)} numbers, more than its storage, which has {len(numbers)}"
         )
     if 0 in shape:
         return np.zeros(shape, dtype)

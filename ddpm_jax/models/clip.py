@@ -33,6 +33,7 @@ class VisionTransformer(nn.Module):
     activation: Callable = gelu
     remat: bool = False
     dtype: Any = jnp.float32
+    mlp_width: int | None = None
 
     @nn.compact
     def __call__(self, images: jax.Array) -> jax.Array:
@@ -60,7 +61,8 @@ class VisionTransformer(nn.Module):
         x = jnp.concatenate([jnp.broadcast_to(first, (b, 1, self.width)), x], axis=1)
         position = self.param("position", _sincos_2d, (x.shape[1], self.width), jnp.float32)
         x = norm("ln_pre")(x + position[None].astype(self.dtype))
-        x = Transformer(self.layers, self.heads, self.activation, self.remat, self.dtype, name="transformer")(x)
+        options = (self.activation, self.remat, self.dtype, self.mlp_width)
+        x = Transformer(self.layers, self.heads, *options, name="transformer")(x)
         return norm("ln_post")(x[:, 0])
 
 

@@ -27,6 +27,7 @@ class TextEncoder(nn.Module):
     causal: bool = True
     remat: bool = False
     dtype: Any = jnp.float32
+    mlp_width: int | None = None
 
     @nn.compact
     def __call__(self, tokens: jax.Array, mask: jax.Array | None = None) -> jax.Array:
@@ -39,7 +40,8 @@ class TextEncoder(nn.Module):
         x = nn.Embed(self.vocab_size, self.width, embedding_init=init, dtype=self.dtype, name="token")(tokens)
         position = self.param("position", nn.initializers.normal(0.01), (self.context, self.width), jnp.float32)
         x = x + position[None, :length].astype(self.dtype)
-        x = Transformer(self.layers, self.heads, self.activation, self.remat, self.dtype, name="transformer")(
+        options = (self.activation, self.remat, self.dtype, self.mlp_width)
+        x = Transformer(self.layers, self.heads, *options, name="transformer")(
             x, causal_mask(length) if self.causal else mask[:, None, None, :]
         )
         return nn.LayerNorm(epsilon=1e-5, dtype=self.dtype, name="ln_final")(x)

@@ -21,11 +21,15 @@ def gelu(x: jax.Array) -> jax.Array:
 
 
 class Block(nn.Module):
-    """One pre-norm block: `x + attn(ln_1(x))`, then `x + mlp(ln_2(x))`. x: [B, N, width]."""
+    """One pre-norm block: `x + attn(ln_1(x))`, then `x + mlp(ln_2(x))`. x: [B, N, width].
+
+    mlp_width: of the layer inside the mlp; four times the width if None.
+    """
 
     heads: int
     activation: Callable = gelu
     dtype: Any = jnp.float32
+    mlp_width: int | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array, mask: jax.Array | None = None) -> jax.Array:
@@ -37,7 +41,7 @@ class Block(nn.Module):
         qkv = dense(3 * width, "qkv")(norm("ln_1")(x)).reshape(b, n, 3, self.heads, width // self.heads)
         h = attention(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2], mask)
         x = x + dense(width, "out")(h.reshape(b, n, width))
-        h = self.activation(dense(4 * width, "mlp_1")(norm("ln_2")(x)))
+        h = self.activation(dense(self.mlp_width or 4 * width, "mlp_1")(norm("ln_2")(x)))
         return x + dense(width, "mlp_2")(h)
 
 
@@ -52,12 +56,13 @@ class Transformer(nn.Module):
     activation: Callable = gelu
     remat: bool = False
     dtype: Any = jnp.float32
+    mlp_width: int | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array, mask: jax.Array | None = None) -> jax.Array:
         block = nn.remat(Block) if self.remat else Block
         for i in range(self.layers):
-            x = block(self.heads, self.activation, self.dtype, name=f"block_{i}")(x, mask)
+            x = block(self.heads, self.activation, self.dtype, self.mlp_width, name=f"block_{i}")(x, mask)
         return x
 
 

@@ -151,6 +151,7 @@ def save(
         "networks": {name: describe(model) for name, model in converted.models.items()},
         "parameters": {name: sum(int(np.size(x)) for x in arrays.values()) for name, arrays in flat.items()},
         "dtype": np.dtype(dtype).name,
+        "shapes": {name: {key: list(np.shape(x)) for key, x in arrays.items()} for name, arrays in flat.items()},
         "facts": converted.facts,
         "assumed": dict(assumed),
         "sources": dict(sources),
@@ -165,38 +166,48 @@ def save(
         text = card(described)
         (new / CARD_FILE).write_text(text)
         (new / MODEL_FILE).write_text(json.dumps(described, indent=1))
-        mask = os.umask(0)
-        os.umask(mask)
-        new.chmod(0o777 & ~mask)
+        new.chmod(0o777 & ~_mask())
         os.replace(new, directory)
     finally:
         shutil.rmtree(new, ignore_errors=True)
     return text
 
 
-def write_tensors(directory: Path, name: str, arrays: Mapping[str, Any], dtype: Any = np.float32) -> None:
+def write_tensors(
+    directory: Path, name: str, arrays: Mapping[str, Any], dtype: Any = np.float32, *, whole: bool = False
+) -> None:
     """Write arrays as `name`.safetensors, or as shards and their index if they are larger than half a gigabyte.
+
+    whole: no shards, for peers that know none; the arrays are then in memory twice.
 
     Raises:
         ValueError: if dtype cannot hold a value.
     """
     from safetensors.numpy import save_file
 
-    shards = list(_shards(arrays, np.dtype(dtype).itemsize))
+    shards = [list(arrays)] if whole else list(_shards(arrays, np.dtype(dtype).itemsize))
     where, total = {}, 0
     for number, names in enumerate(shards, 1):
         file = f"{name}.safetensors" if len(shards) == 1 else f"{name}-{number:05d}-of-{len(shards):05d}.safetensors"
         with np.errstate(over="ignore"):  # said below, with the name
-            part = {key: np.ascontiguousarray(arrays[key], dtype) for key in names}
+            part = {key: np.asarray(arrays[key], dtype, order="C") for key in names}
         for key, array in part.items():
             if not np.isfinite(array.astype(np.float32)).all():
                 raise ValueError(f"{name}: {key} has values that {np.dtype(dtype).name} cannot hold")
         save_file(part, str(directory / file), metadata={"format": "pt"})
+        (directory / file).chmod(0o666 & ~_mask())
         where |= dict.fromkeys(names, file)
         total += sum(array.nbytes for array in part.values())
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": where}
         (directory / f"{name}.safetensors.index.json").write_text(json.dumps(index))
+
+
+def _mask() -> int:
+    """Return what the system takes from the rights of new files."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def _shards(arrays: Mapping[str, Any], itemsize: int) -> Iterator[list[str]]:
@@ -220,12 +231,16 @@ def load(directory: str | os.PathLike, *, dtype: Any = jnp.float32) -> Converted
     try:
         models = {name: build(fields, dtype) for name, fields in described["networks"].items()}
         params = {}
-        for name, number in described["parameters"].items():
+        for name, shapes in described["shapes"].items():
             files = [directory / f"{name}.safetensors.index.json", directory / f"{name}.safetensors"]
             tensors = read_tensors(next((file for file in files if file.is_file()), files[1]))
             flat = {key: np.array(array, np.float32) for key, array in tensors.items()}
-            if sum(array.size for array in flat.values()) != number:
-                raise ReadError(f"{directory / name}.safetensors does not hold the {number} parameters that it should")
+            odd = [key for key in {*flat, *shapes} if key not in flat or list(flat[key].shape) != shapes.get(key)]
+            odd += [key for key, array in flat.items() if not np.isfinite(array).all()]
+            if odd:
+                raise ReadError(
+                    f"{directory / name}.safetensors does not hold what {MODEL_FILE} says: {sorted(odd)[0]}"
+                )
             params[name] = flax.traverse_util.unflatten_dict(flat, sep="/")
         return Converted(described["family"], models, params, described["facts"])
     except (KeyError, TypeError, AttributeError) as error:

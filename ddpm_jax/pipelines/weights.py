@@ -65,6 +65,8 @@ def load_converted(path: str | os.PathLike) -> Any:
         return pipeline_of(converted.load(path))
     except ReadError as error:
         raise LoadError(str(error)) from error
+    except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        raise LoadError(f"{path} does not fit this version: {type(error).__name__}: {error}") from error
 
 
 def read_run(workdir: str | os.PathLike) -> dict[str, Any]:

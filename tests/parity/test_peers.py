@@ -132,7 +132,7 @@ def test_the_peer_loads_our_export_and_returns_what_the_files_say(maker, tmp_pat
         weights = tmp_path / "weights"
         weights.mkdir()
         for shapes, seed, tensors in export():
-            contiguous = {name: np.ascontiguousarray(x) for name, x in tensors.items()}
+            contiguous = {name: np.asarray(x, order="C") for name, x in tensors.items()}
             save_file(contiguous, weights / f"{key(shapes, seed)}.safetensors")
     command = [sys.executable, HERE / "run_maker.py", maker, tmp_path, weights]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
