@@ -6,6 +6,8 @@ from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("GLIBC_TUNABLES", "")  # programs that tests run in this process must not start anew
+# Compiling takes most of the time of the tests, and of the programs that they start; what it makes runs once or twice.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "true")
 
 import jax
 
@@ -20,10 +22,8 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_compilation_cache_dir", str(CACHE))
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-# Compiling takes most of the time of the tests; what it makes runs once or twice.
-jax.config.update("jax_disable_most_optimizations", True)
 
 # Tracing makes millions of small objects that stay: looking for garbage among them took a quarter of the time.
 gc.set_threshold(100_000, 50, 100)

@@ -57,7 +57,7 @@ def refused(kind: str, count: int, directory: Path, seed: int = 0) -> int:
         try:
             read_tensors(directory / "mutated")
         except ReadError as error:
-            assert "\n" not in str(error)
+            assert str(error).isprintable()
             number += 1
     return number
 

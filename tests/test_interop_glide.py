@@ -91,11 +91,11 @@ def test_the_loop_with_guidance(monkeypatch):
 def test_another_file_is_refused():
     with pytest.raises(ConvertError, match=r"of another shape, input_blocks\.0\.0\.weight \[32, 4, 3, 3\]"):
         glide.load_glide(weights("base") | {"input_blocks.0.0.weight": np.zeros((32, 4, 3, 3))}, MODEL, image_size=16)
-    text = TEXT[0], TEXT[1]
+    init = lambda *text, **extra: jax.eval_shape(MODEL.init, jax.random.key(0), given("x"), given("t"), *text, **extra)
     with pytest.raises(ValueError, match="picture and known must be given together"):
-        MODEL.init(jax.random.key(0), given("x"), given("t"), *text, picture=given("picture"))
+        init(*TEXT, picture=given("picture"))
     with pytest.raises(ValueError, match="tokens have length 3; this network was built for 12"):
-        MODEL.init(jax.random.key(0), given("x"), given("t"), TEXT[0][:, :3], TEXT[1][:, :3])
+        init(TEXT[0][:, :3], TEXT[1][:, :3])
 
 
 @pytest.mark.parametrize("name,channels,size", [("BASE", 3, 64), ("UPSAMPLER", 6, 256)])

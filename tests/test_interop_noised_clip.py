@@ -120,13 +120,13 @@ def test_another_file_is_refused():
 
 
 def test_other_inputs_are_refused(params):
-    variables = {"params": params}
+    encode = fast_jit(lambda x, t: MODEL.apply({"params": params}, x, t, method="encode_image"))
     with pytest.raises(ValueError, match=r"this CLIP takes \[B, 16, 16, 3\]"):
-        MODEL.apply(variables, X[:, :8], T, method="encode_image")
+        encode(X[:, :8], T)
     for t in (T[:2], T[:, None], T.astype(jnp.float32)):
         with pytest.raises(ValueError, match="t must be one integer for each of 3 images"):
-            MODEL.apply(variables, X, t, method="encode_image")
-    assert np.isnan(MODEL.apply(variables, X, T + 1, method="encode_image"))[2].all()
+            encode(X, t)
+    assert np.isnan(encode(X, T + 1))[2].all()
 
 
 def test_the_published_network_has_a_table():

@@ -60,7 +60,7 @@ def test_the_autoencoder():
     with pytest.raises(
         ValueError, match=r"images have shape \(1, 15, 16, 3\); height and width must be multiples of 2"
     ):
-        AUTOENCODER.init(jax.random.key(0), jnp.zeros((1, 15, 16, 3)))
+        jax.eval_shape(AUTOENCODER.init, jax.random.key(0), jnp.zeros((1, 15, 16, 3)))
 
 
 @pytest.mark.parametrize("flat", [True, False])

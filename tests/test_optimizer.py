@@ -41,12 +41,12 @@ def test_adamw_with_clipping_equals_numpy():
         clip_norm=1.0,
     )
     params = {name: jnp.asarray(value, jnp.float32) for name, value in values.items()}
-    state = tx.init(params)
+    state, update = tx.init(params), jax.jit(tx.update)
     m = {name: np.zeros_like(value) for name, value in values.items()}
     v = {name: np.zeros_like(value) for name, value in values.items()}
     for n, size in enumerate([5.0, 0.01, 2.0], start=1):
         grads = {name: rng.normal(size=value.shape) * size for name, value in values.items()}
-        updates, state = tx.update({k: jnp.asarray(g, jnp.float32) for k, g in grads.items()}, state, params)
+        updates, state = update({k: jnp.asarray(g, jnp.float32) for k, g in grads.items()}, state, params)
         params = {name: params[name] + updates[name] for name in params}
         norm = np.sqrt(sum((g**2).sum() for g in grads.values()))
         for name, g in grads.items():
