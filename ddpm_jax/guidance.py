@@ -64,8 +64,8 @@ def classifier_free(
         A denoiser, float32.
 
     Raises:
-        ValueError: if there is not one scale for each condition or rescale is outside [0, 1]; and when called, if the
-            outputs differ in shape, do not fit xt, or a scale is neither scalar nor [B].
+        ValueError: if there is not one scale for each condition, no null, or rescale is outside [0, 1]; and when
+            called, if the outputs differ in shape, do not fit xt, or a scale is neither scalar nor [B].
     """
     several = not callable(cond)
     conds, scales = (tuple(cond), tuple(scale)) if several else ((cond,), (scale,))
@@ -77,6 +77,8 @@ def classifier_free(
         raise ValueError(f"{interval=} must be two timesteps, the first not above the last")
     if len(conds) == 1 and isinstance(scales[0], (int, float)) and scales[0] == 1:
         return conds[0]
+    if not callable(null):
+        raise ValueError(f"null must be the network with its null condition, got {null!r}; only scale 1 needs none")
 
     def denoise(xt: jax.Array, t: jax.Array) -> jax.Array:
         outputs, without = [each(xt, t) for each in conds], null(xt, t)

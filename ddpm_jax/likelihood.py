@@ -44,10 +44,14 @@ def variational_bound(
         error of eps), float32[B, T].
 
     Raises:
-        ValueError: if shapes do not fit, or kind, variance and the network's output contradict each other.
+        ValueError: if shapes do not fit, kind, variance and the network's output contradict each other, or x0 is not
+            in [-1, 1]. Under jit, where its numbers are not known yet, L_0 and the total of such an example are NaN.
     """
     check_keys(keys, x0.shape[0])
     x0 = x0.astype(process.betas.dtype)
+    inside = jnp.max(jnp.abs(x0), axis=tuple(range(1, x0.ndim))) <= 1.0 + 1e-5
+    if not isinstance(x0, jax.core.Tracer) and not bool(inside.all()):
+        raise ValueError(f"x0 must be 8-bit data in [-1, 1], got values from {x0.min():g} to {x0.max():g}")
     mean = lambda x: jnp.mean(x, axis=tuple(range(1, x.ndim)))  # noqa: E731
 
     def term(_: None, step: jax.Array) -> tuple[None, tuple[jax.Array, jax.Array]]:
@@ -60,6 +64,7 @@ def variational_bound(
 
     _, (terms, mse) = jax.lax.scan(term, None, jnp.arange(process.num_steps, dtype=jnp.int32))
     prior = prior_kl(process, x0)
+    terms = terms.at[0].set(jnp.where(inside, terms[0], jnp.nan))
     return {"total": prior + terms.sum(0), "prior": prior, "terms": terms.T, "mse": mse.T}
 
 

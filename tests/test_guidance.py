@@ -74,6 +74,11 @@ def test_scale_one_is_the_conditional_network_alone(scale):
     np.testing.assert_array_equal(classifier_free(_cond, _forbidden, scale)(XT, T), _cond(XT, T))
 
 
+def test_guidance_needs_a_null_condition():
+    with pytest.raises(ValueError, match="null must be the network with its null condition, got None"):
+        classifier_free(lambda xt, t: xt, None, 3.0)
+
+
 def test_scale_zero_is_the_null_network():
     np.testing.assert_array_equal(classifier_free(_cond, _null, 0.0)(XT, T), _null(XT, T))
 

@@ -82,6 +82,10 @@ def test_an_example_does_not_depend_on_its_batch_and_a_shorter_model_has_fewer_t
     np.testing.assert_array_equal(np.concatenate([bound(keys[i : i + 1], x0[i : i + 1]) for i in range(4)]), whole)
     with pytest.raises(ValueError, match=r"keys must be one an example, shape \(4,\), got \(3,\)"):
         variational_bound(process, lambda xt, t: xt, keys[:3], x0)
+    large = x0.at[1].mul(3.0)
+    with pytest.raises(ValueError, match=r"x0 must be 8-bit data in \[-1, 1\], got values from"):
+        variational_bound(process, lambda xt, t: 0.3 * xt, keys, large)
+    assert np.isnan(bound(keys, large)).tolist() == [i == 1 for i in range(len(x0))]
 
 
 SCHEDULE = continuous.vp_linear(0.1, 40.0, t_min=1e-4)  # alpha is 4e-5 at t = 1, so the prior is N(0, I)
