@@ -11,6 +11,10 @@ os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "true")
 
 import jax
 
+# pytest-xdist hands out these files first, then the rest: a long one at the end would leave the other worker idle.
+LONGEST = ("kill", "cli", "tasks", "pipeline", "interop_stable_diffusion", "interop_karlo", "models", "notebooks")
+LONGEST += ("published_sizes", "interop_karlo_original", "configs", "loop", "independence", "solvers", "convert")
+
 CACHE = Path(os.environ.get("JAX_COMPILATION_CACHE_DIR", Path(__file__).parent / ".cache" / "jax"))
 # Entries of the cache are not written in one piece, so every worker of pytest-xdist has its own.
 CACHE /= os.environ.get("PYTEST_XDIST_WORKER", "")
@@ -27,3 +31,8 @@ jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 # Tracing makes millions of small objects that stay: looking for garbage among them took a quarter of the time.
 gc.set_threshold(100_000, 50, 100)
+
+
+def pytest_collection_modifyitems(items):
+    order = {f"test_{name}": number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(order)))

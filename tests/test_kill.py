@@ -37,7 +37,7 @@ def stop_at(process, workdir, stage, step, signum):
     while last_step(workdir, stage) < step:
         assert process.poll() is None, process.stderr.read()
         assert time.monotonic() < deadline
-        time.sleep(0.002)
+        time.sleep(0.02)
     process.send_signal(signum)
     status, _, err = finish(process)
     return status, err
