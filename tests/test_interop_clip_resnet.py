@@ -158,7 +158,7 @@ def test_published_sizes(name):
     table = clip_table("openai", 12, layers)
     assert sorted(entry.ours for entry in table) == sorted(found)
     # A file of that network is read as that network; for this its tensors need no memory.
-    tensors = {f"visual.layer{i}.{n - 1}.conv1.weight": np.zeros(()) for i, n in enumerate(layers, 1)}
+    tensors = {f"visual.layer{i}.{k}.conv1.weight": np.zeros(()) for i, n in enumerate(layers, 1) for k in range(n)}
     tensors |= {f"visual.layer{i}.0.conv1.weight": np.zeros((size["width"], 1, 1, 1)) for i in range(1, 5)}
     tensors["visual.attnpool.positional_embedding"] = np.zeros(((size["image_size"] // 32) ** 2 + 1, 1))
     assert resnet_of(tensors, size["embed_dim"], 64) == vision
