@@ -177,6 +177,16 @@ def test_what_is_refused(tmp_path):
         stable_diffusion.process_of(config("scheduler") | {"beta_schedule": "cosine"})
     with pytest.raises(ConvertError, match="the file is not of CLIP's text encoder: it lacks text_model.emb"):
         stable_diffusion.load_text_encoder(weights("autoencoder"))
+    for field, value in (("layers_per_block", 10**7), ("sample_size", None), ("block_out_channels", [])):
+        (path / "vae" / "config.json").write_text(json.dumps(config("autoencoder") | {field: value}))
+        wanted = "vae" if field != "sample_size" else "unet"
+        (path / "unet" / "config.json").write_text(json.dumps(config("unet1") | {field: value}))
+        with pytest.raises(
+            ReadError, match=f"{wanted}.config.json has {field}=.*, where whole numbers are between 1 and"
+        ):
+            stable_diffusion.open_stable_diffusion(path)
+        (path / "unet" / "config.json").write_text(json.dumps(config("unet1")))
+    (path / "vae" / "config.json").write_text(json.dumps(config("autoencoder")))
     (path / "vae" / "diffusion_pytorch_model.safetensors").unlink()
     with pytest.raises(ReadError, match="vae has no weights; they would be called diffusion_pytorch_model.safetensors"):
         stable_diffusion.open_stable_diffusion(path)
