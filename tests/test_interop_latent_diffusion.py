@@ -34,7 +34,7 @@ def write(path, second=False):
         tensors[f"first_stage_model.{original}"] = array
     if second:
         _, params = stable_diffusion.load_text_encoder(parts.weights("text"), head_width=8)
-        text = to_peer(latent_diffusion.open_clip_table(2), params)
+        text = to_peer(stable_diffusion.text_encoder_table(2, "openai"), params)
         text |= {"text_projection": np.zeros((24, 24), np.float32), "logit_scale": np.zeros((), np.float32)}
         tensors |= {f"cond_stage_model.model.{name}": array for name, array in text.items()}
     else:

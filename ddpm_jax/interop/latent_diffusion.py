@@ -15,10 +15,10 @@ import numpy as np
 
 from ddpm_jax.data.tokenizer import ClipTokenizer, Tokenizer
 from ddpm_jax.interop import stable_diffusion as sd
-from ddpm_jax.interop.clip import NAMES, clip_table
+from ddpm_jax.interop.clip import NAMES
 from ddpm_jax.interop.diffusers_layout import block_name
 from ddpm_jax.interop.guided import block_name as original_name
-from ddpm_jax.interop.table import ConvertError, count, to_ours, to_peer
+from ddpm_jax.interop.table import ConvertError, to_ours, to_peer
 from ddpm_jax.interop.tensor_file import read_tensors
 from ddpm_jax.interop.unet import walk
 from ddpm_jax.models.autoencoder import Autoencoder
@@ -117,7 +117,7 @@ def export_stable_diffusion_file(pipeline: StableDiffusion) -> dict[str, np.ndar
         flat = ".attn_1." in names[name] and array.ndim == 2  # convolutions of width one there
         found[AUTOENCODER + names[name]] = array[..., None, None] if flat else array
     if second:
-        table = open_clip_table(pipeline.text.layers)
+        table = sd.text_encoder_table(pipeline.text.layers, "openai")
         return found | {OPEN_CLIP + name: array for name, array in to_peer(table, params["text"]).items()}
     text = sd.export_text_encoder(params["text"], pipeline.text)
     return found | {TEXT + name: array for name, array in text.items()}
@@ -205,27 +205,15 @@ def load_open_clip(
         ConvertError: if the tensors are not those of such a tower; it lists which.
         ValueError: if head_width does not divide the width.
     """
-    names = NAMES["openai"]
-    for name in (names.token, names.text_position):
-        if name not in tensors or tensors[name].ndim != 2:
-            raise ConvertError(f"the text encoder is not open_clip's: it lacks {name}")
-    (vocab_size, width), context = tensors[names.token].shape, len(tensors[names.text_position])
-    if width % head_width:
-        raise ValueError(f"{head_width=} must divide the width, which is {width}")
-    layers = count(tensors, names.text_block)
+    model = sd.text_encoder_of(tensors, "openai", head_width, gelu, dtype)
     whole = "text_projection" in tensors  # an exported file has one layer less, and no projection
-    kept = layers - 1 if whole else layers
-    model = TextEncoder(vocab_size, context, width, kept, width // head_width, gelu, dtype=dtype)
-    last = names.text_block.replace("#", str(layers - 1)) + "."
+    last = NAMES["openai"].text_block.replace("#", str(model.layers - 1)) + "."
+    model = model.copy(layers=model.layers - 1) if whole else model
     ignored = [
         name
         for name in tensors
         if name in ("text_projection", "logit_scale", "attn_mask") or (whole and name.startswith(last))
     ]
-    return model, to_ours(open_clip_table(kept), tensors, sd.text_encoder_shapes(model), ignored=ignored)
-
-
-def open_clip_table(layers: int) -> list:
-    """Return the table of a text tower in open_clip's names."""
-    entries = [entry for entry in clip_table("openai", layers, None) if entry.ours.startswith("text/")]
-    return [entry._replace(ours=entry.ours.removeprefix("text/")) for entry in entries]
+    return model, to_ours(
+        sd.text_encoder_table(model.layers, "openai"), tensors, sd.text_encoder_shapes(model), ignored=ignored
+    )

@@ -6,7 +6,7 @@ and the schedule.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ddpm_jax.data.tokenizer import ClipTokenizer, Tokenizer
-from ddpm_jax.interop.clip import ACTIVATIONS, NAMES, clip_table
+from ddpm_jax.interop.clip import ACTIVATIONS, NAMES, Dialect, clip_table
 from ddpm_jax.interop.diffusers_layout import block_name, outer, read_config, read_weights, res
 from ddpm_jax.interop.table import (
     SAME,
@@ -162,7 +162,21 @@ def load_text_encoder(
         raise ValueError(f"{activation=} must be one of {', '.join(ACTIVATIONS)}")
     if "embeddings.token_embedding.weight" in tensors:
         tensors = {f"text_model.{name}": array for name, array in tensors.items()}
-    names = NAMES["hf"]
+    model = text_encoder_of(tensors, "hf", head_width, ACTIVATIONS[activation], dtype)
+    ignored = ["text_model.embeddings.position_ids"]
+    return model, to_ours(text_encoder_table(model.layers), tensors, text_encoder_shapes(model), ignored=ignored)
+
+
+def text_encoder_of(
+    tensors: Mapping[str, np.ndarray], dialect: Dialect, head_width: int, activation: Callable, dtype: Any
+) -> TextEncoder:
+    """Return the text encoder whose sizes the tensors have.
+
+    Raises:
+        ConvertError: if they lack what the sizes are read from.
+        ValueError: if head_width does not divide the width.
+    """
+    names = NAMES[dialect]
     for name in (names.token, names.text_position):
         if name not in tensors or tensors[name].ndim != 2:
             raise ConvertError(f"the file is not of CLIP's text encoder: it lacks {name}")
@@ -170,9 +184,7 @@ def load_text_encoder(
     if width % head_width:
         raise ValueError(f"{head_width=} must divide the width, which is {width}")
     layers = count(tensors, names.text_block)
-    model = TextEncoder(vocab_size, context, width, layers, width // head_width, ACTIVATIONS[activation], dtype=dtype)
-    ignored = ["text_model.embeddings.position_ids"]
-    return model, to_ours(text_encoder_table(layers), tensors, text_encoder_shapes(model), ignored=ignored)
+    return TextEncoder(vocab_size, context, width, layers, width // head_width, activation, dtype=dtype)
 
 
 def export_text_encoder(params: Mapping[str, Any], model: TextEncoder) -> dict[str, np.ndarray]:
@@ -180,9 +192,9 @@ def export_text_encoder(params: Mapping[str, Any], model: TextEncoder) -> dict[s
     return to_peer(text_encoder_table(model.layers), params)
 
 
-def text_encoder_table(layers: int) -> list[Entry]:
+def text_encoder_table(layers: int, dialect: Dialect = "hf") -> list[Entry]:
     """Return the table of a text encoder of so many layers."""
-    whole = clip_table("hf", layers, None)
+    whole = clip_table(dialect, layers, None)
     return [entry._replace(ours=entry.ours.removeprefix("text/")) for entry in whole if entry.ours.startswith("text/")]
 
 
