@@ -50,7 +50,7 @@ def variational_bound(
     check_keys(keys, x0.shape[0])
     x0 = x0.astype(process.betas.dtype)
     inside = jnp.max(jnp.abs(x0), axis=tuple(range(1, x0.ndim))) <= 1.0 + 1e-5
-    if not isinstance(x0, jax.core.Tracer) and not bool(inside.all()):
+    if not isinstance(inside, jax.core.Tracer) and not bool(inside.all()):
         raise ValueError(f"x0 must be 8-bit data in [-1, 1], got values from {x0.min():g} to {x0.max():g}")
     mean = lambda x: jnp.mean(x, axis=tuple(range(1, x.ndim)))  # noqa: E731
 

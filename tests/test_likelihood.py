@@ -85,6 +85,8 @@ def test_an_example_does_not_depend_on_its_batch_and_a_shorter_model_has_fewer_t
     large = x0.at[1].mul(3.0)
     with pytest.raises(ValueError, match=r"x0 must be 8-bit data in \[-1, 1\], got values from"):
         variational_bound(process, lambda xt, t: 0.3 * xt, keys, large)
+    constant = jax.jit(lambda keys: variational_bound(process, lambda xt, t: 0.3 * xt, keys, x0)["total"])
+    np.testing.assert_allclose(constant(keys), whole, rtol=1e-5)
     assert np.isnan(bound(keys, large)).tolist() == [i == 1 for i in range(len(x0))]
 
 
