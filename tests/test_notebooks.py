@@ -1,34 +1,95 @@
 """The notebooks run from top to bottom, as they do in Colab, and show what their text says."""
 
+import importlib.util
 import json
+import shutil
+import subprocess
+import sys
+from importlib.metadata import metadata
 from pathlib import Path
 
 import jax
 import matplotlib
 import numpy as np
 import pytest
+from packaging.requirements import Requirement
 
 NOTEBOOKS = Path(__file__).parent.parent / "notebooks"
 
 
+def code_cells(name):
+    """Return the sources of a notebook's code cells; it begins with one."""
+    cells = json.loads((NOTEBOOKS / name).read_text())["cells"]
+    assert cells[0]["cell_type"] == "code"
+    return ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+
+
 @pytest.fixture
-def run(monkeypatch):
-    """Return the names that the code cells of a notebook leave behind; lines for the notebook's shell are left out."""
+def run():
+    """Return the names that the code cells of a notebook leave behind."""
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     def run(name):
-        cells = json.loads((NOTEBOOKS / name).read_text())["cells"]
-        sources = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
         names = {"__name__": "notebook"}
-        for number, source in enumerate(sources):
-            source = source.replace("%pip", "pass  # %pip")
+        for number, source in enumerate(code_cells(name)):
             with jax.numpy_rank_promotion("allow"):
                 exec(compile(source, f"{name}, code cell {number}", "exec"), names)
         return names
 
     yield run
     plt.close("all")
+
+
+class Bare:
+    """An environment without the package, in which the first cell is run; `installed` is what it gives to pip."""
+
+    def __init__(self, monkeypatch, place, *, gpu=False, tpu=False, missing=True):
+        self.installed, find, exists = [], importlib.util.find_spec, Path.exists
+        monkeypatch.chdir(place)
+        monkeypatch.setattr(
+            importlib.util, "find_spec", lambda name: None if missing and name == "ddpm_jax" else find(name)
+        )
+        monkeypatch.setattr(shutil, "which", lambda name: "/usr/bin/nvidia-smi" if gpu else None)
+        monkeypatch.setattr(Path, "exists", lambda p: tpu if str(p).startswith("/dev/") else exists(p))
+        monkeypatch.setattr(subprocess, "run", self._pip)
+
+    def _pip(self, command, *, check):
+        assert command[:-1] == [sys.executable, "-m", "pip", "install", "-q"] and check
+        self.installed.append(command[-1])
+
+    def first_cell(self, name, answer=None):
+        def ask(question):
+            assert answer is not None, question
+            return answer
+
+        exec(code_cells(name)[0], {"__name__": "notebook", "input": ask})
+        return self.installed
+
+
+ALL = sorted(path.name for path in NOTEBOOKS.glob("*.ipynb"))
+ADDRESS = "https://host.example/owner/ddpm_jax"
+
+
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("accelerator", ["", "gpu", "tpu"])
+def test_the_first_cell_installs_the_package_in_a_new_environment(monkeypatch, tmp_path, name, accelerator):
+    extra = {"": set(), "gpu": {"cuda"}, "tpu": {"tpu"}}[accelerator]
+    (found,) = Bare(monkeypatch, tmp_path, **({accelerator: True} if accelerator else {})).first_cell(name, ADDRESS)
+    wanted = Requirement(found)
+    assert (wanted.name, wanted.url) == ("ddpm_jax", f"git+{ADDRESS}")
+    assert wanted.extras == {"examples"} | extra
+    assert wanted.extras <= set(metadata("ddpm_jax").get_all("Provides-Extra"))
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_the_first_cell_installs_the_clone_that_the_notebook_lies_in(monkeypatch, name):
+    assert Bare(monkeypatch, NOTEBOOKS).first_cell(name) == [f"{NOTEBOOKS.parent}[examples]"]
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_the_first_cell_does_nothing_where_the_package_is_installed(monkeypatch, tmp_path, name):
+    assert Bare(monkeypatch, tmp_path, gpu=True, missing=False).first_cell(name) == []
 
 
 def test_two_dimensions(run):
