@@ -10,6 +10,12 @@ os.environ.setdefault("GLIBC_TUNABLES", "")  # programs that tests run in this p
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "true")
 
 import jax
+import jaxlib
+
+# XLA's older code generator compiles these programs with a third of the processor time; the tests' programs inherit it.
+# A jaxlib that does not know a flag ends the process, so the flags are set for the release that they were measured on.
+if jaxlib.__version__.startswith("0.10."):
+    os.environ.setdefault("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1")
 
 # pytest-xdist hands out these files first, then the rest: a long one at the end would leave the other worker idle.
 LONGEST = ("kill", "cli", "tasks", "pipeline", "interop_stable_diffusion", "interop_karlo", "models", "notebooks")
