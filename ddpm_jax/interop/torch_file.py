@@ -1,49 +1,78 @@
 """PyTorch's files, read without torch: zip checkpoints, TorchScript archives, and the two formats before them.
 
-Arrays are views of the memory-mapped file wherever the format allows it, which all but the tar of torch 0.1 do.
+Arrays are views of the memory-mapped file. A storage must be as long as the file says in both places that say it.
 """
 
-import io
 import math
+import mmap
 import struct
-import tarfile
-import zipfile
 import zlib
 from collections.abc import Callable
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 
-from ddpm_jax.interop.mapping import mapped
-from ddpm_jax.interop.pickles import PickleError, Storage, Tensor, checked_key, interpret, storage_type
+from ddpm_jax.interop.mapping import opened
+from ddpm_jax.interop.pickle_machine import interpret
+from ddpm_jax.interop.pickles import (
+    NAME_LENGTH,
+    Budget,
+    Opaque,
+    PickleError,
+    Storage,
+    Tensor,
+    checked_key,
+    storage_type,
+)
+from ddpm_jax.interop.tar_file import is_tar, read_tar
+from ddpm_jax.interop.zip_file import extent, read_members
 
+TENSORS = 100_000  # of a file; the largest published checkpoints have some thousands
+NAMES = 20_000_000  # characters of all names together; a small file may give one long name to many tensors
+ENTRIES = 1_000_000  # of all dictionaries and lists; a small file may refer to the same list again and again
+DEPTH = 100  # of dictionaries and lists in each other
+DESCRIPTION = 1 << 26  # bytes; the largest data.pkl of a published checkpoint has a few million
+AXES = 64  # of a tensor; numpy's arrays have no more
 _MAGIC = 0x1950A86A20F9469CFC6C  # of the format of torch 0.1.10 to 1.5
 _PROTOCOL = 1001
-_ENTRIES = 1_000_000
-_DESCRIPTION = 1 << 26  # bytes; the largest data.pkl of a published checkpoint has a few million
-_MOST_AXES = 64  # which numpy's arrays have
+# Bytes of a number in the storages that are passed over.
+_UNREAD_SIZES = {
+    "torch.ComplexFloatStorage": 8, "torch.ComplexDoubleStorage": 16, "torch.QInt8Storage": 1, "torch.QUInt8Storage": 1,
+    "torch.QInt32Storage": 4,
+}  # fmt: skip
+_UNREAD = 1000  # names of objects that are not read, of which a message lists some
+
+Extent = tuple[int, int]  # where bytes of the file begin and end
 
 
 def is_torch(path: Path) -> bool:
-    """Tell whether a file begins as one of PyTorch's."""
+    """Return whether a file begins as one of PyTorch's."""
     with open(path, "rb") as file:
-        begin = file.read(4)
-    return begin[:4] == b"PK\x03\x04" or begin[:1] == b"\x80" or tarfile.is_tarfile(path)
+        begin = file.read(512)
+    return begin[:4] in (b"PK\x03\x04", b"PK\x05\x06") or begin[:1] == b"\x80" or is_tar(begin)
 
 
-def read_torch(path: Path) -> Any:
-    """Return what was saved: dictionaries, lists and tuples, with numpy arrays for tensors.
+def read_torch(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """Return what was saved.
+
+    Returns:
+        name -> read-only array, where nested dictionaries and lists give names joined by dots; and the same for objects
+        that are not read: name -> class.
 
     Raises:
-        PickleError: if the file is broken, or holds more than tensors.
+        PickleError: if the file is broken, contradicts itself, is beyond a limit, or holds only what is not read.
     """
-    with open(path, "rb") as file:
-        begin = file.read(4)
-    read = _read_zip if begin == b"PK\x03\x04" else _read_stream if begin[:1] == b"\x80" else _read_tar
+    data, budget = opened(path), Budget()
+    read = _read_zip if data[:2] == b"PK" else _read_stream if data[:1] == b"\x80" else _read_tar
     try:
-        return read(path)
+        saved, place_of = read(data, budget)
+        tensors, unread = _flattened(saved)
+        if not tensors and budget.unread:
+            raise PickleError(next(iter(budget.unread)))
+        whole = np.frombuffer(data, np.uint8)
+        return {name: _array(name, tensor, whole, place_of(tensor.storage)) for name, tensor in tensors.items()}, unread
     except (LookupError, TypeError, OverflowError, AttributeError) as error:
         # A part refers to one that is not there, or is of another type than the format says.
         raise PickleError(f"it is broken ({type(error).__name__}: {error})") from None
@@ -52,144 +81,117 @@ def read_torch(path: Path) -> Any:
 # ---- The zip file of torch 1.6 and later, and of TorchScript ---------------------------------------------------------
 
 
-def _read_zip(path: Path) -> Any:
-    try:
-        with zipfile.ZipFile(path) as archive:
-            members = {info.filename: info for info in archive.infolist()}
-            if len(members) != len(archive.infolist()):
-                raise PickleError("two of its members have the same name")
-            for name in members:
-                if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts or "\\" in name:
-                    raise PickleError(f"its member {name!r} has a path that leads out of the archive")
-            roots = [name.removesuffix("data.pkl") for name in members if name.count("/") == 1]
-            roots = [root for root in roots if f"{root}data.pkl" in members]
-            if len(roots) != 1:
-                raise PickleError("it is a zip file, but not one of PyTorch (it has no data.pkl)")
-            order = members.get(f"{roots[0]}byteorder")
-            if order is not None and _member(archive, order) != b"little":
-                raise PickleError("its numbers are big-endian, which is not supported")
-            saved = interpret(io.BytesIO(_member(archive, members[f"{roots[0]}data.pkl"])), _storage_of)
-    except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError, OSError, zlib.error) as error:
-        raise PickleError(f"it is a broken zip file ({error})") from None
-    whole = mapped(path)
+def _read_zip(data: mmap.mmap, budget: Budget) -> tuple[Any, Callable[[Storage], Extent]]:
+    members = read_members(data)
+    roots = [name.removesuffix("data.pkl") for name in members if name.count("/") == 1 and name.endswith("/data.pkl")]
+    if len(roots) != 1:
+        raise PickleError(
+            f"it is a zip file, but not one of PyTorch (it has {'no' if not roots else 'more than one'} data.pkl)"
+        )
+    order = members.get(f"{roots[0]}byteorder")
+    if order is not None:
+        begin, end = extent(data, order)
+        if data[begin : min(end, begin + 7)] != b"little":
+            raise PickleError("its numbers are big-endian, which is not supported")
+    description = members[f"{roots[0]}data.pkl"]
+    if description.size > DESCRIPTION:
+        raise PickleError(f"its member {description.name} has {description.size} bytes, more than {DESCRIPTION}")
+    begin, end = extent(data, description)
+    with memoryview(data) as view, view[begin:end] as described:
+        if zlib.crc32(described) != description.crc:
+            raise PickleError(f"its member {description.name} is damaged (its checksum is another)")
+    saved, _ = interpret(data, begin, end, _storage_of, budget)
 
-    def bytes_of(storage: Storage) -> np.ndarray:
-        info = members.get(f"{roots[0]}data/{storage.key}") or members.get(f"{roots[0]}tensors/{storage.key}")
-        if info is None:
+    def place_of(storage: Storage) -> Extent:
+        member = members.get(f"{roots[0]}data/{storage.key}") or members.get(f"{roots[0]}tensors/{storage.key}")
+        if member is None:
             raise PickleError(f"it lacks the numbers of a tensor (data/{storage.key})")
-        _check_stored(info)
-        header = bytes(whole[info.header_offset : info.header_offset + 30])
-        if len(header) != 30 or header[:4] != b"PK\x03\x04":
-            raise PickleError(f"it is a broken zip file (no header for {info.filename})")
-        begin = info.header_offset + 30 + sum(struct.unpack("<HH", header[26:30]))
-        return whole[begin : begin + info.file_size]
+        return extent(data, member)
 
-    return _resolve(saved, bytes_of)
+    return saved, place_of
 
 
-def _member(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes:
-    """Read a member that describes tensors, unless it is one that could fill the memory."""
-    _check_stored(info)
-    if info.file_size > _DESCRIPTION:
-        raise PickleError(f"its member {info.filename} has {info.file_size} bytes, more than {_DESCRIPTION}")
-    return archive.read(info)
-
-
-def _check_stored(info: zipfile.ZipInfo) -> None:
-    if info.compress_type != zipfile.ZIP_STORED:
-        raise PickleError(f"its member {info.filename} is compressed, which PyTorch's never are")
-
-
-def _storage_of(persistent_id: Any) -> Storage:
-    """Read ("storage", class, key, device, number of elements)."""
+def _storage_of(persistent_id: Any) -> Storage | Opaque:
+    """Read ("storage", class, key, device, number of elements); before torch 1.6 also ("module", class, file, source)."""
+    if isinstance(persistent_id, tuple) and persistent_id[:1] == ("module",) and len(persistent_id) > 1:
+        return persistent_id[1] if isinstance(persistent_id[1], Opaque) else Opaque("module")
     if not isinstance(persistent_id, tuple) or len(persistent_id) < 5 or persistent_id[0] != "storage":
         raise PickleError("a tensor's storage is not described as PyTorch does")
     _, kind, key, _, numel = persistent_id[:5]
     if not isinstance(key, (str, int)) or type(numel) is not int or numel < 0:
         raise PickleError("a tensor's storage is not described as PyTorch does")
-    return Storage(storage_type(kind), key, numel)
+    dtype = storage_type(kind)
+    return dtype if isinstance(dtype, Opaque) else Storage(dtype, checked_key(key), numel)
 
 
 # ---- Pickles one after another, torch 0.1.10 to 1.5 ------------------------------------------------------------------
 
 
-def _read_stream(path: Path) -> Any:
+def _read_stream(data: mmap.mmap, budget: Budget) -> tuple[Any, Callable[[Storage], Extent]]:
     """Read the magic number, the protocol, the writer's sizes, what was saved, the storages' keys, the storages."""
-    storages: dict[Any, Storage] = {}
+    storages: dict[Any, tuple[int, int]] = {}  # key -> numbers, and bytes of each
 
-    def storage_of(persistent_id: Any) -> Storage:
+    def storage_of(persistent_id: Any) -> Storage | Opaque:
         storage = _storage_of(persistent_id)
+        if isinstance(storage, Opaque) and persistent_id[0] == "module":
+            return storage
         if len(persistent_id) > 5 and persistent_id[5] is not None:
             raise PickleError("a tensor's storage is a view of another, which torch 0.4 and later do not write")
-        storages[storage.key] = storage
+        unread = isinstance(storage, Opaque)
+        if unread and storage.name not in _UNREAD_SIZES:
+            raise PickleError(f"it names {storage.name}, whose numbers have no known size")
+        size = _UNREAD_SIZES[storage.name] if unread else dtype_of(storage.dtype).itemsize
+        key, numel = checked_key(persistent_id[2]), persistent_id[4]
+        if storages.setdefault(key, (numel, size)) != (numel, size):
+            raise PickleError(f"its storage {key} is described in two ways")
         return storage
 
-    with open(path, "rb") as file:
-        if interpret(file, storage_of) != _MAGIC or interpret(file, storage_of) != _PROTOCOL:
-            raise PickleError("it is a pickle, but not one of PyTorch")
-        sizes = interpret(file, storage_of)
-        if not isinstance(sizes, dict) or sizes.get("little_endian") is not True:
-            raise PickleError("its numbers are big-endian, which is not supported")
-        saved = interpret(file, storage_of)
-        keys = interpret(file, storage_of)
-        place = file.tell()
-    if not isinstance(keys, list) or {checked_key(key) for key in keys} != set(storages):
+    place = 0
+
+    def following() -> Any:
+        nonlocal place
+        found, place = interpret(data, place, len(data), storage_of, budget)
+        return found
+
+    if following() != _MAGIC or following() != _PROTOCOL:
+        raise PickleError("it is a pickle, but not one of PyTorch")
+    sizes = following()
+    if not isinstance(sizes, dict) or sizes.get("little_endian") is not True:
+        raise PickleError("its numbers are big-endian, which is not supported")
+    saved, keys = following(), following()
+    if not isinstance(keys, list) or sorted(map(str, map(checked_key, keys))) != sorted(map(str, storages)):
         raise PickleError("its list of storages is not that of its tensors")
-    whole, where = mapped(path), {}
+    where = {}
     for key in keys:
-        numel = _count(bytes(whole[place : place + 8]))
-        size = numel * dtype_of(storages[key].dtype).itemsize
-        where[key] = whole[place + 8 : place + 8 + size]
-        place += 8 + size
-    return _resolve(saved, lambda storage: where[storage.key])
+        numel, size = storages[key]
+        if _number(data, place) != numel:
+            raise PickleError(f"its storage {key} has {_number(data, place)} numbers, and {numel} by its description")
+        end = place + 8 + numel * size
+        if end > len(data):
+            raise PickleError("it ends before its numbers do")
+        where[key] = place + 8, end
+        place = end
+    return saved, lambda storage: where[storage.key]
 
 
-def _count(eight: bytes) -> int:
-    if len(eight) != 8:
+def _number(data: mmap.mmap, place: int, most: int | None = None) -> int:
+    """Return the int64 at a place, if it is one that can be a size."""
+    if place + 8 > (len(data) if most is None else most):
         raise PickleError("it ends before its numbers do")
-    return max(0, struct.unpack("<q", eight)[0])
+    number = struct.unpack_from("<q", data, place)[0]
+    if number < 0:
+        raise PickleError("it is broken (a size is negative)")
+    return number
 
 
 # ---- The tar of torch 0.1 --------------------------------------------------------------------------------------------
 
 
-def _read_tar(path: Path) -> Any:
+def _read_tar(data: mmap.mmap, budget: Budget) -> tuple[Any, Callable[[Storage], Extent]]:
     """Read the members "storages", "tensors" and "pickle"; the last refers to tensors by number."""
-    try:
-        with tarfile.open(path, "r:") as archive:
-            parts = {}
-            for name in ("storages", "tensors", "pickle"):
-                info = archive.getmember(name)
-                member = archive.extractfile(info) if info.isreg() and not info.issparse() else None
-                if member is None:
-                    raise PickleError(f"its member {name} is not a file")
-                parts[name] = io.BytesIO(member.read())
-    except (tarfile.TarError, KeyError, EOFError, OSError) as error:
-        raise PickleError(f"it is a broken tar file, or not one of PyTorch ({error})") from None
-    no_storage = _refuse_storage
-    storages: dict[Any, tuple[Storage, np.ndarray]] = {}
-    for _ in range(_whole_number(interpret(parts["storages"], no_storage))):
-        key, _, kind = _of_length(3, interpret(parts["storages"], no_storage))
-        checked_key(key)
-        numel = _count(parts["storages"].read(8))
-        size = numel * dtype_of(storage_type(kind)).itemsize
-        data = parts["storages"].read(min(size, parts["storages"].getbuffer().nbytes))
-        storages[key] = Storage(storage_type(kind), key, numel), np.frombuffer(data, np.uint8)
-    for view in interpret(parts["storages"], no_storage):
-        target, root, offset, numel = _of_length(4, view)
-        storage, data = storages[checked_key(root)]
-        size = dtype_of(storage.dtype).itemsize
-        storages[checked_key(target)] = (
-            Storage(storage.dtype, target, numel),
-            data[offset * size : (offset + numel) * size],
-        )
-    tensors: dict[Any, Tensor] = {}
-    for _ in range(_whole_number(interpret(parts["tensors"], no_storage))):
-        key, storage_key, _ = _of_length(3, interpret(parts["tensors"], no_storage))
-        rank = int.from_bytes(parts["tensors"].read(8)[:4], "little")
-        numbers = [_count(parts["tensors"].read(8)) for _ in range(2 * min(rank, 64) + 1)]
-        storage = storages[checked_key(storage_key)][0]
-        tensors[checked_key(key)] = Tensor(storage, numbers[-1], tuple(numbers[:rank]), tuple(numbers[rank:-1]))
+    parts = read_tar(data, ("storages", "tensors", "pickle"))
+    storages = _tar_storages(data, *parts["storages"], budget)
+    tensors = _tar_tensors(data, *parts["tensors"], budget, storages)
 
     def tensor_of(persistent_id: Any) -> Any:
         number = int(persistent_id) if isinstance(persistent_id, (str, int)) else None
@@ -197,16 +199,66 @@ def _read_tar(path: Path) -> Any:
             raise PickleError("it refers to a tensor that it does not hold")
         return tensors[number]
 
-    return _resolve(interpret(parts["pickle"], tensor_of), lambda storage: storages[storage.key][1])
+    saved, _ = interpret(data, *parts["pickle"], tensor_of, budget)
+    return saved, lambda storage: storages[storage.key][1]
 
 
-def _refuse_storage(persistent_id: Any) -> Storage:
+def _tar_storages(data: mmap.mmap, place: int, end: int, budget: Budget) -> dict[Any, tuple[Storage, Extent]]:
+    found: dict[Any, tuple[Storage, Extent]] = {}
+    count, place = interpret(data, place, end, _no_storage, budget)
+    for _ in range(_count(count)):
+        entry, place = interpret(data, place, end, _no_storage, budget)
+        key, _, kind = _of_length(3, entry)
+        dtype = storage_type(kind)
+        if isinstance(dtype, Opaque):
+            raise PickleError(f"it has numbers of the type {dtype.name}, which is not supported")
+        numel = _number(data, place, end)
+        begin = place + 8
+        place = begin + numel * dtype_of(dtype).itemsize
+        if place > end:
+            raise PickleError("it ends before its numbers do")
+        if checked_key(key) in found:
+            raise PickleError(f"it has two storages of the key {key}")
+        found[key] = Storage(dtype, key, numel), (begin, place)
+    views, place = interpret(data, place, end, _no_storage, budget)
+    for view in views:
+        target, root, offset, numel = _of_length(4, view)
+        storage, (begin, _) = found[checked_key(root)]
+        if _count(offset) + _count(numel, storage.numel) > storage.numel or checked_key(target) in found:
+            raise PickleError(f"its storage {target} is no part of the storage {root}")
+        begin += offset * dtype_of(storage.dtype).itemsize
+        extent = begin, begin + numel * dtype_of(storage.dtype).itemsize
+        found[target] = Storage(storage.dtype, target, numel), extent
+    return found
+
+
+def _tar_tensors(data: mmap.mmap, place: int, end: int, budget: Budget, storages: dict) -> dict[Any, Tensor]:
+    found: dict[Any, Tensor] = {}
+    count, place = interpret(data, place, end, _no_storage, budget)
+    for _ in range(_count(count)):
+        entry, place = interpret(data, place, end, _no_storage, budget)
+        key, storage_key, _ = _of_length(3, entry)
+        rank = _number(data, place, end) & 0xFFFFFFFF  # an int32, and four bytes without a meaning
+        if rank > AXES:
+            raise PickleError(f"a tensor has {rank} axes, more than {AXES}")
+        numbers = [_number(data, place + 8 * i, end) for i in range(1, 2 * rank + 2)]
+        place += 8 * (2 * rank + 2)
+        storage = storages[checked_key(storage_key)][0]
+        if checked_key(key) in found:
+            raise PickleError(f"it has two tensors of the key {key}")
+        found[key] = Tensor(storage, numbers[-1], tuple(numbers[:rank]), tuple(numbers[rank:-1]))
+    return found
+
+
+def _no_storage(persistent_id: Any) -> Storage:
     raise PickleError("it is broken (a reference stands where none can)")
 
 
-def _whole_number(value: Any) -> int:
+def _count(value: Any, most: int = TENSORS) -> int:
     if type(value) is not int or value < 0:
         raise PickleError("it is broken (a count is not a number)")
+    if value > most:
+        raise PickleError(f"it is broken (a count is {value}, more than {most})")
     return value
 
 
@@ -219,48 +271,83 @@ def _of_length(length: int, value: Any) -> tuple:
 # ---- From descriptions to arrays -------------------------------------------------------------------------------------
 
 
-def dtype_of(name: str | None) -> np.dtype:
+def dtype_of(name: str) -> np.dtype:
     """Return the numpy type of a name such as "float32" or "bfloat16"."""
     return np.dtype(ml_dtypes.bfloat16) if name == "bfloat16" else np.dtype(name)
 
 
-def _resolve(saved: Any, bytes_of: Callable[[Storage], np.ndarray]) -> Any:
-    """Replace every description of a tensor by its array."""
-    left = iter(range(_ENTRIES))  # a small file may refer to the same list so often that no memory holds the result
+def _flattened(saved: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return the tensors of nested dictionaries and lists, and the classes of what is not read, by joined keys."""
+    tensors: dict[str, Tensor] = {}
+    unread: dict[str, str] = {}
+    entries, characters = ENTRIES, NAMES
 
-    def resolve(value: Any) -> Any:
-        if next(left, None) is None:
-            raise PickleError(f"it holds more than {_ENTRIES} entries")
-        if isinstance(value, Tensor):
-            return _array(value, bytes_of(value.storage))
-        if isinstance(value, dict):
-            return {key: resolve(entry) for key, entry in value.items()}
-        if type(value) in (list, tuple):
-            return type(value)(resolve(entry) for entry in value)
-        return value
+    def named(name: str) -> str:
+        nonlocal characters
+        characters -= len(name)
+        if len(name) > NAME_LENGTH:
+            raise PickleError(f"it has a name of {len(name)} characters, more than {NAME_LENGTH}")
+        if characters < 0:
+            raise PickleError(f"its names have more than {NAMES} characters together")
+        return name or "0"
 
-    return resolve(saved)
+    def walk(prefix: str, items: Any, depth: int) -> None:
+        nonlocal entries
+        if depth > DEPTH:
+            raise PickleError(f"its dictionaries and lists are more than {DEPTH} deep in each other")
+        for key, value in items:
+            entries -= 1
+            if entries < 0:
+                raise PickleError(f"it holds more than {ENTRIES} entries")
+            if isinstance(value, Tensor):
+                name = named(f"{prefix}{key}")
+                if name in tensors:
+                    raise PickleError(f"it has two tensors of the name {name}")
+                if len(tensors) == TENSORS:
+                    raise PickleError(f"it has more than {TENSORS} tensors")
+                tensors[name] = value
+            elif isinstance(value, dict):
+                walk(named(f"{prefix}{key}") + "." if prefix or key != "" else "", value.items(), depth + 1)
+            elif type(value) in (list, tuple):
+                walk(named(f"{prefix}{key}") + "." if prefix or key != "" else "", enumerate(value), depth + 1)
+            elif isinstance(value, Opaque) and len(unread) < _UNREAD:
+                unread[named(f"{prefix}{key}")] = value.name
+
+    walk("", [("", saved)], 0)
+    return tensors, unread
 
 
-def _array(tensor: Tensor, data: np.ndarray) -> np.ndarray:
+def _array(name: str, tensor: Tensor, whole: np.ndarray, place: Extent) -> np.ndarray:
     """Return a read-only view of a storage's bytes, after checking that it stays within them."""
-    dtype = dtype_of(tensor.dtype or tensor.storage.dtype)
-    shape, strides = tensor.shape, tensor.strides
-    if len(shape) > _MOST_AXES:
-        raise PickleError(f"a tensor has {len(shape)} axes, more than {_MOST_AXES}")
-    if len(shape) != len(strides) or min((*shape, *strides, tensor.offset), default=0) < 0:
-        raise PickleError(f"a tensor has shape {shape} and strides {strides}, which cannot be")
-    last = tensor.offset + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
-    numbers = data[: len(data) // dtype.itemsize * dtype.itemsize].view(dtype)
-    if 0 not in shape and last >= len(numbers):
+    shape, strides, (begin, end) = tensor.shape, tensor.strides, place
+    dtype, stored = dtype_of(tensor.dtype or tensor.storage.dtype), dtype_of(tensor.storage.dtype)
+    if (end - begin) // stored.itemsize != tensor.storage.numel:
         raise PickleError(
-            f"a tensor of shape {shape} needs {last + 1} numbers of its storage, which has {len(numbers)}"
+            f"the storage of {name} has {(end - begin) // stored.itemsize} numbers, and {tensor.storage.numel} by its "
+            "description"
         )
-    if math.prod(shape) > len(numbers):  # strides of 0 would make a few bytes a tensor that no memory holds
+    if len(shape) > AXES:
+        raise PickleError(f"{name}: a tensor has {len(shape)} axes, more than {AXES}")
+    if len(shape) != len(strides) or min((*shape, *strides, tensor.offset), default=0) < 0:
+        raise PickleError(f"{name}: a tensor has shape {shape} and strides {strides}, which cannot be")
+    if max((*shape, *strides, tensor.offset), default=0) >= 1 << 63:
+        raise PickleError(f"{name} has a size, stride or offset of more than 63 bits")
+    numbers = (end - begin) // dtype.itemsize
+    last = tensor.offset + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
+    if 0 not in shape and last >= numbers:
         raise PickleError(
-            f"a tensor of shape {shape} has {math.prod(shape)} numbers, more than its storage, which has {len(numbers)}"
+            f"{name}: a tensor of shape {shape} needs {last + 1} numbers of its storage, which has {numbers}"
+        )
+    if math.prod(shape) > numbers:  # strides of 0 would make a few bytes a tensor that no memory holds
+        raise PickleError(
+            f"{name}: a tensor of shape {shape} has {math.prod(shape)} numbers, more than its storage, which has "
+            f"{numbers}"
         )
     if 0 in shape:
-        return np.zeros(shape, dtype)
-    steps = tuple(stride * dtype.itemsize for stride in strides)
-    return np.lib.stride_tricks.as_strided(numbers[tensor.offset :], shape, steps, writeable=False)
+        if math.prod(size for size in shape if size) >= 1 << 48:
+            raise PickleError(f"{name}: a tensor has shape {shape}, which cannot be")
+        empty = np.zeros(shape, dtype)
+        empty.flags.writeable = False
+        return empty
+    steps = tuple(stride * dtype.itemsize if size > 1 else 0 for size, stride in zip(shape, strides, strict=True))
+    return np.ndarray(shape, dtype, whole, begin + tensor.offset * dtype.itemsize, steps)
