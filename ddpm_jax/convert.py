@@ -43,6 +43,9 @@ _KIND = flags.DEFINE_enum(
 _SIZE = flags.DEFINE_integer(
     "image_size", 512, "Of the pictures of Stable Diffusion in one file.", lower_bound=1, flag_values=FLAGS
 )
+_PART = flags.DEFINE_string(
+    "part", None, "Part of a training checkpoint, such as ema; the raw parameters by default.", flag_values=FLAGS
+)
 _DTYPE = flags.DEFINE_enum(
     "dtype", "float32", ["float32", "float16", "bfloat16"], "Of the parameters in --out.", flag_values=FLAGS
 )
@@ -77,7 +80,9 @@ def _convert(source: Path, out: Path) -> None:
     from ddpm_jax.interop import families, table
     from ddpm_jax.pipelines import converted
 
-    options = families.Options(_MODEL.value, _heads(), _ACTIVATION.value, _CLIP.value, _KIND.value, _SIZE.value)
+    options = families.Options(
+        _MODEL.value, _heads(), _ACTIVATION.value, _CLIP.value, _KIND.value, _SIZE.value, _PART.value
+    )
     try:
         read = families.FAMILIES[_FROM.value].read(source, options)
     except (LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ddpm_jax.interop.modified_resnet import counters, is_resnet, layers_of, resnet_of, resnet_table
+from ddpm_jax.interop.parts import select
 from ddpm_jax.interop.table import (
     KERNEL,
     SAME,
@@ -44,6 +45,12 @@ PUBLISHED = {
     "ViT-g-14": ((64, 88), "gelu"),
     "ViT-bigG-14": ((64, 104), "gelu"),
 }
+# What a CLIP is found by in a training checkpoint: transformers' towers, and those of OpenAI and open_clip.
+MARKS = (
+    *("text_model.embeddings.token_embedding.weight", "vision_model.embeddings.patch_embedding.weight"),
+    *("embeddings.token_embedding.weight", "embeddings.patch_embedding.weight"),
+    *("visual.conv1.weight", "token_embedding.weight"),
+)
 # Buffers: OpenAI's archives carry three numbers, old files of transformers the positions 0, 1, 2, ...
 _IGNORED = (
     *("input_resolution", "context_length", "vocab_size"),
@@ -176,7 +183,8 @@ def load_clip(
     Args:
         tensors: as `read_tensors` gives them: OpenAI's archive or state_dict, open_clip's state_dict, or transformers'
             CLIPModel, CLIPTextModelWithProjection or CLIPVisionModelWithProjection, of which the last two give a CLIP
-            with one tower. The first two may have a ResNet.
+            with one tower. The first two may have a ResNet. Of a training checkpoint its part is taken by
+            `interop.parts.select`.
         head_width: of attention; a pair is of the text and of the vision tower.
         activation: "quick_gelu" for OpenAI's weights and open_clip's "-quickgelu" ones, "gelu" for the others.
         dtype: in which the network computes; parameters are float32.
@@ -186,7 +194,7 @@ def load_clip(
     """
     if activation not in ACTIVATIONS:
         raise ValueError(f"{activation=} must be one of {', '.join(ACTIVATIONS)}")
-    tensors = _with_prefix(tensors)
+    tensors = _with_prefix(select(tensors, MARKS))
     dialect = "hf" if NAMES["hf"].token in tensors or NAMES["hf"].patch in tensors else "openai"
     names, options = NAMES[dialect], {"activation": ACTIVATIONS[activation], "dtype": dtype}
     text_head, vision_head = (head_width, head_width) if isinstance(head_width, int) else head_width

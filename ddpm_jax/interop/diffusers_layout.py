@@ -1,21 +1,16 @@
 """What the networks of diffusers have in common: where a directory keeps its parts, and how blocks are called."""
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ddpm_jax.interop.json_file import read_json
 from ddpm_jax.interop.table import Entry, conv, dense, norm
 from ddpm_jax.interop.tensor_file import ReadError, read_tensors
 from ddpm_jax.interop.unet import Block
-
-WEIGHTS = (
-    *("diffusion_pytorch_model.safetensors", "model.safetensors"),
-    *("diffusion_pytorch_model.safetensors.index.json", "model.safetensors.index.json"),
-    *("diffusion_pytorch_model.bin", "pytorch_model.bin"),
-)
+from ddpm_jax.interop.weight_files import weights_of_part
 
 
 def read_config(
@@ -28,7 +23,7 @@ def read_config(
     """
     path = directory / part / name
     try:
-        config = json.loads(path.read_text())
+        config = read_json(path)
         missing = [field for field in fields if field not in config]
     except (OSError, ValueError, TypeError) as error:
         raise ReadError(f"{directory / part} cannot be read as a part of {family}: {error}") from None
@@ -47,12 +42,9 @@ def weights_file(directory: Path, part: str) -> Path:
     """Return the file with a part's weights.
 
     Raises:
-        ReadError: if there is none.
+        ReadError: if there is none, or only several variants (fp16).
     """
-    for file in WEIGHTS:
-        if (directory / part / file).is_file():
-            return directory / part / file
-    raise ReadError(f"{directory / part} has no weights; they would be called {', '.join(WEIGHTS)}")
+    return weights_of_part(directory / part)
 
 
 def read_weights(directory: Path, part: str) -> dict[str, np.ndarray]:

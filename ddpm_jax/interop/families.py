@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,8 +22,12 @@ from ddpm_jax.interop import (
     stable_diffusion,
 )
 from ddpm_jax.interop.diffusers_layout import read_config, weights_file
+from ddpm_jax.interop.json_file import read_json
+from ddpm_jax.interop.parts import select
 from ddpm_jax.interop.table import ConvertError
 from ddpm_jax.interop.tensor_file import ReadError, read_tensors
+from ddpm_jax.interop.tensors import Tensors
+from ddpm_jax.interop.weight_files import only_weights
 from ddpm_jax.pipelines.converted import PEER, Converted, read_description, write_tensors
 from ddpm_jax.pipelines.karlo import Karlo
 from ddpm_jax.pipelines.stable_diffusion import StableDiffusion
@@ -39,7 +43,7 @@ class Options(NamedTuple):
     head_width (of the text and the image tower), activation: of a CLIP; None takes what the model's name or the
     config.json beside the file says, and OpenAI's 64 and quick_gelu without them. prior_clip: of Karlo; None takes what
     its scheduler says, or 5 in diffusers' layout and 10 in the original one. kind, image_size: of Stable Diffusion in
-    one file.
+    one file. part: of a training checkpoint, as `read_tensors` takes it ("ema"); None takes the raw parameters.
     """
 
     model: str | None = None
@@ -48,6 +52,7 @@ class Options(NamedTuple):
     prior_clip: float | None = None
     kind: str = "eps"
     image_size: int = 512
+    part: str | None = None
 
 
 class Read(NamedTuple):
@@ -86,7 +91,7 @@ def peer_files(source: Path, read: list[Path]) -> dict[str, Path]:
         str(path.relative_to(source)): path
         for path in sorted(files)
         if path.is_file() and path.suffix in SMALL and path.parent not in left and path.stat().st_size < 2**24
-        and not path.name.endswith(".index.json")
+        and ".index." not in path.name
     }  # fmt: skip
 
 
@@ -220,9 +225,7 @@ def _read_stable_diffusion(source: Path, options: Options) -> Read:
         "kind": opened.kind,
         "latent_size": opened.latent_size,
         "schedule": schedule,
-        "linear_projection": bool(
-            json.loads((source / "unet" / "config.json").read_text()).get("use_linear_projection", False)
-        ),
+        "linear_projection": bool(read_json(source / "unet" / "config.json").get("use_linear_projection", False)),
         "tokenizer": opened.tokenizer.to_config(),
     }
     models = {"text": opened.text, "unet": opened.unet, "autoencoder": opened.autoencoder}
@@ -235,7 +238,8 @@ def _read_stable_diffusion(source: Path, options: Options) -> Read:
 
 
 def _read_stable_diffusion_file(source: Path, options: Options) -> Read:
-    opened = latent_diffusion.open_stable_diffusion_file(source, kind=options.kind, image_size=options.image_size)
+    how = {"kind": options.kind, "image_size": options.image_size, "part": options.part}
+    opened = latent_diffusion.open_stable_diffusion_file(source, **how)
     facts = {
         "layout": "original",
         "kind": opened.kind,
@@ -248,7 +252,7 @@ def _read_stable_diffusion_file(source: Path, options: Options) -> Read:
         "kind": opened.kind,
         "image_size": options.image_size,
         "schedule": latent_diffusion.SCHEDULE,
-        "averages": "left out, if the file has them",
+        "averages": "left out, if the file has them" if options.part is None else f"of {options.part}",
     }
     return Read(Converted("stable-diffusion", models, dict(opened.params), facts), assumed, [source])
 
@@ -280,9 +284,13 @@ def _read_clip(source: Path, options: Options) -> Read:
     else:
         heads, activation = _clip_config(file.parent / "config.json")
     heads, activation = options.head_width or heads, options.activation or activation
-    loaded = clip.load_clip(read_tensors(file), head_width=heads, activation=activation)
-    assumed = {"head_width": f"{heads[0]} in the text tower, {heads[1]} in the image tower", "activation": activation,
-               "end of a caption": "the largest id, as interop.clip.end_mask(tokens) finds it"}  # fmt: skip
+    tensors, taken = _part(file, clip.MARKS, options)
+    loaded = clip.load_clip(tensors, head_width=heads, activation=activation)
+    assumed = taken | {
+        "head_width": f"{heads[0]} in the text tower, {heads[1]} in the image tower",
+        "activation": activation,
+        "end of a caption": "the largest id, as interop.clip.end_mask(tokens) finds it",
+    }
     facts = {"dialect": loaded.dialect}
     return Read(Converted("clip", {"clip": loaded.model}, {"clip": loaded.params}, facts), assumed, files_of(file))
 
@@ -292,7 +300,7 @@ def _clip_config(path: Path) -> tuple[tuple[int, int], str]:
     if not path.is_file():
         return (64, 64), "quick_gelu"
     try:
-        config = json.loads(path.read_text())
+        config = read_json(path)
         towers = [config.get(f"{name}_config") or config for name in ("text", "vision")]
         heads = tuple(
             int(tower.get("hidden_size", 512)) // int(tower.get("num_attention_heads", 8)) for tower in towers
@@ -311,10 +319,11 @@ def _read_guided(source: Path, options: Options) -> Read:
     published = guided.PUBLISHED[_named(options, guided.PUBLISHED)]
     file, model = _file(source), published.model()
     how = {"image_size": published.image_size, "new_attention_order": published.new_attention_order}
-    params = guided.load_guided(read_tensors(file), model, **how)
+    tensors, taken = _part(file, guided.MARKS, options)
+    params = guided.load_guided(tensors, model, **how)
     facts = {name: value for name, value in published._asdict().items() if name != "model"}
     converted = Converted("guided", {"model": model}, {"model": params}, {"model": options.model} | facts)
-    return Read(converted, {"model": options.model} | facts, files_of(file))
+    return Read(converted, taken | {"model": options.model} | facts, files_of(file))
 
 
 def _write_guided(converted: Converted, out: Path) -> None:
@@ -327,12 +336,12 @@ def _write_guided(converted: Converted, out: Path) -> None:
 def _read_glide(source: Path, options: Options) -> Read:
     make, size = GLIDE_MODELS[_named(options, GLIDE_MODELS)]
     file, model = _file(source), make()
-    params = glide.load_glide(read_tensors(file), model, image_size=size)
+    tensors, taken = _part(file, guided.MARKS, options)
+    params = glide.load_glide(tensors, model, image_size=size)
     facts = {"model": options.model, "image_size": size}
     schedule = {"schedule": "cosine" if options.model == "base" else "linear", "num_steps": 1000}
-    return Read(
-        Converted("glide", {"model": model}, {"model": params}, facts | schedule), facts | schedule, files_of(file)
-    )
+    converted = Converted("glide", {"model": model}, {"model": params}, facts | schedule)
+    return Read(converted, taken | facts | schedule, files_of(file))
 
 
 def _write_glide(converted: Converted, out: Path) -> None:
@@ -341,7 +350,6 @@ def _write_glide(converted: Converted, out: Path) -> None:
 
 
 def _read_noised_clip(source: Path, options: Options) -> Read:
-    del options
     _needs_directory(source, "noised-clip")
     files = []
     for tower in ("image", "text"):
@@ -350,7 +358,8 @@ def _read_noised_clip(source: Path, options: Options) -> Read:
             raise ReadError(f"{source} must hold one file with {tower} in its name, and holds {len(found)}")
         files += found
     model = noised_clip.NOISED_CLIP()
-    params = noised_clip.load_noised_clip(*map(read_tensors, files), model)
+    towers = [read_tensors(file, part=options.part) for file in files]
+    params = noised_clip.load_noised_clip(*towers, model)
     assumed = {"scale": model.scale, "process": "cosine, 1000 steps"}
     return Read(Converted("noised-clip", {"model": model}, {"model": params}, {}), assumed, files)
 
@@ -362,11 +371,11 @@ def _write_noised_clip(converted: Converted, out: Path) -> None:
 
 
 def _read_inception(source: Path, options: Options) -> Read:
-    del options
     file = _file(source)
-    params = inception.load_inception(read_tensors(file))
-    model = inception.Inception()
-    return Read(Converted("inception", {"model": model}, {"model": params}, {}), {"classes": 1008}, files_of(file))
+    tensors, taken = _part(file, inception.MARKS, options)
+    params = inception.load_inception(tensors)
+    converted = Converted("inception", {"model": inception.Inception()}, {"model": params}, {})
+    return Read(converted, taken | {"classes": 1008}, files_of(file))
 
 
 def _write_inception(converted: Converted, out: Path) -> None:
@@ -399,22 +408,13 @@ def _file(source: Path) -> Path:
     """Return the file that a source is, or the only weights file in the directory that it is."""
     if not source.is_dir():
         return source
-    kinds = (
-        "*.safetensors.index.json",
-        "*.safetensors",
-        "*.bin.index.json",
-        "*.bin",
-        "*.pt",
-        "*.pth",
-        "*.ckpt",
-        "*.th",
-    )
-    # The same weights often lie there in several formats: the first is the one that can be mapped.
-    found = next((paths for kind in kinds if (paths := sorted(source.glob(kind)))), [])
-    if len(found) != 1:
-        names = ", ".join(path.name for path in found) or "none"
-        raise ReadError(f"{source} must hold one weights file to be read as one network; it holds {names}")
-    return found[0]
+    return only_weights(source)
+
+
+def _part(file: Path, marks: Sequence[str], options: Options) -> tuple[Tensors, dict[str, str]]:
+    """Return the tensors of a network, and what the model card says of which they are."""
+    tensors = select(read_tensors(file, part=options.part), marks)
+    return tensors, {"tensors": tensors.chosen} if tensors.chosen else {}
 
 
 def _named(options: Options, known: Mapping[str, Any]) -> str:
@@ -433,7 +433,7 @@ def files_of(path: Path) -> list[Path]:
     """Return a file, and the shards that it names if it is an index."""
     if path.suffix != ".json":
         return [path]
-    names = json.loads(path.read_text())["weight_map"].values()
+    names = read_json(path)["weight_map"].values()
     return [path, *(path.parent / name for name in sorted(set(names)))]
 
 

@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ddpm_jax.interop.guided import unet_table
+from ddpm_jax.interop.guided import MARKS, unet_table
+from ddpm_jax.interop.parts import select
 from ddpm_jax.interop.table import SAME, TURNED, Entry, by_head, dense, norm, to_ours, to_peer
 from ddpm_jax.models.glide import Glide
 from ddpm_jax.models.unet import UNet
@@ -27,13 +28,14 @@ def load_glide(tensors: Mapping[str, np.ndarray], model: Glide, *, image_size: i
     """Return the parameters of a network, float32; that it enlarges, or inpaints, its first convolution says.
 
     Args:
-        tensors: as `read_tensors` gives them.
+        tensors: as `read_tensors` gives them; of a training checkpoint its part is taken by `interop.parts.select`.
         model: the network; `BASE()` and `UPSAMPLER()` are the released ones.
         image_size: of the pictures that it draws.
 
     Raises:
         ConvertError: if the tensors are not those of the network; it lists which.
     """
+    tensors = select(tensors, MARKS)
     kernel = tensors.get("input_blocks.0.0.weight")
     channels = 3 if kernel is None or kernel.ndim != 4 else kernel.shape[1]
     return to_ours(glide_table(model, image_size), tensors, glide_shapes(model, image_size, channels))

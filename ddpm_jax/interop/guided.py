@@ -14,12 +14,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ddpm_jax.interop.parts import select
 from ddpm_jax.interop.table import SAME, TURNED, Entry, Layout, by_head, conv, dense, norm, to_ours, to_peer
 from ddpm_jax.interop.unet import Block, attends_at, walk
 from ddpm_jax.models.adm import Classifier, ClassUNet, SuperUNet
 from ddpm_jax.models.unet import UNet
 
 POINTWISE = Layout(lambda x: x[..., 0].T, lambda x: (x.T[..., None],))  # a convolution of width one: [O, I, 1]
+MARKS = ("time_embed.0.weight",)  # by which a network is found in a training checkpoint
 _MULT = {
     32: (1, 2, 2, 2), 64: (1, 2, 3, 4), 128: (1, 1, 2, 3, 4), 256: (1, 1, 2, 2, 4, 4), 512: (0.5, 1, 1, 2, 2, 4, 4),
 }  # fmt: skip
@@ -92,7 +94,7 @@ def load_guided(
     """Return the parameters of a network, float32.
 
     Args:
-        tensors: as `read_tensors` gives them.
+        tensors: as `read_tensors` gives them; of a training checkpoint its part is taken by `interop.parts.select`.
         model: a `UNet`, `ClassUNet`, `SuperUNet` or `Classifier`, built as the published one was; with
             conv_resample=True for improved diffusion, and for guided diffusion without resblock_updown.
         image_size: of the pictures, in pixels.
@@ -101,6 +103,7 @@ def load_guided(
     Raises:
         ConvertError: if the tensors are not those of the network; it lists which.
     """
+    tensors = select(tensors, MARKS)
     return to_ours(guided_table(model, image_size, new_attention_order), tensors, guided_shapes(model, image_size))
 
 

@@ -11,9 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ddpm_jax.interop.parts import select
 from ddpm_jax.interop.table import KERNEL, SAME, TURNED, ConvertError, Entry, to_ours, to_peer
 from ddpm_jax.models.inception import SIZE, Inception
 
+MARKS = ("Mixed_7c.branch_pool.conv.weight",)
 _NORM = {"scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}
 
 
@@ -26,8 +28,9 @@ def load_inception(tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:
     Raises:
         ConvertError: if the tensors are not those of the network; it lists which.
     """
-    if "Mixed_7c.branch_pool.conv.weight" not in tensors:
-        raise ConvertError("the file is not of FID's Inception network: it lacks Mixed_7c.branch_pool.conv.weight")
+    tensors = select(tensors, MARKS)
+    if MARKS[0] not in tensors:
+        raise ConvertError(f"the file is not of FID's Inception network: it lacks {MARKS[0]}")
     counters = [name for name in tensors if name.endswith(".num_batches_tracked")]
     return to_ours(inception_table(), tensors, _shapes(), ignored=counters)
 

@@ -23,6 +23,7 @@ from ddpm_jax.data.tokenizer import ClipTokenizer, Tokenizer
 from ddpm_jax.interop.clip import LoadedCLIP, load_clip
 from ddpm_jax.interop.guided import unet_table
 from ddpm_jax.interop.karlo import LoadedPrior, absent
+from ddpm_jax.interop.parts import select
 from ddpm_jax.interop.table import (
     SAME,
     TURNED,
@@ -53,6 +54,12 @@ FILES = {
     "clip": "ViT-L-14.*",
 }
 UPSAMPLERS = {"first": "model_first_steps.", "last": "model_last_step."}
+# What the networks are found by in a training checkpoint.
+MARKS = {
+    "prior": ("model.clip_img_proj.weight",),
+    "decoder": ("model.clip_tok_proj.weight",),
+    "upsamplers": (f"{UPSAMPLERS['first']}time_embed.0.weight",),
+}
 # Axes of length one in front, which a parameter of ours does not have; reshape refuses any other length.
 _POSITION = Layout(lambda x: x.reshape(x.shape[1:]), lambda x: (x[None],))
 _QUERY = Layout(lambda x: x.reshape(x.shape[2:]), lambda x: (x[None, None],))
@@ -159,12 +166,6 @@ def _towers(clip: LoadedCLIP) -> tuple[Loaded, Loaded]:
     return Loaded(text, part("text", "text_projection")), Loaded(image, part("vision", "image_projection"))
 
 
-def _state_dict(tensors: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
-    """Leave away what a checkpoint holds beside its state_dict."""
-    state = {name.removeprefix("state_dict."): x for name, x in tensors.items() if name.startswith("state_dict.")}
-    return state or tensors
-
-
 def _shape(tensors: Mapping[str, np.ndarray], name: str, axes: int, whose: str) -> tuple[int, ...]:
     """Return a tensor's shape, once it is there and has so many axes."""
     if name not in tensors:
@@ -212,7 +213,7 @@ def load_prior(
         ConvertError: if the tensors are not those of the prior, or the statistics not two finite vectors of its size.
         ValueError: if heads does not divide the width.
     """
-    tensors = _state_dict(tensors)
+    tensors = select(tensors, MARKS["prior"])
     model, shapes = prior_of(tensors, heads=heads, dtype=dtype)
     params = to_ours(prior_table(model.width, model.layers, heads), tensors, shapes)
     return LoadedPrior(model, params, *_statistics(statistics, model.embed_dim))
@@ -299,7 +300,7 @@ def load_decoder(
         ConvertError: if the tensors are not those of the decoder; it lists which.
         ValueError: if head_channels does not divide a width.
     """
-    tensors = _state_dict(tensors)
+    tensors = select(tensors, MARKS["decoder"])
     model = decoder_of(tensors, image_size=image_size, head_channels=head_channels, dtype=dtype)
     return Loaded(model, to_ours(decoder_table(model, image_size), tensors, decoder_shapes(model, image_size)))
 
@@ -358,7 +359,7 @@ def load_upsamplers(tensors: Mapping[str, np.ndarray], *, image_size: int = 256,
     Raises:
         ConvertError: if the tensors are not those of two upsamplers of one kind; it lists which.
     """
-    tensors = _state_dict(tensors)
+    tensors = select(tensors, MARKS["upsamplers"])
     model = upsampler_of(tensors, image_size=image_size, dtype=dtype)
     shapes = dict.fromkeys(UPSAMPLERS, upsampler_shapes(model, image_size))
     return Loaded(model, to_ours(upsampler_table(model, image_size), tensors, shapes))

@@ -18,6 +18,7 @@ from ddpm_jax.interop import stable_diffusion as sd
 from ddpm_jax.interop.clip import NAMES
 from ddpm_jax.interop.diffusers_layout import block_name
 from ddpm_jax.interop.guided import block_name as original_name
+from ddpm_jax.interop.parts import select
 from ddpm_jax.interop.table import ConvertError, to_ours, to_peer
 from ddpm_jax.interop.tensor_file import read_tensors
 from ddpm_jax.interop.unet import walk
@@ -52,6 +53,7 @@ def open_stable_diffusion_file(
     autoencoder: Autoencoder | None = None,
     head_width: int = 64,
     tokenizer: Tokenizer | None = None,
+    part: str | None = None,
     dtype: Any = jnp.float32,
 ) -> StableDiffusion:
     """Make a pipeline of a file such as v1-5-pruned-emaonly.safetensors or v2-1_768-ema-pruned.ckpt.
@@ -63,6 +65,7 @@ def open_stable_diffusion_file(
         unet, autoencoder: the networks; by default the published ones of the version.
         head_width: of the text encoder's attention.
         tokenizer: CLIP's by default, padded with the end token (version 1) or with 0 (version 2).
+        part: of the file, as `read_tensors` takes it; "model_ema" for the averages of the U-Net's parameters.
         dtype: in which the networks compute; parameters are float32.
 
     Raises:
@@ -72,7 +75,7 @@ def open_stable_diffusion_file(
     """
     if kind not in ("eps", "v"):
         raise ValueError(f'{kind=} must be "eps" or "v"')
-    tensors = state_dict(read_tensors(path))
+    tensors = state_dict(read_tensors(path, part=part))
     second = f"{OPEN_CLIP}token_embedding.weight" in tensors
     autoencoder = sd.AUTOENCODER(dtype=dtype) if autoencoder is None else autoencoder
     heads = {"heads": None} if second else {}
@@ -124,9 +127,8 @@ def export_stable_diffusion_file(pipeline: StableDiffusion) -> dict[str, np.ndar
 
 
 def state_dict(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Return what lies under "state_dict" in a checkpoint, or all if nothing does."""
-    inner = {name[11:]: array for name, array in tensors.items() if name.startswith("state_dict.")}
-    return inner or dict(tensors)
+    """Return the tensors of the networks, without what a trainer stored beside them."""
+    return select(tensors, (f"{UNET}time_embed.0.weight", f"{AUTOENCODER}decoder.conv_in.weight"))
 
 
 def _split(tensors: Mapping[str, np.ndarray]) -> dict[str, dict[str, np.ndarray]]:

@@ -10,11 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ddpm_jax.interop.parts import select
 from ddpm_jax.interop.table import KERNEL, SAME, TURNED, ConvertError, Entry, Layout, joined, to_ours, to_peer
 from ddpm_jax.models.noised_clip import NoisedCLIP, NoisedVisionTransformer
 from ddpm_jax.models.text_encoder import TextEncoder
 
 _NO_KEY_BIAS = Layout(lambda q, v: np.stack([q, np.zeros_like(q), v]).reshape(-1), lambda x: tuple(np.split(x, 3)[::2]))
+MARKS = {"image": ("blocks.input.patch_proj",), "text": ("blocks.input.w_voc",)}
 _IMAGE, _TEXT = ("vision", "image_projection"), ("text", "text_projection")
 
 
@@ -45,7 +47,7 @@ def load_noised_clip(
     params = {}
     for name, (table, tensors, parts) in files.items():
         try:
-            params |= to_ours(table, tensors, {part: shapes[part] for part in parts})
+            params |= to_ours(table, select(tensors, MARKS[name]), {part: shapes[part] for part in parts})
         except ConvertError as error:
             raise ConvertError(f"the {name} tower of a noised CLIP: {error}") from None
     return params

@@ -5,7 +5,6 @@ say, their config.json does: how many heads attention has (called attention_head
 and the schedule.
 """
 
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ import numpy as np
 from ddpm_jax.data.tokenizer import ClipTokenizer, Tokenizer
 from ddpm_jax.interop.clip import ACTIVATIONS, NAMES, Dialect, clip_table
 from ddpm_jax.interop.diffusers_layout import block_name, outer, read_config, read_weights, res
+from ddpm_jax.interop.json_file import read_json
 from ddpm_jax.interop.table import (
     SAME,
     TURNED,
@@ -112,7 +112,7 @@ def _padding(directory: Path) -> int | str:
         if not path.is_file():
             continue
         try:
-            token = json.loads(path.read_text()).get("pad_token")
+            token = read_json(path).get("pad_token")
             token = token["content"] if isinstance(token, dict) else token
         except (OSError, ValueError, AttributeError, LookupError) as error:
             raise ReadError(f"{path} cannot be read: {error}") from None

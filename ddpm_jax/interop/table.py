@@ -107,7 +107,10 @@ def to_ours(
         odd = sorted(set(listed) ^ set(wanted))
         raise ConvertError(f"the network is not one that this layout holds: {', '.join(odd[:8])}")
     names = {name for entry in table for name in entry.peer}
-    problems = _listed("lacks", [name for name in names if name not in tensors])
+    unread = getattr(tensors, "unread", {})
+    problems = _listed("lacks", [name for name in names if name not in tensors and name not in unread])
+    opaque = [f"{name} (an object of {unread[name]})" for name in names if name not in tensors and name in unread]
+    problems += _listed("has in place of a tensor", opaque)
     problems += _listed("has, unknown to this network,", set(tensors) - names - set(ignored))
     found, shapeless, infinite = {}, [], []
     for entry in table:

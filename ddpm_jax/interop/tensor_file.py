@@ -2,7 +2,6 @@
 
 import math
 import stat
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import numpy as np
 from ddpm_jax.interop.json_file import JSON_BYTES, parse_json, read_json
 from ddpm_jax.interop.mapping import mapped
 from ddpm_jax.interop.pickles import NAME_LENGTH
+from ddpm_jax.interop.tensors import Tensors, take_part
 from ddpm_jax.interop.torch_file import AXES, NAMES, TENSORS, dtype_of, is_torch, read_torch
 
 _DTYPES = {
@@ -38,30 +38,14 @@ class ReadError(RuntimeError):
         super().__init__(printable(message))
 
 
-class Tensors(dict[str, np.ndarray]):
-    """Arrays by name, and what the file has beside them.
-
-    Attributes:
-        unread: name -> class of objects that are not read (at most a thousand).
-        metadata: of a safetensors file, name -> string.
-    """
-
-    def __init__(
-        self,
-        arrays: Mapping[str, np.ndarray],
-        unread: Mapping[str, str] | None = None,
-        metadata: Mapping[str, str] | None = None,
-    ):
-        super().__init__(arrays)
-        self.unread, self.metadata = dict(unread or {}), dict(metadata or {})
-
-
-def read_tensors(path: str | Path) -> Tensors:
+def read_tensors(path: str | Path, *, part: str | None = None) -> Tensors:
     """Read all tensors of a file, without running anything that it contains.
 
     Args:
         path: a .safetensors file; the .index.json of one in shards; a PyTorch checkpoint of any age, or a TorchScript
             archive. The format is detected from the file's bytes, not from its name, except for an index.
+        part: only the tensors below this name, by the rest of their names: "ema" for {"ema": {...}}, or "model_ema" for
+            the averages of latent diffusion, which take the place of what they are averages of.
 
     Returns:
         name -> read-only array, a dict. Nested dictionaries and lists give names joined by dots
@@ -71,11 +55,13 @@ def read_tensors(path: str | Path) -> Tensors:
 
     Raises:
         ReadError: if the file is missing, broken, of another kind, beyond a limit (docs/checkpoints.md has them),
-            contradicts itself, has two tensors of one name, or has a shard that holds others than its index says.
+            contradicts itself, has two tensors of one name, has a shard that holds others than its index says, or does
+            not have the part.
     """
     path = Path(path)
     try:
-        return _read(path)
+        tensors = _read(path)
+        return tensors if part is None else take_part(tensors, part)
     except ReadError:
         raise
     except (RecursionError, MemoryError, OSError, ValueError) as error:

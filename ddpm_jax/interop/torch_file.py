@@ -112,7 +112,7 @@ def _read_zip(data: mmap.mmap, budget: Budget) -> tuple[Any, Callable[[Storage],
 
 
 def _storage_of(persistent_id: Any) -> Storage | Opaque:
-    """Read ("storage", class, key, device, number of elements); before torch 1.6 also ("module", class, file, source)."""
+    """Read ("storage", class, key, device, numel), or a class before torch 1.6, ("module", class, file, source)."""
     if isinstance(persistent_id, tuple) and persistent_id[:1] == ("module",) and len(persistent_id) > 1:
         return persistent_id[1] if isinstance(persistent_id[1], Opaque) else Opaque("module")
     if not isinstance(persistent_id, tuple) or len(persistent_id) < 5 or persistent_id[0] != "storage":

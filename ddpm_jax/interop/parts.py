@@ -1,0 +1,63 @@
+"""Which tensors of a training checkpoint are a network's: those below the prefix where its marks are.
+
+Trainers put a network's tensors under names of their own: {"state_dict": ...}, "module." (DistributedDataParallel),
+"model." (Lightning), {"model": ..., "ema": ...}. A network is found by a mark, a tensor that it must have.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from ddpm_jax.interop.table import ConvertError
+from ddpm_jax.interop.tensors import Tensors, below, unwrapped
+
+_AVERAGE = re.compile(r"(^|_)(ema|swa|average|averaged|shadow)(_|\d|$)", re.IGNORECASE)
+
+
+def select(tensors: Mapping[str, np.ndarray], marks: Sequence[str]) -> Tensors:
+    """Return the tensors of one network, by its own names.
+
+    Averages ("ema", "model_ema", "state_dict_ema", ...) are taken only where there are no raw ones;
+    `read_tensors(path, part="ema")` takes them.
+
+    Args:
+        tensors: as `read_tensors` gives them.
+        marks: names of tensors that the network must have; the first that is found counts.
+
+    Returns:
+        What lies below the prefix, with `chosen` saying so; all if no mark is found, which the table then says.
+
+    Raises:
+        ConvertError: if the file holds several networks that it could be; it lists where they are.
+    """
+    tensors = tensors if isinstance(tensors, Tensors) else Tensors(tensors)
+    try:
+        tensors = unwrapped(tensors)
+    except ValueError as error:
+        raise ConvertError(f"the file does not fit: {error}") from None
+    found = next((prefixes for mark in marks if (prefixes := _prefixes(tensors, mark))), [])
+    averages = [prefix for prefix in found if any(_AVERAGE.search(part) for part in prefix.split("."))]
+    raw = [prefix for prefix in found if prefix not in averages]
+    candidates = [""] if "" in raw else raw or averages
+    if not candidates:
+        return tensors
+    if len(candidates) > 1:
+        listed = ", ".join(prefix.removesuffix(".") for prefix in candidates[:8])
+        raise ConvertError(
+            f"the file holds {len(candidates)} networks that could be meant, under {listed}; choose one with "
+            "read_tensors(path, part=...) or --part"
+        )
+    prefix = candidates[0]
+    others = tuple(other for other in found if other != prefix and other.startswith(prefix))
+    left = [other.removesuffix(".") for other in averages if other != prefix]
+    chosen = tensors.chosen + prefix if tensors.chosen else f"those under {prefix}" if prefix else ""
+    if left:
+        chosen = f"{chosen or 'the raw ones'}; averages under {', '.join(left)} are left out, --part takes them"
+    return below(tensors, prefix, without=others, chosen=chosen)
+
+
+def _prefixes(tensors: Mapping[str, np.ndarray], mark: str) -> list[str]:
+    """Return what stands before a mark, wherever it is, "" or with a dot at its end."""
+    ends = f".{mark}"
+    return sorted(name[: -len(mark)] for name in tensors if name == mark or name.endswith(ends))
