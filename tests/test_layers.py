@@ -136,6 +136,30 @@ def test_attention_is_softmax_attention(masked):
     assert not masked or not out[1, 2].any()
 
 
+@pytest.mark.parametrize("dtype,tolerance", [("bfloat16", 0.016), ("float16", 0.002)])
+@pytest.mark.parametrize("size", [1.0, 5.0, 100.0])
+def test_logits_of_attention_are_float32_in_half_precision(dtype, tolerance, size):
+    """Logits up to 8, 190 and 74000, against float64 with the same rounded q, k and v; one head has 40 channels."""
+    a, b, v = (normal(seed, 1, 64, 2, 40) for seed in range(3))
+    q, k, v = (x.astype(dtype) for x in (size * a, size * b + 0.5 * size * a, v))
+    exact = f64(tuple(x.astype(jnp.float32) for x in (q, k, v)))
+    weights = softmax(np.einsum("bnhd,bmhd->bhnm", *exact[:2]) / np.sqrt(40))
+    out = jax.jit(attention)(q, k, v)
+    assert out.dtype == dtype
+    np.testing.assert_allclose(out.astype(jnp.float32), np.einsum("bhnm,bmhd->bnhd", weights, exact[2]), atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_gradient_of_attention_in_half_precision(dtype):
+    """Within the rounding of the dtype of the gradient in float32, and of the inputs' own dtype."""
+    q, k, v = (normal(seed, 1, 16, 2, 40).astype(dtype) for seed in range(3))
+    grad = jax.grad(lambda *x: attention(*x).astype(jnp.float32).var(), argnums=(0, 1, 2))
+    exact = grad(*(x.astype(jnp.float32) for x in (q, k, v)))
+    for half, full in zip(jax.jit(grad)(q, k, v), exact, strict=True):
+        assert half.dtype == dtype
+        np.testing.assert_allclose(half.astype(jnp.float32), full, atol=0.03 * float(jnp.abs(full).max()))
+
+
 def test_attention_has_a_finite_gradient_where_a_query_sees_nothing():
     q = normal(0, 1, 2, 1, 4)
     grad = jax.grad(lambda q: attention(q, q, q, jnp.zeros((1, 1, 2, 2), bool)).sum())(q)

@@ -218,6 +218,22 @@ def test_places_ask_words():
     np.testing.assert_array_equal(run(params, hidden, TOKENS, jnp.zeros_like(MASK)), 0)
 
 
+def test_places_have_float32_logits_in_half_precision():
+    """Logits above 65504, the largest number of float16, are finite; one word per place is then left."""
+    hidden = 6e4 * jnp.tanh(normal(0, B, L, 7))
+    module = PlacesAskWords((2, 3, 4), 2, VOCAB, jnp.float16)
+    params = random_params(module.init, hidden, TOKENS, MASK)
+    out = np.asarray(module.apply(params, hidden.astype(jnp.float16), TOKENS, MASK), np.float64)
+    words = np.asarray(params["params"]["value"]["embedding"])[np.asarray(TOKENS)].reshape(B, L, 2, 4)
+    p = jax.tree.map(lambda a: np.asarray(a, np.float64), params["params"])
+    ask = np.einsum("hpd,whd->whp", p["query"], p["kernel"].reshape(7, 2, 16)) / 4
+    logits = np.einsum("blw,whp->blhp", np.asarray(hidden, np.float64), ask)
+    assert np.abs(logits).max() > 65504
+    chosen = np.where(np.asarray(MASK)[:, :, None, None], logits, -np.inf).argmax(1)  # [B, heads, places]
+    picked = sum(np.take_along_axis(words[:, :, head], chosen[:, head, :, None], 1) for head in range(2))
+    np.testing.assert_allclose(out.reshape(B, 6, 4), picked, atol=0.02)
+
+
 def test_places_tell_the_order_of_words():
     """What the sum of words cannot do: with the other paths of the caption closed, swapped words change the picture."""
     params, run = bound("decoder", True)

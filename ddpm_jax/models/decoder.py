@@ -137,7 +137,7 @@ class PlacesAskWords(nn.Module):
         query = self.param("query", nn.initializers.normal(1.0), (self.heads, height * width, 16), jnp.float32)
         key = self.param("kernel", nn.initializers.lecun_normal(), (tokens.shape[-1], self.heads * 16), jnp.float32)
         ask = jnp.einsum("hpd,whd->whp", query, key.reshape(-1, self.heads, 16)).reshape(-1, asks) / 4
-        logits = (tokens @ ask.astype(self.dtype)).astype(jnp.float32)
+        logits = jnp.einsum("blw,wa->bla", tokens, ask.astype(self.dtype), preferred_element_type=jnp.float32)
         weights = jax.nn.softmax(jnp.where(mask[:, :, None], logits, jnp.finfo(jnp.float32).min), axis=1)
         weights = jnp.where(mask[:, :, None], weights, 0.0).astype(self.dtype)
         weights = weights.reshape(b, length * self.heads, height * width)

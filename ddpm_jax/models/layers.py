@@ -30,7 +30,9 @@ def timestep_embedding(t: jax.Array, dim: int, max_period: float = 10_000.0) -> 
 
 
 def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None = None) -> jax.Array:
-    """Scaled dot-product attention, `softmax(q k^T / sqrt(D)) v`, softmax in float32.
+    """Compute scaled dot-product attention, `softmax(q k^T / sqrt(D)) v`; logits and softmax are float32 or wider.
+
+    In half precision both products are accumulated in float32, and only the softmax weights and the result are rounded.
 
     q: [B, N, H, D]; k: [B, M, H, D]; v: [B, M, H, E]; mask: bool, broadcastable to [B, H, N, M], True where a key may
     be seen. A query that may see no key at all gets zeros. Returns [B, N, H, E] in v's dtype.
@@ -41,14 +43,19 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None =
     b, n, h, d = q.shape
     m = k.shape[1]
     fold = lambda x: x.transpose(0, 2, 1, 3).reshape(b * h, *x.shape[1::2])  # noqa: E731
-    weights = jnp.einsum("xnd,xmd->xnm", fold(q) * jnp.asarray(d**-0.5, q.dtype), fold(k)).astype(jnp.float32)
+    wide = jnp.promote_types(q.dtype, jnp.float32)
+    # Half-precision queries are not scaled before the product, which would round them.
+    before, after = (d**-0.5, None) if q.dtype == wide else (None, d**-0.5)
+    q = q if before is None else q * jnp.asarray(before, q.dtype)
+    logits = jnp.einsum("xnd,xmd->xnm", fold(q), fold(k), preferred_element_type=wide)
+    logits = logits if after is None else logits * jnp.asarray(after, wide)
     if mask is not None:
         mask = jnp.broadcast_to(mask, (b, h, n, m)).reshape(b * h, n, m)
-        weights = jnp.where(mask, weights, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(weights, axis=-1)
+        logits = jnp.where(mask, logits, jnp.finfo(wide).min)
+    weights = jax.nn.softmax(logits, axis=-1)
     if mask is not None:
         weights = jnp.where(mask, weights, 0.0)
-    out = jnp.einsum("xnm,xmd->xnd", weights.astype(v.dtype), fold(v))
+    out = jnp.einsum("xnm,xmd->xnd", weights.astype(v.dtype), fold(v), preferred_element_type=wide).astype(v.dtype)
     return out.reshape(b, h, n, v.shape[-1]).transpose(0, 2, 1, 3)
 
 
