@@ -18,7 +18,7 @@ from ddpm_jax.models.decoder import Decoder, check_layout
 from ddpm_jax.models.prior import DiffusionPrior
 from ddpm_jax.models.text_encoder import RecurrentTextEncoder, TextEncoder
 from ddpm_jax.models.transformer import gelu, quick_gelu
-from ddpm_jax.models.unet import UNet, check_image_size
+from ddpm_jax.models.unet import UNet, check_image_size, levels_of_resolutions
 from ddpm_jax.models.upsampler import Upsampler
 from ddpm_jax.pipelines.stages import Sampling
 from ddpm_jax.process import GaussianProcess, make_process, respace
@@ -163,7 +163,10 @@ def make_decoder(config: Config, vocab_size: int) -> Decoder:
     unet = _unet(
         decoder,
         6 if decoder["variance"] == "learned_range" else 3,
-        attention_resolutions=tuple(decoder["attention_resolutions"]),
+        attention_resolutions=(),
+        attention_levels=levels_of_resolutions(
+            decoder["attention_resolutions"], decoder["image_size"] // decoder["patch"], len(decoder["channel_mult"])
+        ),
         head_channels=decoder["head_channels"],
         modulate=decoder["modulate"],
     )
@@ -202,7 +205,7 @@ def make_upsampler(config: Config) -> Upsampler:
         )
     for size in (up["image_size"], up["crop"]):
         check_image_size(size, up["patch"], len(up["channel_mult"]))
-    return Upsampler(_unet(up, 3, attention_resolutions=(), mid_attention=False))
+    return Upsampler(_unet(up, 3, attention_resolutions=(), attention_levels=(), mid_attention=False))
 
 
 def make_weighting(config: Config) -> Any:
@@ -255,6 +258,7 @@ def check_config(config: Config) -> None:
     for stage, make in {"prior": make_prior, "decoder": make_decoder}.items():
         with _naming(stage):
             make(config, vocab_size)
+    _check_resolutions(config["decoder"])
     with _naming("upsampler"):
         make_upsampler(config)
     if config["decoder"]["image_size"] != config["upsampler"]["low_size"]:
@@ -274,6 +278,16 @@ def check_config(config: Config) -> None:
     for size in {config["clip"]["image_size"], rendered, config["upsampler"]["image_size"]}:
         with _naming("data"):
             make_source(config, resolution=size)
+
+
+def _check_resolutions(decoder: Config) -> None:
+    heights = [decoder["image_size"] // decoder["patch"] >> level for level in range(len(decoder["channel_mult"]))]
+    for resolution in decoder["attention_resolutions"]:
+        if resolution not in heights:
+            raise ValueError(
+                f"decoder.attention_resolutions has {resolution}, and the levels' feature maps have heights "
+                f"{', '.join(map(str, heights))}"
+            )
 
 
 def _check_objectives(config: Config) -> None:

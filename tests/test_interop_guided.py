@@ -62,6 +62,66 @@ def test_the_outputs_are_the_peers(name):
         np.testing.assert_array_equal(back[key], array, err_msg=key)
 
 
+OTHERS = {
+    "heads_up": unet(heads=4, heads_up=2),
+    "pooled": unet(heads=2, heads_up=4, pool_resample=True, out_channels=2),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_heads_pooling_and_channels(name):
+    """num_heads_upsample, conv_resample=False, and inputs of four channels and of one."""
+    model, peer = OTHERS[name], weights(name)
+    options = {"image_size": 16, "new_attention_order": name == "heads_up"}
+    params = load_guided(peer, model, **options)
+    x, theirs = (PEER[f"{name}/{key}"].transpose(0, 2, 3, 1) for key in ("x", "out"))
+    with jax.default_matmul_precision("highest"):
+        ours = fast_jit(lambda params: model.apply({"params": params}, x, PEER["t"][1:2]))(params)
+    np.testing.assert_allclose(ours, theirs, atol=2e-5)
+    back = export_guided(params, model, **options)
+    assert set(back) == set(peer)
+    for key, array in peer.items():
+        np.testing.assert_array_equal(back[key], array, err_msg=key)
+
+
+def test_images_of_another_size():
+    """8 x 32, through networks of 16 x 16 with attention at level 1, said by a resolution and by the level."""
+    x = jnp.asarray(PEER["size/x"].transpose(0, 2, 3, 1))
+    levels = {"attention_resolutions": (), "attention_levels": (1,)}
+    classifier = Classifier(32, 10, 16, pool="adaptive", **(CLASSIFIER | levels))
+    for model, name, theirs in (
+        (unet(), "new_order", PEER["size/out"].transpose(0, 2, 3, 1)),
+        (classifier, "classifier/adaptive", PEER["size/classifier"]),
+    ):
+        params = load_guided(weights(name), model, image_size=16)
+        with jax.default_matmul_precision("highest"):
+            ours = fast_jit(lambda params, model=model: model.apply({"params": params}, x, PEER["t"][1:2]))(params)
+        np.testing.assert_allclose(ours, theirs, atol=2e-5)
+    at = lambda model, *size: jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, *size, 3)), jnp.zeros(1))
+    shapes = at(unet(**levels), 16, 16)
+    assert shapes == at(unet(**levels), 16, 32) == at(unet(**levels), 64, 8) == at(unet(), 16, 16)
+
+
+@pytest.mark.parametrize("size", [(256, 256), (512, 256)])
+def test_attention_belongs_to_levels(size):
+    """The 256 model of ADM has 2 + 2 + 2 layers on the way down, one in the middle and 9 on the way up, at any size."""
+    spec = lambda *shape, dtype=jnp.float32: jax.ShapeDtypeStruct(shape, dtype)
+    model = PUBLISHED["256x256_diffusion"].model()
+    given = spec(1, *size, 3), spec(1), spec(1, dtype=jnp.int32)
+    params = jax.eval_shape(model.init, jax.random.key(0), *given)["params"]["unet"]
+    assert sum(name.endswith("_attn") for name in params) == 16
+
+
+def test_attention_by_resolution_of_an_image_that_is_not_square():
+    spec = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
+    with pytest.raises(ValueError, match=r"\(8,\) is for square images; level 0 of this one has 8 x 16 pos"):
+        jax.eval_shape(unet().init, jax.random.key(0), spec(1, 8, 16, 3), spec(1))
+    with pytest.raises(ValueError, match=r"attention_levels=\(2,\) must lie between 0 and 1, the coarsest level"):
+        jax.eval_shape(unet(attention_levels=(2,)).init, jax.random.key(0), spec(1, 16, 16, 3), spec(1))
+    with pytest.raises(ValueError, match="heads=5 must be at least 1 and divide the 64 channels of the level"):
+        jax.eval_shape(unet(heads=5).init, jax.random.key(0), spec(1, 16, 16, 3), spec(1))
+
+
 def test_the_order_of_attention_matters():
     """It cannot be read from a file: both orders fit."""
     one, other = (load_guided(weights("new_order"), unet(), image_size=16, new_attention_order=o) for o in (0, 1))
@@ -73,6 +133,22 @@ def test_another_network_is_refused():
     for model in (unet(num_res_blocks=2), unet(scale_shift=False), unet(conv_resample=True), ClassUNet(unet(), 10)):
         with pytest.raises(ConvertError, match="the file does not fit: it"):
             load_guided(weights("new_order"), model, image_size=16)
+    for name, model, message in (
+        (
+            "pooled",
+            unet(heads=2, out_channels=2),
+            r"pooling \(trained with conv_resample=False\), .* pool_resample=T",
+        ),
+        ("improved", unet(scale_shift=False), "convolutions, which need conv_resample=True of the model"),
+        ("new_order", unet(conv_resample=True), "residual blocks, which need conv_resample=False and pool_resample=F"),
+    ):
+        with pytest.raises(ConvertError, match=f"the file does not fit: it .*; its levels are joined by {message}"):
+            load_guided(weights(name), model, image_size=16)
+    with pytest.raises(ValueError, match="conv_resample=True and pool_resample=True contradict each other"):
+        load_guided(weights("pooled"), unet(conv_resample=True, pool_resample=True), image_size=16)
+    odd = weights("upsampler") | {"input_blocks.0.0.weight": np.zeros((32, 5, 3, 3), np.float32)}
+    with pytest.raises(ConvertError, match="network sees 5 channels, where an upsampler sees two images"):
+        load_guided(odd, SuperUNet(unet(), 10), image_size=16)
     with pytest.raises(ConvertError, match="it has, unknown to this network, label_emb.weight"):
         load_guided(weights("adm"), unet(), image_size=16)
 

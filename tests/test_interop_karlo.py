@@ -26,9 +26,9 @@ from ddpm_jax.samplers import loop
 
 PEER = np.load(Path(__file__).parent / "data" / "karlo.npz")
 D = 32
-SMALL = {"channel_mult": (1, 2), "num_res_blocks": 1}
-DECODER = Decoder(UNet(32, 6, attention_resolutions=(8,), head_channels=16, **SMALL), D, 40)
-UPSAMPLER = Upsampler(UNet(32, 3, attention_resolutions=(), scale_shift=False, mid_attention=False, **SMALL))
+SMALL = {"channel_mult": (1, 2), "num_res_blocks": 1, "attention_resolutions": ()}
+DECODER = Decoder(UNet(32, 6, attention_levels=(1,), head_channels=16, **SMALL), D, 40)
+UPSAMPLER = Upsampler(UNet(32, 3, attention_levels=(), scale_shift=False, mid_attention=False, **SMALL))
 
 
 def weights(name, seed=0):

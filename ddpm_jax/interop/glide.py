@@ -16,12 +16,12 @@ from ddpm_jax.models.unet import UNet
 
 def BASE(**options: Any) -> Glide:  # noqa: N802
     """Return the released 64 x 64 network; cosine schedule, 1000 steps."""
-    return Glide(UNet(192, 6, (1, 2, 3, 4), 3, (32, 16, 8), dropout=0.1, **options))
+    return Glide(UNet(192, 6, (1, 2, 3, 4), 3, (), dropout=0.1, attention_levels=(1, 2, 3), **options))
 
 
 def UPSAMPLER(**options: Any) -> Glide:  # noqa: N802
     """Return the released 64 -> 256 network; linear schedule, 1000 steps."""
-    return Glide(UNet(192, 6, (1, 1, 2, 2, 4, 4), 2, (32, 16, 8), dropout=0.1, **options))
+    return Glide(UNet(192, 6, (1, 1, 2, 2, 4, 4), 2, (), dropout=0.1, attention_levels=(3, 4, 5), **options))
 
 
 def load_glide(tensors: Mapping[str, np.ndarray], model: Glide, *, image_size: int) -> dict[str, Any]:

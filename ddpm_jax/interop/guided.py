@@ -6,6 +6,7 @@ of ADM). The wrong order gives a network that runs and draws noise. So the netwo
 those that OpenAI released; every tensor of the file must then find its place.
 """
 
+import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -15,10 +16,22 @@ import jax.numpy as jnp
 import numpy as np
 
 from ddpm_jax.interop.parts import select
-from ddpm_jax.interop.table import SAME, TURNED, Entry, Layout, by_head, conv, dense, norm, to_ours, to_peer
+from ddpm_jax.interop.table import (
+    SAME,
+    TURNED,
+    ConvertError,
+    Entry,
+    Layout,
+    by_head,
+    conv,
+    dense,
+    norm,
+    to_ours,
+    to_peer,
+)
 from ddpm_jax.interop.unet import Block, attends_at, walk
 from ddpm_jax.models.adm import Classifier, ClassUNet, SuperUNet
-from ddpm_jax.models.unet import UNet
+from ddpm_jax.models.unet import UNet, levels_of_resolutions
 
 POINTWISE = Layout(lambda x: x[..., 0].T, lambda x: (x.T[..., None],))  # a convolution of width one: [O, I, 1]
 MARKS = ("time_embed.0.weight",)  # by which a network is found in a training checkpoint
@@ -43,17 +56,21 @@ class Published(NamedTuple):
     rescale_timesteps: bool = False
 
 
-def _unet(size: int, channels: int = 256, blocks: int = 2, **options) -> UNet:
-    return UNet(channels, 6, _MULT[size], blocks, (32, 16, 8), **options)
+def _unet(size: int, channels: int = 256, blocks: int = 2, resolutions: tuple = (32, 16, 8), **options) -> UNet:
+    levels = levels_of_resolutions(resolutions, size, len(_MULT[size]))
+    return UNet(channels, 6, _MULT[size], blocks, (), attention_levels=levels, **options)
 
 
-def _improved(size: int, channels: int, blocks: int = 3, **options) -> UNet:
-    options = {"attention_resolutions": (16, 8), "heads": 4} | options
-    return UNet(channels, 6, _MULT[size], blocks, conv_resample=True, **options)
+def _improved(size: int, channels: int, blocks: int = 3, resolutions: tuple = (16, 8), **options) -> UNet:
+    return _unet(size, channels, blocks, resolutions, conv_resample=True, **({"heads": 4} | options))
 
 
 def _bedroom() -> UNet:
-    return _improved(256, 128, 2, attention_resolutions=(16,), heads=1, scale_shift=False)
+    return _improved(256, 128, 2, (16,), heads=1, scale_shift=False)
+
+
+def _large_upsampler() -> UNet:
+    return UNet(192, 6, _MULT[256], 2, (), attention_levels=levels_of_resolutions((32, 16), 512, 6))
 
 
 def _classifier(size: int, blocks: int = 2) -> Classifier:
@@ -68,7 +85,7 @@ PUBLISHED = {
     "256x256_diffusion_uncond": Published(lambda: _unet(256), 256),
     "512x512_diffusion": Published(lambda: ClassUNet(_unet(512), 1000), 512),
     "64_256_upsampler": Published(lambda: SuperUNet(_unet(256, 192, heads=4), 1000), 256, low_size=64),
-    "128_512_upsampler": Published(lambda: SuperUNet(UNet(192, 6, _MULT[256], 2, (32, 16)), 1000), 512, low_size=128),
+    "128_512_upsampler": Published(lambda: SuperUNet(_large_upsampler(), 1000), 512, low_size=128),
     "lsun": Published(lambda: _unet(256, dropout=0.1), 256),
     "64x64_classifier": Published(lambda: _classifier(64, 4), 64, schedule="cosine"),
     "128x128_classifier": Published(lambda: _classifier(128), 128),
@@ -91,20 +108,52 @@ PUBLISHED = {
 def load_guided(
     tensors: Mapping[str, np.ndarray], model: nn.Module, *, image_size: int, new_attention_order: bool = False
 ) -> dict[str, Any]:
-    """Return the parameters of a network, float32.
+    """Return the parameters of a network, float32. The number of its input channels is read from the file.
+
+    A file does not say how many heads attention has, so the model must have the numbers it was trained with: num_heads
+    is `UNet.heads`, num_heads_upsample is `heads_up`, num_head_channels is `head_channels` (with heads=None).
 
     Args:
         tensors: as `read_tensors` gives them; of a training checkpoint its part is taken by `interop.parts.select`.
         model: a `UNet`, `ClassUNet`, `SuperUNet` or `Classifier`, built as the published one was; with
-            conv_resample=True for improved diffusion, and for guided diffusion without resblock_updown.
-        image_size: of the pictures, in pixels.
+            conv_resample=True for improved diffusion, and for guided diffusion without resblock_updown; with
+            pool_resample=True for either without both resblock_updown and conv_resample.
+        image_size: of the images, in pixels.
         new_attention_order: the flag of that name (use_new_attention_order).
 
     Raises:
         ConvertError: if the tensors are not those of the network; it lists which.
     """
     tensors = select(tensors, MARKS)
-    return to_ours(guided_table(model, image_size, new_attention_order), tensors, guided_shapes(model, image_size))
+    kernel = tensors.get("input_blocks.0.0.weight")
+    channels = 3 if kernel is None or kernel.ndim != 4 else kernel.shape[1]
+    if isinstance(model, SuperUNet) and channels % 2:
+        raise ConvertError(f"the file's network sees {channels} channels, where an upsampler sees two images")
+    shapes = guided_shapes(model, image_size, max(channels, 1))
+    try:
+        return to_ours(guided_table(model, image_size, new_attention_order), tensors, shapes)
+    except ConvertError as error:
+        reason = _other_resampling(tensors, _network(model))
+        raise ConvertError(f"{error}{reason}") from None
+
+
+def _network(model: nn.Module) -> UNet | Classifier:
+    return model.unet if isinstance(model, (ClassUNet, SuperUNet)) else model
+
+
+def _other_resampling(tensors: Mapping[str, np.ndarray], net: UNet | Classifier) -> str:
+    """Return how the file's network changes the resolution, if it is another way than the model's, or ""."""
+    names = [name.split(".") for name in tensors if re.fullmatch(r"input_blocks\.[0-9]{1,6}\.\d+\..*", name)]
+    numbers = {int(name[1]) for name in names}
+    if not numbers:
+        return ""
+    if any(name[3] == "op" for name in names):
+        how, found = "convolutions, which need conv_resample=True", (True, False)
+    elif len(numbers) <= max(numbers):  # pooling has a number there, and no tensor
+        how, found = "pooling (trained with conv_resample=False), which needs pool_resample=True", (False, True)
+    else:
+        how, found = "residual blocks, which need conv_resample=False and pool_resample=False", (False, False)
+    return "" if found == (net.conv_resample, net.pool_resample) else f"; its levels are joined by {how} of the model"
 
 
 def export_guided(
@@ -116,8 +165,7 @@ def export_guided(
 
 def guided_table(model: nn.Module, image_size: int, new_attention_order: bool = False) -> list[Entry]:
     """Return the table of a network."""
-    net = model.unet if isinstance(model, (ClassUNet, SuperUNet)) else model
-    table = []
+    net, table = _network(model), []
     if getattr(model, "num_classes", None) is not None and not isinstance(model, Classifier):
         table.append(Entry("label/embedding", ("label_emb.weight",), SAME))
     return table + unet_table(net, image_size, "" if net is model else "unet/", new_attention_order)
@@ -133,8 +181,11 @@ def unet_table(
         here, peer = f"{ours}{block.ours}", block_name(block, net, image_size)
         if block.kind == "attention":
             heads = net.heads or block.widths[0] // net.head_channels
+            heads = (getattr(net, "heads_up", None) or heads) if block.side == "up" else heads
             table += _attention(here, peer, heads, new_attention_order)
             table += _pointwise(f"{here}/context_kv", f"{peer}.encoder_kv") if context else []
+        elif block.kind == "resample" and net.pool_resample:
+            continue
         elif block.kind == "resample" and net.conv_resample:
             table += conv(f"{here}/conv", f"{peer}.{'op' if block.side == 'down' else 'conv'}")
         else:
@@ -201,12 +252,17 @@ def _head(net: Classifier) -> list[Entry]:
     }[net.pool]
 
 
-def guided_shapes(model: nn.Module, image_size: int) -> Any:
-    """Return the shapes of a network's parameters, made without any numbers."""
+def guided_shapes(model: nn.Module, image_size: int, channels: int | None = None) -> Any:
+    """Return the shapes of a network's parameters, made without any numbers.
+
+    channels: of the first convolution's input; 3 by default, and 6 of an upsampler, which sees two images.
+    """
     spec = lambda *shape, dtype=jnp.float32: jax.ShapeDtypeStruct(shape, dtype)  # noqa: E731
-    inputs = [spec(1, image_size, image_size, 3), spec(1)]
-    if isinstance(model, SuperUNet):
-        inputs.append(spec(1, image_size // 4, image_size // 4, 3))
-    if isinstance(model, ClassUNet) or (isinstance(model, SuperUNet) and model.num_classes is not None):
+    two = isinstance(model, SuperUNet)
+    colors = 3 if channels is None else channels // (1 + two)
+    inputs = [spec(1, image_size, image_size, colors), spec(1)]
+    if two:
+        inputs.append(spec(1, image_size // 4, image_size // 4, colors))
+    if isinstance(model, ClassUNet) or (two and model.num_classes is not None):
         inputs.append(spec(1, dtype=jnp.int32))
     return jax.eval_shape(model.init, jax.random.key(0), *inputs)["params"]

@@ -130,8 +130,9 @@ def _unet_of(config: Mapping[str, Any], dtype: Any, **options: Any) -> UNet:
         config["out_channels"],
         tuple(width / widths[0] for width in widths),
         depths,
-        tuple(config["sample_size"] >> level for level, wanted in enumerate(attends) if wanted),
+        (),
         dtype=dtype,
+        attention_levels=tuple(level for level, wanted in enumerate(attends) if wanted),
         **options,
     )
 
@@ -283,7 +284,7 @@ def decoder_table(model: Decoder, image_size: int) -> list[Entry]:
 
 def DECODER(**options: Any) -> Decoder:  # noqa: N802
     """Return Karlo's decoder, 64 x 64."""
-    unet = UNet(320, 6, (1, 2, 3, 4), 3, (32, 16, 8), 64, **options)
+    unet = UNet(320, 6, (1, 2, 3, 4), 3, (), 64, attention_levels=(1, 2, 3), **options)
     return Decoder(unet, 768, 1536, dtype=unet.dtype)
 
 
@@ -319,7 +320,8 @@ def export_upsampler(params: Mapping[str, Any], model: Upsampler, *, image_size:
 
 def UPSAMPLER(**options: Any) -> Upsampler:  # noqa: N802
     """Return Karlo's upsampler, 64 to 256, whose time embedding is added and not a scale and a shift."""
-    return Upsampler(UNet(320, 3, (1, 2, 3, 4), 3, (), scale_shift=False, mid_attention=False, **options))
+    options = {"scale_shift": False, "mid_attention": False, "attention_levels": ()} | options
+    return Upsampler(UNet(320, 3, (1, 2, 3, 4), 3, (), **options))
 
 
 # ---- The U-Net -------------------------------------------------------------------------------------------------------

@@ -42,7 +42,7 @@ from ddpm_jax.models.clip import CLIP
 from ddpm_jax.models.decoder import Decoder
 from ddpm_jax.models.prior import DiffusionPrior
 from ddpm_jax.models.transformer import gelu
-from ddpm_jax.models.unet import UNet
+from ddpm_jax.models.unet import UNet, check_image_size
 from ddpm_jax.models.upsampler import Upsampler
 from ddpm_jax.pipelines.karlo import Karlo
 
@@ -410,13 +410,15 @@ def _unet_of(
     for width, wanted in zip(widths, attends, strict=True):
         if wanted and width % head_channels:
             raise ValueError(f"{head_channels=} must divide the widths of attention, one of which is {width}")
+    check_image_size(image_size, 1, len(widths))
     return UNet(
         channels,
         _shape(tensors, f"{peer}out.2.weight", 4, whose)[0],
         tuple(width / channels for width in widths),
         ends[0] if ends else max(total - 1, 1),
-        tuple(image_size >> level for level, wanted in enumerate(attends) if wanted),
+        (),
         head_channels,
+        attention_levels=tuple(level for level, wanted in enumerate(attends) if wanted),
         scale_shift=emb == 2 * widths[-1],
         mid_attention=f"{peer}middle_block.1.qkv.weight" in tensors,
         dtype=dtype,

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from ddpm_jax.models.layers import GroupNorm, TimeEmbedding, attention
-from ddpm_jax.models.unet import Parts, UNet, contract
+from ddpm_jax.models.unet import Parts, UNet, check_image_size, contract
 
 POOLS = ("attention", "adaptive", "spatial", "spatial_v2")
 
@@ -54,7 +54,9 @@ class Classifier(nn.Module):
     """The way down of the U-Net, and a head: the logits of the class of a noised picture (ADM 4, appendix H).
 
     pool: "attention" as published (a query from the mean over positions), "adaptive" (the mean), "spatial" or
-    "spatial_v2" (the means of every block's output, through one hidden layer of 2048, the latter with a norm). The
+    "spatial_v2" (the means of every block's output, through one hidden layer of 2048, the latter with a norm).
+    image_size: height and width that it was trained at; "attention" is for that size only. attention_resolutions: the
+    heights of the feature maps that have attention in images of image_size, in place of attention_levels (None). The
     other fields are those of `UNet`.
     """
 
@@ -73,16 +75,20 @@ class Classifier(nn.Module):
     groups: int = 32
     remat: bool = False
     dtype: Any = jnp.float32
+    attention_levels: tuple[int, ...] | None = None
+    pool_resample: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array, t: jax.Array, *, train: bool = False) -> jax.Array:
         """Return the logits. x: float[B, H, W, C]; t: [B]. float32[B, num_classes]."""
         if self.pool not in POOLS:
             raise ValueError(f"pool={self.pool!r} must be one of {', '.join(POOLS)}")
-        if x.shape[1:3] != (self.image_size,) * 2:
-            raise ValueError(f"x has shape {x.shape}; this classifier was built for pictures of {self.image_size}")
+        if self.pool == "attention" and x.shape[1:3] != (self.image_size,) * 2:
+            raise ValueError(f"x has shape {x.shape}; this classifier was built for images of {self.image_size}")
+        for size in x.shape[1:3]:
+            check_image_size(size, 1, len(self.channel_mult))
         time = TimeEmbedding(self.channels, 4 * self.channels, self.dtype, name="time")(t)
-        h, skips = contract(Parts(self, time, train, {}), x.astype(self.dtype), True)
+        h, skips = contract(Parts(self, time, train, []), x.astype(self.dtype), True)
         h = h.astype(jnp.float32)
         if self.pool.startswith("spatial"):
             means = [part.astype(jnp.float32).mean((1, 2)) for part in (*skips, h)]

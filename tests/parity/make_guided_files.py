@@ -38,6 +38,22 @@ NETWORKS = {
     for pool in ("attention", "adaptive", "spatial", "spatial_v2")
 }
 
+# Of one image each, of in_channels channels.
+OTHERS = {
+    "heads_up": UNET | {"num_head_channels": -1, "num_heads": 4, "num_heads_upsample": 2, "in_channels": 4,
+                        "use_new_attention_order": True},
+    "pooled": UNET | {"resblock_updown": False, "conv_resample": False, "in_channels": 1, "out_channels": 2,
+                      "num_head_channels": -1, "num_heads": 2, "num_heads_upsample": 4},
+}  # fmt: skip
+
+
+def randomized(kind: type[torch.nn.Module], options: dict) -> tuple[torch.nn.Module, str]:
+    """Return a network with random weights, and their shapes."""
+    model = kind(**options).eval()
+    shapes = {key: tuple(array.shape) for key, array in model.state_dict().items()}
+    model.load_state_dict({key: torch.from_numpy(array) for key, array in random_weights(shapes).items()})
+    return model, json.dumps(shapes)
+
 
 @torch.no_grad()
 def main() -> None:
@@ -48,14 +64,21 @@ def main() -> None:
     t, y = torch.tensor([0.0, 417.0, 999.0]), torch.tensor([3, 0, 9])
     out = {"x": x.numpy(), "low": low.numpy(), "t": t.numpy(), "y": y.numpy()}
     for name, (kind, options) in NETWORKS.items():
-        model = kind(**options).eval()
-        shapes = {key: tuple(array.shape) for key, array in model.state_dict().items()}
-        model.load_state_dict({key: torch.from_numpy(array) for key, array in random_weights(shapes).items()})
+        model, out[f"{name}/shapes"] = randomized(kind, options)
         given = {"y": y} if "num_classes" in options else {}
         given |= {"low_res": low} if kind is SuperResModel else {}
         out[f"{name}/out"] = model(x, t, **given).numpy()
-        out[f"{name}/shapes"] = json.dumps(shapes)
-        print(name, sum(int(np.prod(shape)) for shape in shapes.values()), out[f"{name}/out"].std())
+        print(name, out[f"{name}/out"].std())
+    for name, options in OTHERS.items():
+        model, out[f"{name}/shapes"] = randomized(UNetModel, options)
+        x = torch.randn(1, options["in_channels"], 16, 16, generator=generator)
+        out |= {f"{name}/x": x.numpy(), f"{name}/out": model(x, t[1:2]).numpy()}
+        print(name, out[f"{name}/out"].std())
+    # Images of other sizes than 16 x 16, which the networks were built for.
+    x = torch.randn(1, 3, 8, 32, generator=generator)
+    out |= {"size/x": x.numpy(), "size/out": randomized(UNetModel, UNET)[0](x, t[1:2]).numpy()}
+    classifier = randomized(EncoderUNetModel, COMMON | {"out_channels": 10, "pool": "adaptive"})[0]
+    out["size/classifier"] = classifier(x, t[1:2]).numpy()
     np.savez_compressed(OUT, **out)
     print(OUT.name, OUT.stat().st_size)
 
