@@ -19,6 +19,7 @@ import numpy as np
 
 from ddpm_jax.data.tokenizer import byte_symbols
 
+_MOST = 1 << 22  # characters of a file after it is unpacked; GLIDE's have one million and half a million
 _PATTERN = r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
 
 
@@ -136,8 +137,11 @@ def _read(path: Path, parse: Callable[[str], Any]) -> Any:
         )
     try:
         with gzip.open(path, "rt", encoding="utf-8") as file:
-            return parse(file.read())
-    except (gzip.BadGzipFile, zlib.error, EOFError, ValueError) as error:
+            text = file.read(_MOST + 1)
+        if len(text) > _MOST:
+            raise ValueError(f"it has more than {_MOST} characters")
+        return parse(text)
+    except (gzip.BadGzipFile, zlib.error, EOFError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged, or not GLIDE's {path.name}: {error}") from None
 
 

@@ -29,6 +29,7 @@ from ddpm_jax.interop.pickles import (
     odd_key,
 )
 
+_MAKERS = ("copy_reg._reconstructor", "copyreg._reconstructor", "copyreg.__newobj__")  # of their first argument
 _DIGITS = 310  # of an integer or a fraction written as text
 
 
@@ -169,7 +170,8 @@ def _set_items(machine: _Machine, items: list[Any]) -> None:
 def _call(machine: _Machine) -> None:
     arguments, function = machine.pop(), machine.pop()
     if isinstance(function, Opaque):
-        machine.stack.append(function)
+        made = arguments[0] if function.name in _MAKERS and isinstance(arguments, tuple) and arguments else function
+        machine.stack.append(made if isinstance(made, Opaque) else function)
         return
     if not isinstance(function, Function) or not isinstance(arguments, tuple):
         raise PickleError("it calls something that is not one of torch's functions; nothing of it was run")

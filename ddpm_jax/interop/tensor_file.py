@@ -79,7 +79,7 @@ def _read(path: Path) -> Tensors:
         kind = "a directory" if stat.S_ISDIR(status.st_mode) else "not a regular file"
         raise ReadError(f"weights file {path} is {kind}")
     if not status.st_size:
-        raise ReadError(f"weights file {path} is empty")
+        raise ReadError(f"weights file {path} cannot be read: it is empty")
     if path.name.endswith(".json"):
         return _read_shards(path)
     if _is_safetensors(path):

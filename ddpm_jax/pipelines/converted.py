@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import ddpm_jax
+from ddpm_jax.interop.json_file import read_json
 from ddpm_jax.interop.tensor_file import ReadError, read_tensors
 from ddpm_jax.models import (
     adm,
@@ -257,7 +258,7 @@ def read_description(directory: str | os.PathLike) -> dict[str, Any]:
     """
     path = Path(directory) / MODEL_FILE
     try:
-        described = json.loads(path.read_text())
+        described = read_json(path)
         if described["format"] != FORMAT:
             raise ReadError(f"{path} has the format {described['format']!r}, not {FORMAT!r}")
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -17,6 +17,8 @@ import numpy as np
 
 import ddpm_jax
 from ddpm_jax import build
+from ddpm_jax.interop.json_file import parse_json, read_json
+from ddpm_jax.interop.tensor_file import ReadError, read_tensors
 from ddpm_jax.pipelines.unclip import UnCLIP
 
 FORMAT = "ddpm_jax unclip 1"
@@ -58,7 +60,6 @@ def load_converted(path: str | os.PathLike) -> Any:
     """Load what `ddpm_jax.convert` wrote."""
     # Here and not above: it knows every network of every family.
     from ddpm_jax.interop.families import pipeline_of
-    from ddpm_jax.interop.tensor_file import ReadError
     from ddpm_jax.pipelines import converted
 
     try:
@@ -79,7 +80,7 @@ def read_run(workdir: str | os.PathLike) -> dict[str, Any]:
     if not workdir.is_dir():
         raise LoadError(f"workdir {workdir} does not exist")
     try:
-        run = json.loads((workdir / RUN_FILE).read_text())
+        run = read_json(workdir / RUN_FILE)
         return {"config": run["config"], "tokenizer": run["tokenizer"], "version": run["version"]}
     except FileNotFoundError:
         raise LoadError(f"workdir {workdir} holds no training run (it has no {RUN_FILE})") from None
@@ -118,17 +119,18 @@ def load_run(workdir: str | os.PathLike, *, ema: bool = True) -> UnCLIP:
 
 def load_file(path: str | os.PathLike) -> UnCLIP:
     """Load a weights file; parameters become float32."""
-    import safetensors
-
     try:
-        with safetensors.safe_open(str(path), framework="numpy") as file:
-            meta = file.metadata() or {}
-            if meta.get("format") != FORMAT:
-                raise LoadError(f"{path} is not a weights file of this package (format {meta.get('format')!r})")
-            flat = {name: jnp.asarray(file.get_tensor(name), jnp.float32) for name in file.keys()}  # noqa: SIM118
-        config, tokenizer = json.loads(meta["config"]), json.loads(meta["tokenizer"])
-    except (OSError, safetensors.SafetensorError, ValueError, KeyError) as error:
+        tensors = read_tensors(path)
+    except ReadError as error:
+        raise LoadError(str(error)) from None
+    meta = tensors.metadata
+    if meta.get("format") != FORMAT:
+        raise LoadError(f"{path} is not a weights file of this package (format {meta.get('format')!r})")
+    try:
+        config, tokenizer = (parse_json(meta[name].encode()) for name in ("config", "tokenizer"))
+    except (ValueError, KeyError) as error:
         raise LoadError(f"weights file {path} cannot be read: {error}") from None
+    flat = {name: jnp.asarray(array, jnp.float32) for name, array in tensors.items()}
     params = flax.traverse_util.unflatten_dict(flat, sep="/")
     missing = [stage for stage in build.STAGES if stage not in params]
     if missing:
