@@ -36,6 +36,7 @@ class Entry(NamedTuple):
     layout: Layout
 
 
+LAYERS = 64  # of a transformer whose file says how many it has; the largest published CLIP has 48
 SAME = Layout(lambda x: x, lambda x: (x,))
 TURNED = Layout(lambda x: x.T, lambda x: (x.T,))  # a dense layer: [out, in] -> [in, out]
 KERNEL = Layout(lambda x: x.transpose(2, 3, 1, 0), lambda x: (x.transpose(3, 2, 0, 1),))  # OIHW -> HWIO
@@ -150,7 +151,8 @@ def count(tensors: Iterable[str], pattern: str) -> int:
     """Return how many layers a file has: 1 + the largest number where the pattern has a #, or 0.
 
     Raises:
-        ConvertError: if that number is not below the count of tensors, of which every layer has one at least.
+        ConvertError: if that number is not below the count of tensors, of which every layer has one at least, or there
+            are more layers than any network has that is read here.
     """
     before, _, after = pattern.partition("#")
     names, layers = list(tensors), 0
@@ -165,6 +167,8 @@ def count(tensors: Iterable[str], pattern: str) -> int:
                     f"the file has the tensor {name}, of more layers than its {len(names)} tensors can be"
                 )
             layers = max(layers, int(number) + 1)
+    if layers > LAYERS:
+        raise ConvertError(f"the file has {layers} layers called {pattern}, more than {LAYERS}")
     return layers
 
 
