@@ -267,6 +267,11 @@ SAFETENSORS = {
     "lists in each other": lambda n: safetensors(b'{"t":' + b"[" * (n // 2)),
     "objects in each other": lambda n: safetensors(b'{"t":' * (n // 5)),
     "lists beside each other": lambda n: safetensors(b'{"t":[' + b"[]," * (n // 3) + b"[]]}"),
+    "objects just within the limits": lambda n: safetensors(b'{"t":[' + b'{"a":0},' * min(n // 9, 465_000) + b"0]}"),
+    "lists just within the limits": lambda n: safetensors(b'{"t":[' + b"[0]," * min(n // 9, 690_000) + b"0]}"),
+    "metadata just within the limits": lambda n: safetensors(
+        b'{"__metadata__":{' + b",".join(b'"%d":"%d"' % (i, i) for i in range(min(n // 16, 460_000))) + b'},"a":1}'
+    ),
     "a header that is a list": lambda n: safetensors(b"{" + b"[]}"),
     "a header longer than the file": lambda n: safetensors({"t": entry()}, length=2**40),
     "a header of 2^64 bytes": lambda n: safetensors({"t": entry()}, length=2**64 - 1),
