@@ -21,6 +21,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from ddpm_jax.interop import ReadError, guided, read_tensors
+from ddpm_jax.interop.clip import _with_prefix
 from ddpm_jax.interop.families import FAMILIES, Options
 from ddpm_jax.interop.guided import export_guided, load_guided
 from ddpm_jax.interop.latent_diffusion import AUTOENCODER, UNET, state_dict
@@ -150,6 +151,13 @@ def test_an_object_in_place_of_a_tensor_is_named(save):
         to_ours(table, select(tensors, ["other"]), {"w": ONE, "other": ONE})
     with pytest.raises(ReadError, match=r"it names numpy\..*, which no tensor needs; nothing of it was run"):
         read_tensors(save({"w": np.arange(3)}))
+
+
+def test_an_object_in_place_of_a_tensor_is_named_after_renaming():
+    text = "embeddings.token_embedding.weight"
+    found = _with_prefix(Tensors({text: ONE}, {"embeddings.position_embedding.weight": "numpy.ndarray"}))
+    assert found.unread == {"text_model.embeddings.position_embedding.weight": "numpy.ndarray"}
+    assert set(found) == {f"text_model.{text}"}
 
 
 # ---- Prefixes and parts ----------------------------------------------------------------------------------------------

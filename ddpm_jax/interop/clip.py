@@ -29,6 +29,7 @@ from ddpm_jax.interop.table import (
     to_ours,
     to_peer,
 )
+from ddpm_jax.interop.tensors import renamed
 from ddpm_jax.models.clip import CLIP, VisionTransformer
 from ddpm_jax.models.text_encoder import TextEncoder
 from ddpm_jax.models.transformer import gelu, quick_gelu
@@ -229,7 +230,7 @@ def _with_prefix(tensors: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
     """Give a tower of transformers 5, saved alone, the names that it has in a whole CLIP."""
     for mark, prefix in (("token_embedding", "text_model."), ("patch_embedding", "vision_model.")):
         if f"embeddings.{mark}.weight" in tensors:
-            return {name if "projection" in name else prefix + name: array for name, array in tensors.items()}
+            return renamed(tensors, lambda name: name if "projection" in name else prefix + name)  # noqa: B023
     return tensors
 
 

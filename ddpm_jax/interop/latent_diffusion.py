@@ -21,6 +21,7 @@ from ddpm_jax.interop.guided import block_name as original_name
 from ddpm_jax.interop.parts import select
 from ddpm_jax.interop.table import ConvertError, to_ours, to_peer
 from ddpm_jax.interop.tensor_file import read_tensors
+from ddpm_jax.interop.tensors import Tensors, below, renamed
 from ddpm_jax.interop.unet import walk
 from ddpm_jax.models.autoencoder import Autoencoder
 from ddpm_jax.models.text_encoder import TextEncoder
@@ -126,25 +127,20 @@ def export_stable_diffusion_file(pipeline: StableDiffusion) -> dict[str, np.ndar
     return found | {TEXT + name: array for name, array in text.items()}
 
 
-def state_dict(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+def state_dict(tensors: Mapping[str, np.ndarray]) -> Tensors:
     """Return the tensors of the networks, without what a trainer stored beside them."""
     return select(tensors, (f"{UNET}time_embed.0.weight", f"{AUTOENCODER}decoder.conv_in.weight"))
 
 
-def _split(tensors: Mapping[str, np.ndarray]) -> dict[str, dict[str, np.ndarray]]:
+def _split(tensors: Tensors) -> dict[str, Tensors]:
     """Return the tensors of every network. Averages (model_ema) and the buffers of the schedule are left out.
 
     Raises:
         ConvertError: if there are others, or none of a network.
     """
-    parts = {prefix: {} for prefix in (UNET, AUTOENCODER, TEXT, OPEN_CLIP)}
-    unknown = []
-    for name, array in tensors.items():
-        prefix = next((prefix for prefix in parts if name.startswith(prefix)), None)
-        if prefix is not None:
-            parts[prefix][name.removeprefix(prefix)] = array
-        elif "." in name and not name.startswith("model_ema."):
-            unknown.append(name)
+    parts = {prefix: below(tensors, prefix) for prefix in (UNET, AUTOENCODER, TEXT, OPEN_CLIP)}
+    known = (*parts, "model_ema.")
+    unknown = [name for name in tensors if "." in name and not name.startswith(known)]
     missing = [prefix for prefix in (UNET, AUTOENCODER) if not parts[prefix]]
     missing += [] if parts[TEXT] or parts[OPEN_CLIP] else ["cond_stage_model."]
     if unknown or missing:
@@ -153,10 +149,10 @@ def _split(tensors: Mapping[str, np.ndarray]) -> dict[str, dict[str, np.ndarray]
     return parts
 
 
-def _renamed(tensors: Mapping[str, np.ndarray], names: Mapping[str, str]) -> dict[str, np.ndarray]:
+def _renamed(tensors: Mapping[str, np.ndarray], names: Mapping[str, str]) -> Tensors:
     """Return tensors by diffusers' names; one that has none keeps its own, which the table will list."""
     back = {original: name for name, original in names.items()}
-    return {back.get(name, name): array for name, array in tensors.items()}
+    return renamed(tensors, lambda name: back.get(name, name))
 
 
 def unet_names(model: UNet) -> dict[str, str]:

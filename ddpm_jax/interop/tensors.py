@@ -1,6 +1,6 @@
 """What a weights file holds: arrays by name, and one part of them, such as the averages (EMA) of a training run."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
@@ -36,6 +36,16 @@ def below(tensors: Tensors, prefix: str, *, without: tuple[str, ...] = (), chose
         return {name[len(prefix) :]: values[name] for name in names}
 
     return Tensors(cut(tensors), cut(tensors.unread), tensors.metadata, chosen or tensors.chosen)
+
+
+def renamed(tensors: Mapping[str, np.ndarray], name_of: Callable[[str], str | None]) -> Tensors:
+    """Return tensors by other names, and what is not read too; those for which there is None are left out."""
+
+    def moved(values: Mapping) -> dict:
+        names = {name: name_of(name) for name in values}
+        return {new: values[name] for name, new in names.items() if new is not None}
+
+    return Tensors(moved(tensors), moved(getattr(tensors, "unread", {})))
 
 
 def take_part(tensors: Tensors, part: str) -> Tensors:
