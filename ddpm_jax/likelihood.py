@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from ddpm_jax.continuous import Schedule
+from ddpm_jax.extras import needs_extra
 from ddpm_jax.losses import normal_kl, vlb_terms
 from ddpm_jax.process import GaussianProcess, predict, q_sample, to_x0_eps
 from ddpm_jax.samplers.noise import check_keys, per_example_normal, transition_keys
@@ -228,10 +229,8 @@ def _velocity(schedule: Schedule, denoise: Callable, kind: Kind) -> Callable[[ja
 
 def _solve(field: Callable, start: float, end: float, state: Any, rtol: float, atol: float) -> tuple[Any, jax.Array]:
     """Return the state at ``end`` and the number of evaluations of the field."""
-    try:
+    with needs_extra("ode"):
         import diffrax  # needed here alone
-    except ImportError as error:
-        raise ImportError('the probability-flow ODE needs diffrax: pip install "ddpm_jax[ode]"') from error
 
     solution = diffrax.diffeqsolve(
         diffrax.ODETerm(field),

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from ddpm_jax.data.tokenizer import byte_symbols
+from ddpm_jax.extras import needs_extra
 
 _MOST = 1 << 22  # characters of a file after it is unpacked; GLIDE's have one million and half a million
 _PATTERN = r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
@@ -43,7 +44,8 @@ class GlideTokenizer:
     """
 
     def __init__(self, directory: str | Path):
-        import regex
+        with needs_extra("train"):
+            import regex
 
         self._directory = Path(directory)
         self._id = _read(self._directory / "encoder.json.gz", _vocabulary)

@@ -8,10 +8,12 @@ else. So the concatenation of the hosts' batches in host order is the same batch
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import grain
-from absl import flags
-
+from ddpm_jax.extras import needs_extra
 from ddpm_jax.types import Source
+
+with needs_extra("train"):
+    import grain
+    from absl import flags
 
 
 class _HostBlocks(grain.MapDataset):

@@ -16,10 +16,13 @@ import html
 import itertools
 import pathlib
 import re
+import unicodedata
 import warnings
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+
+from ddpm_jax.extras import needs_extra
 
 _CLIP_FILE = pathlib.Path(__file__).with_name("bpe_simple_vocab_16e6.txt.gz")
 _CLIP_SIZE = 49408  # 2 * 256 byte symbols, 48894 merges, start and end of text
@@ -146,7 +149,8 @@ class ClipTokenizer(Tokenizer):
     def __init__(self, *, pad: int | str = 0):
         if pad not in (0, "eot"):
             raise ValueError(f'pad must be 0 or "eot", got {pad!r}.')
-        import regex
+        with needs_extra("train"):
+            import regex
 
         self.pad = self.eot if pad == "eot" else 0
         self._ranks, self._symbols = _clip_tables()
@@ -156,7 +160,8 @@ class ClipTokenizer(Tokenizer):
         self._word_ids = functools.lru_cache(maxsize=65536)(self._merge)
 
     def ids(self, text: str) -> list[int]:
-        import ftfy
+        with needs_extra("train"):
+            import ftfy
 
         text = html.unescape(html.unescape(ftfy.fix_text(text)))
         text = re.sub(r"\s+", " ", text).strip().lower()
@@ -217,7 +222,8 @@ class CompactTokenizer(Tokenizer):
 
     @staticmethod
     def _words(text: str) -> list[str]:
-        return re.findall(r"[^\W_]+", text.lower())
+        # Composed: an accent that is a character of its own is no part of a word.
+        return re.findall(r"[^\W_]+", unicodedata.normalize("NFC", text).lower())
 
     def ids(self, text: str) -> list[int]:
         words = self._words(text)

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from ddpm_jax.data.tokenizer import Tokenizer
+from ddpm_jax.extras import needs_extra
 
 CLIP_MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
 CLIP_STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
@@ -58,7 +59,8 @@ def clip_pixels(images: Sequence[np.ndarray], size: int = 224) -> np.ndarray:
     Raises:
         ValueError: if a picture is not uint8[H, W, 3].
     """
-    from PIL import Image
+    with needs_extra("train"):
+        from PIL import Image
 
     done = []
     for image in images:

@@ -14,9 +14,12 @@ import functools
 import itertools
 
 import numpy as np
-from scipy import ndimage
 
 from ddpm_jax.data.shapes import BACKGROUNDS, COLOURS, SHAPES, SIZES, coverage
+from ddpm_jax.extras import needs_extra
+
+with needs_extra("train"):
+    from scipy import ndimage
 
 FOREGROUND = 45.0  # RGB distance from the background that makes a pixel foreground
 SPECK = 5 / 32**2  # a smaller component (as a fraction of the picture) is dirt, not an object

@@ -25,16 +25,17 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
-from absl import logging
 from jax.experimental import multihost_utils
-from orbax.checkpoint.checkpoint_managers import preservation_policy
 
+from ddpm_jax.extras import needs_extra
 from ddpm_jax.training.quiet import silence_storage
 from ddpm_jax.training.state import TrainState, count_parameters
 
-FORMAT = 1
-SUBDIRECTORY = "checkpoints"
+with needs_extra("train"):
+    import orbax.checkpoint as ocp
+    from absl import logging
+
+FORMAT, SUBDIRECTORY = 1, "checkpoints"
 ARRAYS = ("params", "ema_params", "optimizer")
 DOCUMENTS = ("data", "config", "meta")
 # Fields that change how a run is watched, kept or spread over cores, not what it computes; and its length.
@@ -88,7 +89,7 @@ class Checkpoints:
             options=ocp.CheckpointManagerOptions(
                 create=False,
                 cleanup_tmp_directories=not read_only,
-                preservation_policy=preservation_policy.LatestN(keep),
+                preservation_policy=ocp.checkpoint_managers.preservation_policy.LatestN(keep),
                 lightweight_initialize=True,
             ),
             item_handlers={name: ocp.StandardCheckpointHandler() for name in ARRAYS}
@@ -97,9 +98,8 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """Return the steps of the complete checkpoints, oldest first."""
-        if not self.directory.is_dir():
-            return []
-        return sorted(int(entry.name) for entry in self.directory.iterdir() if entry.name.isdecimal())
+        entries = self.directory.iterdir() if self.directory.is_dir() else ()
+        return sorted(int(entry.name) for entry in entries if entry.name.isdecimal())
 
     def check_space(self, state: TrainState) -> None:
         """Raise `CheckpointError` when the disk has no room for the checkpoints that are to be kept.
@@ -288,8 +288,8 @@ class Checkpoints:
 
     def _compare_stage(self, step: int, saved: str, current: str | None) -> None:
         if current not in (None, saved):
-            place = self.directory / str(step)
-            raise CheckpointError(f"checkpoint {place} is of stage {saved!r}, and this is stage {current!r}")
+            what = f"checkpoint {self.directory / str(step)} is of stage {saved!r}"
+            raise CheckpointError(f"{what}, and this is stage {current!r}")
 
     def _compare_config(self, step: int, saved: Any, current: Any, ignore: Collection[str]) -> None:
         differences = config_differences(saved, _plain(current), ignore=ignore)

@@ -12,10 +12,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax.sharding import Mesh
 
+from ddpm_jax.extras import needs_extra
 from ddpm_jax.parallel.mesh import DATA_AXIS, data_sharding, replicated
+
+with needs_extra("train"):
+    import optax
 
 # a, b, c of Jordan et al., chosen for a steep slope at 0: singular values end near 1, not at 1.
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)

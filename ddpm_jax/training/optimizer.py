@@ -5,10 +5,13 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax.sharding import Mesh
 
+from ddpm_jax.extras import needs_extra
 from ddpm_jax.training.muon import is_muon_weight, scale_by_muon
+
+with needs_extra("train"):
+    import optax
 
 Decay = Literal["cosine", "linear", "constant"]
 Optimizer = Literal["adamw", "muon"]

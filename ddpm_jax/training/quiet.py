@@ -11,7 +11,11 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from absl import logging
+from ddpm_jax.extras import needs_extra
+
+with needs_extra("train"):
+    from absl import logging
+
 
 _ORBAX = f"{os.sep}orbax{os.sep}"
 

@@ -5,11 +5,14 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
-import optax
 from jax.sharding import Mesh
 
+from ddpm_jax.extras import needs_extra
 from ddpm_jax.parallel.mesh import replicated
 from ddpm_jax.types import Task
+
+with needs_extra("train"):
+    import optax
 
 
 @flax.struct.dataclass

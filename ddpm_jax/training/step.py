@@ -5,10 +5,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 
+from ddpm_jax.extras import needs_extra
 from ddpm_jax.training.state import TrainState
 from ddpm_jax.types import Task
+
+with needs_extra("train"):
+    import optax
 
 TrainStep = Callable[[TrainState, Any, jax.Array], tuple[TrainState, dict[str, jax.Array]]]
 RESERVED_METRICS = ("loss", "grad_norm", "param_norm", "lr", "finite")
