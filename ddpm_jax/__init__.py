@@ -3,6 +3,18 @@
 Importing this package loads jax, flax and numpy; data, training and pipelines are imported from their own modules.
 """
 
+import signal as _signal
+import sys as _sys
+
+# Run as a command (python -m ddpm_jax.train): until it has handlers of its own, Ctrl-C ends it by the system's default
+# and not with the traceback of an import. runpy has put "-m" in place of the program's name. A program that imports
+# this package keeps its handlers.
+if _sys.argv[:1] == ["-m"] and "ddpm_jax." in _sys.orig_argv[-len(_sys.argv)]:
+    if _signal.getsignal(_signal.SIGINT) is _signal.default_int_handler:
+        _signal.signal(_signal.SIGINT, _signal.SIG_DFL)
+    if hasattr(_signal, "pthread_sigmask"):  # `cli.keep_memory` starts a command with it blocked
+        _signal.pthread_sigmask(_signal.SIG_UNBLOCK, {_signal.SIGINT})
+
 from ddpm_jax.guidance import classifier_free, drop, static_threshold
 from ddpm_jax.losses import contrastive_loss, denoising_loss, min_snr, vlb_terms
 from ddpm_jax.process import GaussianProcess, Prediction, make_process, predict, q_posterior, q_sample, respace, target

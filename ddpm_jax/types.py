@@ -92,5 +92,5 @@ class Task(Protocol):
         ...
 
     def preview(self, params: Any, key: jax.Array) -> np.ndarray | None:
-        """Return pictures to look at while it trains, uint8[N, H, W, 3], or None."""
+        """Return images to look at while it trains, uint8[N, H, W, 3], or None; raise FloatingPointError for NaN."""
         ...

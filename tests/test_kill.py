@@ -31,13 +31,18 @@ def last_step(workdir, stage):
     return rows[-1]["step"] if rows else 0
 
 
-def stop_at(process, workdir, stage, step, signum):
-    """Signal a process once it has logged a step, or passed it. Returns (status, stderr)."""
+def wait_until(ready, process):
+    """Wait for something that a process does."""
     deadline = time.monotonic() + 600
-    while last_step(workdir, stage) < step:
+    while not ready():
         assert process.poll() is None, process.stderr.read()
         assert time.monotonic() < deadline
-        time.sleep(0.02)
+        time.sleep(0.01)
+
+
+def stop_at(process, workdir, stage, step, signum):
+    """Signal a process once it has logged a step, or passed it. Returns (status, stderr)."""
+    wait_until(lambda: last_step(workdir, stage) >= step, process)
     process.send_signal(signum)
     status, _, err = finish(process)
     return status, err
@@ -78,64 +83,26 @@ def uninterrupted(tmp_path_factory):
     return directory
 
 
-def test_kill_and_stop_in_every_stage(tmp_path, uninterrupted):
+def test_kill_and_stop_in_every_stage_between_them_and_while_measuring(tmp_path, uninterrupted):
+    """One run: killed and stopped in each stage, killed when CLIP's last checkpoint has appeared, so before or while
+    embeddings are computed, and stopped while it measures. Meanwhile a second run in the same directory is refused.
+    """
     workdir, stopped = tmp_path / "run", []
     seed = random.randrange(2**32)
     print(f"random.Random({seed})")
     draw = random.Random(seed)
     for stage, _ in itertools.product(STAGES, range(KILLS)):
-        # Each signal comes at a random step of what is left, with a margin: the run goes on while it is on its way.
-        for signum in (signal.SIGKILL, signal.SIGTERM):
-            begin = last_step(workdir, stage)
-            process = start("train", *command(workdir, "--noevaluate"))
-            step = draw.randint(begin + 1, begin + max(1, (STEPS - 20 - begin) // 2))
-            status, err = stop_at(process, workdir, stage, step, signum)
-            for earlier, before in stopped:
-                assert_resumed_at(before, workdir, earlier)
-            if signum == signal.SIGKILL:
-                assert status == -signal.SIGKILL, err
-                # A step that was logged but not saved is made again, so its line may change.
-                saved = Checkpoints(workdir / stage, read_only=True).steps()
-                stopped.append((stage, read_metrics(workdir / stage)[: saved[-1] if saved else 0]))
-                continue
-            assert status == 143, err
-            after = last_step(workdir, stage)
-            assert (
-                f"error: {stage}: stopped by SIGTERM after step {after} of {STEPS}; the same command continues" in err
-            )
-            assert Checkpoints(workdir / stage, read_only=True).steps()[-1] == after
-            stopped.append((stage, read_metrics(workdir / stage)))
-    status, _, err = finish(start("train", *command(workdir, "--noevaluate")))
-    assert status == 0, err
-    for stage, before in stopped:
-        assert_resumed_at(before, workdir, stage)
-    assert_same_bits(workdir, uninterrupted)
-
-
-def test_kill_between_stages_and_while_measuring(tmp_path, uninterrupted):
-    """Killed when CLIP's last checkpoint has appeared, so before or while embeddings are computed; stopped at the end.
-
-    Meanwhile a second run in the same directory is refused.
-    """
-    workdir = tmp_path / "run"
+        kill_and_stop(workdir, stage, stopped, draw)
+        if not (workdir / "prior").exists():
+            kill_after_clip(workdir)
     process = start("train", *command(workdir))
-    while not (workdir / "clip" / "checkpoints" / str(STEPS)).exists():
-        assert process.poll() is None, process.stderr.read()
-        time.sleep(0.01)
-    process.kill()
-    finish(process)
-    assert not (workdir / "prior" / "checkpoints" / str(STEPS)).exists()
-
-    process = start("train", *command(workdir))
-    while last_step(workdir, "prior") < 1:
-        assert process.poll() is None, process.stderr.read()
-        time.sleep(0.01)
-    status, _, err = finish(start("train", *command(workdir)))
-    assert (status, err) == (1, f"error: workdir {workdir} is in use by another run (pid {process.pid})\n")
-
+    wait_until(lambda: (workdir / ".lock").read_text() == str(process.pid), process)
+    refused = finish(start("train", *command(workdir)))
+    sentence = f"error: workdir {workdir} is in use by another run (pid {process.pid})\n"
     assert process.stdout.readline().startswith("trained clip, prior, decoder, upsampler")
     process.terminate()
     status, _, err = finish(process)
+    assert refused == (1, "", sentence)
     assert status == 143 and "error: stopped by SIGTERM; what was finished is kept\n" in err
     assert not (workdir / "faithfulness.json").exists()
 
@@ -143,4 +110,37 @@ def test_kill_between_stages_and_while_measuring(tmp_path, uninterrupted):
     assert status == 0, err
     assert "| one object |" in out
     assert (workdir / "faithfulness.json").exists() and (workdir / "samples.png").exists()
+    assert not [path for path in workdir.rglob("*") if "tmp" in path.name]
+    for stage, before in stopped:
+        assert_resumed_at(before, workdir, stage)
     assert_same_bits(workdir, uninterrupted)
+
+
+def kill_and_stop(workdir, stage, stopped, draw):
+    """Each signal comes at a random step of what is left, with a margin: the run goes on while it is on its way."""
+    for signum in (signal.SIGKILL, signal.SIGTERM):
+        begin = last_step(workdir, stage)
+        process = start("train", *command(workdir, "--noevaluate"))
+        step = draw.randint(begin + 1, begin + max(1, (STEPS - 20 - begin) // 2))
+        status, err = stop_at(process, workdir, stage, step, signum)
+        for earlier, before in stopped:
+            assert_resumed_at(before, workdir, earlier)
+        if signum == signal.SIGKILL:
+            assert status == -signal.SIGKILL, err
+            # A step that was logged but not saved is made again, so its line may change.
+            saved = Checkpoints(workdir / stage, read_only=True).steps()
+            stopped.append((stage, read_metrics(workdir / stage)[: saved[-1] if saved else 0]))
+            continue
+        assert status == 143, err
+        after = last_step(workdir, stage)
+        assert f"error: {stage}: stopped by SIGTERM after step {after} of {STEPS}; the same command continues" in err
+        assert Checkpoints(workdir / stage, read_only=True).steps()[-1] == after
+        stopped.append((stage, read_metrics(workdir / stage)))
+
+
+def kill_after_clip(workdir):
+    process = start("train", *command(workdir))
+    wait_until((workdir / "clip" / "checkpoints" / str(STEPS)).exists, process)
+    process.kill()
+    finish(process)
+    assert not (workdir / "prior" / "checkpoints" / str(STEPS)).exists()

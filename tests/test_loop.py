@@ -374,10 +374,28 @@ def test_tensorboard_is_not_imported_unasked(tmp_path):
     subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
 
 
-def test_progress_bar(tmp_path, capsys):
-    run(tmp_path, progress=True)
+def test_progress_bar(tmp_path, capsys, monkeypatch):
+    """Lines where stderr is a file or a pipe, one that is drawn again and again on a terminal."""
+    run(tmp_path / "lines", progress=True)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("toy: 100% (12/12 steps), ")
+    monkeypatch.setattr("ddpm_jax.progress._redraws", lambda: True)
+    run(tmp_path / "bar", progress=True)
     bar = capsys.readouterr().err
-    assert "toy: 100%" in bar and "12/12" in bar and "loss " in bar and " images/s" in bar and "FLOP/s" in bar
+    assert "toy: 100%" in bar and "12/12" in bar and bar.count("\r") > 1
+    for text in (line, bar):
+        assert "loss " in text and " images/s" in text and "FLOP/s" in text
+
+
+def test_a_preview_that_is_not_finite_stops_the_run(tmp_path):
+    class Overflowing(ToyTask):
+        def preview(self, params, key):
+            raise FloatingPointError("its pixels contain NaN or infinity")
+
+    with pytest.raises(TrainingDiverged, match="the preview of step 8 failed: its pixels contain NaN") as error:
+        run(tmp_path, task=Overflowing(), preview_every=8)
+    assert str(error.value).endswith(f"the last checkpoint is {tmp_path}/checkpoints/8")
+    assert Checkpoints(tmp_path, read_only=True).steps() == [4, 8]
 
 
 def test_format_flops():

@@ -318,3 +318,6 @@ def test_previews_are_pictures_or_none():
     task.preview_batch = {"image": pictures(2, 2 * SIZE)}
     shown = task.preview(random_params(task.init), jax.random.key(0))
     assert isinstance(shown, np.ndarray) and shown.dtype == np.uint8 and shown.shape == (2, 2 * SIZE, 2 * SIZE, 3)
+    overflown = jax.tree.map(lambda leaf: leaf * np.nan, random_params(task.init))
+    with pytest.raises(FloatingPointError, match="its pixels contain NaN"):
+        task.preview(overflown, jax.random.key(0))

@@ -5,11 +5,11 @@ from typing import Any
 
 import jax
 import numpy as np
-import tqdm
 
 from ddpm_jax import build
 from ddpm_jax.evaluation import faithfulness
 from ddpm_jax.pipelines.unclip import UnCLIP
+from ddpm_jax.progress import progress_bar
 
 SPLITS = {
     "single": "one object",
@@ -61,7 +61,7 @@ def measure(
     if how.get("embedding") == "image":
         how["images"] = np.stack([record["image"] for record in records])
     hidden = not progress or jax.process_index() != 0
-    with tqdm.tqdm(total=num_captions, desc=split, unit="image", dynamic_ncols=True, disable=hidden) as bar:
+    with progress_bar(num_captions, description=split, unit="image", shown=not hidden) as bar:
         images = pipeline.generate(captions, seed=seed, report=bar.update, **how)
     scored = faithfulness.score(images, [source.scene(i) for i in range(num_captions)])
     return scored | {"captions": captions, "images": images}

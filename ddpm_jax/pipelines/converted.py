@@ -11,8 +11,8 @@
 import dataclasses
 import json
 import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import ddpm_jax
+from ddpm_jax.extras import needs_extra
 from ddpm_jax.interop.json_file import read_json
 from ddpm_jax.interop.tensor_file import ReadError, read_tensors
 from ddpm_jax.models import (
@@ -40,6 +41,7 @@ from ddpm_jax.models import (
     unet,
     upsampler,
 )
+from ddpm_jax.temporary import temporary_path
 
 FORMAT = "ddpm_jax converted 1"
 MODEL_FILE, CARD_FILE, PEER = "model.json", "model_card.md", "peer"
@@ -157,8 +159,8 @@ def save(
         "assumed": dict(assumed),
         "sources": dict(sources),
     }
-    new = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
-    try:
+    with temporary_path(directory.with_name(f".{directory.name}.{secrets.token_hex(4)}.tmp")) as new:
+        new.mkdir(mode=0o700)
         for name, arrays in flat.items():
             write_tensors(new, name, arrays, dtype)
         for place, file in (peer_files or {}).items():
@@ -169,8 +171,6 @@ def save(
         (new / MODEL_FILE).write_text(json.dumps(described, indent=1))
         new.chmod(0o777 & ~_mask())
         os.replace(new, directory)
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
     return text
 
 
@@ -184,7 +184,8 @@ def write_tensors(
     Raises:
         ValueError: if dtype cannot hold a value.
     """
-    from safetensors.numpy import save_file
+    with needs_extra("train"):
+        from safetensors.numpy import save_file
 
     shards = [list(arrays)] if whole else list(_shards(arrays, np.dtype(dtype).itemsize))
     where, total = {}, 0

@@ -17,14 +17,19 @@ import numpy as np
 
 import ddpm_jax
 from ddpm_jax import build
+from ddpm_jax.data.tokenizer import Tokenizer, tokenizer_from_config
+from ddpm_jax.extras import needs_extra
 from ddpm_jax.interop.json_file import parse_json, read_json
 from ddpm_jax.interop.tensor_file import ReadError, read_tensors
+from ddpm_jax.interop.tensors import Tensors
 from ddpm_jax.pipelines.unclip import UnCLIP
+from ddpm_jax.temporary import temporary_path
 
 FORMAT = "ddpm_jax unclip 1"
 RUN_FILE = "run.json"
 # In the config of a stage's checkpoint: the fingerprint of the CLIP that the stage was trained with.
 CLIP_WEIGHTS = "clip_weights"
+_BUNDLED = resources.files("ddpm_jax") / "weights" / "shapes.safetensors"
 
 
 class LoadError(RuntimeError):
@@ -44,7 +49,7 @@ def load(path: str | os.PathLike | None = None, *, ema: bool = True) -> Any:
         LoadError: if there is nothing to load there, or it cannot be read.
     """
     if path is None:
-        with resources.as_file(resources.files("ddpm_jax") / "weights" / "shapes.safetensors") as file:
+        with resources.as_file(_BUNDLED) as file:
             return load_file(file)
     path = Path(path)
     if (path / "model.json").is_file():
@@ -52,8 +57,41 @@ def load(path: str | os.PathLike | None = None, *, ema: bool = True) -> Any:
     if path.is_dir():
         return load_run(path, ema=ema)
     if not path.exists():
-        raise LoadError(f"{path} does not exist; give the workdir of a training run or a weights file")
+        raise LoadError(_missing(path))
     return load_file(path)
+
+
+def _missing(path: Path) -> str:
+    return f"{path} does not exist; give the workdir of a training run or a weights file"
+
+
+def read_tokenizer(path: str | os.PathLike | None = None) -> Tokenizer | None:
+    """Read the tokenizer of what `load` would load, without the weights; None if it has none.
+
+    Raises:
+        LoadError: if there is nothing to load there, or it cannot be read.
+    """
+    if path is None:
+        with resources.as_file(_BUNDLED) as file:
+            return read_tokenizer(file)
+    path = Path(path)
+    if (path / "model.json").is_file():
+        from ddpm_jax.pipelines.converted import read_description
+
+        try:
+            config = read_description(path).get("facts", {}).get("tokenizer")
+        except (ReadError, AttributeError) as error:
+            raise LoadError(str(error)) from error
+    elif path.is_dir():
+        config = read_run(path)["tokenizer"]
+    elif not path.exists():
+        raise LoadError(_missing(path))
+    else:
+        config = _read_file(path)[2]
+    try:
+        return None if config is None else tokenizer_from_config(config)
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise LoadError(f"the tokenizer of {path} cannot be read: {error}") from error
 
 
 def load_converted(path: str | os.PathLike) -> Any:
@@ -119,6 +157,17 @@ def load_run(workdir: str | os.PathLike, *, ema: bool = True) -> UnCLIP:
 
 def load_file(path: str | os.PathLike) -> UnCLIP:
     """Load a weights file; parameters become float32."""
+    tensors, config, tokenizer = _read_file(path)
+    flat = {name: jnp.asarray(array, jnp.float32) for name, array in tensors.items()}
+    params = flax.traverse_util.unflatten_dict(flat, sep="/")
+    missing = [stage for stage in build.STAGES if stage not in params]
+    if missing:
+        raise LoadError(f"weights file {path} lacks the stage {missing[0]}")
+    return _assemble(path, config, params, tokenizer)
+
+
+def _read_file(path: str | os.PathLike) -> tuple[Tensors, Any, Any]:
+    """Return the mapped arrays of a weights file, its config and its tokenizer's."""
     try:
         tensors = read_tensors(path)
     except ReadError as error:
@@ -130,12 +179,7 @@ def load_file(path: str | os.PathLike) -> UnCLIP:
         config, tokenizer = (parse_json(meta[name].encode()) for name in ("config", "tokenizer"))
     except (ValueError, KeyError) as error:
         raise LoadError(f"weights file {path} cannot be read: {error}") from None
-    flat = {name: jnp.asarray(array, jnp.float32) for name, array in tensors.items()}
-    params = flax.traverse_util.unflatten_dict(flat, sep="/")
-    missing = [stage for stage in build.STAGES if stage not in params]
-    if missing:
-        raise LoadError(f"weights file {path} lacks the stage {missing[0]}")
-    return _assemble(path, config, params, tokenizer)
+    return tensors, config, tokenizer
 
 
 def _assemble(place: str | os.PathLike, config: Any, params: Mapping[str, Any], tokenizer: Any) -> UnCLIP:
@@ -150,7 +194,8 @@ def _assemble(place: str | os.PathLike, config: Any, params: Mapping[str, Any], 
 
 def save_file(pipeline: UnCLIP, path: str | os.PathLike, *, dtype: Any = np.float16) -> None:
     """Write a pipeline's parameters, config and tokenizer to one file, whole or not at all."""
-    from safetensors.numpy import save_file as save
+    with needs_extra("train"):
+        from safetensors.numpy import save_file as save
 
     flat = flax.traverse_util.flatten_dict(dict(pipeline.params), sep="/")
     arrays = {name: np.array(array, dtype, order="C") for name, array in flat.items()}
@@ -164,13 +209,10 @@ def save_file(pipeline: UnCLIP, path: str | os.PathLike, *, dtype: Any = np.floa
         "tokenizer": json.dumps(pipeline.tokenizer.to_config()),
     }
     path = Path(path)
-    new = path.with_name(path.name + ".tmp")
-    try:
+    with temporary_path(path.with_name(path.name + ".tmp")) as new:
         save(arrays, str(new), metadata=dict(meta))
         # safetensors makes its files private; this one gets the rights that any new file would have.
         mask = os.umask(0)
         os.umask(mask)
         new.chmod(0o666 & ~mask)
         os.replace(new, path)
-    finally:
-        new.unlink(missing_ok=True)

@@ -11,10 +11,14 @@ from typing import Any, SupportsIndex
 
 import jax
 import numpy as np
-import tqdm
-from absl import logging
 
+from ddpm_jax.extras import needs_extra
+from ddpm_jax.progress import progress_bar
+from ddpm_jax.temporary import temporary_path
 from ddpm_jax.types import Source
+
+with needs_extra("train"):
+    from absl import logging
 
 NAMES = ("z_image", "z_text")
 
@@ -72,7 +76,7 @@ def cached_embeddings(
     rows: dict[str, list[np.ndarray]] = {name: [] for name in NAMES}
     count = len(source)
     hidden = not progress or jax.process_index() != 0
-    with tqdm.tqdm(total=count, desc="embed", unit="image", dynamic_ncols=True, disable=hidden) as bar:
+    with progress_bar(count, description="embed", unit="image", shown=not hidden) as bar:
         for start in range(0, count, batch_size):
             records = [_apply(source[i], transforms) for i in range(start, min(start + batch_size, count))]
             filled = len(records)
@@ -119,15 +123,14 @@ def _write(directory: Path, mark: str, arrays: Mapping[str, np.ndarray]) -> None
     new = directory.with_name(directory.name + ".tmp")
     shutil.rmtree(new, ignore_errors=True)
     try:
-        new.mkdir(parents=True)
-        for name, array in arrays.items():
-            np.save(new / f"{name}.npy", array, allow_pickle=False)
-        (new / "fingerprint.json").write_text(mark)
-        shutil.rmtree(directory, ignore_errors=True)
-        os.replace(new, directory)
+        with temporary_path(new):
+            new.mkdir(parents=True)
+            for name, array in arrays.items():
+                np.save(new / f"{name}.npy", array, allow_pickle=False)
+            (new / "fingerprint.json").write_text(mark)
+            shutil.rmtree(directory, ignore_errors=True)
+            os.replace(new, directory)
     except OSError as error:
         # numpy tells a short write by the number of items, without an errno.
         reason = error.strerror or f"{error}; is the disk full?"
         raise OSError(error.errno or errno.EIO, f"could not write the embeddings: {reason}", str(directory)) from error
-    finally:
-        shutil.rmtree(new, ignore_errors=True)

@@ -9,7 +9,6 @@ import contextlib
 import functools
 import os
 import signal as signals
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Mapping
@@ -19,18 +18,22 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
-import tqdm
-from absl import logging
 from jax.sharding import Mesh
 
+from ddpm_jax.extras import needs_extra
 from ddpm_jax.parallel.mesh import data_sharding, replicated, shard_batch
+from ddpm_jax.progress import progress_bar
+from ddpm_jax.stopping import StopRequest
 from ddpm_jax.training import pictures
 from ddpm_jax.training.checkpoint import NOT_COMPARED, CheckpointError, Checkpoints
 from ddpm_jax.training.metrics import MetricWriter, format_flops, step_flops
 from ddpm_jax.training.state import TrainState, abstract_state, create_state
 from ddpm_jax.training.step import TrainStep, make_train_step
 from ddpm_jax.types import Task
+
+with needs_extra("train"):
+    import optax
+    from absl import logging
 
 STEPS_IN_FLIGHT = 2
 
@@ -114,8 +117,9 @@ def train(
     Raises:
       ValueError: for an argument out of its range.
       CheckpointError: when a checkpoint cannot be written, read or used.
-      TrainingDiverged: when the loss or its gradient is not finite. No checkpoint of it is written.
-      Interrupted: after SIGTERM or SIGINT. The step in flight is finished and saved first.
+      TrainingDiverged: when the loss or its gradient is not finite, of which no checkpoint is written, or a preview.
+      Interrupted: after SIGTERM, SIGINT or SIGHUP during the steps. The step in flight is finished and saved first. A
+        second signal, and one before the first step, is left to the handlers of the caller.
       OSError: when metrics or previews cannot be written.
     """
     _check_numbers(num_steps, checkpoint_every, log_every, preview_every)
@@ -125,7 +129,6 @@ def train(
     init_key, train_key, preview_key = jax.random.split(jax.device_put(jax.random.key(seed), replicated(mesh)), 3)
 
     with contextlib.ExitStack() as stack:
-        stop = stack.enter_context(_StopRequest())
         checkpoints = stack.enter_context(contextlib.closing(Checkpoints(workdir, keep=keep)))
 
         # ---- State: the newest checkpoint's, or a new one ------------------------------------------------------------
@@ -143,7 +146,8 @@ def train(
         )
         stack.enter_context(report)
 
-        # ---- Steps ---------------------------------------------------------------------------------------------------
+        # ---- Steps: until the first of them there is nothing to save, and a signal ends the process as it may --------
+        stop = stack.enter_context(StopRequest())
         window, in_flight = new_window(), deque()
         for step in range(start + 1, num_steps + 1):
             state, window, done = update(state, window, batch, train_key)
@@ -166,7 +170,10 @@ def train(
                 data = loader.get_state()
                 checkpoints.save(state, step=step, data=data, config=config, version=version, stage=task.name)
             if preview:
-                report.preview(step, task, state, preview_key)
+                try:
+                    report.preview(step, task, state, preview_key)
+                except FloatingPointError as error:
+                    raise TrainingDiverged(_bad_preview(task, step, checkpoints, error)) from error
             if checkpoint and stop.signum is not None:
                 checkpoints.wait()
                 raise Interrupted(_interruption(task, stop.signum, step, num_steps, checkpoints), stop.signum)
@@ -217,6 +224,13 @@ def _needs_steps(task: Task, checkpoints: Checkpoints, start: int, num_steps: in
 def _interruption(task: Task, signum: int, step: int, num_steps: int, checkpoints: Checkpoints) -> str:
     name, saved = signals.Signals(signum).name, checkpoints.directory / str(step)
     return f"{task.name}: stopped by {name} after step {step} of {num_steps}; the same command continues from {saved}"
+
+
+def _bad_preview(task: Task, step: int, checkpoints: Checkpoints, error: FloatingPointError) -> str:
+    checkpoints.wait()
+    steps = checkpoints.steps()
+    last = f"the last checkpoint is {checkpoints.directory / str(steps[-1])}" if steps else "none was saved"
+    return f"{task.name}: the preview of step {step} failed: {error}; {last}"
 
 
 def _next_batch(loader: Loader, step: int, mesh: Mesh) -> Any:
@@ -313,15 +327,8 @@ class _Report:
     ):
         self._workdir, self._items, self._flops = workdir, items, flops
         self._writer = MetricWriter(workdir, start_step=start, tensorboard=tensorboard)
-        self._bar = tqdm.tqdm(
-            total=num_steps,
-            initial=start,
-            desc=name,
-            unit="step",
-            dynamic_ncols=True,
-            mininterval=0.5,
-            disable=not bar or jax.process_index() != 0,
-        )
+        shown = bar and jax.process_index() == 0
+        self._bar = progress_bar(num_steps, description=name, unit="step", initial=start, shown=shown)
         self._loss: float | None = None
         self._begin, self._steps = time.perf_counter(), 0
 
@@ -363,33 +370,3 @@ class _Report:
             pictures.save_png(self._workdir / "previews" / f"step_{step:06d}_{name}.png", image)
             self._writer.write_images(step, {f"preview_{name}": np.asarray(image)})
         self._begin += time.perf_counter() - begin
-
-
-class _StopRequest:
-    """Turns SIGTERM and the first SIGINT into `signum`, which the loop reads between steps.
-
-    Outside the main thread, where Python takes no signals, it does nothing.
-    """
-
-    def __init__(self):
-        self.signum: int | None = None
-        self._previous: dict[int, Any] = {}
-
-    def __enter__(self) -> "_StopRequest":
-        if threading.current_thread() is threading.main_thread():
-            for number in (signals.SIGTERM, signals.SIGINT):
-                self._previous[number] = signals.signal(number, self._request)
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        for number, handler in self._previous.items():
-            signals.signal(number, handler)
-        # A request that came too late for the loop to act on is for whoever called it.
-        if self.signum is not None and exception[0] is None:
-            signals.raise_signal(self.signum)
-
-    def _request(self, number: int, frame: object) -> None:
-        del frame
-        if number == signals.SIGINT and self.signum is not None:
-            raise KeyboardInterrupt
-        self.signum = number

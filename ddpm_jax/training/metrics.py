@@ -10,7 +10,12 @@ from typing import Any
 
 import jax
 import numpy as np
-from absl import logging
+
+from ddpm_jax.extras import needs_extra
+from ddpm_jax.temporary import temporary_path
+
+with needs_extra("train"):
+    from absl import logging
 
 FILE_NAME = "metrics.jsonl"
 
@@ -117,14 +122,12 @@ def _keep_until(path: Path, last_step: int) -> None:
     if not path.exists():
         return
     rows = [row for row in read_metrics(path.parent) if row["step"] <= last_step]
-    temporary = path.with_suffix(".tmp")
     try:
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-        os.replace(temporary, path)
+        with temporary_path(path.with_suffix(".tmp")) as temporary:
+            temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+            os.replace(temporary, path)
     except OSError as error:
         raise OSError(error.errno, f"could not write metrics: {error.strerror}", str(path)) from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _tensorboard_writer(directory: Path) -> Any:

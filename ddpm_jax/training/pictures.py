@@ -1,6 +1,5 @@
 """Grids of pictures with their captions, for previews and results."""
 
-import contextlib
 import os
 import secrets
 from collections.abc import Callable, Sequence
@@ -8,6 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+
+from ddpm_jax.extras import needs_extra
+from ddpm_jax.temporary import temporary_path
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -38,7 +40,8 @@ def grid(
     Raises:
       ValueError: for arguments of another type, shape or number.
     """
-    from PIL import Image, ImageDraw, ImageFont
+    with needs_extra("train"):
+        from PIL import Image, ImageDraw, ImageFont
 
     images = np.asarray(images)
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[0] < 1 or images.shape[-1] != 3:
@@ -101,17 +104,15 @@ def save_png(path: str | os.PathLike, image: "Image | np.ndarray") -> None:
     Raises:
       OSError: when it cannot be written; nothing is left behind.
     """
-    from PIL import Image
+    with needs_extra("train"):
+        from PIL import Image
 
     path = Path(path)
     picture = Image.fromarray(image) if isinstance(image, np.ndarray) else image
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        picture.save(temporary, format="PNG")
-        os.replace(temporary, path)
+        with temporary_path(path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")) as temporary:
+            picture.save(temporary, format="PNG")
+            os.replace(temporary, path)
     except OSError as error:
         raise OSError(error.errno, f"could not write the picture: {error.strerror or error}", str(path)) from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)

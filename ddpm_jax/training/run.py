@@ -25,6 +25,7 @@ from ddpm_jax.data.transforms import AverageDown, Keep, RandomCrop, Tokenize
 from ddpm_jax.parallel.mesh import DATA_AXIS, data_sharding, make_local_mesh, make_mesh, replicated
 from ddpm_jax.pipelines import stages
 from ddpm_jax.pipelines.weights import CLIP_WEIGHTS, RUN_FILE, LoadError, read_run
+from ddpm_jax.temporary import temporary_path
 from ddpm_jax.training.checkpoint import NOT_COMPARED, SUBDIRECTORY, config_differences, lock_workdir, restore_params
 from ddpm_jax.training.embeddings import EmbeddedSource, cached_embeddings, tree_fingerprint
 from ddpm_jax.training.loop import train
@@ -314,11 +315,9 @@ def write_json(path: Path, value: Any) -> None:
     if jax.process_index() != 0:
         return
     # One name, so that what a kill leaves is written over by the next run.
-    new = path.with_name(path.name + ".tmp")
     try:
-        new.write_text(json.dumps(value, indent=1) + "\n")
-        os.replace(new, path)
+        with temporary_path(path.with_name(path.name + ".tmp")) as new:
+            new.write_text(json.dumps(value, indent=1) + "\n")
+            os.replace(new, path)
     except OSError as error:
         raise OSError(error.errno, f"could not write the file: {error.strerror}", str(path)) from error
-    finally:
-        new.unlink(missing_ok=True)

@@ -219,7 +219,7 @@ class DecoderTask(_WithText):
         """Draw the pictures of `preview_batch`."""
         if self.preview_batch is None:
             return None
-        return np.asarray(_preview_decoder(_ByIdentity(self), params, self.preview_batch, key))
+        return _checked(*_preview_decoder(_ByIdentity(self), params, self.preview_batch, key))
 
 
 @dataclasses.dataclass
@@ -282,7 +282,7 @@ class UpsamplerTask:
         """Enlarge the pictures of `preview_batch`."""
         if self.preview_batch is None:
             return None
-        return np.asarray(_preview_upsampler(_ByIdentity(self), params, self.preview_batch, key))
+        return _checked(*_preview_upsampler(_ByIdentity(self), params, self.preview_batch, key))
 
 
 class _ByIdentity:
@@ -298,8 +298,15 @@ class _ByIdentity:
         return isinstance(other, _ByIdentity) and other.task is self.task
 
 
+def _checked(images: jax.Array, finite: jax.Array) -> np.ndarray:
+    """Return previews; raise FloatingPointError unless the numbers they were made of are finite."""
+    if not finite:
+        raise FloatingPointError("its pixels contain NaN or infinity")
+    return np.asarray(images)
+
+
 @functools.partial(jax.jit, static_argnums=0)
-def _preview_decoder(held: _ByIdentity, params: Params, batch: Batch, key: jax.Array) -> jax.Array:
+def _preview_decoder(held: _ByIdentity, params: Params, batch: Batch, key: jax.Array) -> tuple[jax.Array, jax.Array]:
     task = held.task
     images = stages.draw_image(
         task.model,
@@ -313,18 +320,18 @@ def _preview_decoder(held: _ByIdentity, params: Params, batch: Batch, key: jax.A
         kind=task.kind,
         variance=task.variance,
     )
-    return stages.to_uint8(images)
+    return stages.to_uint8(images), jnp.isfinite(images).all()
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _preview_upsampler(held: _ByIdentity, params: Params, batch: Batch, key: jax.Array) -> jax.Array:
+def _preview_upsampler(held: _ByIdentity, params: Params, batch: Batch, key: jax.Array) -> tuple[jax.Array, jax.Array]:
     task = held.task
     low = task.low_res(stages.to_float(batch["image"]))
     keys = example_keys(key, low.shape[0])
     images = stages.upsample(
         task.model, params, task.process, low, keys, size=task.image_size, sampling=task.sampling, kind=task.kind
     )
-    return stages.to_uint8(images)
+    return stages.to_uint8(images), jnp.isfinite(images).all()
 
 
 def mix_colours(key: jax.Array, x: jax.Array) -> jax.Array:

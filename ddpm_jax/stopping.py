@@ -1,0 +1,143 @@
+"""How a command ends on SIGTERM, SIGINT or SIGHUP: at once, with one sentence and status 128 + n.
+
+A handler never raises. Python runs handlers between any two instructions of the main thread, also inside a callback of
+the garbage collector, `__del__` or an import, where an exception is printed as ignored and the program runs on. And it
+runs none of them while the main thread is in C code, as for the minutes of a long compilation. So the process is ended
+by `os._exit`, from the handler or from a thread that reads the signal from Python's wake-up file descriptor, whichever
+comes first; temporary files are removed before.
+
+A training loop has steps to save: it installs handlers of its own, which only record the signal. While they are
+installed the thread leaves the first signal to them, and a later one ends the process.
+"""
+
+import contextlib
+import os
+import select
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from os import _exit
+from types import FrameType
+from typing import Any
+
+from ddpm_jax.temporary import remove_temporary_paths
+
+SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name))
+# `timeout`, job launchers and closing terminals deliver one request to a process twice, a moment apart.
+REPEAT_SECONDS = 1.0
+
+
+@contextlib.contextmanager
+def ending_on_signals() -> Iterator[None]:
+    """End the process on a signal while the context lasts; does nothing outside of the main thread.
+
+    Signals that are ignored stay ignored, as under nohup.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    ending = _Ending()
+    receiver, sender = socket.socketpair()
+    sender.setblocking(False)
+    threading.Thread(target=ending.watch, args=(receiver,), name="signals", daemon=True).start()
+    wakeup = signal.set_wakeup_fd(sender.fileno(), warn_on_full_buffer=False)
+    previous = {number: signal.getsignal(number) for number in SIGNALS}
+    caught = {number: handler for number, handler in previous.items() if handler not in (signal.SIG_IGN, None)}
+    try:
+        for number in caught:
+            signal.signal(number, ending.handle)
+        yield
+    finally:
+        for number, handler in caught.items():
+            signal.signal(number, handler)
+        signal.set_wakeup_fd(wakeup)
+        sender.close()
+
+
+class _Ending:
+    def __init__(self):
+        self._thread: dict[str, int] = {}
+        self._said = False
+
+    def handle(self, number: int, frame: FrameType | None) -> None:
+        """End the process; the handler of the main thread."""
+        del frame
+        self.end(number)
+
+    def watch(self, receiver: socket.socket) -> None:
+        """End the process on a signal that the main thread is too busy for, or on a second one; runs in a thread."""
+        first: float | None = None
+        with receiver:
+            while data := receiver.recv(1):
+                number, now = data[0], time.monotonic()
+                if number not in SIGNALS:
+                    continue
+                first = now if first is None else first
+                if signal.getsignal(number) == self.handle or now - first > REPEAT_SECONDS:
+                    self.end(number)
+
+    def end(self, number: int) -> None:
+        """Say why, remove temporary files and end the process; the first thread that comes here does it."""
+        mine = threading.get_ident()
+        while self._thread.setdefault("ends", mine) != mine:
+            time.sleep(1.0)
+        if not self._said:
+            self._said = True
+            _print(f"error: stopped by {signal.Signals(number).name}; what was finished is kept")
+        # C code of another thread may be creating the file: once more after it has.
+        for pause in (0.0, 0.02):
+            time.sleep(pause)
+            remove_temporary_paths()
+        _exit(128 + number)
+
+
+def _print(line: str) -> None:
+    """Write a line to stderr without its buffer, which the main thread may hold locked."""
+    start = "\n" if sys.stderr is not None and sys.stderr.isatty() else ""  # below a progress bar
+    with contextlib.suppress(OSError, ValueError):
+        # A reader that has stopped reading must not keep the process alive.
+        if select.select([], [2], [], 0.5)[1]:
+            os.write(2, f"{start}{line}\n".encode())
+
+
+class StopRequest:
+    """Records the first of `SIGNALS` for a loop that reads it between steps, as long as the context lasts.
+
+    A second signal, more than `REPEAT_SECONDS` later, is left to the handler that was there before, as is one that the
+    loop did not act on before its end. Signals that are ignored stay ignored. Outside of the main thread, where Python
+    handles no signals, it does nothing.
+
+    Attributes:
+        signum: the signal, or None.
+    """
+
+    def __init__(self):
+        self.signum: int | None = None
+        self._time = 0.0
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> "StopRequest":
+        if threading.current_thread() is threading.main_thread():
+            for number in SIGNALS:
+                handler = signal.getsignal(number)
+                if handler not in (signal.SIG_IGN, None):
+                    self._previous[number] = handler
+                    signal.signal(number, self._record)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        if self.signum is not None and exception[0] is None:
+            signal.raise_signal(self.signum)
+
+    def _record(self, number: int, frame: FrameType | None) -> None:
+        del frame
+        if self.signum is None:
+            self.signum, self._time = number, time.monotonic()
+        elif time.monotonic() - self._time > REPEAT_SECONDS:
+            signal.signal(number, self._previous[number])
+            signal.raise_signal(number)
