@@ -4,6 +4,7 @@ Everything it makes takes plain keyword arguments; a field that cannot work is a
 """
 
 import contextlib
+import math
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -237,6 +238,7 @@ def check_config(config: Config) -> None:
     if unknown or not config["stages"]:
         found = repr(unknown[0]) if unknown else "nothing"
         raise ValueError(f"stages contains {found}; a stage is one of {', '.join(STAGES)}")
+    _check_numbers(config)
     for stage in STAGES:
         for field in ("num_steps", "batch_size", "log_every", "checkpoint_every", "keep", "accumulate"):
             _check_least(config[stage], f"{stage}.{field}", 1)
@@ -304,6 +306,17 @@ def _check_objectives(config: Config) -> None:
         check_objective(
             config["decoder"]["objective"], config["decoder"]["variance"], make_weighting(config["decoder"])
         )
+
+
+def _check_numbers(config: Config, prefix: str = "") -> None:
+    """Refuse numbers that are not finite, which pass comparisons, and seeds of which JAX would drop the higher bits."""
+    for name, value in config.items():
+        if isinstance(value, Mapping):
+            _check_numbers(value, f"{prefix}{name}.")
+        elif isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{prefix}{name}={value} must be a finite number")
+        elif name == "seed" and not 0 <= value < 2**32:
+            raise ValueError(f"{prefix}{name}={value} must lie in [0, 2**32)")
 
 
 def _check_least(part: Config, field: str, least: int) -> None:

@@ -5,19 +5,24 @@ Each program has a `flags.FlagValues` of its own, so that all of them can be imp
 
 import contextlib
 import difflib
+import errno
 import importlib.util
 import logging as python_logging
+import math
 import os
 import platform
 import re
+import secrets
 import signal as signals
 import sys
-import threading
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+from ddpm_jax.stopping import ending_on_signals
+from ddpm_jax.temporary import temporary_path
 
 EXTRA = "install ddpm_jax[train], which has all that the commands need"
 for _package in ("absl", "ml_collections"):
@@ -53,7 +58,7 @@ def run(main: Callable[[], Any], flag_values: flags.FlagValues, *, config: str |
     """Run a program: parse flags, call `main`, and turn what users can mend into one sentence and a status.
 
     Ends the process unless all went well. Status 2 is a wrong flag or config field, 1 a failure, 128 + n a stop by
-    signal n after saving.
+    signal n. Defines the flag --compilation_cache.
 
     Args:
         main: the program.
@@ -61,41 +66,25 @@ def run(main: Callable[[], Any], flag_values: flags.FlagValues, *, config: str |
         config: the name of its config flag, if it has one.
     """
     _say_in_one_line()
-    try:
-        with _ending_on_sigterm():
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: a name that cannot be printed is no failure
+    if "compilation_cache" not in flag_values:
+        cache_help = "Keep compiled programs in the user's cache directory."
+        flags.DEFINE_bool("compilation_cache", True, cache_help, flag_values=flag_values)
+    with ending_on_signals():
+        try:
             if not _wants_help(flag_values):
                 _parse(flag_values, config)
+                if flag_values["compilation_cache"].value:
+                    from ddpm_jax.compilation_cache import use_compilation_cache
+
+                    use_compilation_cache()
                 main()
-    except KeyboardInterrupt:
-        _stop("interrupted", 130)
-    except _Terminated:
-        _stop("stopped by SIGTERM; what was finished is kept", 143)
-    except Exception as error:
-        message = _sentence(error)
-        if message is None:
-            raise
-        _stop(message, _status(error))
-
-
-class _Terminated(BaseException):
-    """SIGTERM outside of a training loop, which has a handler of its own."""
-
-
-@contextlib.contextmanager
-def _ending_on_sigterm() -> Iterator[None]:
-    """Let SIGTERM unwind the program, so that files in the making are removed and there is a last word."""
-
-    def end(number: int, frame: object) -> None:
-        raise _Terminated
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    previous = signals.signal(signals.SIGTERM, end)
-    try:
-        yield
-    finally:
-        signals.signal(signals.SIGTERM, previous)
+        except Exception as error:
+            message = _sentence(error)
+            if message is None:
+                raise
+            _stop(message, _status(error))
 
 
 def use_cpu_devices(count: int = 0) -> None:
@@ -127,22 +116,84 @@ def keep_memory() -> None:
     on_cpu = jax.config.jax_platforms == "cpu" or not accelerated
     if on_cpu and platform.libc_ver()[0] == "glibc" and "GLIBC_TUNABLES" not in os.environ:
         tunables = {"hugetlb": 1, "mmap_threshold": 2**32, "trim_threshold": 2**34, "top_pad": 2**28}
+        # Blocked until the package is imported again: Python's own start answers Ctrl-C with a traceback.
+        mask = signals.pthread_sigmask(signals.SIG_BLOCK, {signals.SIGINT})
         os.environ["GLIBC_TUNABLES"] = ":".join(f"glibc.malloc.{name}={value}" for name, value in tunables.items())
-        os.execv(sys.executable, sys.orig_argv)
+        try:
+            os.execv(sys.executable, sys.orig_argv)
+        finally:
+            signals.pthread_sigmask(signals.SIG_SETMASK, mask)
 
 
-def check_can_write(path: str | os.PathLike, *, what: str) -> None:
-    """Raise UsageError, naming the flag `what`, unless a file could be made at a path; makes nothing."""
+def show(text: str) -> None:
+    """Print a result at once: what follows may fail."""
+    print(text, flush=True)
+
+
+def as_utf8(text: str, *, what: str) -> str:
+    """Return an argument of the command line as the user typed it, also where the locale is not of UTF-8.
+
+    Raises:
+        UsageError: naming the flag `what`, for bytes that are not UTF-8.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # Python keeps bytes that the locale does not know as lone surrogates
+        try:
+            return os.fsencode(text).decode()
+        except UnicodeError:
+            raise UsageError(f"{what}={text!r} is not UTF-8") from None
+    return text
+
+
+def check_can_write(path: str | os.PathLike, *, what: str, given: str | None = None) -> None:
+    """Raise UsageError, naming the flag `what`, unless a file can be written at a path; leaves nothing behind.
+
+    A file is written beside it: permissions say little about root, read-only disks, full ones and quotas. given: the
+    flag's value where it is not the path.
+    """
     path = Path(path)
     if path.is_dir():
         raise UsageError(f"{what}={path} is a directory; give the name of a file")
+    flag = f"{what}={path if given is None else given}"
     parent = path.absolute().parent
     while not parent.exists():
         parent = parent.parent
     if not parent.is_dir():
-        raise UsageError(f"{what}={path} cannot be written: {parent} is not a directory")
-    if not os.access(parent, os.W_OK | os.X_OK):
-        raise UsageError(f"{what}={path} cannot be written: no permission to write into {parent}")
+        raise UsageError(f"{flag} cannot be written: {parent} is not a directory")
+    try:
+        with temporary_path(parent / f".{secrets.token_hex(8)}.tmp") as probe:
+            probe.write_bytes(b" " * 4096)
+        if path.exists():
+            with open(path, "ab"):
+                pass
+    except OSError as error:
+        # A file without permissions can be replaced; one that is immutable or on a read-only disk cannot.
+        if error.errno == errno.EACCES and error.filename == str(path):
+            return
+        raise UsageError(f"{flag} cannot be written: {parent}: {error.strerror}") from error
+
+
+MAX_SEED = 2**32 - 1  # JAX drops the higher bits of a seed
+
+
+class _FiniteParser(flags.FloatParser):
+    """Refuses nan, which passes every bound, and infinity."""
+
+    def parse(self, argument: Any) -> float:
+        """Return the number."""
+        value = super().parse(argument)
+        if not math.isfinite(value):
+            raise ValueError(f"{argument} is not a finite number")
+        return value
+
+
+def define_finite(
+    name: str, default: float | None, help: str, *, flag_values: flags.FlagValues, lower_bound: float | None = None
+) -> flags.FlagHolder:
+    """Define a flag that holds a finite number."""
+    parser, serializer = _FiniteParser(lower_bound, None), flags.ArgumentSerializer()
+    return flags.DEFINE(parser, name, default, help, flag_values, serializer)
 
 
 # ---- Flags -----------------------------------------------------------------------------------------------------------
@@ -246,7 +297,11 @@ def _sentence(error: Exception) -> str | None:
     elif isinstance(error, OSError):
         place = f"{error.filename}: " if error.filename else ""
         text = place + (error.strerror or str(error) or type(error).__name__)
-    elif isinstance(error, (UsageError, *ours)) or (isinstance(error, ValueError) and _raised_here(error)):
+    elif (
+        isinstance(error, (UsageError, *ours))
+        or isinstance(error, (ValueError, FloatingPointError))
+        and _raised_here(error)
+    ):
         text = str(error)
     elif isinstance(error, KeyError) and traceback.extract_tb(error.__traceback__)[-1].filename.endswith(
         CONFIG_READERS

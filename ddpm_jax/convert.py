@@ -13,12 +13,13 @@ from ddpm_jax import cli
 
 # isort: split
 import os
-import shutil
-import tempfile
+import secrets
 import time
 from pathlib import Path
 
 from absl import flags
+
+from ddpm_jax.temporary import temporary_path
 
 KNOWN = ("clip", "karlo", "stable-diffusion", "guided", "glide", "noised-clip", "inception")
 FLAGS = flags.FlagValues()
@@ -33,7 +34,7 @@ _HEAD = flags.DEFINE_list(
 _ACTIVATION = flags.DEFINE_enum(
     "activation", None, ["quick_gelu", "gelu"], "Of clip; gelu for most of open_clip's.", flag_values=FLAGS
 )
-_CLIP = flags.DEFINE_float(
+_CLIP = cli.define_finite(
     "prior_clip", None, "Bound of what Karlo's prior predicts; by its layout 5 or 10.", lower_bound=0.0,
     flag_values=FLAGS,
 )  # fmt: skip
@@ -60,25 +61,24 @@ def main() -> None:
         raise cli.UsageError(f"--src={source} does not exist")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise cli.UsageError(f"--out={_OUT.value} exists already; give a new directory")
-    if not out.is_dir():
-        cli.check_can_write(out, what="--out")
-    elif not os.access(out.parent, os.W_OK) or out == Path.cwd():  # an empty one is replaced as a whole
+    if out == Path.cwd() or os.path.ismount(out):  # an empty directory is replaced as a whole
         raise cli.UsageError(f"--out={_OUT.value} cannot be replaced by another directory; give a new one")
+    cli.check_can_write(out.with_name(f"{out.name}.probe"), what="--out", given=_OUT.value)
     start = time.perf_counter()
     if _FROM.value is not None:
         _convert(source, out)
     else:
         _export(source, out)
-    print(f"wrote {out} in {time.perf_counter() - start:.0f} s")
+    cli.show(f"wrote {out} in {time.perf_counter() - start:.0f} s")
 
 
 def _convert(source: Path, out: Path) -> None:
     import jax.numpy as jnp
     import numpy as np
-    import tqdm
 
     from ddpm_jax.interop import families, table
     from ddpm_jax.pipelines import converted
+    from ddpm_jax.progress import progress_bar
 
     options = families.Options(
         _MODEL.value, _heads(), _ACTIVATION.value, _CLIP.value, _KIND.value, _SIZE.value, _PART.value
@@ -91,11 +91,13 @@ def _convert(source: Path, out: Path) -> None:
         raise table.ConvertError(f"{source} does not fit {_FROM.value} ({reason})") from error
     sums = {}
     base = source if source.is_dir() else source.parent
-    for path in tqdm.tqdm(read.files, desc="sha256", unit="file", dynamic_ncols=True):
-        sums[str(path.relative_to(base))] = families.sha256(path)
+    with progress_bar(len(read.files), description="sha256", unit="file") as bar:
+        for path in read.files:
+            sums[str(path.relative_to(base))] = families.sha256(path)
+            bar.update()
     dtype = {"float32": np.float32, "float16": np.float16, "bfloat16": jnp.bfloat16}[_DTYPE.value]
     small = families.peer_files(source, read.files)
-    print(converted.save(read.converted, out, sources=sums, assumed=read.assumed, peer_files=small, dtype=dtype))
+    cli.show(converted.save(read.converted, out, sources=sums, assumed=read.assumed, peer_files=small, dtype=dtype))
 
 
 def _heads() -> tuple[int, int] | None:
@@ -115,16 +117,14 @@ def _export(source: Path, out: Path) -> None:
         raise cli.UsageError(f"--to={_TO.value}: {source} is a converted {family}, which is written as --to={family}")
     read = converted.load(source)
     out.parent.mkdir(parents=True, exist_ok=True)
-    new = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    try:
+    with temporary_path(out.with_name(f".{out.name}.{secrets.token_hex(4)}.tmp")) as new:
+        new.mkdir(mode=0o700)
         families.FAMILIES[family].write(read, new)
         families.restore_peer_files(source, new)
         mask = os.umask(0)
         os.umask(mask)
         new.chmod(0o777 & ~mask)
         os.replace(new, out)
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
 
 
 if __name__ == "__main__":

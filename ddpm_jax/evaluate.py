@@ -22,7 +22,12 @@ _NUM = flags.DEFINE_integer(
     "num_captions", None, "Captions a row; that of the config if none.", lower_bound=1, flag_values=FLAGS
 )
 _SEED = flags.DEFINE_integer(
-    "seed", None, "Seed of captions and noise; that of the config if none.", lower_bound=0, flag_values=FLAGS
+    "seed",
+    None,
+    "Seed of captions and random numbers; that of the config if none.",
+    lower_bound=0,
+    upper_bound=cli.MAX_SEED,
+    flag_values=FLAGS,
 )
 _COMPARE = flags.DEFINE_bool("compare", False, 'Also measure "why a prior?".', flag_values=FLAGS)
 
@@ -33,20 +38,22 @@ def main() -> None:
     if is_file and not _OUT.value:
         raise cli.UsageError("--out is needed, a directory for the results")
     out = Path(_OUT.value or _WORKDIR.value)
-    if _OUT.value:
-        cli.check_can_write(out / "faithfulness.json", what="--out")
+    if _OUT.value or out.is_dir():
+        cli.check_can_write(out / "faithfulness.json", what="--out" if _OUT.value else "--workdir")
     from ddpm_jax import report
-    from ddpm_jax.pipelines import load
+    from ddpm_jax.pipelines import UnCLIP, load
 
     cli.use_cpu_devices()
     pipeline = load(_WORKDIR.value)
+    if not isinstance(pipeline, UnCLIP):
+        raise cli.UsageError(f"--workdir={_WORKDIR.value} was converted; only pipelines of ddpm_jax.train are measured")
     settings = pipeline.config["evaluation"]
     num = _NUM.value or settings["num_captions"]
     seed = settings["seed"] if _SEED.value is None else _SEED.value
     out.mkdir(parents=True, exist_ok=True)
-    print(report.write_faithfulness(pipeline, out, num_captions=num, seed=seed), flush=True)
+    report.write_faithfulness(pipeline, out, num_captions=num, seed=seed, show=cli.show)
     if _COMPARE.value:
-        print(report.write_comparison(pipeline, out, num_captions=num, seed=seed), flush=True)
+        report.write_comparison(pipeline, out, num_captions=num, seed=seed, show=cli.show)
 
 
 if __name__ == "__main__":

@@ -50,7 +50,7 @@ def main() -> None:
     if _EVALUATE.value and not _STAGE.value and all(is_trained(config, _WORKDIR.value, name) for name in build.STAGES):
         begin = time.perf_counter()
         pipeline = load(_WORKDIR.value)
-        print(report.write_faithfulness(pipeline, Path(_WORKDIR.value), **config["evaluation"]), flush=True)
+        report.write_faithfulness(pipeline, Path(_WORKDIR.value), **config["evaluation"], show=cli.show)
         print(f"measured in {time.perf_counter() - begin:.0f} s", flush=True)
 
 

@@ -164,6 +164,10 @@ def test_a_wrong_config_file(call, tmp_path):
         ({"sample__decoder__steps": "few"}, ["sample.decoder: spec='few' must be like"]),
         ({"sample__batch_size": 0}, ["sample.batch_size=0 must be at least 1"]),
         ({"text__tokenizer": "words"}, ["tokenizer='words' must be one of 'clip', 'compact'"]),
+        ({"seed": 2**32}, ["seed=4294967296 must lie in [0, 2**32)"]),
+        ({"evaluation__seed": -1}, ["evaluation.seed=-1 must lie in [0, 2**32)"]),
+        ({"decoder__learning_rate": "nan"}, ["decoder.learning_rate=nan must be a finite number"]),
+        ({"sample__prior__scale": "inf"}, ["sample.prior.scale=inf must be a finite number"]),
         ({"cpu_devices": -1}, ["cpu_devices=-1 must be at least 0"]),
         ({"decoder__supersample": 32}, ["data: resolution must lie between 16 and 256, got 512"]),
         ({"decoder__supersample": 0}, ["decoder.supersample=0 must be at least 1"]),
@@ -380,14 +384,30 @@ def test_a_full_disk_at_the_first_file(call, tmp_path):
 @pytest.mark.parametrize(
     "flags,parts",
     [
-        (["--prompt", "", "--out", "x.png"], ["--prompt is empty"]),
-        (["--prompt", "  ", "--out", "x.png"], ["--prompt is empty"]),
+        (["--prompt", "", "--out", "x.png"], ['--prompt "" is empty']),
+        (
+            ["--prompt", A_WORD, "--prompt", " ?", "--out", "x.png"],
+            ['--prompt " ?" (2 of 2) is empty; say what to'],
+        ),
+        (
+            ["--prompt", "a stat", "--out", "x.png"],
+            ['--prompt "a stat": the word "stat" is not', 'word is "star"'],
+        ),
+        # An accent as a character of its own, and bytes in a locale that does not know them.
+        (["--prompt", "e\u0301toile", "--out", "x.png"], ['--prompt "e\u0301toile": the word "\xe9toile" is not']),
+        (["--prompt", "\udcc3\udca9toile", "--out", "x.png"], ['--prompt "\xe9toile": the word "\xe9toile" is not']),
+        (["--prompt", "\udce9toile", "--out", "x.png"], ["--prompt='\\udce9toile' is not UTF-8"]),
         (["--prompt", A_WORD], ["--prompt and --out are needed"]),
         (["--out", "x.png"], ["--prompt and --out are needed"]),
         (["--prompt", A_WORD, "--out", "/dev/full"], ["--out=/dev/full must end in .png"]),
         (["--prompt", A_WORD, "--out", "/dev/full/x.png"], ["/dev/full is not a directory"]),
+        (["--prompt", A_WORD, "--out", "/proc/x.png"], ["--out=/proc/x.png cannot be written: /proc: "]),
         (["--prompt", A_WORD, "--out", "x.png", "--count", "0"], ["--count=0: 0 is not a positive integer"]),
         (["--prompt", A_WORD, "--out", "x.png", "--seed", "one"], ["--seed=one is not a whole number"]),
+        (["--prompt", A_WORD, "--out", "x.png", "--seed", "9" * 20], [f"--seed={'9' * 20}", "range [0, 4294967295]"]),
+        (["--prompt", A_WORD, "--out", "x.png", "--seed", str(2**32)], ["is not an integer in the range"]),
+        (["--prompt", A_WORD, "--out", "x.png", "--scale", "nan"], ["--scale=nan: nan is not a finite number"]),
+        (["--prompt", A_WORD, "--out", "x.png", "--prior_scale=-inf"], ["-inf is not a finite number"]),
     ],
 )
 def test_a_wrong_request(call, tmp_path, monkeypatch, flags, parts):
@@ -396,9 +416,24 @@ def test_a_wrong_request(call, tmp_path, monkeypatch, flags, parts):
     assert listing(tmp_path) == []
 
 
-def test_a_directory_that_cannot_be_written(call, tmp_path, monkeypatch):
-    monkeypatch.setattr(os, "access", lambda *_: False)
-    assert_one_sentence(call("sample", *sample_flags(tmp_path)), 2, "--out=", "no permission to write into")
+def test_a_directory_that_cannot_be_written(call, trained, tmp_path):
+    """Said before anything is loaded, and by trying: for root, permissions say nothing of a read-only disk."""
+    with small_disk(tmp_path / "disk", 2**20) as disk:
+        (disk / "image.png").touch()
+        shutil.copytree(trained, disk / "run", ignore=shutil.ignore_patterns("checkpoints", "embeddings"))
+        subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+        for flags in (
+            ["sample", "--prompt", A_WORD, "--out", disk / "image.png"],
+            ["evaluate", "--out", disk / "results"],
+            ["evaluate", "--workdir", disk / "run"],
+            ["convert", "--from", "clip", "--src", trained, "--out", disk / "new"],
+        ):
+            assert_one_sentence(call(*flags), 2, f"={disk}", "cannot be written", "Read-only file system")
+        subprocess.run(["mount", "-o", "remount,rw", str(disk)], check=True)
+        with open(disk / "filler", "wb") as file, contextlib.suppress(OSError):
+            file.write(b"x" * 2**20)
+        assert_one_sentence(call("evaluate", "--out", disk / "results"), 2, "No space left on device")
+        assert "tmp" not in " ".join(listing(disk))
     (tmp_path / "dir.png").mkdir()
     result = call("sample", "--prompt", A_WORD, "--out", tmp_path / "dir.png")
     assert_one_sentence(result, 2, "is a directory; give the name of a file")
@@ -408,15 +443,13 @@ def test_a_directory_that_cannot_be_written(call, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "prompt,parts",
     [
-        ("?!...", ["the text is empty: say what to show"]),
+        ("?!...", ['--prompt "?!..." is empty; say what to']),
         ("a small red stat", ['the word "stat" is not in the vocabulary; the nearest known word is "star"']),
     ],
 )
 def test_a_prompt_that_says_nothing(call, trained, tmp_path, prompt, parts):
     flags = ["--prompt", prompt, "--out", tmp_path / "out.png", "--workdir", trained]
-    status, _, err = call("sample", *flags)
-    assert status == 1
-    assert err.splitlines()[-1].startswith("error: ") and all(part in err for part in parts)
+    assert_one_sentence(call("sample", *flags), 2, *parts)
     assert listing(tmp_path) == []
 
 
@@ -437,6 +470,18 @@ def test_a_long_prompt_is_cut_with_one_warning(call, trained, tmp_path):
         assert status == 1
         assert last == f"error: {disk}/out.png: could not write the picture: No space left on device"
         assert listing(disk) == ["filler"]
+
+
+def test_the_table_is_printed_before_files_that_cannot_be_written(call, trained, monkeypatch, tmp_path):
+    """The disk filled up in the meantime."""
+
+    def full(path, image):
+        raise OSError(28, "could not write the picture: No space left on device", str(path))
+
+    monkeypatch.setattr("ddpm_jax.training.pictures.save_png", full)
+    status, out, err = call("evaluate", "--workdir", trained, "--out", tmp_path / "results")
+    assert status == 1 and err.splitlines()[-1].startswith(f"error: {tmp_path}/results/samples.png: could not write")
+    assert "| one object |" in out
 
 
 def test_a_finished_run(call, trained):

@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import platform
+import re
 import subprocess
 import sys
 import types
@@ -43,6 +44,50 @@ def test_every_core_is_a_device_unless_told_otherwise(monkeypatch):
     assert [int(run_python(code.format(count))[1]) for count in (3, "")] == [3, len(os.sched_getaffinity(0))]
     monkeypatch.setenv("JAX_NUM_CPU_DEVICES", "5")
     assert int(run_python(code.format(3))[1]) == 5
+
+
+# The packages of the extras; what the bare install has, itself or by flax: jax, flax, numpy, optax, orbax, absl.
+EXTRAS = {"clu", "diffrax", "ftfy", "grain", "ml_collections", "PIL", "regex", "safetensors", "scipy", "tqdm"}
+
+
+def test_every_module_names_the_extra_that_is_missing():
+    """A module loads without the extras, or says what to install; and so do the functions that import them later."""
+    code = f"""
+import importlib, pkgutil, sys
+import jax, flax, numpy
+for name in {sorted(EXTRAS - {"scipy"} | {"scipy.ndimage"})}:
+    sys.modules[name] = None
+import ddpm_jax, ddpm_jax.extras
+def attempt(name, call):
+    try:
+        call()
+        print(name, "-")
+    except (ModuleNotFoundError, SystemExit) as error:
+        print(name, str(error).replace(" ", "_"))
+for module in pkgutil.walk_packages(ddpm_jax.__path__, "ddpm_jax."):
+    attempt(module.name, lambda: importlib.import_module(module.name))
+from ddpm_jax import pipelines, likelihood
+from ddpm_jax.data import tokenizer, transforms
+from ddpm_jax.training import pictures
+attempt("load", pipelines.load)
+attempt("ClipTokenizer", tokenizer.ClipTokenizer)
+attempt("clip_pixels", lambda: transforms.clip_pixels([numpy.zeros((4, 4, 3), numpy.uint8)], 4))
+attempt("grid", lambda: pictures.grid(numpy.zeros((1, 4, 4, 3), numpy.uint8)))
+attempt("save_png", lambda: pictures.save_png("a.png", numpy.zeros((4, 4, 3), numpy.uint8)))
+attempt("likelihood", lambda: likelihood._solve(None, 0.0, 1.0, None, 0.1, 0.1))
+"""
+    status, out, err = run_python(code)
+    assert status == 0, err
+    said = dict(line.split() for line in out.splitlines())
+    assert {name for name, text in said.items() if text == "-"} >= {"ddpm_jax.training.step", "ddpm_jax.models.clip"}
+    sentence = re.compile(r"(error:_)?the_package_\w+_is_not_installed;_install_ddpm_jax\[(train|ode)\].*")
+    assert not [text for text in said.values() if text != "-" and not sentence.fullmatch(text)]
+    assert said["load"] == "-"  # the bundled weights need nothing else
+    needed = {"ddpm_jax.training.loop": "tqdm", "ddpm_jax.data.loader": "grain", "grid": "PIL"}
+    needed |= {"ClipTokenizer": "regex", "clip_pixels": "PIL", "save_png": "PIL", "ddpm_jax.evaluation.oracle": "scipy"}
+    for name, package in needed.items():
+        assert said[name] == f"the_package_{package}_is_not_installed;_install_ddpm_jax[train]"
+    assert said["likelihood"] == "the_package_diffrax_is_not_installed;_install_ddpm_jax[ode]"
 
 
 @pytest.mark.parametrize("missing,needed_at", [("ml_collections", "import"), ("grain", "training")])
