@@ -93,8 +93,16 @@ def test_a_crash_at_any_step_changes_nothing_in_the_end(tmp_path, uninterrupted,
     assert [row["step"] for row in read_metrics(tmp_path)] == [2, 4, 6, 8, 10, 12]
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_and_nothing_is_made_again(tmp_path, uninterrupted, signum):
+@pytest.fixture
+def heeded():
+    """A shell starts programs in the background with SIGINT ignored, and so it would stay."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_signal_saves_and_nothing_is_made_again(tmp_path, uninterrupted, signum, heeded):
     handler, first = signal.getsignal(signum), SignallingLoader(6, signum)
     with pytest.raises(Interrupted, match=rf"stopped by {signum.name} after step 6 of 12; .*/checkpoints/6") as error:
         run(tmp_path, loader=first)

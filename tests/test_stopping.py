@@ -14,6 +14,15 @@ from ddpm_jax.stopping import SIGNALS, StopRequest
 from ddpm_jax.temporary import remove_temporary_paths, temporary_path
 
 
+@pytest.fixture(autouse=True)
+def heeded():
+    """A shell starts programs in the background with SIGINT ignored, which their children inherit."""
+    before = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGINT, signal.SIGHUP)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 def run(arguments, path=(), **options):
     """Run python in a process of its own. Returns (status, stdout, stderr)."""
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join([*map(str, path), str(ROOT)])}
