@@ -98,8 +98,8 @@ def _is_safetensors(path: Path) -> bool:
 def _read_shards(path: Path) -> Tensors:
     index = read_json(path)
     where = index.get("weight_map") if isinstance(index, dict) else None
-    if not isinstance(where, dict) or not all(isinstance(name, str) for name in where.values()):
-        raise ValueError("it is not the index of a file in shards (it has no weight_map)")
+    if not isinstance(where, dict) or not where or not all(isinstance(name, str) for name in where.values()):
+        raise ValueError("it is not the index of a file in shards (it has no weight_map, or an empty one)")
     shards = sorted(set(where.values()))
     if len(shards) > SHARDS:
         raise ValueError(f"it names {len(shards)} shards, more than {SHARDS}")
