@@ -174,6 +174,43 @@ def test_every_step_starts_from_pure_noise():
     assert np.all(np.isfinite(untrained))
 
 
+@pytest.mark.parametrize("steps", ["2", "3", "10"])
+def test_few_steps_from_almost_pure_noise_extrapolate_little(steps):
+    """alpha is 5e-5 at the end of the cosine schedule: differences of eps over alpha were up to 140 000."""
+    process = make_process(cosine_betas(1000))
+    short, keys = respace(process, steps), example_keys(jax.random.key(0), 512)
+    solvers = {name: ODE[name][0] for name in ("plms", "heun", "dpm_2", "unipc_2")}
+    run = jax.jit(
+        lambda keys: {
+            name: sample(short, gaussian_denoiser(process), keys, (1,), step=step, kind="x0")
+            for name, step in solvers.items()
+        }
+    )
+    for name, x0 in run(keys).items():
+        assert float(jnp.std(x0)) < 1.6 * STD, name
+        assert float(x0.mean()) == pytest.approx(MEAN, abs=0.15 * STD), name
+
+
+def test_samples_of_discrete_points_end_in_them():
+    """100 points, 50 steps: at the last step the network's x0 is one of them, unless a sample lies in between."""
+    process = make_process(cosine_betas(1000))
+    points = jnp.stack(jnp.meshgrid(jnp.linspace(-1.0, 1.0, 10), jnp.linspace(-1.0, 1.0, 10)), -1).reshape(100, 2)
+
+    def denoise(xt, t):
+        alpha, sigma = process.sqrt_alpha_bar[t], process.sqrt_one_minus_alpha_bar[t]
+        distances = jnp.sum((xt[:, None] - alpha[:, None, None] * points[None]) ** 2, axis=-1)
+        return jax.nn.softmax(-0.5 * distances / sigma[:, None] ** 2, axis=-1) @ points
+
+    short, keys = respace(process, "50"), example_keys(jax.random.key(0), 1000)
+    solvers = {name: ODE[name][0] for name in ("plms", "heun", "dpm_2", "unipc_2")}
+    run = jax.jit(
+        lambda keys: {name: sample(short, denoise, keys, (2,), step=step, kind="x0") for name, step in solvers.items()}
+    )
+    for name, x0 in run(keys).items():
+        distance = np.linalg.norm(np.asarray(x0)[:, None] - np.asarray(points), axis=-1).min(1)
+        assert (distance > 0.02).mean() <= 0.003, name
+
+
 def test_churn_is_for_networks_that_receive_sigma():
     process = continuous.discretize(continuous.ve(), [0.9, 0.5, 0.1])
     with pytest.raises(ValueError, match=r"gamma=0.1 needs a process of continuous.edm"):
