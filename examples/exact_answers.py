@@ -5,10 +5,10 @@
 prints two tables. A Gaussian and a mixture of three in two dimensions have an exact denoiser, so whatever is left is
 the sampler's: the error of mean and covariance, the energy distance to exact draws (as a multiple of what two sets of
 exact draws have, 95 % of the time), and for solvers of the probability-flow ODE the slope of the error against the
-step. Samplers that draw no noise on their way start from the same noise. The predictor-corrector, whose step size is
-for many dimensions, samples a Gaussian in 64. SDEdit starts from exact draws and RePaint knows the first number of
-each, so both must leave the distribution as it is; DDIM inversion must turn exact draws to noise. The likelihoods are
-compared with the density itself, and the variational bound with its expectation in closed form, in bits per dimension.
+step. Samplers that draw no noise on their way start from the same noise. The predictor-corrector also samples a
+Gaussian in 64 dimensions. SDEdit starts from exact draws and RePaint knows the first number of each, so both must leave
+the distribution as it is; DDIM inversion must turn exact draws to noise. The likelihoods are compared with the density
+itself, and the variational bound with its expectation in closed form, in bits per dimension.
 """
 
 import functools
@@ -203,9 +203,9 @@ def main() -> None:
     for data in PLANE:
         x0, used = draw_adaptively(in_time(VP, np.array([1.0]))[1](data))
         row("probability flow, adaptive", round(used), data, x0)
-    many = "Gaussian, 64 numbers"
     process, denoiser = in_time(VE, continuous.uniform_times(VE, 500))
-    row("predictor-corrector, VE", 1000, many, draw(process, denoiser(many), predictor_corrector_step(), many))
+    for data in (*PLANE, "Gaussian, 64 numbers"):
+        row("predictor-corrector, VE", 1000, data, draw(process, denoiser(data), predictor_corrector_step(), data))
     editing()
     print()
     likelihoods()
