@@ -30,7 +30,7 @@ def drop(key: jax.Array, rate: float, batch_size: int) -> jax.Array:
     """
     if not 0.0 <= rate <= 1.0:
         raise ValueError(f"{rate=} must be in [0, 1]")
-    return jax.random.uniform(key, (batch_size,)) >= rate
+    return jax.random.uniform(key, (batch_size,), jnp.float32) >= rate
 
 
 def classifier_free(

@@ -95,13 +95,13 @@ def record_losses(history: LossHistory, t: jax.Array, losses: jax.Array) -> Loss
     """
     if t.ndim != 1 or t.shape != losses.shape:
         raise ValueError(f"t and losses must be vectors of one length, got shapes {t.shape} and {losses.shape}")
-    length, order = history.losses.shape[1], jnp.arange(t.shape[0])
+    length, order = history.losses.shape[1], jnp.arange(t.shape[0], dtype=jnp.int32)
     # Sorted by t, equal ones are neighbours, and how many stand before one is its distance from the first of them.
     by_step = jnp.argsort(t, stable=True)
     ordered = t[by_step]
-    first, end = (jnp.searchsorted(ordered, ordered, side=side) for side in ("left", "right"))
-    earlier = jnp.zeros_like(t).at[by_step].set(order - first)
-    later = jnp.zeros_like(t).at[by_step].set(end - 1 - order)
+    first, end = (jnp.searchsorted(ordered, ordered, side=side).astype(jnp.int32) for side in ("left", "right"))
+    earlier = jnp.zeros_like(order).at[by_step].set(order - first)
+    later = jnp.zeros_like(order).at[by_step].set(end - 1 - order)
     # Of more than K losses at one step the last K are kept: two writes to one place would have no order.
     row = jnp.where(later < length, t, history.losses.shape[0])
     place = (history.counts[t] + earlier) % length

@@ -89,7 +89,7 @@ def denoising_loss(
     x0 = x0.astype(process.betas.dtype)
     t_key, noise_key = jax.random.split(key)
     if t is None:
-        t = jax.random.randint(t_key, x0.shape[:1], 0, process.num_steps)
+        t = jax.random.randint(t_key, x0.shape[:1], 0, process.num_steps, jnp.int32)
     if noise is None:
         noise = jax.random.normal(noise_key, x0.shape, x0.dtype)
     xt = q_sample(process, x0, t, noise)
@@ -181,7 +181,7 @@ def stratified_times(key: jax.Array, batch_size: int, schedule: Schedule) -> jax
 
 def log_normal_times(key: jax.Array, batch_size: int, mean: float = -1.2, std: float = 1.2) -> jax.Array:
     """Draw EDM's training noise levels, log sigma ~ N(mean, std^2) (table 1), for ``continuous.edm``; float32[B]."""
-    return jnp.exp(mean + std * jax.random.normal(key, (batch_size,)))
+    return jnp.exp(mean + std * jax.random.normal(key, (batch_size,), jnp.float32))
 
 
 def stratified_timesteps(key: jax.Array, batch_size: int, num_steps: int) -> jax.Array:
@@ -403,7 +403,7 @@ def _mean_per_example(x: jax.Array) -> jax.Array:
 
 def _stratified(key: jax.Array, batch_size: int) -> jax.Array:
     """Return (u + i / B) mod 1, float32[B]."""
-    return (jax.random.uniform(key) + jnp.arange(batch_size) / batch_size) % 1.0
+    return (jax.random.uniform(key, (), jnp.float32) + jnp.arange(batch_size, dtype=jnp.float32) / batch_size) % 1.0
 
 
 def _weighting(log_weight: Callable[[jax.Array], jax.Array], kind: Kind) -> Weighting:
