@@ -21,7 +21,9 @@ from tiny_run import finish, start
 from ddpm_jax import cli, convert
 from ddpm_jax.interop import ReadError, families, glide, guided
 from ddpm_jax.interop.clip import load_clip
+from ddpm_jax.interop.config_fields import clip_towers
 from ddpm_jax.interop.table import ConvertError
+from ddpm_jax.models.transformer import gelu, quick_gelu
 from ddpm_jax.pipelines import LoadError, converted, load
 from ddpm_jax.pipelines.karlo import Karlo
 from ddpm_jax.pipelines.stable_diffusion import StableDiffusion
@@ -138,6 +140,40 @@ def test_a_clip(tmp_path, capsys, dialect):
     assert np.isfinite(ours.models["clip"].apply({"params": ours.params["clip"]}, pixels, method="encode_image")).all()
     run(capsys, to="clip", src=tmp_path / "ours", out=tmp_path / "back")
     same_tensors(load_file(tmp_path / "back" / "model.safetensors"), peer)
+
+
+def test_every_tower_of_a_clip_has_its_own_activation_and_heads(tmp_path):
+    """Where a config is silent, transformers' own values count: 8 heads of a text tower, 12 of a vision tower."""
+    save_file(test_interop_clip.weights("hf"), tmp_path / "model.safetensors")
+    text = {"hidden_size": 32, "num_attention_heads": 4, "hidden_act": "gelu", "top_k": 50, "eos_token_id": 2}
+    vision = {"hidden_size": 48, "num_attention_heads": 3, "torch_dtype": "float32", "id2label": {"0": "a"}}
+    whole = {"model_type": "clip", "text_config": text, "vision_config": vision, "logit_scale_init_value": 2.6592}
+    read = lambda config: [
+        (tmp_path / "config.json").write_text(json.dumps(config)),
+        families.FAMILIES["clip"].read(tmp_path, families.Options()),
+    ][1]
+    model = read(whole).converted.models["clip"]
+    assert (model.text.activation, model.vision.activation) == (gelu, quick_gelu)
+    assert (model.text.heads, model.vision.heads) == (4, 3)
+    older = whole | {"text_config_dict": text | {"hidden_act": "quick_gelu"}, "vision_config_dict": None}
+    assert read(older).converted.models["clip"].text.activation is quick_gelu
+    assert (
+        "the first id 63, as" in read(whole | {"text_config": text | {"eos_token_id": 63}}).assumed["end of a caption"]
+    )
+    towers = clip_towers({"text_config": {}, "vision_config": {"num_attention_heads": 16}})
+    assert (towers["text"]["hidden_size"], towers["text"]["num_attention_heads"]) == (512, 8)
+    assert (towers["vision"]["hidden_size"], towers["vision"]["hidden_act"]) == (768, "quick_gelu")
+    assert clip_towers({"model_type": "clip_vision_model", "patch_size": 8})["vision"]["num_attention_heads"] == 12
+    for changes, message in (
+        ({"model_type": "siglip"}, "is not of a CLIP: it has model_type='siglip'"),
+        ({"vision_config": vision | {"hidden_act": "gelu_new"}}, "the vision tower .* it has hidden_act='gelu_new'"),
+        ({"text_config": text | {"layer_norm_eps": 1e-6}}, "the text tower .* it has layer_norm_eps=1e-06"),
+        ({"text_config": text | {"rope_theta": 1e4}}, r"it has rope_theta=10000.0 \(unknown field\)"),
+        ({"vision_config": vision | {"num_attention_heads": 5}}, "num_attention_heads=5 must divide hidden_size=48"),
+        ({"use_towers": "both"}, "the CLIP is not supported: it has use_towers='both'"),
+    ):
+        with pytest.raises(ConvertError, match=message):
+            read(whole | changes)
 
 
 def test_the_original_karlo_comes_back(tmp_path, capsys, monkeypatch):

@@ -17,6 +17,7 @@ from ddpm_jax.data.tokenizer import CompactTokenizer
 from ddpm_jax.data.transforms import clip_pixels
 from ddpm_jax.interop import ReadError, karlo
 from ddpm_jax.interop.clip import end_mask, load_clip
+from ddpm_jax.interop.families import FAMILIES, Options
 from ddpm_jax.interop.table import ConvertError
 from ddpm_jax.models.decoder import Decoder
 from ddpm_jax.models.unet import UNet
@@ -205,33 +206,29 @@ class Bytes(CompactTokenizer):
         return list(text.encode())
 
 
-CONFIGS = {
-    "prior": {"num_attention_heads": 2},
-    "decoder": {
-        "block_out_channels": [32, 64], "layers_per_block": 1, "sample_size": 16, "attention_head_dim": 16,
-        "down_block_types": ["ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"], "out_channels": 6,
-    },
-    "text_proj": {},
-    "text_encoder": {"hidden_size": 32, "num_attention_heads": 4, "hidden_act": "quick_gelu"},
-    "image_encoder": {"hidden_size": 48, "num_attention_heads": 3, "hidden_act": "quick_gelu"},
-} | {
-    f"super_res_{name}": {
-        "block_out_channels": [32, 64], "layers_per_block": 1, "sample_size": 32, "out_channels": 3,
-        "down_block_types": ["ResnetDownsampleBlock2D"] * 2, "add_attention": False,
-    }
-    for name in ("first", "last")
-}  # fmt: skip
+PARTS = {
+    "text_encoder": "text",
+    "image_encoder": "vision",
+    "super_res_first": "upsampler",
+    "super_res_last": "upsampler",
+}
+PARTS |= {name: name for name in ("prior", "decoder", "text_proj")}
+CONFIGS = {part: json.loads(str(PEER[f"config/{peer}"])) for part, peer in PARTS.items()}
+# Parts without weights: what their files are called.
+SETTINGS = dict.fromkeys(("prior_scheduler", "decoder_scheduler", "super_res_scheduler"), "scheduler_config.json")
+SETTINGS |= {"feature_extractor": "preprocessor_config.json"}
 
 
 def write_directory(place):
     """Write a directory as diffusers saves one."""
-    peers = {"text_encoder": ("text", 0), "image_encoder": ("vision", 0), "super_res_first": ("upsampler", 0)}
-    peers |= {"super_res_last": ("upsampler", 1)} | {name: (name, 0) for name in ("prior", "decoder", "text_proj")}
     for name, config in CONFIGS.items():
         (place / name).mkdir(parents=True)
         (place / name / "config.json").write_text(json.dumps(config))
         file = "model.safetensors" if "encoder" in name else "diffusion_pytorch_model.safetensors"
-        save_file(weights(*peers[name]), place / name / file)
+        save_file(weights(PARTS[name], int(name == "super_res_last")), place / name / file)
+    for name, file in SETTINGS.items():
+        (place / name).mkdir()
+        (place / name / file).write_text(str(PEER[f"config/{name}"]))
     return place
 
 
@@ -274,6 +271,48 @@ def test_a_broken_directory_is_refused(directory, tmp_path):
     (place / "decoder" / "config.json").unlink()
     with pytest.raises(ReadError, match="decoder cannot be read as a part of Karlo"):
         karlo.open_karlo(place)
+
+
+@pytest.mark.parametrize(
+    "part,changes",
+    [
+        ("prior", {"norm_in_type": "layer", "time_embed_act_fn": "gelu", "additional_embeddings": 3}),
+        ("prior", {"attention_head_dim": 8}),
+        ("text_encoder", {"hidden_act": "gelu_new", "layer_norm_eps": 1e-6}),
+        ("image_encoder", {"layer_norm_eps": 1e-6, "num_attention_heads": 5, "use_head": True}),
+        ("decoder", {"norm_num_groups": 16, "resnet_out_scale_factor": 1.5, "freq_shift": 1, "act_fn": "mish"}),
+        ("decoder", {"class_embed_type": None, "up_block_types": ["ResnetUpsampleBlock2D"] * 2}),
+        ("super_res_first", {"add_attention": True, "mid_block_scale_factor": 2, "flip_sin_to_cos": False}),
+        ("super_res_last", {"norm_eps": 1e-6, "in_channels": 3, "resnet_time_scale_shift": "spatial"}),
+        ("text_proj", {"dropout": 0.1}),
+        ("prior_scheduler", {"clip_sample": False, "prediction_type": "epsilon", "clip_sample_range": 0}),
+        ("decoder_scheduler", {"clip_sample_range": 2.0, "variance_type": "fixed_small_log"}),
+        ("super_res_scheduler", {"beta_schedule": "linear", "num_train_timesteps": 500, "thresholding": True}),
+        ("feature_extractor", {"resample": 2, "do_normalize": False, "image_mean": [0.5] * 3, "crop_size": 8}),
+    ],
+)
+def test_every_field_of_a_config_is_used_or_refused(directory, tmp_path, part, changes):
+    """What would change numbers and no shapes: one field at a time, each refused by its name."""
+    place = shutil.copytree(directory, tmp_path / "copy")
+    file = place / part / SETTINGS.get(part, "config.json")
+    config = json.loads(file.read_text())
+    for field, value in changes.items():
+        file.write_text(json.dumps(config | {field: value}))
+        with pytest.raises(ConvertError, match=f"{field}="):
+            karlo.open_karlo(place)
+
+
+@pytest.mark.parametrize("changes,bound", [({}, 5.0), ({"clip_sample_range": 10}, 10.0), (None, 1.0)])
+def test_the_bound_of_the_prior_is_that_of_its_scheduler(directory, tmp_path, changes, bound):
+    """1 is diffusers' own value where the field is missing."""
+    place = shutil.copytree(directory, tmp_path / "copy")
+    file = place / "prior_scheduler" / "scheduler_config.json"
+    config = json.loads(file.read_text()) | (changes or {})
+    if changes is None:
+        del config["clip_sample_range"]
+    file.write_text(json.dumps(config))
+    assert karlo.open_karlo(place).prior_clip == bound
+    assert FAMILIES["karlo"].read(place, Options()).converted.facts["prior_clip"] == bound
 
 
 def test_other_files_are_refused():

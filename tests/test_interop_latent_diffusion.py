@@ -106,3 +106,13 @@ def test_what_is_refused(tmp_path):
         opened(path, kind="x0")
     with pytest.raises(ValueError, match="image_size=500 must be a multiple of 64"):
         latent_diffusion.open_stable_diffusion_file(path, image_size=500)
+
+
+@pytest.mark.parametrize("channels,use", [(9, ", as U-Nets for inpainting do"), (5, ", as .* depth do"), (7, "")])
+def test_a_file_with_other_channels_is_refused_when_it_is_opened(tmp_path, channels, use):
+    tensors = write(tmp_path / "model.safetensors")
+    name = "model.diffusion_model.input_blocks.0.0.weight"
+    tensors[name] = np.zeros((32, channels, 3, 3), np.float32)
+    save_file(tensors, tmp_path / "other.safetensors")
+    with pytest.raises(ConvertError, match=f"it sees in_channels={channels} channels{use}, and supported are the 4 of"):
+        opened(tmp_path / "other.safetensors")

@@ -16,6 +16,7 @@ from ddpm_jax.data.tokenizer import ClipTokenizer, CompactTokenizer
 from ddpm_jax.interop import ReadError, stable_diffusion
 from ddpm_jax.interop.table import ConvertError
 from ddpm_jax.models.autoencoder import Autoencoder
+from ddpm_jax.pipelines.stable_diffusion import StableDiffusion
 from ddpm_jax.samplers import loop
 
 PEER = np.load(Path(__file__).parent / "data" / "stable_diffusion.npz")
@@ -116,11 +117,19 @@ def directory(path, name="unet1", **schedule):
     return path
 
 
-@pytest.mark.parametrize("name", ["unet1", "unet2"])
-def test_the_pipeline(tmp_path, monkeypatch, name):
-    """Five steps with guidance from the peer's noise, the first version predicting eps and the second v."""
+ZERO_SNR = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing", "set_alpha_to_one": False}
+
+
+@pytest.mark.parametrize("drawn", ["unet1", "unet2", "zero"])
+def test_the_pipeline(tmp_path, monkeypatch, drawn):
+    """Five steps with guidance from the peer's noise, the first version predicting eps and the second v.
+
+    The third time from pure noise, at trailing timesteps, ending at the noise of t = 0.
+    """
+    name = "unet1" if drawn == "unet1" else "unet2"
     kind = "epsilon" if name == "unet1" else "v_prediction"
-    pipeline = stable_diffusion.open_stable_diffusion(directory(tmp_path, name, prediction_type=kind))
+    schedule = {"prediction_type": kind} | (ZERO_SNR if drawn == "zero" else {})
+    pipeline = stable_diffusion.open_stable_diffusion(directory(tmp_path, name, **schedule))
     assert (pipeline.image_size, pipeline.kind) == (16, "eps" if name == "unet1" else "v")
     noise = given("noise")
     monkeypatch.setitem(loop.sample.__globals__, "per_example_normal", lambda keys, like: noise)
@@ -133,9 +142,84 @@ def test_the_pipeline(tmp_path, monkeypatch, name):
         return p.decode(p.draw_latents(process, text, nothing, keys, scale=3.0))
 
     ours = draw(pipeline.params, example_keys(jax.random.key(0), 2)) / 2 + 0.5
-    theirs = PEER[f"drawn/{name}"]
+    theirs = PEER[f"drawn/{drawn}"]
     assert theirs.std() > 0.1
     np.testing.assert_allclose(ours, theirs, atol=2e-3)
+
+
+@pytest.mark.parametrize("case", [name for name in PEER.files if name.startswith("timesteps/")])
+def test_timesteps_are_those_of_the_scheduler(case):
+    _, spacing, offset, steps = case.split("/")
+    schedule = config("scheduler") | {"timestep_spacing": spacing, "steps_offset": int(offset)}
+    pipeline = pipeline_of(stable_diffusion.process_of(schedule), **stable_diffusion.sampling_of(schedule))
+    assert pipeline.timesteps(int(steps)) == PEER[case][::-1].tolist()
+
+
+def pipeline_of(process, **options):
+    return StableDiffusion(params={}, process=process, text=None, unet=None, autoencoder=None, **options)
+
+
+def test_the_betas_of_the_scheduler():
+    """Rescaled to zero terminal SNR as diffusers does, in float32 there; and given as a list."""
+    process = stable_diffusion.process_of(config("scheduler") | {"rescale_betas_zero_snr": True})
+    np.testing.assert_allclose(process.alpha_bar, PEER["alpha_bar/zero"], atol=2e-6)
+    assert process.alpha_bar[-1] == 0
+    betas = np.linspace(1e-4, 0.01, 1000)
+    process = stable_diffusion.process_of(config("scheduler") | {"trained_betas": betas.tolist()})
+    np.testing.assert_allclose(process.alpha_bar, np.cumprod(1 - betas), rtol=1e-6)
+    for changes, message in (
+        ({"trained_betas": [0.1, 0.2]}, r"trained_betas has shape \(2,\) for num_train_timesteps=1000"),
+        ({"trained_betas": [2.0] * 1000}, "the scheduler's betas do not fit: betas must be inside"),
+        ({"trained_betas": "linear"}, "the scheduler's betas do not fit: "),
+    ):
+        with pytest.raises(ConvertError, match=message):
+            stable_diffusion.process_of(config("scheduler") | changes)
+
+
+@pytest.mark.parametrize(
+    "part,field,value",
+    [
+        *(("autoencoder", *case) for case in (
+            ("norm_num_groups", 16), ("act_fn", "gelu"), ("shift_factor", 0.1), ("latents_mean", [0.0] * 4),
+            ("latents_std", [1.0] * 4), ("mid_block_add_attention", False), ("use_quant_conv", False),
+            ("out_channels", 4), ("down_block_types", ["DownEncoderBlock2D", "AttnDownEncoderBlock2D"]),
+        )),
+        *(("unet1", *case) for case in (
+            ("norm_num_groups", 16), ("center_input_sample", True), ("mid_block_scale_factor", 2), ("freq_shift", 1),
+            ("downsample_padding", 0), ("flip_sin_to_cos", False), ("resnet_skip_time_act", True),
+            ("resnet_out_scale_factor", 2.0), ("time_embedding_act_fn", "gelu"), ("timestep_post_act", "silu"),
+            ("cross_attention_norm", "layer_norm"), ("attention_type", "gated"), ("only_cross_attention", [True] * 3),
+            ("up_block_types", ["UpBlock2D"] * 3), ("mid_block_type", None), ("in_channels", 9),
+            ("a_new_option", 3), ("conv_in_kernel", 1), ("down_block_types", ["AttnDownBlock2D"] * 3),
+        )),
+        *(("scheduler", *case) for case in (
+            ("thresholding", True), ("clip_sample", True), ("timestep_spacing", "karras"), ("steps_offset", -1),
+            ("steps_offset", 1.0), ("set_alpha_to_one", 0), ("use_flow_sigmas", True), ("timestep_scaling", 10.0),
+        )),
+    ],
+)  # fmt: skip
+def test_every_field_of_a_config_is_used_or_refused(part, field, value):
+    """What would change numbers and no shapes is refused by its name."""
+    make = {
+        "autoencoder": stable_diffusion.autoencoder_of,
+        "unet1": stable_diffusion.unet_of,
+        "scheduler": lambda config: (stable_diffusion.process_of(config), stable_diffusion.sampling_of(config)),
+    }[part]
+    make(config(part) | {"a_new_option": False, "_private": 1})
+    with pytest.raises(ConvertError, match=f"{field}="):
+        make(config(part) | {field: value})
+
+
+def test_a_network_for_inpainting_is_refused_when_it_is_opened(tmp_path):
+    path = directory(tmp_path)
+    tensors = weights("unet1")
+    kernel = tensors["conv_in.weight"]
+    save_file(
+        tensors | {"conv_in.weight": np.concatenate([kernel, kernel, kernel[:, :1]], axis=1)},
+        path / "unet" / "diffusion_pytorch_model.safetensors",
+    )
+    with pytest.raises(ConvertError, match="it sees in_channels=9 channels, as U-Nets for inpainting do, and"):
+        stable_diffusion.open_stable_diffusion(path)
 
 
 def test_pictures_of_captions(tmp_path):

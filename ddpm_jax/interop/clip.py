@@ -176,7 +176,7 @@ def load_clip(
     tensors: Mapping[str, np.ndarray],
     *,
     head_width: int | tuple[int, int] = 64,
-    activation: Literal["quick_gelu", "gelu"] = "quick_gelu",
+    activation: str | tuple[str, str] = "quick_gelu",
     dtype: Any = jnp.float32,
 ) -> LoadedCLIP:
     """Make a CLIP of a peer's tensors.
@@ -187,24 +187,28 @@ def load_clip(
             with one tower. The first two may have a ResNet. Of a training checkpoint its part is taken by
             `interop.parts.select`.
         head_width: of attention; a pair is of the text and of the vision tower.
-        activation: "quick_gelu" for OpenAI's weights and open_clip's "-quickgelu" ones, "gelu" for the others.
+        activation: "quick_gelu" for OpenAI's weights and open_clip's "-quickgelu" ones, "gelu" for the others; a pair
+            is of the text and of the vision tower.
         dtype: in which the network computes; parameters are float32.
 
     Raises:
         ConvertError: if the tensors are not those of such a CLIP; it lists which.
+        ValueError: for an unknown activation, or a head_width that does not divide a width.
     """
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"{activation=} must be one of {', '.join(ACTIVATIONS)}")
+    activations = (activation,) * 2 if isinstance(activation, str) else tuple(activation)
+    if len(activations) != 2 or not set(activations) <= set(ACTIVATIONS):
+        raise ValueError(f"{activation=} must be one of {', '.join(ACTIVATIONS)}, or a pair of them")
     tensors = _with_prefix(select(tensors, MARKS))
     dialect = "hf" if NAMES["hf"].token in tensors or NAMES["hf"].patch in tensors else "openai"
-    names, options = NAMES[dialect], {"activation": ACTIVATIONS[activation], "dtype": dtype}
+    names = NAMES[dialect]
+    of_text, of_vision = ({"activation": ACTIVATIONS[one], "dtype": dtype} for one in activations)
     text_head, vision_head = (head_width, head_width) if isinstance(head_width, int) else head_width
     text = vision = None
     if names.token in tensors:
-        text = _text_encoder(tensors, names, text_head, options)
+        text = _text_encoder(tensors, names, text_head, of_text)
     resnet = dialect == "openai" and is_resnet(tensors)
     if names.patch in tensors and not resnet:
-        vision = _vision_transformer(tensors, names, vision_head, options)
+        vision = _vision_transformer(tensors, names, vision_head, of_vision)
     if (text is None and vision is None) or (dialect == "openai" and (text is None or not (vision or resnet))):
         missing = names.token if text is None else names.patch
         kind = "ResNet" if resnet else "vision transformer"

@@ -21,6 +21,7 @@ from ddpm_jax.interop import (
     noised_clip,
     stable_diffusion,
 )
+from ddpm_jax.interop.config_fields import clip_towers
 from ddpm_jax.interop.diffusers_layout import read_config, weights_file
 from ddpm_jax.interop.json_file import read_json
 from ddpm_jax.interop.parts import select
@@ -111,6 +112,7 @@ def pipeline_of(converted: Converted, tokenizer: Tokenizer | None = None) -> Kar
             tokenizer=tokenizer,
             kind=facts["kind"],
             latent_size=facts["latent_size"],
+            **stable_diffusion.sampling_of(facts["schedule"]),
             **models,
         )
     numbers = params.get("statistics")
@@ -135,7 +137,7 @@ def _read_karlo(source: Path, options: Options) -> Read:
     _needs_directory(source, "karlo")
     original = any(source.glob(karlo_original.FILES["decoder"]))
     opened = karlo_original.open_karlo_original(source) if original else karlo.open_karlo(source)
-    prior_clip = _prior_clip(source, opened.prior_clip) if options.prior_clip is None else options.prior_clip
+    prior_clip = opened.prior_clip if options.prior_clip is None else options.prior_clip
     models = {"text": opened.text, "image": opened.image, "prior": opened.prior, "decoder": opened.decoder}
     models |= {"first": opened.upsampler, "last": opened.upsampler}
     models = {name: model for name, model in models.items() if model is not None}
@@ -158,17 +160,8 @@ def _read_karlo(source: Path, options: Options) -> Read:
         assumed["widths of heads"] = "64 in the prior, the decoder and CLIP"
         files = list(karlo_original.find_files(source).values())
     else:
-        files = _weights(source, [*karlo.FIELDS, "text_proj"])
+        files = _weights(source, list(karlo.FIELDS))
     return Read(Converted("karlo", models, params, facts), assumed, files)
-
-
-def _prior_clip(source: Path, otherwise: float) -> float:
-    """Return the bound that the scheduler of the prior names, if there is one."""
-    if not (source / "prior_scheduler" / "scheduler_config.json").is_file():
-        return otherwise
-    name = "scheduler_config.json"
-    config = read_config(source, "prior_scheduler", ["clip_sample_range"], family="Karlo", name=name)
-    return float(config["clip_sample_range"])
 
 
 def _write_karlo(converted: Converted, out: Path) -> None:
@@ -230,7 +223,7 @@ def _read_stable_diffusion(source: Path, options: Options) -> Read:
     }
     models = {"text": opened.text, "unet": opened.unet, "autoencoder": opened.autoencoder}
     assumed = {
-        "sampler": "DDIM from t = 1 with one stride, whatever the scheduler's name; its last step ends at x0",
+        "sampler": "DDIM, whatever the scheduler's name, at its timesteps",
         "padding of captions": facts["tokenizer"]["pad"],
     }
     files = _weights(source, ["text_encoder", "unet", "vae"])
@@ -281,31 +274,50 @@ def _read_clip(source: Path, options: Options) -> Read:
     file = _file(source)
     if options.model is not None:
         heads, activation = clip.PUBLISHED[_named(options, clip.PUBLISHED)]
+        activations, end = (activation, activation), 2
     else:
-        heads, activation = _clip_config(file.parent / "config.json")
-    heads, activation = options.head_width or heads, options.activation or activation
+        heads, activations, end = _clip_config(file.parent / "config.json")
+    heads = options.head_width or heads
+    activation = (options.activation,) * 2 if options.activation else activations
     tensors, taken = _part(file, clip.MARKS, options)
     loaded = clip.load_clip(tensors, head_width=heads, activation=activation)
     assumed = taken | {
         "head_width": f"{heads[0]} in the text tower, {heads[1]} in the image tower",
-        "activation": activation,
-        "end of a caption": "the largest id, as interop.clip.end_mask(tokens) finds it",
+        "activation": activation[0]
+        if len(set(activation)) == 1
+        else f"{activation[0]} (text), {activation[1]} (image)",
+        "end of a caption": "the largest id, as interop.clip.end_mask(tokens) finds it"
+        if end == 2
+        else f"the first id {end}, as interop.clip.end_mask(tokens, {end}) finds it",
     }
     facts = {"dialect": loaded.dialect}
     return Read(Converted("clip", {"clip": loaded.model}, {"clip": loaded.params}, facts), assumed, files_of(file))
 
 
-def _clip_config(path: Path) -> tuple[tuple[int, int], str]:
-    """Return the widths of heads and the activation that transformers' config says; OpenAI's if there is none."""
+def _clip_config(path: Path) -> tuple[tuple[int, int], tuple[str, str], int]:
+    """Return of transformers' config: the widths of heads, the activations, and the id that ends a caption.
+
+    Of both towers, text first; OpenAI's values if there is no config. An end of 2 is the largest id (old configs).
+
+    Raises:
+        ReadError: if it cannot be read as such a config.
+        ConvertError: if it has a field, or a value of one, that is not supported.
+    """
     if not path.is_file():
-        return (64, 64), "quick_gelu"
+        return (64, 64), ("quick_gelu", "quick_gelu"), 2
     try:
         config = read_json(path)
-        towers = [config.get(f"{name}_config") or config for name in ("text", "vision")]
-        heads = tuple(
-            int(tower.get("hidden_size", 512)) // int(tower.get("num_attention_heads", 8)) for tower in towers
-        )
-        return heads, towers[0].get("hidden_act", "quick_gelu")
+        towers = clip_towers(config)
+        heads, activations = [], []
+        for name, tower in towers.items():
+            width, number = tower["hidden_size"], tower["num_attention_heads"]
+            if width % number:
+                raise ConvertError(f"{path}: num_attention_heads={number} must divide hidden_size={width} ({name})")
+            heads.append(width // number)
+            activations.append(tower["hidden_act"])
+        return tuple(heads), tuple(activations), towers["text"].get("eos_token_id", 2)
+    except ConvertError:
+        raise
     except (OSError, ValueError, TypeError, AttributeError, ArithmeticError) as error:
         raise ReadError(f"{path} cannot be read as the config of a CLIP: {error}") from None
 

@@ -19,7 +19,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from ddpm_jax.data.tokenizer import ClipTokenizer, Tokenizer
+from ddpm_jax.interop import config_fields
 from ddpm_jax.interop.clip import LoadedCLIP, load_clip
+from ddpm_jax.interop.config_fields import check_blocks, check_fields
 from ddpm_jax.interop.diffusers_layout import block_name, outer, read_config, read_weights, res
 from ddpm_jax.interop.table import (
     SAME,
@@ -55,7 +57,18 @@ FIELDS = {
     "decoder": (*_UNET, "attention_head_dim"),
     "super_res_first": (*_UNET, "add_attention"),
     "super_res_last": (*_UNET, "add_attention"),
+    "text_proj": (),
 }
+KNOWN = {
+    "prior": config_fields.KARLO_PRIOR,
+    "text_encoder": config_fields.TEXT_TOWER,
+    "image_encoder": config_fields.VISION_TOWER,
+    "decoder": config_fields.KARLO_DECODER,
+    "super_res_first": config_fields.KARLO_UPSAMPLER,
+    "super_res_last": config_fields.KARLO_UPSAMPLER,
+    "text_proj": config_fields.KARLO_TEXT_PROJ,
+}
+_PLAIN = {"ResnetDownsampleBlock2D": "ResnetUpsampleBlock2D"}
 
 
 def open_karlo(directory: str | Path, *, tokenizer: Tokenizer | None = None, dtype: Any = jnp.float32) -> Karlo:
@@ -68,11 +81,13 @@ def open_karlo(directory: str | Path, *, tokenizer: Tokenizer | None = None, dty
         dtype: in which the networks compute; parameters are float32.
 
     Returns:
-        `pipelines.karlo.Karlo`, whose `generate` draws captions and whose `variations` draws pictures.
+        `pipelines.karlo.Karlo`, whose `generate` draws captions and whose `variations` draws pictures. Its prior_clip
+        is clip_sample_range of prior_scheduler, or 5 in a directory without one.
 
     Raises:
         ReadError: if a part is missing or cannot be read.
-        ConvertError: if a part's tensors are not those of its network.
+        ConvertError: if a part's tensors are not those of its network, or its config has a field, or a value of one,
+            that is not supported.
     """
     directory = Path(directory)
     part = functools.partial(_part, directory)
@@ -80,24 +95,29 @@ def open_karlo(directory: str | Path, *, tokenizer: Tokenizer | None = None, dty
     if not any(has.values()):
         raise ReadError(f"{directory} is not a directory of Karlo: it has neither prior nor image_encoder")
     params, prior, image = {}, None, None
+    prior_clip = _check_schedulers(directory)
     config, tensors = part("text_encoder")
     text = _tower(config, tensors, dtype)
     params["text"] = text.params
     if has["prior"]:
         config, tensors = part("prior")
-        prior = load_prior(tensors, heads=config["num_attention_heads"], dtype=dtype)
+        prior = _prior_of(config, tensors, dtype)
         params["prior"] = prior.params
     if has["image_encoder"]:
         image = _tower(*part("image_encoder"), dtype)
         params["image"] = image.params
+        _check_processor(directory, image.model.vision.image_size)
     (config, unet), (_, text_proj) = part("decoder"), part("text_proj")
     decoder = _decoder_of(config, text_proj, dtype)
     small = config["sample_size"]
     params["decoder"] = load_decoder(unet, text_proj, decoder, image_size=small)
+    upsamplers = []
     for name in ("first", "last"):
         config, tensors = part(f"super_res_{name}")
-        upsampler = _upsampler_of(config, dtype)
-        params[name] = load_upsampler(tensors, upsampler, image_size=config["sample_size"])
+        upsamplers.append((_upsampler_of(config, dtype), config["sample_size"]))
+        if upsamplers[0] != upsamplers[-1]:
+            raise ConvertError("super_res_first and super_res_last are not of one Karlo: their configs differ")
+        params[name] = load_upsampler(tensors, upsamplers[0][0], image_size=config["sample_size"])
     return Karlo(
         params=params,
         statistics=None if prior is None else (jnp.asarray(prior.mean), jnp.asarray(prior.std)),
@@ -105,24 +125,62 @@ def open_karlo(directory: str | Path, *, tokenizer: Tokenizer | None = None, dty
         image=None if image is None else image.model,
         prior=None if prior is None else prior.model,
         decoder=decoder,
-        upsampler=upsampler,
+        upsampler=upsamplers[0][0],
         tokenizer=ClipTokenizer(pad="eot") if tokenizer is None else tokenizer,
         sizes=(small, config["sample_size"]),
+        prior_clip=prior_clip,
     )
 
 
 def _part(directory: Path, name: str) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """Return the config and the tensors of a part."""
-    config = read_config(directory, name, FIELDS.get(name, ()), family="Karlo")
+    """Return the config and the tensors of a part, whose fields are all known."""
+    config = read_config(directory, name, FIELDS[name], family="Karlo")
+    check_fields(config, KNOWN[name], f"{name} is not one of Karlo")
     return config, read_weights(directory, name)
 
 
+def _check_schedulers(directory: Path) -> float:
+    """Return the bound of what the prior predicts; 5 if the directory has no prior_scheduler."""
+    bound, file = 5.0, "scheduler_config.json"
+    for name, fields in config_fields.KARLO_SCHEDULERS.items():
+        if not (directory / name / file).is_file():
+            continue
+        config = config_fields.UNCLIP_DEFAULTS | read_config(directory, name, (), family="Karlo", name=file)
+        check_fields(config, fields, f"{name} is not one of Karlo")
+        if name == "prior_scheduler":
+            bound = config["clip_sample_range"]
+            if isinstance(bound, bool) or not isinstance(bound, (int, float)) or not 0 < bound < float("inf"):
+                raise ConvertError(f"{name} is not one of Karlo: clip_sample_range={bound!r} must be a positive number")
+    return float(bound)
+
+
+def _check_processor(directory: Path, image_size: int) -> None:
+    name = "preprocessor_config.json"
+    if (directory / "feature_extractor" / name).is_file():
+        config = read_config(directory, "feature_extractor", (), family="Karlo", name=name)
+        config_fields.check_processor(config, image_size)
+
+
 def _tower(config: Mapping[str, Any], tensors: Mapping[str, np.ndarray], dtype: Any) -> LoadedCLIP:
-    head_width = config["hidden_size"] // config["num_attention_heads"]
-    return load_clip(tensors, head_width=head_width, activation=config["hidden_act"], dtype=dtype)
+    heads = config["num_attention_heads"]
+    if config["hidden_size"] % heads:
+        raise ConvertError(f"num_attention_heads={heads} must divide hidden_size={config['hidden_size']}")
+    return load_clip(tensors, head_width=config["hidden_size"] // heads, activation=config["hidden_act"], dtype=dtype)
 
 
-def _unet_of(config: Mapping[str, Any], dtype: Any, **options: Any) -> UNet:
+def _prior_of(config: Mapping[str, Any], tensors: Mapping[str, np.ndarray], dtype: Any) -> "LoadedPrior":
+    heads = config["num_attention_heads"]
+    prior = load_prior(tensors, heads=heads, dtype=dtype)
+    if config.get("attention_head_dim", prior.model.width // heads) * heads != prior.model.width:
+        raise ConvertError(
+            f"prior is not one of Karlo: {heads} heads of attention_head_dim={config['attention_head_dim']} are not "
+            f"its width, {prior.model.width}"
+        )
+    return prior
+
+
+def _unet_of(config: Mapping[str, Any], dtype: Any, kinds: Mapping[str, str], **options: Any) -> UNet:
+    check_blocks(config, kinds, "the U-Net is not one of Karlo")
     widths, depths = config["block_out_channels"], config["layers_per_block"]
     attends = ["Attn" in block for block in config["down_block_types"]]
     return UNet(
@@ -144,13 +202,14 @@ def _decoder_of(config: Mapping[str, Any], text_proj: Mapping[str, np.ndarray], 
             raise ConvertError(f"text_proj is not of Karlo: it lacks {name}")
     width = len(text_proj[peer])
     tokens = len(text_proj["clip_extra_context_tokens_proj.bias"]) // width
-    network = _unet_of(config, dtype, head_channels=config["attention_head_dim"])
+    kinds = _PLAIN | {"SimpleCrossAttnDownBlock2D": "SimpleCrossAttnUpBlock2D"}
+    network = _unet_of(config, dtype, kinds, head_channels=config["attention_head_dim"])
     return Decoder(network, len(text_proj[null]), width, tokens, dtype=dtype)
 
 
 def _upsampler_of(config: Mapping[str, Any], dtype: Any) -> Upsampler:
     scale_shift = config.get("resnet_time_scale_shift", "default") == "scale_shift"
-    return Upsampler(_unet_of(config, dtype, scale_shift=scale_shift, mid_attention=config["add_attention"]))
+    return Upsampler(_unet_of(config, dtype, _PLAIN, scale_shift=scale_shift, mid_attention=False))
 
 
 class LoadedPrior(NamedTuple):

@@ -33,7 +33,11 @@ UNET, AUTOENCODER, TEXT, OPEN_CLIP = (
     *("model.diffusion_model.", "first_stage_model."),
     *("cond_stage_model.transformer.", "cond_stage_model.model."),
 )
-SCHEDULE = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+# Of the original code, whose DDIM ends at the first alpha_bar and not at the predicted x0.
+SCHEDULE = {
+    "num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear",
+    "timestep_spacing": "leading", "steps_offset": 1, "set_alpha_to_one": False,
+}  # fmt: skip
 _OUTER = {
     "time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2", "conv_norm_out": "out.0",
     "conv_in": "input_blocks.0.0", "conv_out": "out.2",
@@ -86,6 +90,8 @@ def open_stable_diffusion_file(
             f"{image_size=} must be a multiple of {autoencoder.factor * 2 ** (len(unet.channel_mult) - 1)}"
         )
     parts = _split(tensors)
+    channels = sd.channels_of(parts[UNET].get("input_blocks.0.0.weight"))
+    sd.check_channels(channels, autoencoder.latent_channels)
     load_text = load_open_clip if second else sd.load_text_encoder
     text, text_params = load_text(parts[OPEN_CLIP if second else TEXT], head_width=head_width, dtype=dtype)
     params = {
@@ -104,6 +110,7 @@ def open_stable_diffusion_file(
         tokenizer=ClipTokenizer(pad=0 if second else "eot") if tokenizer is None else tokenizer,
         kind=kind,
         latent_size=image_size // autoencoder.factor,
+        **sd.sampling_of(SCHEDULE),
     )
 
 

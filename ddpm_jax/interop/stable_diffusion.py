@@ -14,7 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from ddpm_jax.data.tokenizer import ClipTokenizer, Tokenizer
+from ddpm_jax.interop import config_fields
 from ddpm_jax.interop.clip import ACTIVATIONS, NAMES, Dialect, clip_table
+from ddpm_jax.interop.config_fields import check_blocks, check_fields
 from ddpm_jax.interop.diffusers_layout import block_name, outer, read_config, read_weights, res
 from ddpm_jax.interop.json_file import read_json
 from ddpm_jax.interop.table import (
@@ -36,9 +38,9 @@ from ddpm_jax.interop.unet import walk
 from ddpm_jax.models.autoencoder import Autoencoder
 from ddpm_jax.models.text_encoder import TextEncoder
 from ddpm_jax.models.unet import UNet
-from ddpm_jax.pipelines.stable_diffusion import StableDiffusion
+from ddpm_jax.pipelines.stable_diffusion import SPACINGS, StableDiffusion
 from ddpm_jax.process import GaussianProcess, make_process
-from ddpm_jax.schedules import linear_betas, quadratic_betas
+from ddpm_jax.schedules import linear_betas, quadratic_betas, zero_terminal_snr
 
 POINTWISE = Layout(lambda x: x.reshape(x.shape[:2]).T, lambda x: (x.T[..., None, None],))
 # The names that the attention of an autoencoder had before diffusers 0.17.
@@ -76,6 +78,7 @@ def open_stable_diffusion(
         directory, part, FIELDS[part], family="Stable Diffusion", **name
     )
     config = config_of("text_encoder")
+    check_fields(config, config_fields.TEXT_TOWER, "the text encoder is not one of Stable Diffusion 1 or 2")
     text, text_params = load_text_encoder(
         read_weights(directory, "text_encoder"),
         head_width=config["hidden_size"] // config["num_attention_heads"],
@@ -87,10 +90,12 @@ def open_stable_diffusion(
     autoencoder_params = load_autoencoder(read_weights(directory, "vae"), autoencoder)
     config = config_of("unet")
     unet = unet_of(config, dtype)
+    tensors = read_weights(directory, "unet")
+    check_channels(channels_of(tensors.get("conv_in.weight")), autoencoder.latent_channels)
     params = {
         "text": text_params,
         "autoencoder": autoencoder_params,
-        "unet": load_unet(read_weights(directory, "unet"), unet, context_width=config["cross_attention_dim"]),
+        "unet": load_unet(tensors, unet, context_width=config["cross_attention_dim"]),
     }
     schedule = config_of("scheduler", name="scheduler_config.json")
     return StableDiffusion(
@@ -102,6 +107,7 @@ def open_stable_diffusion(
         tokenizer=ClipTokenizer(pad=_padding(directory)) if tokenizer is None else tokenizer,
         kind=KINDS[schedule.get("prediction_type", "epsilon")],
         latent_size=config["sample_size"],
+        **sampling_of(schedule),
     )
 
 
@@ -122,11 +128,12 @@ def _padding(directory: Path) -> int | str:
 
 
 def process_of(config: Mapping[str, Any]) -> GaussianProcess:
-    """Return the process of a scheduler's config.
+    """Return the process of a scheduler's config; with trained_betas and rescale_betas_zero_snr as diffusers has them.
 
     Raises:
-        ConvertError: if its schedule or its prediction is another than those of Stable Diffusion 1 and 2.
+        ConvertError: if its schedule or its prediction is not supported, or it has a field that is not.
     """
+    check_fields(config, config_fields.SCHEDULER, "the scheduler is not supported")
     schedule, kind = config["beta_schedule"], config.get("prediction_type", "epsilon")
     if schedule not in BETAS or kind not in KINDS:
         raise ConvertError(
@@ -135,7 +142,36 @@ def process_of(config: Mapping[str, Any]) -> GaussianProcess:
         )
     steps = config["num_train_timesteps"]
     scale = steps / 1000  # ours are scaled to the number of steps, theirs are not
-    return make_process(BETAS[schedule](steps, scale * config["beta_start"], scale * config["beta_end"]))
+    try:
+        if config.get("trained_betas") is not None:
+            betas = np.asarray(config["trained_betas"], np.float64)
+            if betas.shape != (steps,):
+                raise ValueError(f"trained_betas has shape {betas.shape} for num_train_timesteps={steps}")
+        else:
+            betas = BETAS[schedule](steps, scale * config["beta_start"], scale * config["beta_end"])
+        return make_process(zero_terminal_snr(betas) if config.get("rescale_betas_zero_snr") else betas)
+    except (TypeError, ValueError) as error:
+        raise ConvertError(f"the scheduler's betas do not fit: {error}") from None
+
+
+def sampling_of(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a scheduler's config says of the steps of DDIM, as fields of `StableDiffusion`.
+
+    Where a field is missing it is what diffusers' pipeline takes: "leading" timesteps from 1, and a last step that ends
+    at the predicted x0.
+
+    Raises:
+        ConvertError: if a field is out of its range.
+    """
+    spacing, offset = config.get("timestep_spacing", "leading"), config.get("steps_offset", 1)
+    if spacing not in SPACINGS:
+        raise ConvertError(f"the scheduler has timestep_spacing={spacing!r}; known are {', '.join(SPACINGS)}")
+    if not isinstance(offset, int) or isinstance(offset, bool) or not 0 <= offset < config["num_train_timesteps"]:
+        raise ConvertError(f"the scheduler has steps_offset={offset!r}, which must be a timestep")
+    whole = config.get("set_alpha_to_one", True)
+    if not isinstance(whole, bool):
+        raise ConvertError(f"the scheduler has set_alpha_to_one={whole!r}, which must be true or false")
+    return {"timestep_spacing": spacing, "steps_offset": offset, "set_alpha_to_one": whole}
 
 
 # ---- The text encoder ------------------------------------------------------------------------------------------------
@@ -213,7 +249,12 @@ def AUTOENCODER(**options: Any) -> Autoencoder:  # noqa: N802
 
 
 def autoencoder_of(config: Mapping[str, Any], dtype: Any = jnp.float32) -> Autoencoder:
-    """Return the network that the config of diffusers' AutoencoderKL describes."""
+    """Return the network that the config of diffusers' AutoencoderKL describes.
+
+    Raises:
+        ConvertError: if the config has a field, or a value of one, that is not supported.
+    """
+    check_fields(config, config_fields.AUTOENCODER, "the autoencoder is not one of Stable Diffusion 1 or 2")
     widths = config["block_out_channels"]
     return Autoencoder(
         widths[0],
@@ -305,21 +346,15 @@ def unet_of(config: Mapping[str, Any], dtype: Any = jnp.float32) -> UNet:
     Raises:
         ConvertError: if the config asks for what Stable Diffusion 1 and 2 do not have.
     """
+    whose = "the U-Net is not one of Stable Diffusion 1 or 2"
+    check_fields(config, config_fields.STABLE_DIFFUSION_UNET, whose)
+    check_blocks(config, {"CrossAttnDownBlock2D": "CrossAttnUpBlock2D", "DownBlock2D": "UpBlock2D"}, whose)
+    check_channels(config.get("in_channels", 4), 4)
     widths, heads = config["block_out_channels"], config["attention_head_dim"]
     heads = [heads] * len(widths) if isinstance(heads, int) else list(heads)
     wide = {width // count for width, count in zip(widths, heads, strict=True)}
     if len(set(heads)) > 1 and len(wide) > 1:
         raise ConvertError(f"attention_head_dim={heads} gives neither equal heads nor heads of equal width")
-    known = {
-        "class_embed_type": None, "addition_embed_type": None, "time_embedding_type": "positional",
-        "dual_cross_attention": False, "only_cross_attention": False, "transformer_layers_per_block": 1,
-        "resnet_time_scale_shift": "default", "act_fn": "silu", "num_class_embeds": None, "norm_num_groups": 32,
-        "freq_shift": 0, "flip_sin_to_cos": True, "num_attention_heads": None, "encoder_hid_dim": None,
-        "mid_block_type": "UNetMidBlock2DCrossAttn", "in_channels": 4, "norm_eps": 1e-5,
-    }  # fmt: skip
-    odd = [f"{name}={config[name]!r}" for name, value in known.items() if config.get(name, value) != value]
-    if odd:
-        raise ConvertError(f"the U-Net is not one of Stable Diffusion 1 or 2: it has {', '.join(odd)}")
     return UNet(
         widths[0],
         config["out_channels"],
@@ -336,6 +371,21 @@ def unet_of(config: Mapping[str, Any], dtype: Any = jnp.float32) -> UNet:
     )
 
 
+def check_channels(channels: int, latent_channels: int) -> None:
+    """Check that a U-Net sees latents and nothing else.
+
+    Raises:
+        ConvertError: if it sees another number of channels, as U-Nets for inpainting do.
+    """
+    if channels != latent_channels:
+        known = {2 * latent_channels + 1: "inpainting", 2 * latent_channels: "editing", latent_channels + 1: "depth"}
+        use = f", as U-Nets for {known[channels]} do" if channels in known else ""
+        raise ConvertError(
+            f"the U-Net is not one that draws images of captions: it sees in_channels={channels} channels{use}, and "
+            f"supported are the {latent_channels} of the latents"
+        )
+
+
 def load_unet(tensors: Mapping[str, np.ndarray], model: UNet, *, context_width: int = 768) -> dict[str, Any]:
     """Return the parameters of a U-Net.
 
@@ -347,9 +397,13 @@ def load_unet(tensors: Mapping[str, np.ndarray], model: UNet, *, context_width: 
     Raises:
         ConvertError: if the tensors are not those of the network; it lists which.
     """
-    kernel = tensors.get("conv_in.weight")
-    channels = 4 if kernel is None or kernel.ndim != 4 else kernel.shape[1]
+    channels = channels_of(tensors.get("conv_in.weight"))
     return to_ours(unet_table(model), tensors, unet_shapes(model, context_width, channels))
+
+
+def channels_of(kernel: np.ndarray | None) -> int:
+    """Return how many channels a U-Net sees by its first convolution [O, I, 3, 3]; 4 if that is missing."""
+    return 4 if kernel is None or kernel.ndim != 4 else kernel.shape[1]
 
 
 def export_unet(params: Mapping[str, Any], model: UNet, *, linear_projection: bool = False) -> dict[str, np.ndarray]:

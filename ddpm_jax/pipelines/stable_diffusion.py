@@ -19,7 +19,10 @@ from ddpm_jax.models.text_encoder import TextEncoder
 from ddpm_jax.models.unet import UNet
 from ddpm_jax.pipelines.stages import to_uint8
 from ddpm_jax.process import GaussianProcess, respace
-from ddpm_jax.samplers import ddim_step, example_keys, sample
+from ddpm_jax.samplers import Point, ddim_step, example_keys, sample
+from ddpm_jax.types import PredictFn, Step
+
+SPACINGS = ("leading", "trailing", "linspace")
 
 
 def _static(**options: Any) -> Any:
@@ -30,7 +33,9 @@ class StableDiffusion(flax.struct.PyTreeNode):
     """The networks and their parameters; a tree of arrays, so that it can be an argument of a jitted function.
 
     params: "text", "unet" and "autoencoder". kind: what the U-Net predicts, "eps" (version 1) or "v" (version 2, 768).
-    latent_size: height and width of the latents that it was trained on.
+    latent_size: height and width of the latents that it was trained on. timestep_spacing, steps_offset,
+    set_alpha_to_one: of the scheduler's config; see `timesteps`, and False ends the last step at the noise of t = 0 in
+    place of the predicted x0.
     """
 
     params: dict[str, Any]
@@ -41,6 +46,9 @@ class StableDiffusion(flax.struct.PyTreeNode):
     tokenizer: Tokenizer | None = _static(default=None)
     kind: str = _static(default="eps")
     latent_size: int = _static(default=64)
+    timestep_spacing: str = _static(default="leading")
+    steps_offset: int = _static(default=1)
+    set_alpha_to_one: bool = _static(default=True)
 
     @property
     def image_size(self) -> int:
@@ -74,7 +82,7 @@ class StableDiffusion(flax.struct.PyTreeNode):
             classifier_free(network(text), network(nothing), scale),
             keys,
             (size, size, self.autoencoder.latent_channels),
-            step=ddim_step(eta),
+            step=ddim_step(eta) if self.set_alpha_to_one else _ending_at(self.process, ddim_step(eta)),
             kind=self.kind,
         )
 
@@ -102,7 +110,7 @@ class StableDiffusion(flax.struct.PyTreeNode):
             prompts: captions; one too long is cut, with a warning.
             seed: of all noise; picture i depends on it, i and prompt i.
             negative: the caption that guidance leads away from.
-            steps: of DDIM, with one stride, the least noisy at t = 1; or the timesteps themselves, increasing.
+            steps: of DDIM, at the timesteps that `timesteps` returns; or the timesteps themselves, increasing.
             decoder_scale: of guidance, 7.5 by default.
             eta: of DDIM; 0 draws no noise on the way, 1 as much as ancestral sampling.
             batch_size: pictures at a time.
@@ -135,14 +143,42 @@ class StableDiffusion(flax.struct.PyTreeNode):
         return np.concatenate(done)
 
     def timesteps(self, steps: int) -> list[int]:
-        """Return so many timesteps with one stride from 1, as the released pipelines take them (steps_offset = 1).
+        """Return the timesteps that DDIM visits, increasing, by the rule `timestep_spacing` of T timesteps.
+
+        "leading": steps_offset + i (T // steps); "trailing": round(T - i T / steps) - 1; "linspace": evenly from 0 to
+        T - 1, rounded (Lin et al. 2024, table 2).
 
         Raises:
-            ValueError: if steps is not between 1 and one less than the process has.
+            ValueError: if there are not so many timesteps, or the rule is unknown.
         """
-        if not 1 <= steps < self.process.num_steps:
-            raise ValueError(f"{steps=} must be between 1 and {self.process.num_steps - 1}")
-        return [1 + i * (self.process.num_steps // steps) for i in range(steps)]
+        total, offset = self.process.num_steps, self.steps_offset
+        if self.timestep_spacing not in SPACINGS:
+            raise ValueError(f"timestep_spacing={self.timestep_spacing!r} must be one of {', '.join(SPACINGS)}")
+        most = total - (offset if self.timestep_spacing == "leading" else 0)
+        if not 1 <= steps <= most:
+            raise ValueError(f"{steps=} must be between 1 and {most}")
+        if self.timestep_spacing == "trailing":
+            return [round(total - i * (total / steps)) - 1 for i in reversed(range(steps))]
+        if self.timestep_spacing == "linspace":
+            return [round(float(t)) for t in np.linspace(0, total - 1, steps)]
+        found = [offset + i * (total // steps) for i in range(steps)]
+        if found[-1] >= total:
+            raise ValueError(f"{steps=} with steps_offset={offset} leads to timestep {found[-1]} of {total}")
+        return found
+
+
+def _ending_at(process: GaussianProcess, step: Step) -> Step:
+    """Return a step whose last transition ends at the noise of the process' first timestep, and not at the data."""
+    alpha, sigma = process.sqrt_alpha_bar[0], process.sqrt_one_minus_alpha_bar[0]
+
+    def update(predict_fn: PredictFn, keys: jax.Array, xt: jax.Array, here: Point, there: Point, carry: Any) -> tuple:
+        last = there.sigma == 0.0
+        beta = jnp.square(here.sigma) - jnp.square(here.alpha / alpha * sigma)  # (13) of ``process``
+        here = here.replace(beta=jnp.where(last, jnp.maximum(beta, 0.0), here.beta))
+        there = there.replace(alpha=jnp.where(last, alpha, there.alpha), sigma=jnp.where(last, sigma, there.sigma))
+        return step.update(predict_fn, keys, xt, here, there, carry)
+
+    return Step(update, step.init)
 
 
 @functools.partial(jax.jit, static_argnames="options")

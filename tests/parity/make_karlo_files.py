@@ -118,6 +118,11 @@ def pipelines(networks: dict, arrays: dict) -> None:
         "super_res_scheduler": scheduler(variance_type="fixed_small_log", prediction_type="epsilon"),
     }  # fmt: skip
     prior_scheduler = scheduler(variance_type="fixed_small_log", prediction_type="sample", clip_sample_range=5.0)
+    schedulers = {name: scheduler for name, scheduler in common.items() if name.endswith("_scheduler")}
+    for name, made in (schedulers | {"prior_scheduler": prior_scheduler}).items():
+        arrays[f"config/{name}"] = json.dumps(dict(made.config))
+    for name, tower in (("text", text), ("vision", vision)):
+        arrays[f"config/{name}"] = tower.config.to_json_string(use_diff=False)
     drawn, steps = record_noise(), {"decoder_num_inference_steps": 3, "super_res_num_inference_steps": 3}
     pipe = text_pipeline.UnCLIPPipeline(prior=networks["prior"], prior_scheduler=prior_scheduler, **common)
     pipe.set_progress_bar_config(disable=True)
@@ -127,6 +132,7 @@ def pipelines(networks: dict, arrays: dict) -> None:
     arrays.update({f"noise/text/{i}": noise.numpy() for i, noise in enumerate(drawn)})
     drawn.clear()
     processor = CLIPImageProcessor(size={"shortest_edge": 16}, crop_size=16)
+    arrays["config/feature_extractor"] = processor.to_json_string()
     pipe = image_pipeline.UnCLIPImageVariationPipeline(feature_extractor=processor, image_encoder=vision, **common)
     pipe.set_progress_bar_config(disable=True)
     picture = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(5))
@@ -173,6 +179,7 @@ def main() -> None:
     out["upsampler"] = networks["upsampler"](torch.cat([large, low], 1), t).sample
     arrays = {f"out/{name}": value.numpy() for name, value in out.items()}
     for name, network in networks.items():
+        arrays[f"config/{name}"] = json.dumps(dict(network.config))
         arrays[f"shapes/{name}"] = json.dumps({key: tuple(value.shape) for key, value in network.state_dict().items()})
     pipelines(networks, arrays)
     inputs = {"t": t, "mask": mask, "zt": zt, "z_text": z_text, "z_image": z_image, "hidden": hidden, "xt": xt}

@@ -43,6 +43,9 @@ SCHEDULE = {
     "clip_sample": False, "set_alpha_to_one": True, "steps_offset": 1,
 }  # fmt: skip
 
+# As Lin et al. (2024) recommend, but for the last step, which ends at the noise of the first timestep.
+ZERO_SNR = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing", "set_alpha_to_one": False}
+
 
 def randomize(network: torch.nn.Module, name: str, arrays: dict) -> torch.nn.Module:
     """Give a network random weights, and keep their shapes."""
@@ -85,6 +88,15 @@ def main() -> None:
         kind = {"unet1": "epsilon", "unet2": "v_prediction"}[name]
         scheduler = DDIMScheduler(**SCHEDULE, prediction_type=kind)
         draw(unet, autoencoder, text, scheduler, tokens, arrays, f"drawn/{name}")
+        if name == "unet2":
+            scheduler = DDIMScheduler(**(SCHEDULE | ZERO_SNR), prediction_type=kind)
+            arrays["alpha_bar/zero"] = scheduler.alphas_cumprod.numpy()
+            draw(unet, autoencoder, text, scheduler, tokens, arrays, "drawn/zero")
+    for spacing in ("leading", "trailing", "linspace"):
+        for offset, steps in ((0, 7), (1, 50), (1, 300)):
+            scheduler = DDIMScheduler(**(SCHEDULE | {"timestep_spacing": spacing, "steps_offset": offset}))
+            scheduler.set_timesteps(steps)
+            arrays[f"timesteps/{spacing}/{offset}/{steps}"] = scheduler.timesteps.numpy().astype(np.int16)
     arrays["config/autoencoder"] = config(autoencoder)
     arrays["config/text_encoder"] = json.dumps(TEXT)
     arrays["config/scheduler"] = json.dumps(SCHEDULE)
