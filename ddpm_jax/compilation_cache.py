@@ -33,11 +33,11 @@ def use_compilation_cache() -> Path | None:
     chosen = "JAX_COMPILATION_CACHE_DIR" in os.environ or jax.config.jax_compilation_cache_dir is not None
     if chosen or not jax.config.jax_enable_compilation_cache:
         return None
-    directory = cache_directory()
     try:
+        directory = cache_directory()
         _prepare(directory)
-    except OSError as error:
-        warnings.warn(f"no compilation cache: {directory} cannot be used ({error.strerror or error})", stacklevel=2)
+    except (OSError, RuntimeError) as error:  # RuntimeError: the user has no home directory
+        warnings.warn(f"no compilation cache: {error}", stacklevel=2)
         return None
     prune(directory, MAX_BYTES)
     jax.config.update("jax_compilation_cache_dir", str(directory))
@@ -91,13 +91,10 @@ def _prepare(directory: Path) -> None:
 
     The programs in it are run as they are.
     """
-    try:
-        directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-    except (OSError, RuntimeError) as error:
-        raise OSError(f"it cannot be created: {error}") from None
+    directory.mkdir(parents=True, exist_ok=True, mode=0o700)
     stat = directory.stat()
     if hasattr(os, "getuid") and (stat.st_uid != os.getuid() or stat.st_mode & 0o022):
-        raise OSError("other users can write into it")
+        raise OSError(f"other users can write into {directory}")
     probe = directory / f".{secrets.token_hex(8)}"
     try:
         probe.touch()
