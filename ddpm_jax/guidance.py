@@ -3,11 +3,15 @@
 Denoiser in, denoiser out; thresholds are functions of x0 and go in as ``x0_transform`` (see ``process.predict``).
 """
 
+import numbers
 from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from ddpm_jax.checks import check_number, check_static, is_known, look_up
+from ddpm_jax.keys import one_key
 from ddpm_jax.process import GaussianProcess, to_x0_eps
 from ddpm_jax.types import Denoiser, Kind
 
@@ -18,7 +22,7 @@ def drop(key: jax.Array, rate: float, batch_size: int) -> jax.Array:
     Call it once per condition, each with its own key, so that drops are independent.
 
     Args:
-        key: one typed key.
+        key: one key.
         rate: probability of dropping, in [0, 1]; 0 keeps and 1 drops every example.
         batch_size: B.
 
@@ -26,11 +30,11 @@ def drop(key: jax.Array, rate: float, batch_size: int) -> jax.Array:
         keep, bool[B]; the caller replaces the condition by its null where it is False.
 
     Raises:
-        ValueError: if rate is outside [0, 1].
+        ValueError: if rate is outside [0, 1]. A traced rate below 0 keeps every example, one above 1 drops every one.
     """
-    if not 0.0 <= rate <= 1.0:
-        raise ValueError(f"{rate=} must be in [0, 1]")
-    return jax.random.uniform(key, (batch_size,), jnp.float32) >= rate
+    check_number("rate", rate, lambda v: (v >= 0) & (v <= 1), "must be in [0, 1]")
+    check_static("batch_size", batch_size, "since it is a shape")
+    return jax.random.uniform(one_key(key), (batch_size,), jnp.float32) >= rate
 
 
 def classifier_free(
@@ -58,24 +62,27 @@ def classifier_free(
             network's (Kynkaanniemi et al. 2024). It goes by t as the network receives it.
         rescale: phi in [0, 1] of Lin et al. 2024 (eqs. 15 and 16): the guided prediction is brought towards the
             standard deviation of the conditional one, over all axes of an example: phi guided * std(cond) / std(guided)
-            + (1 - phi) guided. Against overexposed pictures at high scales.
+            + (1 - phi) guided. Against overexposed images at high scales. An example whose guided prediction is
+            constant, to rounding, has no standard deviation to bring back and stays as it is.
 
     Returns:
         A denoiser, float32.
 
     Raises:
-        ValueError: if there is not one scale for each condition, no null, or rescale is outside [0, 1]; and when
-            called, if the outputs differ in shape, do not fit xt, or a scale is neither scalar nor [B].
+        ValueError: if there is not one scale for each condition, one is not finite, no null, or rescale is outside
+            [0, 1]; and when called, if the outputs differ in shape or do not fit xt, or a scale is neither scalar nor
+            [B]. scale, interval and rescale may be traced; a traced rescale outside [0, 1] gives NaN.
     """
     several = not callable(cond)
     conds, scales = (tuple(cond), tuple(scale)) if several else ((cond,), (scale,))
     if len(conds) != len(scales) or not conds:
         raise ValueError(f"there must be a scale for each condition, got {len(scales)} for {len(conds)}")
-    if not 0.0 <= rescale <= 1.0:
-        raise ValueError(f"{rescale=} must be in [0, 1]")
-    if interval is not None and not 0 <= interval[0] <= interval[1]:
+    for each in scales:
+        _check_scale(each)
+    rescale = check_number("rescale", rescale, lambda v: (v >= 0) & (v <= 1), "must be in [0, 1]")
+    if interval is not None and is_known(interval) and not 0 <= interval[0] <= interval[1]:
         raise ValueError(f"{interval=} must be two timesteps, the first not above the last")
-    if len(conds) == 1 and isinstance(scales[0], (int, float)) and scales[0] == 1:
+    if len(conds) == 1 and isinstance(scales[0], numbers.Real) and scales[0] == 1:
         return conds[0]
     if not callable(null):
         raise ValueError(f"null must be the network with its null condition, got {null!r}; only scale 1 needs none")
@@ -96,10 +103,8 @@ def classifier_free(
         guided = base
         for output, its_scale in zip(outputs, scales, strict=True):
             guided = guided + _per_example(its_scale, xt).astype(dtype) * (output[..., :channels] - base)
-        if rescale:
-            axes = tuple(range(1, xt.ndim))
-            ratio = first.std(axes, keepdims=True) / guided.std(axes, keepdims=True)
-            guided = rescale * guided * ratio + (1.0 - rescale) * guided
+        if not is_known(rescale) or rescale:
+            guided = rescale * guided * _spread_ratio(first, guided) + (1.0 - rescale) * guided
         if interval is not None:
             inside = (t >= interval[0]) & (t <= interval[1])
             guided = jnp.where(inside.reshape(inside.shape + (1,) * (xt.ndim - 1)), guided, first)
@@ -128,7 +133,8 @@ def classifier_guided(
     give this the clipped x0 as ``denoise``, with kind="x0".
 
     Args:
-        process: the process that the network was trained with, whose timesteps t are. Not a respaced one.
+        process: the one that the network was trained with or the respaced one that is sampled, which read the same:
+            alpha and sigma are looked up by original timestep.
         denoise: the network.
         log_prob: (xt, t) -> float[B], log p(y | xt) of each example, e.g. a noised classifier's log-softmax at y. CLIP
             guidance (GLIDE, section 2.4) is this with the dot product of noised image and text embeddings.
@@ -139,10 +145,11 @@ def classifier_guided(
         A denoiser, float32.
 
     Raises:
-        ValueError: for an unknown kind, and when called, if log_prob does not return one number an example or t is not
-            an integer.
+        ValueError: for an unknown kind, and when called, if log_prob does not return one number an example, t is not
+            an integer, or the process has no such timestep. Of a traced t that it does not have the output is NaN.
     """
     _check_shiftable(kind)
+    _check_scale(scale)
 
     def guided(xt: jax.Array, t: jax.Array) -> jax.Array:
         output = denoise(xt, t)
@@ -177,7 +184,8 @@ def implicit_gradient(
                variance="learned_range")
 
     Args:
-        process: the process that the network was trained with, whose timesteps t are. Not a respaced one.
+        process: the one that the network was trained with or the respaced one that is sampled, as for
+            ``classifier_guided``.
         cond: the denoiser with its condition closed over; a variance half is not read.
         null: the same network with the null condition closed over.
         scale: of the gradient; a float, or float[B].
@@ -187,9 +195,11 @@ def implicit_gradient(
         (xt, t) -> float32[B, ...], for integer t.
 
     Raises:
-        ValueError: for an unknown kind, and when called, if t is not an integer.
+        ValueError: for an unknown kind, and when called, if t is not an integer or no timestep of the process. Of a
+            traced t that it does not have the gradient is NaN.
     """
     _check_shiftable(kind)
+    _check_scale(scale)
 
     def gradient(xt: jax.Array, t: jax.Array) -> jax.Array:
         alpha, sigma = _levels(process, xt, t)
@@ -228,10 +238,9 @@ def static_threshold(bound: float = 1.0) -> Callable[[jax.Array], jax.Array]:
     """Return the ``x0_transform`` that clips x0 to [-bound, bound] (DDPM's code; Imagen section 2.3).
 
     Raises:
-        ValueError: if bound is not positive.
+        ValueError: if bound is not positive. A traced bound that is not gives NaN.
     """
-    if bound <= 0:
-        raise ValueError(f"{bound=} must be positive")
+    bound = check_number("bound", bound, lambda v: v > 0, "must be positive")
     return lambda x0: jnp.clip(x0, -bound, bound)
 
 
@@ -245,12 +254,10 @@ def dynamic_threshold(quantile: float = 0.995, bound: float = 1.0) -> Callable[[
         bound: of the data, > 0.
 
     Raises:
-        ValueError: if an argument is out of its range.
+        ValueError: if an argument is out of its range. A traced one that is gives NaN.
     """
-    if not 0.0 < quantile <= 1.0:
-        raise ValueError(f"{quantile=} must be in (0, 1]")
-    if bound <= 0:
-        raise ValueError(f"{bound=} must be positive")
+    quantile = check_number("quantile", quantile, lambda v: (v > 0) & (v <= 1), "must be in (0, 1]")
+    bound = check_number("bound", bound, lambda v: v > 0, "must be positive")
 
     def transform(x0: jax.Array) -> jax.Array:
         size = jnp.quantile(jnp.abs(x0).reshape(x0.shape[0], -1), quantile, axis=1)
@@ -266,11 +273,37 @@ def _check_shiftable(kind: str) -> None:
 
 
 def _levels(process: GaussianProcess, xt: jax.Array, t: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Return alpha and sigma at the original timesteps t, broadcastable to xt."""
-    if not jnp.issubdtype(t.dtype, jnp.integer):
+    """Return alpha and sigma at the original timesteps t, broadcastable to xt; NaN where the process has none of t."""
+    if not jnp.issubdtype(t.dtype, jnp.integer) or not jnp.issubdtype(process.timestep_map.dtype, jnp.integer):
         raise ValueError("this guidance reads alpha and sigma at integer timesteps, but the process has times")
-    wide = lambda table: table[t].reshape(t.shape + (1,) * (xt.ndim - 1))  # noqa: E731
+    same = t[:, None] == process.timestep_map[None, :]
+    found = jnp.any(same, axis=1)
+    if is_known(found) and not bool(found.all()):
+        missing = np.unique(np.asarray(t)[~np.asarray(found)])
+        raise ValueError(f"t must be timesteps of the process that guidance was given, which does not have {missing}")
+    index = jnp.where(found, jnp.argmax(same, axis=1), process.num_steps)
+    wide = lambda table: look_up(table, index).reshape(t.shape + (1,) * (xt.ndim - 1))  # noqa: E731
     return wide(process.sqrt_alpha_bar), wide(process.sqrt_one_minus_alpha_bar)
+
+
+def _check_scale(scale: float | jax.Array) -> None:
+    if is_known(scale) and not np.all(np.isfinite(np.asarray(scale, np.float64))):
+        raise ValueError(f"{scale=} must be finite")
+
+
+def _spread_ratio(first: jax.Array, guided: jax.Array) -> jax.Array:
+    """Return std(first) / std(guided) of each example, [B, 1, ...]; 1 where guided is constant to rounding."""
+    axes = tuple(range(1, guided.ndim))
+
+    def spread(x: jax.Array) -> jax.Array:
+        variance = x.var(axes, keepdims=True)
+        positive = variance > 0.0  # the root has no gradient at 0
+        return jnp.where(positive, jnp.sqrt(jnp.where(positive, variance, 1.0)), 0.0)
+
+    own = spread(guided)
+    rounding = 8.0 * jnp.finfo(guided.dtype).eps * jnp.max(jnp.abs(guided), axes, keepdims=True)
+    constant = own <= rounding
+    return jnp.where(constant, 1.0, spread(first) / jnp.where(constant, 1.0, own))
 
 
 def _per_example(scale: float | jax.Array, xt: jax.Array) -> jax.Array:

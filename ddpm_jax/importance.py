@@ -16,6 +16,9 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from ddpm_jax.checks import check_indices, check_number
+from ddpm_jax.keys import one_key
+
 Timesteps = Literal["uniform", "stratified", "importance"]
 
 
@@ -49,10 +52,9 @@ def timestep_probabilities(history: LossHistory, uniform: float = 1e-3) -> jax.A
     All are equal until every step has a full history.
 
     Raises:
-        ValueError: if uniform is outside [0, 1].
+        ValueError: if uniform is outside [0, 1]. A traced one outside it gives NaN.
     """
-    if not 0.0 <= uniform <= 1.0:
-        raise ValueError(f"{uniform=} must be in [0, 1]")
+    uniform = check_number("uniform", uniform, lambda v: (v >= 0) & (v <= 1), "must be in [0, 1]")
     num_steps, length = history.losses.shape
     # Relative to the largest, whose square might not be finite.
     largest = jnp.max(jnp.abs(history.losses))
@@ -69,7 +71,7 @@ def importance_timesteps(
     """Draw timesteps from ``timestep_probabilities``.
 
     Args:
-        key: one typed key.
+        key: one key.
         batch_size: B.
         history: of T steps.
         uniform: see ``timestep_probabilities``.
@@ -78,7 +80,7 @@ def importance_timesteps(
         t, int32[B], and 1 / (T p_t), float32[B], by which losses are multiplied.
     """
     p = timestep_probabilities(history, uniform)
-    t = jax.random.choice(key, p.shape[0], (batch_size,), p=p).astype(jnp.int32)
+    t = jax.random.choice(one_key(key), p.shape[0], (batch_size,), p=p).astype(jnp.int32)
     return t, 1.0 / (p.shape[0] * p[t])
 
 
@@ -88,13 +90,14 @@ def record_losses(history: LossHistory, t: jax.Array, losses: jax.Array) -> Loss
     Args:
         history: of T steps.
         t: int32[B] in [0, T).
-        losses: float[B], not weighted. None of them is recorded unless all are finite.
+        losses: float[B], not weighted. None of them is recorded unless all are finite and all t in range.
 
     Raises:
-        ValueError: if t and losses are not vectors of one length.
+        ValueError: if t and losses are not vectors of one length, or t is known and out of range.
     """
     if t.ndim != 1 or t.shape != losses.shape:
         raise ValueError(f"t and losses must be vectors of one length, got shapes {t.shape} and {losses.shape}")
+    check_indices("t", t, history.losses.shape[0])
     length, order = history.losses.shape[1], jnp.arange(t.shape[0], dtype=jnp.int32)
     # Sorted by t, equal ones are neighbours, and how many stand before one is its distance from the first of them.
     by_step = jnp.argsort(t, stable=True)
@@ -109,5 +112,6 @@ def record_losses(history: LossHistory, t: jax.Array, losses: jax.Array) -> Loss
     written = LossHistory(
         history.losses.at[row, place].set(losses, mode="drop"), history.counts.at[t].add(1, mode="drop")
     )
-    finite = jnp.all(jnp.isfinite(losses))
+    inside = (t >= 0) & (t < history.losses.shape[0])
+    finite = jnp.all(jnp.isfinite(losses) & inside)
     return jax.tree.map(lambda new, old: jnp.where(finite, new, old), written, history)

@@ -22,9 +22,12 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.scipy.special import log_ndtr
 
+from ddpm_jax.checks import check_number, is_known, look_up
 from ddpm_jax.continuous import Schedule
+from ddpm_jax.keys import one_key
 from ddpm_jax.process import (
     GaussianProcess,
     Prediction,
@@ -62,7 +65,7 @@ def denoising_loss(
     Args:
         process: T steps; ``denoise`` receives ``process.timestep_map[t]``.
         denoise: the network, parameters and conditions closed over.
-        key: one typed key, for t and noise.
+        key: one key, for t and noise.
         x0: float[B, ..., C], clean data; in [-1, 1] where L_0 is to mean bits of 8-bit data.
         kind: what the network predicts: "eps", "x0", "v", "score" or "mean".
         objective: "simple", "hybrid" or "vlb".
@@ -79,21 +82,20 @@ def denoising_loss(
 
     Raises:
         ValueError: if an option is unknown, options contradict each other, shapes do not fit, or a network that is to
-            predict eps could not be sampled from, since the process ends in pure noise.
+            predict eps could not be sampled from, since the process ends in pure noise. Traced t out of range give NaN.
     """
     check_objective(objective, variance, weighting)
     if kind in ("eps", "score") and process.zero_terminal:
         raise ValueError(f"{kind=} could not be sampled from pure noise, where alpha_bar is 0; use kind='v' or 'x0'")
-    if x0.ndim < 1 or not jnp.issubdtype(x0.dtype, jnp.floating):
-        raise ValueError(f"x0 must be a batch of floats (images in [-1, 1]), got {x0.dtype}{list(x0.shape)}")
+    _check_data(x0)
     x0 = x0.astype(process.betas.dtype)
-    t_key, noise_key = jax.random.split(key)
+    t_key, noise_key = jax.random.split(one_key(key))
     if t is None:
         t = jax.random.randint(t_key, x0.shape[:1], 0, process.num_steps, jnp.int32)
     if noise is None:
         noise = jax.random.normal(noise_key, x0.shape, x0.dtype)
     xt = q_sample(process, x0, t, noise)
-    output = denoise(xt, process.timestep_map[t]).astype(x0.dtype)
+    output = denoise(xt, look_up(process.timestep_map, t)).astype(x0.dtype)
     mean_output, range_output = split_output(output, xt, variance)
     mse = _mean_per_example((target(process, x0, noise, t, kind=kind) - mean_output) ** 2)
     aux = {"mse": mse}
@@ -131,7 +133,7 @@ def continuous_loss(
     Args:
         schedule: from ``continuous``; its functions may be traced, so that a learned schedule gets gradients.
         denoise: the network, parameters and conditions closed over; receives t itself, float32[B].
-        key: one typed key, for t and noise.
+        key: one key, for t and noise.
         x0: float[B, ..., C], clean data.
         kind: what the network predicts: "eps", "x0", "v" or "score".
         objective: "simple" or "likelihood".
@@ -148,10 +150,9 @@ def continuous_loss(
     schedule.check_kind(kind)
     if objective not in ("simple", "likelihood") or (objective == "likelihood" and weighting is not None):
         raise ValueError(f"{objective=} must be 'simple', or 'likelihood' without a weighting, which it has")
-    if x0.ndim < 1 or not jnp.issubdtype(x0.dtype, jnp.floating):
-        raise ValueError(f"x0 must be a batch of floats (images in [-1, 1]), got {x0.dtype}{list(x0.shape)}")
+    _check_data(x0)
     x0 = x0.astype(jnp.promote_types(x0.dtype, jnp.float32))
-    t_key, noise_key = jax.random.split(key)
+    t_key, noise_key = jax.random.split(one_key(key))
     if t is None:
         t = jax.random.uniform(t_key, x0.shape[:1], x0.dtype, schedule.t_min, schedule.t_max)
     if noise is None:
@@ -181,7 +182,7 @@ def stratified_times(key: jax.Array, batch_size: int, schedule: Schedule) -> jax
 
 def log_normal_times(key: jax.Array, batch_size: int, mean: float = -1.2, std: float = 1.2) -> jax.Array:
     """Draw EDM's training noise levels, log sigma ~ N(mean, std^2) (table 1), for ``continuous.edm``; float32[B]."""
-    return jnp.exp(mean + std * jax.random.normal(key, (batch_size,), jnp.float32))
+    return jnp.exp(mean + std * jax.random.normal(one_key(key), (batch_size,), jnp.float32))
 
 
 def stratified_timesteps(key: jax.Array, batch_size: int, num_steps: int) -> jax.Array:
@@ -190,7 +191,7 @@ def stratified_timesteps(key: jax.Array, batch_size: int, num_steps: int) -> jax
     t_i = floor(T ((u + i / B) mod 1)) with one u for the batch: a batch's loss varies less than with independent draws.
 
     Args:
-        key: one typed key.
+        key: one key.
         batch_size: B.
         num_steps: T.
 
@@ -277,10 +278,9 @@ def min_snr(gamma: float, kind: Kind) -> Weighting:
         log_snr float32[B] -> weight float32[B].
 
     Raises:
-        ValueError: if gamma <= 0 or kind is unknown.
+        ValueError: if gamma <= 0 or kind is unknown. A traced gamma <= 0 gives NaN.
     """
-    if gamma <= 0:
-        raise ValueError(f"{gamma=} must be positive")
+    gamma = check_number("gamma", gamma, lambda v: v > 0, "must be positive")
     return snr_power(1.0, gamma, kind)
 
 
@@ -299,14 +299,11 @@ def snr_power(power: float, bound: float, kind: Kind) -> Weighting:
         log_snr float32[B] -> weight float32[B].
 
     Raises:
-        ValueError: if an argument is out of its range.
+        ValueError: if an argument is out of its range. A traced one that is gives NaN.
     """
-    if not 0.0 <= power <= 1.0:
-        raise ValueError(f"{power=} must be in [0, 1]")
-    if bound <= 0:
-        raise ValueError(f"{bound=} must be positive")
-
-    return _weighting(lambda log_snr: jnp.minimum(power * log_snr, math.log(bound)), kind)
+    power = check_number("power", power, lambda v: (v >= 0) & (v <= 1), "must be in [0, 1]")
+    log_bound = _log(check_number("bound", bound, lambda v: (v > 0) | (v != v), "must be positive"))
+    return _weighting(lambda log_snr: jnp.minimum(power * log_snr, log_bound), kind)
 
 
 def p2(gamma: float, k: float = 1.0, *, kind: Kind) -> Weighting:
@@ -324,12 +321,11 @@ def p2(gamma: float, k: float = 1.0, *, kind: Kind) -> Weighting:
         log_snr float32[B] -> weight float32[B].
 
     Raises:
-        ValueError: if an argument is out of its range.
+        ValueError: if an argument is out of its range. A traced one that is gives NaN.
     """
-    if gamma < 0 or k <= 0:
-        raise ValueError(f"{gamma=} must not be negative and {k=} must be positive")
-
-    return _weighting(lambda log_snr: log_snr - gamma * jnp.logaddexp(math.log(k), log_snr), kind)
+    gamma = check_number("gamma", gamma, lambda v: v >= 0, "must not be negative")
+    log_k = _log(check_number("k", k, lambda v: v > 0, "must be positive"))
+    return _weighting(lambda log_snr: log_snr - gamma * jnp.logaddexp(log_k, log_snr), kind)
 
 
 def edm_weighting(sigma_data: float = 0.5, *, kind: Kind = "x0") -> Weighting:
@@ -339,12 +335,10 @@ def edm_weighting(sigma_data: float = 0.5, *, kind: Kind = "x0") -> Weighting:
     deviation d of the data; kind "eps", "x0" or "v".
 
     Raises:
-        ValueError: if an argument is out of its range.
+        ValueError: if an argument is out of its range. A traced one that is gives NaN.
     """
-    if sigma_data <= 0:
-        raise ValueError(f"{sigma_data=} must be positive")
-
-    return _weighting(lambda log_snr: jnp.logaddexp(log_snr, -2.0 * math.log(sigma_data)), kind)
+    log_sigma = _log(check_number("sigma_data", sigma_data, lambda v: v > 0, "must be positive"))
+    return _weighting(lambda log_snr: jnp.logaddexp(log_snr, -2.0 * log_sigma), kind)
 
 
 def contrastive_loss(
@@ -393,8 +387,19 @@ def check_objective(objective: str, variance: str, weighting: Weighting | None) 
         raise ValueError("weighting applies to the squared error, which objective='vlb' does not have")
 
 
+def _check_data(x0: jax.Array) -> None:
+    if not isinstance(x0, (jax.Array, np.ndarray)):
+        raise ValueError(f"x0 must be an array, a batch of floats (images in [-1, 1]), got a {type(x0).__name__}")
+    if x0.ndim < 1 or not jnp.issubdtype(x0.dtype, jnp.floating):
+        raise ValueError(f"x0 must be a batch of floats (images in [-1, 1]), got {x0.dtype}{list(x0.shape)}")
+
+
 def _weighted(process: GaussianProcess, mse: jax.Array, t: jax.Array, weighting: Weighting | None) -> jax.Array:
-    return mse if weighting is None else weighting(process.log_snr[t]) * mse
+    return mse if weighting is None else weighting(look_up(process.log_snr, t)) * mse
+
+
+def _log(value: float | jax.Array) -> float | jax.Array:
+    return math.log(value) if is_known(value) else jnp.log(value)
 
 
 def _mean_per_example(x: jax.Array) -> jax.Array:
@@ -403,7 +408,8 @@ def _mean_per_example(x: jax.Array) -> jax.Array:
 
 def _stratified(key: jax.Array, batch_size: int) -> jax.Array:
     """Return (u + i / B) mod 1, float32[B]."""
-    return (jax.random.uniform(key, (), jnp.float32) + jnp.arange(batch_size, dtype=jnp.float32) / batch_size) % 1.0
+    u = jax.random.uniform(one_key(key), (), jnp.float32)
+    return (u + jnp.arange(batch_size, dtype=jnp.float32) / batch_size) % 1.0
 
 
 def _weighting(log_weight: Callable[[jax.Array], jax.Array], kind: Kind) -> Weighting:

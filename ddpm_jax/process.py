@@ -58,6 +58,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
+from ddpm_jax.checks import check_indices, check_static, is_known, look_up
 from ddpm_jax.schedules import respaced_timesteps
 from ddpm_jax.types import Kind, Variance
 
@@ -87,6 +88,7 @@ class GaussianProcess:
         variance_preserving: static; True where alpha^2 + sigma^2 = 1, which v and ``respace`` need.
         shortened: static; True where steps were left out, so that the mean of (3) is not what a network was trained on.
         time_is_sigma: static; True where alpha = 1 and the network receives sigma as t, as EDM's.
+        reach: static; where a list of timesteps or ``truncate`` ends, as a share of the steps; ``sample`` needs half.
     """
 
     betas: jax.Array
@@ -108,6 +110,7 @@ class GaussianProcess:
     variance_preserving: bool = struct.field(pytree_node=False, default=True)
     shortened: bool = struct.field(pytree_node=False, default=False)
     time_is_sigma: bool = struct.field(pytree_node=False, default=False)
+    reach: float = struct.field(pytree_node=False, default=1.0)
 
     @property
     def num_steps(self) -> int:
@@ -150,8 +153,10 @@ def make_process(
         A GaussianProcess.
 
     Raises:
-        ValueError: if betas is not a vector with entries in (0, 1), or timestep_map has another length.
+        ValueError: if betas is not a vector with entries in (0, 1), timestep_map has another length, or one of them is
+            traced.
     """
+    check_static("betas and timestep_map", (betas, timestep_map), "since tables are made in float64")
     betas = np.asarray(betas, np.float64)
     if betas.ndim != 1 or betas.size < 1:
         raise ValueError(f"betas must be a vector of at least 1 step, got shape {betas.shape}")
@@ -174,8 +179,11 @@ def respace(process: GaussianProcess, spec: str | int | Sequence[int]) -> Gaussi
     The marginals at the kept steps are unchanged, so the network is too; it goes on receiving the original timesteps
     through ``timestep_map``. Respacing a respaced process composes the two.
 
+    A list is timesteps, where guided-diffusion's ``space_timesteps`` takes section counts, which are a string here:
+    ``"10,15,20"``. ``sample`` refuses to start from noise if the last of a list is in the less noisy half.
+
     Args:
-        process: T steps, its tables concrete (not traced).
+        process: T steps. Tables are made in float64, or, where it is traced, in its own dtype.
         spec: see ``schedules.respaced_timesteps``.
 
     Returns:
@@ -187,12 +195,48 @@ def respace(process: GaussianProcess, spec: str | int | Sequence[int]) -> Gaussi
     """
     if not process.variance_preserving:
         raise ValueError("only a process with alpha^2 + sigma^2 = 1 can be respaced; use discretize at fewer times")
-    kept = respaced_timesteps(process.num_steps, spec)
-    alpha_bar = np.asarray(process.alpha_bar, np.float64) + np.asarray(process.alpha_bar_low, np.float64)
-    alpha_bar = alpha_bar[kept]
+    kept = np.asarray(respaced_timesteps(steps := process.num_steps, spec))
+    shorter = _kept(process, kept) if is_known(process) else _kept_traced(process, kept)
+    return shorter.replace(
+        zero_terminal=process.zero_terminal and bool(kept[-1] == steps - 1),
+        shortened=process.shortened or len(kept) < steps,
+        reach=process.reach if isinstance(spec, (str, int, np.integer)) else process.reach * int(kept[-1] + 1) / steps,
+    )
+
+
+def _kept(process: GaussianProcess, kept: np.ndarray) -> GaussianProcess:
+    """Respace a process whose numbers are known, in float64."""
+    alpha_bar = (np.asarray(process.alpha_bar, np.float64) + np.asarray(process.alpha_bar_low, np.float64))[kept]
     betas = 1.0 - alpha_bar / np.append(1.0, alpha_bar[:-1])
-    shorter = _preserving(betas, alpha_bar, np.asarray(process.timestep_map)[kept], process.betas.dtype)
-    return shorter.replace(shortened=process.shortened or len(kept) < process.num_steps)
+    return _preserving(betas, alpha_bar, np.asarray(process.timestep_map)[kept], process.betas.dtype)
+
+
+def _kept_traced(process: GaussianProcess, kept: np.ndarray) -> GaussianProcess:
+    """Respace a traced process, in the dtype of its tables; (12) is a difference of the two parts of alpha_bar."""
+    high, low = process.alpha_bar[kept], process.alpha_bar_low[kept]
+    one, zero = jnp.ones_like(high[:1]), jnp.zeros_like(high[:1])
+    high_prev, low_prev = jnp.append(one, high[:-1]), jnp.append(zero, low[:-1])
+    betas = ((high_prev - high) + (low_prev - low)) / high_prev
+    alpha, sigma = process.sqrt_alpha_bar[kept], process.sqrt_one_minus_alpha_bar[kept]
+    alpha_prev, var, var_prev = jnp.append(one, alpha[:-1]), sigma**2, jnp.append(zero, sigma[:-1] ** 2)
+    variance = betas * var_prev / var
+    clipped = jnp.append(variance[1:2] if len(kept) > 1 else betas[:1], variance[1:])
+    return process.replace(
+        betas=betas,
+        alpha_bar=high,
+        alpha_bar_low=low,
+        alpha_bar_prev=high_prev,
+        sqrt_alpha_bar=alpha,
+        sqrt_one_minus_alpha_bar=sigma,
+        posterior_coef_x0=betas * alpha_prev / var,
+        posterior_coef_xt=var_prev * (alpha / alpha_prev) / var,
+        posterior_variance=variance,
+        posterior_log_variance=jnp.log(clipped),
+        log_betas=jnp.log(betas),
+        large_log_variance=jnp.log(jnp.append(clipped[:1], betas[1:])),
+        log_snr=process.log_snr[kept],
+        timestep_map=process.timestep_map[kept],
+    )
 
 
 def _preserving(
@@ -224,8 +268,9 @@ def from_tables(
     with np.errstate(divide="ignore"):  # where the last alpha_bar is 0
         log_alpha_bar = np.log(alpha_bar)
 
-    def table(values: np.ndarray) -> jax.Array:
-        return jnp.asarray(values, dtype)
+    def table(values: np.ndarray, dtype: jax.typing.DTypeLike | None = dtype) -> jax.Array:
+        with jax.ensure_compile_time_eval():  # inside of a jitted function too, a table is numbers
+            return jnp.asarray(values, dtype)
 
     return GaussianProcess(
         betas=table(betas),
@@ -241,7 +286,7 @@ def from_tables(
         log_betas=table(np.log(betas)),
         large_log_variance=table(np.log(np.append(first, betas[1:]))),  # (10)
         log_snr=table(log_alpha_bar - np.log(var)),
-        timestep_map=jnp.asarray(timestep_map),
+        timestep_map=table(timestep_map, None),
         prior_std=table(prior_std),
         zero_terminal=bool(alpha_bar[-1] == 0.0),
         variance_preserving=variance_preserving,
@@ -262,9 +307,9 @@ def q_sample(process: GaussianProcess, x0: jax.Array, t: jax.Array, eps: jax.Arr
         xt, [B, ...].
 
     Raises:
-        ValueError: if the shapes do not fit.
+        ValueError: if the shapes do not fit or t is out of range. Traced t out of range give NaN.
     """
-    _check_shapes(x0, t, eps, "eps")
+    _check_shapes(process, x0, t, eps, "eps")
     return _at(process.sqrt_alpha_bar, t, x0) * x0 + _at(process.sqrt_one_minus_alpha_bar, t, x0) * eps
 
 
@@ -283,9 +328,9 @@ def q_posterior(
         Three arrays of the shape of xt. The variance is 0 at t = 0; its log there is that at t = 1.
 
     Raises:
-        ValueError: if the shapes do not fit.
+        ValueError: if the shapes do not fit or t is out of range. Traced t out of range give NaN.
     """
-    _check_shapes(x0, t, xt, "xt")
+    _check_shapes(process, x0, t, xt, "xt")
     mean = _at(process.posterior_coef_x0, t, xt) * x0 + _at(process.posterior_coef_xt, t, xt) * xt
     variance = jnp.broadcast_to(_at(process.posterior_variance, t, xt), xt.shape)
     log_variance = jnp.broadcast_to(_at(process.posterior_log_variance, t, xt), xt.shape)
@@ -306,14 +351,14 @@ def target(process: GaussianProcess, x0: jax.Array, eps: jax.Array, t: jax.Array
         The target, [B, ...].
 
     Raises:
-        ValueError: if kind is unknown or does not go with the process, or the shapes do not fit.
+        ValueError: if kind is unknown or does not go with the process, the shapes do not fit, or t is out of range.
+            Traced t out of range give NaN.
     """
     _check_kind(kind, process)
-    _check_shapes(x0, t, eps, "eps")
-    if kind == "eps":
-        return eps
-    if kind == "x0":
-        return x0
+    _check_shapes(process, x0, t, eps, "eps")
+    if kind in ("eps", "x0"):
+        inside = ((t >= 0) & (t < process.num_steps)).reshape(t.shape + (1,) * (x0.ndim - 1))
+        return jnp.where(inside, eps if kind == "eps" else x0, jnp.nan)
     if kind == "mean":
         return q_posterior(process, x0, q_sample(process, x0, t, eps), t)[0]
     sigma = _at(process.sqrt_one_minus_alpha_bar, t, x0)
@@ -342,7 +387,9 @@ def predict(
         variance: "fixed_small", "fixed_large" or "learned_range".
         x0_transform: applied to the estimate of x0, e.g. ``guidance.static_threshold()``; eps then follows by (7). It
             is here, and not a wrapper around the denoiser, because a clipped x0 written back as eps at alpha = 1e-4
-            would be lost to cancellation.
+            would be lost to cancellation. The mean (3) follows from it for every kind. With kind="mean" the code of
+            DDPM and guided-diffusion keeps the network's mean there, and clips only the x0 that it reports: leave the
+            transform out to reproduce their ancestral samples. Their DDIM uses the clipped x0, as here.
         at: (alpha, sigma) of xt, scalars, where it lies between the process' steps (EDM's churn): x0 and eps are read
             there; mean and variance are still those of step t, and so is what kind="mean" is read by.
 
@@ -351,11 +398,11 @@ def predict(
 
     Raises:
         ValueError: if kind or variance is unknown, the output does not have the channels they need, v is asked of a
-            process that does not preserve variance, the mean of one with steps left out, or eps or the score is to give
-            x0 back from pure noise.
+            process that does not preserve variance, the mean of one with steps left out, eps or the score is to give x0
+            back from pure noise, or t is out of range. Traced t out of range give NaN.
     """
     _check_kind(kind, process)
-    _check_t(t, xt)
+    _check_t(process, t, xt)
     if kind in ("eps", "score") and process.zero_terminal:
         raise ValueError(f"{kind=} cannot give x0 at the last step, where alpha_bar is 0; use kind='v' or 'x0'")
     mean_output, range_output = split_output(output.astype(process.betas.dtype), xt, variance)
@@ -426,8 +473,8 @@ def to_x0_eps(
 
 
 def _at(table: jax.Array, t: jax.Array, like: jax.Array) -> jax.Array:
-    """Read table[t] with singleton axes up to the rank of ``like``."""
-    return table[t].reshape(t.shape + (1,) * (like.ndim - 1))
+    """Read table[t], NaN for t out of range, with singleton axes up to the rank of ``like``."""
+    return look_up(table, t).reshape(t.shape + (1,) * (like.ndim - 1))
 
 
 def _check_kind(kind: str, process: GaussianProcess) -> None:
@@ -439,12 +486,15 @@ def _check_kind(kind: str, process: GaussianProcess) -> None:
         raise ValueError("kind='mean' needs all the steps it was trained on: the mean of a step depends on its length")
 
 
-def _check_t(t: jax.Array, x: jax.Array) -> None:
-    if x.ndim < 1 or t.shape != x.shape[:1] or not jnp.issubdtype(t.dtype, jnp.integer):
-        raise ValueError(f"t must be integers of shape {x.shape[:1]}, one an example, got {t.dtype}{list(t.shape)}")
+def _check_t(process: GaussianProcess, t: jax.Array, x: jax.Array) -> None:
+    is_array = isinstance(t, (jax.Array, np.ndarray))
+    if not is_array or t.shape != x.shape[:1] or x.ndim < 1 or not jnp.issubdtype(t.dtype, jnp.integer):
+        got = f"{t.dtype}{list(t.shape)}" if is_array else f"{type(t).__name__} {t!r}"
+        raise ValueError(f"t must be integers of shape {x.shape[:1]}, one an example, got {got}")
+    check_indices("t", t, process.num_steps)
 
 
-def _check_shapes(x0: jax.Array, t: jax.Array, other: jax.Array, name: str) -> None:
+def _check_shapes(process: GaussianProcess, x0: jax.Array, t: jax.Array, other: jax.Array, name: str) -> None:
     if x0.shape != other.shape:
         raise ValueError(f"{name} must have the shape of x0 {x0.shape}, got {other.shape}")
-    _check_t(t, x0)
+    _check_t(process, t, x0)

@@ -10,6 +10,10 @@ from itertools import accumulate
 
 import numpy as np
 
+from ddpm_jax.checks import check_static
+
+MADE_IN_NUMPY = "since schedules are made in float64 by numpy"
+
 
 def linear_betas(num_steps: int, beta_start: float = 1e-4, beta_end: float = 0.02) -> np.ndarray:
     """Return the linear schedule of DDPM (section 4), scaled so that any length reaches the same noise.
@@ -74,6 +78,7 @@ def reciprocal_betas(num_steps: int) -> np.ndarray:
     Raises:
         ValueError: if num_steps < 2.
     """
+    check_static("num_steps", num_steps, MADE_IN_NUMPY)
     if num_steps < 2:
         raise ValueError(f"{num_steps=} must be at least 2")
     return 1.0 / np.arange(num_steps, 0, -1, dtype=np.float64)
@@ -99,6 +104,7 @@ def cosine_betas(num_steps: int, s: float = 0.008, max_beta: float = 0.999) -> n
     Raises:
         ValueError: if num_steps < 1, s < 0 or max_beta is outside (0, 1).
     """
+    check_static("s", s, MADE_IN_NUMPY)
     if s < 0.0:
         raise ValueError(f"{s=} must not be negative")
     return betas_from_alpha_bar(num_steps, lambda u: np.cos((u + s) / (1.0 + s) * np.pi / 2.0) ** 2, max_beta)
@@ -124,6 +130,7 @@ def betas_from_alpha_bar(
         ValueError: if num_steps < 1, max_beta is outside (0, 1) or alpha_bar does not decrease.
     """
     _check_num_steps(num_steps)
+    check_static("max_beta", max_beta, MADE_IN_NUMPY)
     if not 0.0 < max_beta < 1.0:
         raise ValueError(f"{max_beta=} must be in (0, 1)")
     values = np.asarray(alpha_bar(np.arange(num_steps + 1, dtype=np.float64) / num_steps), np.float64)
@@ -173,6 +180,7 @@ def zero_terminal_snr(betas: np.ndarray) -> np.ndarray:
     Raises:
         ValueError: if betas is not a vector of at least two entries in (0, 1).
     """
+    check_static("betas", betas, MADE_IN_NUMPY)
     betas = np.asarray(betas, np.float64)
     if betas.ndim != 1 or betas.size < 2 or not np.all((betas > 0.0) & (betas < 1.0)):
         raise ValueError(f"betas must be a vector of at least 2 entries inside (0, 1), got shape {betas.shape}")
@@ -203,6 +211,7 @@ def respaced_timesteps(num_steps: int, spec: str | int | Sequence[int]) -> list[
             increasing inside [0, T).
     """
     _check_num_steps(num_steps)
+    check_static("spec", spec, MADE_IN_NUMPY)
     if isinstance(spec, (int, np.integer)) and not isinstance(spec, bool):
         return _sections(num_steps, [int(spec)], spec)
     if not isinstance(spec, str):
@@ -219,6 +228,7 @@ def respaced_timesteps(num_steps: int, spec: str | int | Sequence[int]) -> list[
 
 def _scale(name: str, num_steps: int, beta_start: float, beta_end: float) -> float:
     _check_num_steps(num_steps)
+    check_static("beta_start and beta_end", (beta_start, beta_end), MADE_IN_NUMPY)
     scale = 1000.0 / num_steps
     if not (0.0 < scale * beta_start < 1.0 and 0.0 < scale * beta_end < 1.0):
         raise ValueError(
@@ -229,6 +239,7 @@ def _scale(name: str, num_steps: int, beta_start: float, beta_end: float) -> flo
 
 
 def _check_num_steps(num_steps: int) -> None:
+    check_static("num_steps", num_steps, MADE_IN_NUMPY)
     if num_steps < 1:
         raise ValueError(f"{num_steps=} must be at least 1")
 
