@@ -18,7 +18,7 @@ if _sys.argv[:1] == ["-m"] and "ddpm_jax." in _sys.orig_argv[-len(_sys.argv)]:
 from ddpm_jax.guidance import classifier_free, drop, static_threshold
 from ddpm_jax.losses import contrastive_loss, denoising_loss, min_snr, vlb_terms
 from ddpm_jax.process import GaussianProcess, Prediction, make_process, predict, q_posterior, q_sample, respace, target
-from ddpm_jax.samplers import ancestral_step, ddim_step, example_keys, sample
+from ddpm_jax.samplers import RecordedNoise, ancestral_step, ddim_step, example_keys, sample
 from ddpm_jax.schedules import cosine_betas, linear_betas, respaced_timesteps
 from ddpm_jax.types import Denoiser, Source, Step, Task
 
@@ -28,6 +28,7 @@ __all__ = [
     "Denoiser",
     "GaussianProcess",
     "Prediction",
+    "RecordedNoise",
     "Source",
     "Step",
     "Task",

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from ddpm_jax.continuous import Schedule
 from ddpm_jax.extras import needs_extra
+from ddpm_jax.keys import key_vector
 from ddpm_jax.losses import normal_kl, vlb_terms
 from ddpm_jax.process import GaussianProcess, predict, q_sample, to_x0_eps
 from ddpm_jax.samplers.noise import check_keys, per_example_normal, transition_keys
@@ -48,7 +49,7 @@ def variational_bound(
         ValueError: if shapes do not fit, kind, variance and the network's output contradict each other, or x0 is not
             in [-1, 1]. Under jit, where its numbers are not known yet, L_0 and the total of such an example are NaN.
     """
-    check_keys(keys, x0.shape[0])
+    keys = check_keys(keys, x0.shape[0])
     x0 = x0.astype(process.betas.dtype)
     inside = jnp.max(jnp.abs(x0), axis=tuple(range(1, x0.ndim))) <= 1.0 + 1e-5
     if not isinstance(inside, jax.core.Tracer) and not bool(inside.all()):
@@ -121,7 +122,7 @@ def ode_log_likelihood(
     """
     if probe not in ("rademacher", "gaussian", "exact"):
         raise ValueError(f"{probe=} must be 'rademacher', 'gaussian' or 'exact'")
-    check_keys(keys, x0.shape[0])
+    keys = key_vector(keys, x0.shape[0])
     velocity = _velocity(schedule, denoise, kind)
 
     def one(key: jax.Array, x: jax.Array, cond: Any) -> tuple[jax.Array, jax.Array]:
@@ -174,7 +175,7 @@ def ode_sample(
         ImportError: without diffrax.
         ValueError: for an unknown kind, or if keys, x_init or the network's output do not fit.
     """
-    check_keys(keys)
+    keys = check_keys(keys)
     if x_init is None:
         x_init = schedule.prior_std * per_example_normal(transition_keys(keys, 0), jnp.zeros((keys.shape[0], *shape)))
     if x_init.shape != (keys.shape[0], *shape):
@@ -203,6 +204,7 @@ def bits_per_dimension(log_likelihood: jax.Array, dimensions: int, bins: int = 2
 
 def dequantize(keys: jax.Array, images: jax.Array) -> jax.Array:
     """Spread 8-bit data evenly over their bins: 2 (k + u) / 256 - 1, u ~ U(0, 1). uint8[B, ...] -> float32[B, ...]."""
+    keys = key_vector(keys, images.shape[0])
     u = jax.vmap(lambda key: jax.random.uniform(key, images.shape[1:]))(keys)
     return (images.astype(jnp.float32) + u) / 128.0 - 1.0
 

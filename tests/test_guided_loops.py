@@ -11,10 +11,10 @@ from random_networks import fast_jit
 from random_weights import random_weights
 
 from ddpm_jax import (
+    RecordedNoise,
     ancestral_step,
     cosine_betas,
     ddim_step,
-    example_keys,
     linear_betas,
     make_process,
     predict,
@@ -26,7 +26,6 @@ from ddpm_jax.guidance import classifier_guided, log_prob_gradient
 from ddpm_jax.interop.guided import PUBLISHED, load_guided
 from ddpm_jax.models.adm import Classifier, ClassUNet
 from ddpm_jax.models.unet import UNet
-from ddpm_jax.samplers import loop
 
 PEER = np.load(Path(__file__).parent / "data" / "guided_loops.npz")
 LABELS = jnp.asarray(PEER["y"], jnp.int32)
@@ -65,17 +64,14 @@ def log_prob(params):
     return run
 
 
-@pytest.fixture
-def draw(monkeypatch, params):
-    """Return (sampler) -> picture: sampler(params, keys), in which transition i gets the i-th noise of the file."""
-    noises = jnp.asarray(PEER["noises"].transpose(0, 1, 3, 4, 2))
-    monkeypatch.setattr(loop, "transition_keys", lambda keys, number: jnp.broadcast_to(number, keys.shape))
-    for module in (sample, ancestral_step):
-        monkeypatch.setitem(module.__globals__, "per_example_normal", lambda numbers, like: noises[numbers[0]])
+@pytest.fixture(scope="module")
+def draw(params):
+    """Return (sampler) -> image: sampler(params, noise), in which transition i gets the i-th noise of the file."""
+    noise = RecordedNoise(jnp.asarray(PEER["noises"].transpose(1, 0, 3, 4, 2)))
 
     def run(sampler):
         with jax.default_matmul_precision("highest"):
-            return fast_jit(sampler)(params, example_keys(jax.random.key(0), 2))
+            return fast_jit(sampler)(params, noise)
 
     return run
 

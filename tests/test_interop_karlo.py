@@ -12,7 +12,7 @@ from random_networks import fast_jit
 from random_weights import random_weights
 from safetensors.numpy import save_file
 
-from ddpm_jax import ancestral_step, example_keys, sample
+from ddpm_jax import RecordedNoise
 from ddpm_jax.data.tokenizer import CompactTokenizer
 from ddpm_jax.data.transforms import clip_pixels
 from ddpm_jax.interop import ReadError, karlo
@@ -23,7 +23,6 @@ from ddpm_jax.models.decoder import Decoder
 from ddpm_jax.models.unet import UNet
 from ddpm_jax.models.upsampler import Upsampler
 from ddpm_jax.pipelines import karlo as karlo_pipeline
-from ddpm_jax.samplers import loop
 
 PEER = np.load(Path(__file__).parent / "data" / "karlo.npz")
 D = 32
@@ -111,21 +110,12 @@ def pipeline():
     )
 
 
-@pytest.fixture
-def recorded(monkeypatch):
-    """Transition number i of a stage gets the i-th noise that diffusers drew in it; a stage is told by its shape."""
-
-    def use(which):
-        files = [PEER[f"noise/{which}/{i}"] for i in range(sum(f.startswith(f"noise/{which}/") for f in PEER.files))]
-        stages = [jnp.asarray(np.stack(files[i : i + 3])) for i in range(0, len(files), 3)]
-        stages = [jnp.moveaxis(stage, 2, -1) if stage.ndim == 5 else stage for stage in stages]
-        by_shape = {stage.shape[1:]: stage for stage in stages}
-        monkeypatch.setattr(loop, "transition_keys", lambda keys, number: jnp.broadcast_to(number, keys.shape))
-        for module in (sample, ancestral_step):
-            draw = lambda numbers, like: by_shape[like.shape][numbers[0]]
-            monkeypatch.setitem(module.__globals__, "per_example_normal", draw)
-
-    return use
+def recorded(which):
+    """Return the noise of every stage: what diffusers drew at its start and in its transitions, none in the last."""
+    files = [PEER[f"noise/{which}/{i}"] for i in range(sum(f.startswith(f"noise/{which}/") for f in PEER.files))]
+    stages = [np.stack([*files[i : i + 3], np.zeros_like(files[i])], axis=1) for i in range(0, len(files), 3)]
+    stages = [np.moveaxis(stage, 2, -1) if stage.ndim == 5 else stage for stage in stages]
+    return [RecordedNoise(jnp.asarray(stage)) for stage in stages]
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -163,35 +153,30 @@ def text_of(pipeline, captions):
     return pipeline.encode_text(tokens, end_mask(tokens, 299))
 
 
-def drawn(pipeline, z_image, text, empty, keys):
-    images = pipeline.decode(z_image, text, empty, keys, steps="3")
-    return pipeline.upsample(images, keys, steps="3") / 2 + 0.5
+def drawn(pipeline, z_image, text, empty, noise):
+    images = pipeline.decode(z_image, text, empty, noise[0], steps="3")
+    return pipeline.upsample(images, noise[1], steps="3") / 2 + 0.5
 
 
-def test_the_pipeline_from_captions(pipeline, recorded):
-    recorded("text")
-    keys = example_keys(jax.random.key(0), 2)
-
+def test_the_pipeline_from_captions(pipeline):
     @fast_jit
-    def run(keys):
+    def run(noise):
         text, empty = text_of(pipeline, ["a cat", "a tall dog"]), text_of(pipeline, ["", ""])
-        return drawn(pipeline, pipeline.draw_embedding(text, empty, keys, steps="3"), text, empty, keys)
+        z_image = pipeline.draw_embedding(text, empty, noise[0], steps="3")
+        return drawn(pipeline, z_image, text, empty, noise[1:])
 
-    images = run(keys)
+    images = run(recorded("text"))
     assert PEER["pipeline/text"].std() > 0.1
     np.testing.assert_allclose(images, PEER["pipeline/text"], atol=2e-3)
 
 
-def test_variations_of_a_picture(pipeline, recorded):
-    recorded("image")
-    keys = example_keys(jax.random.key(0), 2)
-
+def test_variations_of_a_picture(pipeline):
     @fast_jit
-    def run(keys):
+    def run(noise):
         empty = text_of(pipeline, ["", ""])
-        return drawn(pipeline, pipeline.encode_image(given("picture")), empty, empty, keys)
+        return drawn(pipeline, pipeline.encode_image(given("picture")), empty, empty, noise)
 
-    np.testing.assert_allclose(run(keys), PEER["pipeline/image"], atol=2e-3)
+    np.testing.assert_allclose(run(recorded("image")), PEER["pipeline/image"], atol=2e-3)
 
 
 class Bytes(CompactTokenizer):

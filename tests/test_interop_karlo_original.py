@@ -12,12 +12,11 @@ import pytest
 from random_networks import fast_jit
 from random_weights import random_weights
 
-from ddpm_jax import ancestral_step, example_keys, sample
+from ddpm_jax import RecordedNoise
 from ddpm_jax.data.tokenizer import ClipTokenizer, CompactTokenizer
 from ddpm_jax.interop import ReadError, karlo, karlo_original, read_tensors
 from ddpm_jax.interop.table import ConvertError
 from ddpm_jax.pipelines import karlo as pipeline
-from ddpm_jax.samplers import loop
 
 PEER = np.load(Path(__file__).parent / "data" / "karlo_original.npz")
 D = 32
@@ -194,15 +193,10 @@ def opened(directory):
     return karlo_original.open_karlo_original(directory, tokenizer=Bytes(), **SIZES)
 
 
-@pytest.fixture
-def recorded(monkeypatch):
-    """Transition number i of a stage gets the i-th noise that the peer drew in it; a stage is told by its shape."""
-    stages = [given(f"noise/{name}") for name in ("prior", "decoder", "sr")]
-    by_shape = {stage.shape[1:]: stage for stage in stages}
-    monkeypatch.setattr(loop, "transition_keys", lambda keys, number: jnp.broadcast_to(number, keys.shape))
-    for module in (sample, ancestral_step):
-        draw = lambda numbers, like: by_shape[like.shape][numbers[0]]
-        monkeypatch.setitem(module.__globals__, "per_example_normal", draw)
+def recorded(stage):
+    """Return the noise of a stage: the initial one and those of two transitions; none was drawn in the last."""
+    noises = given(f"noise/{stage}")
+    return RecordedNoise(jnp.concatenate([noises, jnp.zeros_like(noises[:1])]).swapaxes(0, 1))
 
 
 def test_what_the_networks_see_of_captions(opened):
@@ -235,19 +229,19 @@ def test_no_network_sees_the_padding(opened):
     jax.tree.map(np.testing.assert_array_equal, ours, theirs)
 
 
-def test_the_stages_in_a_row(opened, recorded):
-    keys = example_keys(jax.random.key(0), 2)
+def test_the_stages_in_a_row(opened):
+    noise = {stage: recorded(stage) for stage in ("prior", "decoder", "sr")}
     tokens, mask = given("pipeline/tokens"), given("pipeline/mask")
 
     @fast_jit
-    def run(opened, keys):
+    def run(opened, noise):
         text = opened.encode_text(tokens, mask)
         text, empty = (jax.tree.map(lambda x, rows=rows: x[rows], text) for rows in (slice(2), slice(2, 4)))
-        z_image = opened.draw_embedding(text, empty, keys, steps="3", scale=16.0)
-        small = opened.decode(z_image, text, empty, keys, steps="3")
-        return z_image, opened.upsample(small, keys, steps="3") / 2 + 0.5
+        z_image = opened.draw_embedding(text, empty, noise["prior"], steps="3", scale=16.0)
+        small = opened.decode(z_image, text, empty, noise["decoder"], steps="3")
+        return z_image, opened.upsample(small, noise["sr"], steps="3") / 2 + 0.5
 
-    z_image, images = run(opened, keys)
+    z_image, images = run(opened, noise)
     mean, std = statistics().values()
     reached = np.abs((PEER["pipeline/z_image"] - mean) / std).max()
     assert abs(reached - 10) < 1e-4  # clipped

@@ -23,6 +23,7 @@ from ddpm_jax.models.upsampler import Upsampler
 from ddpm_jax.pipelines.stages import Text, to_uint8
 from ddpm_jax.process import GaussianProcess, make_process, respace
 from ddpm_jax.samplers import ancestral_step, example_keys, sample
+from ddpm_jax.samplers.noise import transition_keys
 from ddpm_jax.schedules import cosine_betas
 
 
@@ -178,7 +179,7 @@ class Karlo(flax.struct.PyTreeNode):
             tokens, mask = self.tokenizer(prompts, self.text.text.context)
         else:  # variations say nothing
             tokens, mask = (np.repeat(x, len(prompts), axis=0) for x in empty)
-        keys, done = example_keys(jax.random.key(seed), len(prompts)), []
+        keys, done = example_keys(jax.random.key(seed, impl="threefry2x32"), len(prompts)), []
         names = tuple(sorted(options.items()))
         for start in range(0, len(prompts), batch_size):
             # The last batch repeats its last row, so that all have one shape.
@@ -212,7 +213,7 @@ def _generate(
         raise ValueError(f"there is no option {next(iter(options))!r}")
     text = karlo.encode_text(tokens, mask)
     nothing = karlo.encode_text(*(jnp.broadcast_to(x, tokens.shape) for x in (empty, empty_mask)))
-    stage_keys = [jax.vmap(lambda key, n=n: jax.random.fold_in(key, n))(keys) for n in range(3)]
+    stage_keys = [transition_keys(keys, n) for n in range(3)]
     if pixels is None:
         z_image = karlo.draw_embedding(text, nothing, stage_keys[0], **how["prior"])
     else:

@@ -131,7 +131,7 @@ class StableDiffusion(flax.struct.PyTreeNode):
         process = respace(self.process, self.timesteps(steps) if isinstance(steps, int) else steps)
         tokens, _ = self.tokenizer(list(prompts), self.text.context)
         empty = self.tokenizer([negative], self.text.context) if negative else self.tokenizer.null(self.text.context)
-        keys, done = example_keys(jax.random.key(seed), len(prompts)), []
+        keys, done = example_keys(jax.random.key(seed, impl="threefry2x32"), len(prompts)), []
         how = (("scale", 7.5 if decoder_scale is None else decoder_scale), ("eta", eta))
         for start in range(0, len(prompts), batch_size):
             # The last batch repeats its last row, so that all have one shape.

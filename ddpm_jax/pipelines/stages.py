@@ -18,6 +18,7 @@ from ddpm_jax.models.prior import DiffusionPrior
 from ddpm_jax.models.upsampler import Upsampler
 from ddpm_jax.process import GaussianProcess, respace
 from ddpm_jax.samplers import ancestral_step, ddim_step, sample
+from ddpm_jax.samplers.noise import transition_keys
 from ddpm_jax.types import Denoiser, Kind, Step, Variance
 
 Params = Any
@@ -118,7 +119,7 @@ def draw_embedding(
     short = respace(process, sampling.steps)
 
     def draw(number: int) -> jax.Array:
-        own = jax.vmap(lambda key: jax.random.fold_in(key, number))(keys)
+        own = transition_keys(keys, number)
         # No clip: embeddings are not pictures, and Karlo's bounds of 5 or 10 are never reached at this scale.
         z = sample(short, denoise, own, text.z.shape[1:], step=sampling.step(), kind="x0")
         return normalize(z / embed_scale)

@@ -22,6 +22,7 @@ from ddpm_jax.pipelines import stages
 from ddpm_jax.pipelines.stages import Sampling, Text
 from ddpm_jax.process import GaussianProcess
 from ddpm_jax.samplers import example_keys
+from ddpm_jax.samplers.noise import transition_keys
 
 Embedding = Literal["prior", "text", "image", "none"]
 EMBEDDINGS = ("prior", "text", "image", "none")
@@ -125,7 +126,7 @@ class UnCLIP:
             size = -(-size // devices) * devices
             params = jax.device_put(params, replicated(mesh))
             place = functools.partial(jax.device_put, device=data_sharding(mesh))
-        keys = example_keys(jax.random.key(seed), len(prompts))
+        keys = example_keys(jax.random.key(seed, impl="threefry2x32"), len(prompts))
         scales = {"prior": prior_scale, "decoder": decoder_scale}
         options = _Options(self, embedding, use_text, low_res, tuple(sorted(scales.items())))
         done = []
@@ -196,7 +197,7 @@ def _generate(
     p, scales = options.pipeline, dict(options.scales)
     config = p.config
     text = stages.encode_text(p.clip, params["clip"], tokens, mask)
-    stage_keys = [jax.vmap(lambda key, n=n: jax.random.fold_in(key, n))(keys) for n in range(3)]
+    stage_keys = [transition_keys(keys, n) for n in range(3)]
     everything, nothing = jnp.ones(len(tokens), bool), jnp.zeros(len(tokens), bool)
     if options.embedding == "prior":
         z_image = stages.draw_embedding(

@@ -8,7 +8,7 @@ from ddpm_jax.samplers.grid import Point, time_grid
 from ddpm_jax.samplers.heun import heun_step
 from ddpm_jax.samplers.inversion import invert
 from ddpm_jax.samplers.loop import sample
-from ddpm_jax.samplers.noise import example_keys
+from ddpm_jax.samplers.noise import RecordedNoise, example_keys
 from ddpm_jax.samplers.plms import plms_step
 from ddpm_jax.samplers.stochastic import (
     analytic_moments,
@@ -21,6 +21,7 @@ from ddpm_jax.samplers.unipc import unipc_step
 
 __all__ = [
     "Point",
+    "RecordedNoise",
     "analytic_moments",
     "analytic_step",
     "ancestral_step",

@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from ddpm_jax.checks import check_number, is_known
 from ddpm_jax.samplers.grid import Point
 from ddpm_jax.samplers.noise import per_example_normal
 from ddpm_jax.types import PredictFn, Step
@@ -21,22 +22,21 @@ def ddim_step(eta: float = 0.0) -> Step:
     step.
 
     Args:
-        eta: in [0, 1]. A Python number: with 0 no noise is drawn at all.
+        eta: in [0, 1]; with 0 no noise is drawn at all, unless it is traced.
 
     Returns:
         A Step.
 
     Raises:
-        ValueError: if eta is outside [0, 1].
+        ValueError: if eta is outside [0, 1]. A traced eta outside it gives NaN.
     """
-    if not 0.0 <= eta <= 1.0:
-        raise ValueError(f"{eta=} must be in [0, 1]")
+    eta = check_number("eta", eta, lambda v: (v >= 0) & (v <= 1), "must be in [0, 1]")
 
     def update(
         predict_fn: PredictFn, keys: jax.Array, xt: jax.Array, here: Point, there: Point, carry: Any
     ) -> tuple[jax.Array, Any]:
         prediction = predict_fn(xt, here)
-        if eta == 0.0:
+        if is_known(eta) and eta == 0.0:
             return there.alpha * prediction.x0 + there.sigma * prediction.eps, carry
         share = eta**2 * here.beta / here.sigma**2  # s^2 / sigma_there^2, without a difference of squares
         towards_xt = there.sigma * jnp.sqrt(jnp.maximum(1.0 - share, 0.0))

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from ddpm_jax.checks import check_static
 from ddpm_jax.process import GaussianProcess, q_sample
 from ddpm_jax.samplers.ancestral import ancestral_step
 from ddpm_jax.samplers.grid import Point
@@ -20,10 +21,13 @@ def truncate(process: GaussianProcess, num_steps: int) -> GaussianProcess:
     Raises:
         ValueError: if num_steps is outside [1, T].
     """
+    check_static("num_steps", num_steps, "since it is a shape")
     if not 1 <= num_steps <= process.num_steps:
         raise ValueError(f"{num_steps=} must be in [1, {process.num_steps}]")
     shorter = jax.tree.map(lambda table: table[:num_steps] if table.ndim else table, process)
-    return shorter.replace(zero_terminal=process.zero_terminal and num_steps == process.num_steps)
+    whole = num_steps == process.num_steps
+    reach = process.reach * num_steps / process.num_steps
+    return shorter.replace(zero_terminal=process.zero_terminal and whole, reach=reach)
 
 
 def sdedit(
@@ -40,7 +44,7 @@ def sdedit(
     Args:
         process: T steps, usually from ``respace``.
         denoise: as in ``sample``.
-        keys: typed keys [B].
+        keys: keys [B], or ``RecordedNoise`` for the steps that are taken.
         x0: float[B, ..., C], the guide.
         strength: share of the T steps that are taken, in (0, 1]; more forgets more of the guide.
         options: ``step``, ``kind``, ``variance``, ``x0_transform``, ``trajectory`` as in ``sample``.
@@ -51,9 +55,10 @@ def sdedit(
     Raises:
         ValueError: if strength is outside (0, 1], and as ``sample``.
     """
+    check_static("strength", strength, "since it decides how many steps are taken")
     if not 0.0 < strength <= 1.0:
         raise ValueError(f"{strength=} must be in (0, 1]")
-    check_keys(keys, x0.shape[0])
+    keys = check_keys(keys, x0.shape[0])
     shorter = truncate(process, max(1, round(strength * process.num_steps)))
     x0 = x0.astype(process.betas.dtype)
     last = jnp.full(x0.shape[:1], shorter.num_steps - 1, jnp.int32)

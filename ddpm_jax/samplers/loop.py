@@ -5,17 +5,18 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from ddpm_jax.checks import check_static
 from ddpm_jax.process import GaussianProcess, Prediction, predict
 from ddpm_jax.samplers.ancestral import ancestral_step
 from ddpm_jax.samplers.grid import Point, time_grid
-from ddpm_jax.samplers.noise import check_keys, per_example_normal, transition_keys
+from ddpm_jax.samplers.noise import RecordedNoise, check_keys, per_example_normal, transition_keys
 from ddpm_jax.types import Denoiser, Kind, Step, Variance
 
 
 def sample(
     process: GaussianProcess,
     denoise: Denoiser,
-    keys: jax.Array,
+    keys: jax.Array | RecordedNoise,
     shape: tuple[int, ...],
     *,
     step: Step | None = None,
@@ -37,13 +38,15 @@ def sample(
             docs/samplers.md.
         denoise: the network, parameters, conditions and guidance closed over; receives original timesteps
             int32[B], or times float32[B].
-        keys: typed keys [B], from ``example_keys``.
+        keys: keys [B] of any generator, from ``example_keys``; or ``RecordedNoise``, to compare with another
+            implementation.
         shape: of one example, e.g. (H, W, C) or (D,).
         step: ``ancestral_step()`` by default, ``ddim_step(eta)``, ...
         kind: what the network predicts: "eps", "x0", "v", "score" or "mean".
         variance: "fixed_small", "fixed_large" or "learned_range".
         x0_transform: applied to every estimate of x0, e.g. ``guidance.static_threshold()``.
-        x_init: float[B, *shape] to start from, instead of noise of standard deviation ``process.prior_std``.
+        x_init: float[B, *shape] to start from, instead of noise of standard deviation ``process.prior_std``. Needed
+            where the process ends in the less noisy half of the steps of the one it was made from.
         trajectory: also return the state after every step.
         progress: called with the number of steps made, after every ``progress_every`` of them and after the last; at
             the others the compiled program is not left. Not for use under ``vmap``.
@@ -53,15 +56,22 @@ def sample(
         x0, float32[B, *shape]; with ``trajectory`` the pair of it and float32[T, B, *shape], whose last entry it is.
 
     Raises:
-        ValueError: if keys or x_init do not fit, kind, variance and the network's output contradict each other, or
-            progress_every < 1.
+        ValueError: if keys or x_init do not fit, kind, variance and the network's output contradict each other, the
+            process ends too early to start from noise, or progress_every < 1.
     """
-    check_keys(keys)
+    keys = check_keys(keys)
+    if isinstance(keys, RecordedNoise) and keys.values.shape[1:2] != (process.num_steps + 1,):
+        raise ValueError(
+            f"recorded noise must have {process.num_steps + 1} entries along axis 1, the initial noise and one for "
+            f"each of {process.num_steps} transitions, got shape {keys.values.shape}"
+        )
+    check_static("progress_every", progress_every, "since it is compiled into the loop")
     if progress_every < 1:
         raise ValueError(f"{progress_every=} must be at least 1")
     step = ancestral_step() if step is None else step
     dtype = process.betas.dtype
     if x_init is None:
+        check_start(process)
         noise = per_example_normal(transition_keys(keys, 0), jnp.zeros((keys.shape[0], *shape), dtype))
         x_init = process.prior_std * noise
     elif x_init.shape != (keys.shape[0], *shape):
@@ -88,6 +98,16 @@ def sample(
     numbers = jnp.arange(1, process.num_steps + 1)  # 0 is the initial noise
     (x0, _), states = jax.lax.scan(transition, (x_init, step.init(x_init)), (numbers, here, there))
     return (x0, states) if trajectory else x0
+
+
+def check_start(process: GaussianProcess) -> None:
+    """Raise ValueError if sampling cannot start from pure noise: the process ends where x_t is mostly data."""
+    if process.reach < 0.5:
+        raise ValueError(
+            f"sampling cannot start from pure noise: the process ends at {process.reach:.1%} of the steps of the one "
+            'it was made from. A list given to respace is timesteps; section counts are a string like "10,15,20". '
+            "To start there on purpose, give x_init, as sdedit does"
+        )
 
 
 def _report(progress: Callable[[int], None]) -> Callable[[jax.Array], None]:

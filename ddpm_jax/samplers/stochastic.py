@@ -165,7 +165,7 @@ def analytic_moments(
     Raises:
         ValueError: if keys are not typed keys, one an example.
     """
-    check_keys(keys, x0.shape[0])
+    keys = check_keys(keys, x0.shape[0])
     x0 = x0.astype(process.betas.dtype)
 
     def moment(_: None, step: jax.Array) -> tuple[None, jax.Array]:
