@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from ddpm_jax.models.layers import GroupNorm, TimeEmbedding, attention
+from ddpm_jax.models.layers import Embed, GroupNorm, TimeEmbedding, attention
 from ddpm_jax.models.unet import Parts, UNet, check_image_size, contract
 
 POOLS = ("attention", "adaptive", "spatial", "spatial_v2")
@@ -26,7 +26,7 @@ class ClassUNet(nn.Module):
         """Predict the process' output. xt: float[B, H, W, C]; t: [B]; y: int32[B] in [0, num_classes)."""
         width = 4 * self.unet.channels
         init = nn.initializers.normal(1.0)
-        label = nn.Embed(self.num_classes, width, embedding_init=init, dtype=self.unet.dtype, name="label")(y)
+        label = Embed(self.num_classes, width, embedding_init=init, dtype=self.unet.dtype, name="label")(y)
         return self.unet(xt, t, label, train=train)
 
 
@@ -46,7 +46,7 @@ class SuperUNet(nn.Module):
         if (y is None) != (self.num_classes is None):
             raise ValueError(f"y is needed if, and only if, the network has classes; num_classes={self.num_classes}")
         if y is not None:
-            label = nn.Embed(self.num_classes, 4 * self.unet.channels, dtype=self.unet.dtype, name="label")(y)
+            label = Embed(self.num_classes, 4 * self.unet.channels, dtype=self.unet.dtype, name="label")(y)
         return self.unet(x, t, label, train=train)
 
 

@@ -7,6 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from ddpm_jax.models.layers import Embed
 from ddpm_jax.models.unet import UNet
 
 
@@ -101,7 +102,7 @@ class Decoder(nn.Module):
             raise ValueError("word_vectors need token ids: give the decoder a text_encoder of its own")
         # 0.2: a dozen words add up to about the size of the projected image embedding.
         init = nn.initializers.normal(0.2)
-        return nn.Embed(self.word_vectors, width, dtype=self.dtype, embedding_init=init, name="words")(tokens)
+        return Embed(self.word_vectors, width, dtype=self.dtype, embedding_init=init, name="words")(tokens)
 
 
 def check_layout(heads: int, channels: int, word_vectors: int) -> None:
@@ -143,6 +144,6 @@ class PlacesAskWords(nn.Module):
         weights = weights.reshape(b, length * self.heads, height * width)
         # The answers of heads are summed, so each begins small.
         init = nn.initializers.normal(self.heads**-0.5)
-        value = nn.Embed(self.vocab_size, self.heads * channels, dtype=self.dtype, embedding_init=init, name="value")
+        value = Embed(self.vocab_size, self.heads * channels, dtype=self.dtype, embedding_init=init, name="value")
         found = jnp.einsum("bmp,bmc->bpc", weights, value(words).reshape(b, length * self.heads, channels))
         return found.reshape(b, height, width, channels)

@@ -6,6 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from ddpm_jax.models.layers import Embed
 from ddpm_jax.models.transformer import Transformer
 from ddpm_jax.models.unet import UNet
 
@@ -65,7 +66,7 @@ class Glide(nn.Module):
         if low_res is not None:
             parts.append(jax.image.resize(low_res, (*xt.shape[:3], low_res.shape[-1]), "linear", antialias=False))
         init = nn.initializers.normal(0.02)
-        text = nn.Embed(self.vocab_size, self.width, dtype=self.dtype, embedding_init=init, name="token")(tokens)
+        text = Embed(self.vocab_size, self.width, dtype=self.dtype, embedding_init=init, name="token")(tokens)
         position, padding = (
             self.param(name, nn.initializers.normal(0.01), (self.context, self.width), jnp.float32).astype(self.dtype)
             for name in ("position", "padding")

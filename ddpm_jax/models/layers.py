@@ -13,6 +13,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from ddpm_jax.checks import check_indices
+
 Dtype = Any
 
 
@@ -27,6 +29,20 @@ def timestep_embedding(t: jax.Array, dim: int, max_period: float = 10_000.0) -> 
     angles = t.astype(jnp.float32)[:, None] * frequencies[None, :]
     embedding = jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
     return jnp.pad(embedding, ((0, 0), (0, dim - 2 * half)))
+
+
+class Embed(nn.Embed):
+    """A learned vector for each of ``num_embeddings`` ids (class labels, tokens): ``nn.Embed``, without wrong answers.
+
+    Raises ValueError if ids are known and outside [0, num_embeddings); of traced ones outside the result is NaN.
+    """
+
+    def __call__(self, inputs: jax.Array) -> jax.Array:
+        """Return the vectors. inputs: int[...] in [0, num_embeddings). Returns [..., features]."""
+        check_indices(f"ids given to the embedding {self.name!r}", inputs, self.num_embeddings)
+        inside = (inputs >= 0) & (inputs < self.num_embeddings)
+        vectors = super().__call__(jnp.where(inside, inputs, 0))
+        return jnp.where(inside[..., None], vectors, jnp.nan)
 
 
 def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None = None) -> jax.Array:

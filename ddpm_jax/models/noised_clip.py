@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ddpm_jax.models.clip import normalize
+from ddpm_jax.models.layers import Embed
 from ddpm_jax.models.text_encoder import TextEncoder, end_position
 from ddpm_jax.models.transformer import Transformer
 
@@ -56,7 +57,7 @@ class NoisedVisionTransformer(nn.Module):
         x = nn.Conv(self.width, p, strides=p, padding="VALID", use_bias=False, dtype=self.dtype, name="patch")(x)
         x = x.reshape(b, -1, self.width)
         init = nn.initializers.normal(self.width**-0.5)
-        first = nn.Embed(self.num_steps, self.width, dtype=self.dtype, embedding_init=init, name="time")(t)
+        first = Embed(self.num_steps, self.width, dtype=self.dtype, embedding_init=init, name="time")(t)
         x = jnp.concatenate([first[:, None], x], axis=1)
         position = self.param("position", init, (x.shape[1], self.width), jnp.float32)
         x = norm("ln_pre")(x + position[None].astype(self.dtype))
@@ -88,7 +89,7 @@ class NoisedCLIP(nn.Module):
         Args:
             images: float32[B, S, S, 3], in the range of images in [-1, 1] with noise; never clipped.
             t: int32[B] in [0, num_steps), of the process that the network was trained with, not of a respaced one.
-                From num_steps on the embedding is NaN.
+                Out of range it is refused where it is known, and gives NaN where it is traced.
 
         Returns:
             float32[B, embed_dim], not normalised.

@@ -7,6 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from ddpm_jax.models.layers import Embed
 from ddpm_jax.models.transformer import Transformer, causal_mask, gelu
 
 
@@ -37,7 +38,7 @@ class TextEncoder(nn.Module):
         if length > self.context:
             raise ValueError(f"tokens have length {length}, the text encoder was built for at most {self.context}")
         init = nn.initializers.normal(0.02)
-        x = nn.Embed(self.vocab_size, self.width, embedding_init=init, dtype=self.dtype, name="token")(tokens)
+        x = Embed(self.vocab_size, self.width, embedding_init=init, dtype=self.dtype, name="token")(tokens)
         position = self.param("position", nn.initializers.normal(0.01), (self.context, self.width), jnp.float32)
         x = x + position[None, :length].astype(self.dtype)
         options = (self.activation, self.remat, self.dtype, self.mlp_width)
@@ -67,7 +68,7 @@ class RecurrentTextEncoder(nn.Module):
         if self.width % 2:
             raise ValueError(f"width={self.width} must be even: each direction has half of it")
         half, init = self.width // 2, nn.initializers.normal(0.3)
-        x = nn.Embed(self.vocab_size, half, embedding_init=init, dtype=self.dtype, name="token")(tokens)
+        x = Embed(self.vocab_size, half, embedding_init=init, dtype=self.dtype, name="token")(tokens)
         keep = jnp.stack([mask, mask[:, ::-1]])[..., None].swapaxes(1, 2)
         for i in range(self.layers):
             both = [
