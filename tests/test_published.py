@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 
 from ddpm_jax import (
+    RecordedNoise,
     ancestral_step,
     cosine_betas,
     ddim_step,
+    example_keys,
     linear_betas,
     make_process,
     predict,
@@ -22,7 +24,7 @@ from ddpm_jax import (
     vlb_terms,
 )
 from ddpm_jax.likelihood import prior_kl
-from ddpm_jax.samplers import dpm_solver_step, loop, noise, plms_step, unipc_step
+from ddpm_jax.samplers import dpm_solver_step, plms_step, unipc_step
 
 PUBLISHED = np.load(Path(__file__).parent / "data" / "published_diffusion.npz")
 BETAS = {"linear": linear_betas, "cosine": cosine_betas}
@@ -48,14 +50,10 @@ def float64():
         yield
 
 
-@pytest.fixture
-def recorded_noise(monkeypatch):
-    """Transition number i of a sampler gets noise i - 1 of the file."""
-    noises = jnp.asarray(nhwc(PUBLISHED["noises"]))
-    monkeypatch.setattr(loop, "transition_keys", lambda keys, number: jnp.broadcast_to(number, keys.shape))
-    for module in (ancestral_step, ddim_step):
-        monkeypatch.setitem(module.__globals__, "per_example_normal", lambda numbers, like: noises[numbers[0] - 1])
-    return noises
+def recorded():
+    """The initial noise, then that of every transition."""
+    noises = np.concatenate([PUBLISHED["start"][None], PUBLISHED["noises"]])
+    return RecordedNoise(jnp.asarray(nhwc(noises).swapaxes(0, 1)))
 
 
 def close(ours, theirs):
@@ -93,7 +91,7 @@ LOOPS = [
 
 
 @pytest.mark.parametrize("key", LOOPS)
-def test_trajectories(key, float64, recorded_noise):
+def test_trajectories(key, float64):
     sampler, schedule, option, *clip = key.split("/")
     process = respace(make_process(BETAS[schedule](1000), dtype=jnp.float64), "25")
     step = ancestral_step() if sampler == "ancestral" else ddim_step(float(option))
@@ -101,15 +99,38 @@ def test_trajectories(key, float64, recorded_noise):
     _, states = sample(
         process,
         network if learned else prediction,
-        noise.example_keys(jax.random.key(0), 2),
+        recorded(),
         (4, 4, 3),
         step=step,
         variance=option if sampler == "ancestral" else "fixed_small",
         x0_transform=None if clip == ["False"] else static_threshold(),
-        x_init=jnp.asarray(nhwc(PUBLISHED["start"])),
         trajectory=True,
     )
     close(states, nhwc(PUBLISHED[key]))
+
+
+def test_a_network_of_the_mean_and_a_threshold(float64):
+    """Their ancestral loop clips only the x0 that it reports, so leave the threshold out there; DDIM uses it."""
+    process = make_process(linear_betas(25), dtype=jnp.float64)
+    threshold = static_threshold()
+
+    def draw(step, transform):
+        return sample(process, prediction, recorded(), (4, 4, 3), step=step, kind="mean", x0_transform=transform)
+
+    theirs = {name: nhwc(PUBLISHED[f"mean/{name}"]) for name in ("ancestral/False", "ancestral/True", "ddim/True")}
+    np.testing.assert_array_equal(theirs["ancestral/True"], theirs["ancestral/False"])
+    close(draw(ancestral_step(), None), theirs["ancestral/True"])
+    close(draw(ddim_step(), threshold), theirs["ddim/True"])
+    assert np.abs(theirs["ddim/True"] - nhwc(PUBLISHED["mean/ddim/False"])).max() > 0.1
+    # Here the mean follows from the clipped x0, (3), for every kind.
+    t, xt = jnp.array([12, 12]), jnp.asarray(nhwc(PUBLISHED["start"]))
+    read = predict(process, prediction(xt, t), xt, t, kind="mean", x0_transform=threshold)
+    alpha_bar = np.cumprod(1 - linear_betas(25))
+    beta, last = linear_betas(25)[12], alpha_bar[11]
+    c_x0, c_xt = beta * last**0.5 / (1 - alpha_bar[12]), (1 - last) * (1 - beta) ** 0.5 / (1 - alpha_bar[12])
+    x0 = np.clip((np.asarray(prediction(xt, t)) - c_xt * np.asarray(xt)) / c_x0, -1, 1)
+    assert (np.abs(x0) == 1).mean() > 0.1
+    close(read.mean, c_x0 * x0 + c_xt * np.asarray(xt))
 
 
 @pytest.mark.parametrize("schedule", BETAS)
@@ -147,7 +168,7 @@ def test_solvers_of_diffusers(name, step, float64):
     _, states = sample(
         process,
         prediction,
-        noise.example_keys(jax.random.key(0), 2),
+        example_keys(jax.random.key(0), 2),
         (4, 4, 3),
         step=step,
         x_init=jnp.asarray(nhwc(PUBLISHED["start"])),

@@ -112,6 +112,19 @@ def trajectories(out: dict) -> None:
     torch.randn_like = original
 
 
+def means(out: dict) -> None:
+    """Add what the loops make of a network that predicts the mean, which needs all steps of its process."""
+    start, noises = torch.from_numpy(out["start"]), torch.from_numpy(out["noises"])
+    short = diffusion(25, "linear", "25", "PREVIOUS_X", "FIXED_SMALL")
+    original = torch.randn_like
+    for name, loop in {"ancestral": short.p_sample_loop, "ddim": short.ddim_sample_loop}.items():
+        for clip in (False, True):
+            drawn = iter(noises)
+            torch.randn_like = lambda x: next(drawn)  # noqa: B023
+            out[f"mean/{name}/{clip}"] = loop(prediction, SHAPE, noise=start, clip_denoised=clip, device="cpu").numpy()
+    torch.randn_like = original
+
+
 def bounds(out: dict) -> None:
     """Add the terms of the variational bound of pictures of eight bits."""
     rng = np.random.default_rng(0)
@@ -160,6 +173,7 @@ def main() -> None:
     out: dict[str, np.ndarray] = {}
     tables(out)
     trajectories(out)
+    means(out)
     bounds(out)
     diffusers_steps(out)
     OUT.parent.mkdir(exist_ok=True)

@@ -1,0 +1,334 @@
+"""Arguments out of range, options that are traced, and traps: an error in one sentence, NaN, or the right number."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ddpm_jax import (
+    ancestral_step,
+    classifier_free,
+    cosine_betas,
+    ddim_step,
+    denoising_loss,
+    drop,
+    example_keys,
+    linear_betas,
+    make_process,
+    min_snr,
+    predict,
+    q_posterior,
+    q_sample,
+    respace,
+    respaced_timesteps,
+    sample,
+    static_threshold,
+    target,
+    vlb_terms,
+)
+from ddpm_jax.guidance import classifier_guided, dynamic_threshold, implicit_gradient
+from ddpm_jax.importance import loss_history, record_losses, timestep_probabilities
+from ddpm_jax.losses import edm_weighting, p2, snr_power
+from ddpm_jax.models.layers import Embed
+from ddpm_jax.samplers import sdedit, truncate
+
+FULL = make_process(cosine_betas(1000))
+SHORT = respace(FULL, "4")
+X = jnp.array([[0.5, -0.2], [1.0, 0.3], [-0.7, 0.1]])
+KEYS = example_keys(jax.random.key(0), 3)
+
+
+def net(xt, t):
+    return 0.9 * xt
+
+
+def other(xt, t):
+    return 0.8 * xt
+
+
+# ---- Timesteps and labels out of range -------------------------------------------------------------------------------
+
+BY_TIMESTEP = {
+    "q_sample": lambda t: q_sample(FULL, X, t, X),
+    "q_posterior": lambda t: q_posterior(FULL, X, X, t)[0],
+    "predict": lambda t: predict(FULL, X, X, t, kind="eps", variance="fixed_large").log_variance,
+    "vlb_terms": lambda t: vlb_terms(FULL, predict(FULL, X, X, t, kind="x0"), X, X, t),
+    "guidance": lambda t: classifier_guided(FULL, net, lambda x, t: x.sum(-1), 1.0)(X, t),
+    "embedding": lambda t: Embed(1000, 2).apply({"params": {"embedding": jnp.ones((1000, 2))}}, t),
+}
+for kind in ("eps", "x0", "v", "score", "mean"):
+    BY_TIMESTEP[f"target {kind}"] = lambda t, kind=kind: target(FULL, X, X, t, kind=kind)
+    BY_TIMESTEP[f"loss {kind}"] = lambda t, kind=kind: denoising_loss(
+        FULL, lambda xt, t: jnp.zeros(xt.shape), jax.random.key(0), X, t=t, noise=X, kind=kind
+    )[0]
+BY_TIMESTEP["weighted loss"] = lambda t: denoising_loss(
+    FULL, net, jax.random.key(0), X, t=t, noise=X, weighting=min_snr(5.0, "eps")
+)[0]
+
+
+@pytest.mark.parametrize("name", BY_TIMESTEP)
+def test_timesteps_out_of_range(name):
+    """Known ones are refused; a traced one gives NaN in its own example, and the others stay as they are."""
+    run = BY_TIMESTEP[name]
+    inside = np.asarray(run(jnp.array([5, 700, 999])))
+    assert np.isfinite(inside).all()
+    for wrong in (1000, 5000, -1, -1001):
+        t = jnp.array([5, wrong, 999])
+        with pytest.raises(ValueError, match=rf"must be in \[0, 1000\).*{wrong}|does not have \[{wrong}\]"):
+            run(t)
+    traced = jax.jit(run)
+    np.testing.assert_allclose(traced(jnp.array([5, 700, 999])), inside, rtol=1e-5)
+    for wrong in (1000, -1):
+        found = np.asarray(traced(jnp.array([5, wrong, 999])))
+        assert np.isnan(found[1]).all(), found
+        np.testing.assert_allclose(found[::2], inside[::2], rtol=1e-5)
+
+
+def test_look_ups_under_vmap_pmap_and_grad():
+    t = jnp.array([0, 400, 999])
+    one = lambda x, t: q_sample(FULL, x[None], t[None], x[None])[0]
+    whole = q_sample(FULL, X, t, X)
+    np.testing.assert_allclose(jax.vmap(one)(X, t), whole, rtol=1e-6)
+    np.testing.assert_allclose(jax.pmap(one)(X, t), whole, rtol=1e-6)
+    loss = lambda scale, t: denoising_loss(
+        FULL, lambda xt, t: scale * xt, jax.random.key(0), X, t=t, noise=X, weighting=min_snr(5.0, "eps")
+    )[0].sum()
+    slope = jax.grad(loss)(0.5, t)
+    np.testing.assert_allclose(slope, (loss(0.51, t) - loss(0.49, t)) / 0.02, rtol=1e-3)
+    assert np.isnan(jax.jit(jax.grad(loss))(0.5, t + 1))
+    embed = lambda table, y: Embed(4, 3).apply({"params": {"embedding": table}}, y).sum()
+    np.testing.assert_array_equal(
+        jax.grad(embed)(jnp.ones((4, 3)), jnp.array([1, 1, 3])), np.array([0, 2, 0, 1.0])[:, None] * np.ones(3)
+    )
+    table = jnp.arange(3.0).reshape(1, 3)  # nn.Embed broadcasts the only vector whatever the id is
+    run = jax.jit(lambda y: Embed(1, 3).apply({"params": {"embedding": table}}, y))
+    np.testing.assert_array_equal(run(jnp.array([0, 1])), np.array([[0, 1, 2], [np.nan] * 3]))
+
+
+def test_losses_out_of_range_are_not_recorded():
+    history, losses = loss_history(3, 2), jnp.ones(2)
+    with pytest.raises(ValueError, match=r"t must be in \[0, 3\), got values from -1 to 2"):
+        record_losses(history, jnp.array([-1, 2]), losses)
+    for wrong in (-1, 3):
+        same = jax.jit(record_losses)(history, jnp.array([wrong, 2]), losses)
+        np.testing.assert_array_equal(same.counts, 0)
+
+
+@pytest.mark.parametrize("t", [[1, 2, 3], 3])
+def test_timesteps_that_are_no_array(t):
+    with pytest.raises(ValueError, match=r"t must be integers of shape \(3,\), one an example, got"):
+        q_sample(FULL, X, t, X)
+    with pytest.raises(ValueError, match="x0 must be an array.*got a list"):
+        denoising_loss(FULL, net, jax.random.key(0), [[1.0]])
+
+
+# ---- Guidance --------------------------------------------------------------------------------------------------------
+
+
+def log_prob(xt, t):
+    return -jnp.square(xt - 1.0).sum(-1)
+
+
+@pytest.mark.parametrize("kind", ["eps", "x0", "v", "score"])
+def test_guidance_reads_the_same_of_the_respaced_process(kind):
+    """Levels belong to original timesteps; twice respaced, and truncated, they are still found."""
+    t = SHORT.timestep_map[jnp.array([3, 1, 0])]
+    guided = lambda p: classifier_guided(p, net, log_prob, 2.0, kind=kind)(X, t)
+    implied = lambda p: implicit_gradient(p, net, other, 2.0, kind=kind)(X, t)
+    for run in (guided, implied):
+        expected = run(FULL)
+        for process in (SHORT, respace(respace(FULL, "10"), "4")):
+            np.testing.assert_allclose(run(process), expected, rtol=1e-5)
+            np.testing.assert_allclose(jax.jit(run)(process), expected, rtol=1e-5)
+
+
+def test_guidance_at_timesteps_that_its_process_lacks():
+    t = jnp.array([0, 500, 999])
+    for run in (
+        lambda t: classifier_guided(SHORT, net, log_prob, 2.0)(X, t),
+        lambda t: implicit_gradient(SHORT, net, other, 2.0)(X, t),
+    ):
+        with pytest.raises(ValueError, match=r"process that guidance was given, which does not have \[500\]"):
+            run(t)
+        assert np.isnan(jax.jit(run)(t)).any(axis=1).tolist() == [False, True, False]
+
+
+def test_guided_samples_are_those_of_the_posterior():
+    """Data N(0, s^2) seen through noise of variance 1, as case 30: with either process the same samples."""
+    seen, s = 1.0, 0.7
+    levels = lambda t: (FULL.sqrt_alpha_bar[t][:, None], FULL.sqrt_one_minus_alpha_bar[t][:, None])
+
+    def eps(xt, t):
+        a, sigma = levels(t)
+        return sigma * xt / (a**2 * s**2 + sigma**2)
+
+    def log_prob(xt, t):
+        a, sigma = levels(t)
+        total = a**2 * s**2 + sigma**2
+        return (-0.5 * (seen - a * s**2 * xt / total) ** 2 / (1 + s**2 * sigma**2 / total)).sum(-1)
+
+    short, keys = respace(FULL, "20"), example_keys(jax.random.key(0), 500)
+    run = jax.jit(lambda p: sample(short, classifier_guided(p, eps, log_prob, 1.0), keys, (1,), step=ddim_step()))
+    right, found = run(FULL), run(short)
+    np.testing.assert_allclose(found, right, atol=1e-5)
+    assert abs(float(found.mean()) - s**2 / (1 + s**2) * seen) < 0.1  # 4 standard errors; it was 0.554
+
+
+def test_rescaled_guidance_of_constant_predictions():
+    zero = lambda xt, t: jnp.zeros_like(xt)
+    x, t = jnp.ones((2, 4, 4, 3)), jnp.zeros(2, jnp.int32)
+    np.testing.assert_array_equal(classifier_free(zero, zero, 3.0, rescale=0.7)(x, t), 0.0)
+    # One number an example, and a constant that rounding disturbs: nothing to rescale.
+    for shape, c, n in (((3, 1), 1.9, 0.9), ((3, 7, 5), 0.1, 0.3)):
+        x, t = jnp.ones(shape), jnp.zeros(3, jnp.int32)
+        guided = classifier_free(lambda xt, t: c * xt, lambda xt, t: n * xt, 2.0, rescale=0.7)  # noqa: B023
+        np.testing.assert_allclose(guided(x, t), n + 2 * (c - n), rtol=1e-6)
+    slope = jax.grad(lambda a: classifier_free(lambda x, t: a * x, zero, 3.0, rescale=0.7)(x, t).sum())
+    assert np.isfinite(slope(0.0)) and np.isfinite(slope(1.0))
+    # A constant conditional prediction has standard deviation 0: (1 - phi) of the guided one is left.
+    x = jnp.arange(6.0).reshape(1, 6)
+    out = classifier_free(zero, lambda xt, t: xt, 3.0, rescale=0.25)(x, t[:1])
+    np.testing.assert_allclose(out, 0.75 * -2 * x, rtol=1e-6)
+
+
+# ---- Traced options --------------------------------------------------------------------------------------------------
+
+drawn = lambda **options: sample(SHORT, net, KEYS, (2,), **options)  # noqa: E731
+OPTIONS = {
+    "scale": (lambda v: classifier_free(net, other, v)(X, jnp.arange(3)), 0.5, None),
+    "rescale": (lambda v: classifier_free(net, other, 2.0, rescale=v)(X, jnp.arange(3)), 0.5, 1.5),
+    "interval": (lambda v: classifier_free(net, other, 2.0, interval=(0, v))(X, jnp.arange(3)), 1, None),
+    "eta": (lambda v: drawn(step=ddim_step(v)), 0.5, 1.5),
+    "static_threshold": (lambda v: drawn(x0_transform=static_threshold(v)), 0.5, -1.0),
+    "quantile": (lambda v: drawn(x0_transform=dynamic_threshold(v)), 0.5, 2.0),
+    "bound": (lambda v: drawn(x0_transform=dynamic_threshold(0.9, v)), 0.5, 0.0),
+    "min_snr": (lambda v: min_snr(v, "eps")(FULL.log_snr), 5.0, 0.0),
+    "power": (lambda v: snr_power(v, 2.0, "x0")(FULL.log_snr), 0.5, 1.5),
+    "p2": (lambda v: p2(v, kind="v")(FULL.log_snr), 0.5, -0.5),
+    "p2 k": (lambda v: p2(1.0, v, kind="v")(FULL.log_snr), 0.5, 0.0),
+    "sigma_data": (lambda v: edm_weighting(v)(FULL.log_snr), 0.5, 0.0),
+    "uniform": (lambda v: timestep_probabilities(loss_history(4), v), 0.5, 1.5),
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_options_may_be_traced(name):
+    run, value, wrong = OPTIONS[name]
+    traced, expected = jax.jit(run), run(value)
+    np.testing.assert_allclose(traced(value), expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(jax.vmap(run)(jnp.array([value, value]))[1], expected, rtol=1e-5, atol=1e-6)
+    if wrong is not None:
+        assert np.isnan(traced(wrong)).any()
+        for given in (wrong, np.float32(wrong), jnp.float32(wrong), float("nan")):
+            with pytest.raises(ValueError, match="must"):
+                run(given)
+
+
+def test_the_drop_rate_may_be_traced():
+    keep = jax.jit(lambda rate: drop(jax.random.key(0), rate, 100))
+    np.testing.assert_array_equal(keep(0.3), drop(jax.random.key(0), 0.3, 100))
+    assert keep(-1.0).all() and not keep(2.0).any()
+
+
+@pytest.mark.parametrize("value", ["0.5", None, [0.5], jnp.array([0.5])])
+def test_options_that_are_no_number(value):
+    for run in (ddim_step, static_threshold, lambda v: min_snr(v, "eps"), lambda v: drop(jax.random.key(0), v, 2)):
+        with pytest.raises(ValueError, match="must be one number: it must"):
+            run(value)
+
+
+@pytest.mark.parametrize(
+    ("run", "name"),
+    [
+        (lambda v: make_process(v * jnp.ones(3) / 10), "betas and timestep_map"),
+        (lambda v: linear_betas(100, v / 1e4), "beta_start and beta_end"),
+        (lambda v: cosine_betas(v), "num_steps"),
+        (lambda v: cosine_betas(10, v), "s"),
+        (lambda v: respace(FULL, v), "spec"),
+        (lambda v: truncate(FULL, v), "num_steps"),
+        (lambda v: sdedit(SHORT, net, KEYS, X, strength=v), "strength"),
+        (lambda v: drop(jax.random.key(0), 0.5, v), "batch_size"),
+        (lambda v: drawn(progress=print, progress_every=v), "progress_every"),
+    ],
+)
+def test_what_must_be_known_is_named(run, name):
+    with pytest.raises(ValueError, match=f"^{name} must be known outside of jit, since .*: give a Python number"):
+        jax.jit(run)(1)
+
+
+@pytest.mark.parametrize("scale", [float("nan"), float("inf"), jnp.array([1.0, jnp.nan])])
+def test_scales_are_finite(scale):
+    for run in (
+        lambda: classifier_free(net, other, scale),
+        lambda: classifier_guided(FULL, net, log_prob, scale),
+        lambda: implicit_gradient(FULL, net, other, scale),
+    ):
+        with pytest.raises(ValueError, match="scale=.* must be finite"):
+            run()
+
+
+# ---- Processes inside of a jitted function ---------------------------------------------------------------------------
+
+
+def tables(process):
+    return jax.tree.leaves(process)
+
+
+def test_processes_made_inside_of_jit():
+    make = lambda: respace(respace(make_process(cosine_betas(1000)), "100"), "ddim10")
+    inside, outside = jax.jit(make)(), make()
+    jax.tree.map(np.testing.assert_array_equal, tables(inside), tables(outside))
+    assert jax.tree.structure(inside) == jax.tree.structure(outside)
+
+
+@pytest.mark.parametrize("betas", [linear_betas(1000), cosine_betas(1000)], ids=["linear", "cosine"])
+@pytest.mark.parametrize("spec", ["10", "1000", [100, 600, 998], "1"])
+def test_a_traced_process_is_respaced(betas, spec):
+    """Against float64 numpy, (4), (5) and (12), to float32's precision."""
+    process = make_process(betas)
+    traced = jax.jit(lambda p: respace(p, spec))(process)
+    outside = respace(process, spec)
+    assert jax.tree.structure(traced) == jax.tree.structure(outside)
+    kept = respaced_timesteps(1000, spec)
+    alpha_bar = np.cumprod(1 - betas)[kept]
+    before = np.append(1, alpha_bar[:-1])
+    beta = 1 - alpha_bar / before
+    variance = beta * (1 - before) / (1 - alpha_bar)
+    for name, expected in {
+        "betas": beta,
+        "alpha_bar": alpha_bar,
+        "log_betas": np.log(beta),
+        "posterior_variance": variance,
+        "posterior_coef_x0": np.sqrt(before) * beta / (1 - alpha_bar),
+        "posterior_coef_xt": (1 - before) * np.sqrt(1 - beta) / (1 - alpha_bar),
+        "timestep_map": kept,
+    }.items():
+        np.testing.assert_allclose(getattr(traced, name), expected, rtol=3e-5, atol=1e-7, err_msg=name)
+    for ours, theirs in zip(tables(traced), tables(outside), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=3e-5, atol=1e-6)
+
+
+# ---- Where sampling starts -------------------------------------------------------------------------------------------
+
+
+def test_sampling_does_not_start_from_noise_where_data_are_left():
+    """[10, 15, 20] is section counts in guided-diffusion and timesteps here."""
+    message = r'process ends at 2\.1% .*section counts are a string like "10,15,20".*x_init'
+    early = respace(FULL, [10, 15, 20])
+    with pytest.raises(ValueError, match=message):
+        sample(early, net, KEYS, (2,))
+    with pytest.raises(ValueError, match=message):
+        jax.jit(lambda p: sample(p, net, KEYS, (2,)))(early)
+    with pytest.raises(ValueError, match=message):
+        jax.jit(lambda p: sample(respace(p, [10, 15, 20]), net, KEYS, (2,)))(FULL)
+    assert sample(early, net, KEYS, (2,), x_init=X).shape == X.shape
+    for cut in (truncate(FULL, 300), respace(truncate(FULL, 300), "5"), respace(respace(FULL, "100"), [0, 20])):
+        with pytest.raises(ValueError, match="sampling cannot start from pure noise"):
+            sample(cut, net, KEYS, (2,))
+    assert sdedit(SHORT, net, KEYS, X, strength=0.25).shape == X.shape
+    assert respace(FULL, "10,15,20").num_steps == 45
+    # A list may end before the last timestep, as Stable Diffusion's do, and any string is as published.
+    for spec in ([1, 251, 501, 751], "ddim4", "fast27"):
+        process = respace(FULL, spec)
+        assert process.reach == (0.752 if isinstance(spec, list) else 1.0)
+        sample(process, net, KEYS, (2,), step=ancestral_step())
