@@ -30,7 +30,7 @@ from ddpm_jax.guidance import classifier_guided, dynamic_threshold, implicit_gra
 from ddpm_jax.importance import loss_history, record_losses, timestep_probabilities
 from ddpm_jax.losses import edm_weighting, p2, snr_power
 from ddpm_jax.models.layers import Embed
-from ddpm_jax.samplers import sdedit, truncate
+from ddpm_jax.samplers import analytic_step, sdedit, truncate
 
 FULL = make_process(cosine_betas(1000))
 SHORT = respace(FULL, "4")
@@ -172,6 +172,14 @@ def test_guided_samples_are_those_of_the_posterior():
     right, found = run(FULL), run(short)
     np.testing.assert_allclose(found, right, atol=1e-5)
     assert abs(float(found.mean()) - s**2 / (1 + s**2) * seen) < 0.1  # 4 standard errors; it was 0.554
+
+
+def test_moments_of_another_process_are_refused():
+    """Those of all steps would be read at the first four."""
+    moments = jnp.linspace(0.1, 0.9, 1000)
+    with pytest.raises(ValueError, match=r"each of the 4 steps .* got 1000: of all steps take moments"):
+        drawn(step=analytic_step(moments))
+    assert np.isfinite(drawn(step=analytic_step(moments[SHORT.timestep_map]))).all()
 
 
 def test_rescaled_guidance_of_constant_predictions():

@@ -20,6 +20,7 @@ class Point:
         beta: float32, the variance that is added from the next point to this one, (13) of ``process``; 0 at the data.
             From a table made in float64: the difference would be lost to cancellation here.
         time_is_sigma: static, as that of the process.
+        num_steps: static, N, the steps of the process; 0 where it is not known.
     """
 
     index: jax.Array
@@ -28,6 +29,7 @@ class Point:
     sigma: jax.Array
     beta: jax.Array
     time_is_sigma: bool = struct.field(pytree_node=False, default=False)
+    num_steps: int = struct.field(pytree_node=False, default=0)
 
 
 def time_grid(process: GaussianProcess) -> Point:
@@ -47,4 +49,5 @@ def time_grid(process: GaussianProcess) -> Point:
         sigma=downwards(process.sqrt_one_minus_alpha_bar.astype(dtype), 0.0),
         beta=downwards(process.betas, 0.0),
         time_is_sigma=process.time_is_sigma,
+        num_steps=process.num_steps,
     )

@@ -124,7 +124,7 @@ def analytic_step(second_moment: jax.Array, bound: float | None = None) -> Step:
             (theorem 2). None does not bound it.
 
     Raises:
-        ValueError: if second_moment is not a vector.
+        ValueError: if second_moment is not a vector, and in use, if it has not one entry for each step.
     """
     if second_moment.ndim != 1:
         raise ValueError(f"second_moment must have one entry for each step, got shape {second_moment.shape}")
@@ -132,6 +132,11 @@ def analytic_step(second_moment: jax.Array, bound: float | None = None) -> Step:
     def update(
         predict_fn: PredictFn, keys: jax.Array, xt: jax.Array, here: Point, there: Point, carry: Any
     ) -> tuple[jax.Array, Any]:
+        if here.num_steps and here.num_steps != second_moment.shape[0]:
+            raise ValueError(
+                f"second_moment must have an entry for each of the {here.num_steps} steps that are sampled, got "
+                f"{second_moment.shape[0]}: of all steps take moments[short.timestep_map]"
+            )
         share = here.beta / jnp.square(here.sigma)
         left = jnp.clip(1.0 - second_moment[here.index].astype(xt.dtype), 0.0, 1.0)
         # From pure noise, alpha = 0, nothing is known of x0: its variance is the bound.
