@@ -26,11 +26,22 @@ from ddpm_jax import (
     target,
     vlb_terms,
 )
+from ddpm_jax.continuous import discretize, edm, karras_times
 from ddpm_jax.guidance import classifier_guided, dynamic_threshold, implicit_gradient
 from ddpm_jax.importance import loss_history, record_losses, timestep_probabilities
 from ddpm_jax.losses import edm_weighting, p2, snr_power
 from ddpm_jax.models.layers import Embed
-from ddpm_jax.samplers import analytic_step, sdedit, truncate
+from ddpm_jax.samplers import (
+    analytic_step,
+    dpm_solver_step,
+    heun_step,
+    invert,
+    predictor_corrector_step,
+    repaint_step,
+    sdedit,
+    truncate,
+    unipc_step,
+)
 
 FULL = make_process(cosine_betas(1000))
 SHORT = respace(FULL, "4")
@@ -202,11 +213,14 @@ def test_rescaled_guidance_of_constant_predictions():
 # ---- Traced options --------------------------------------------------------------------------------------------------
 
 drawn = lambda **options: sample(SHORT, net, KEYS, (2,), **options)  # noqa: E731
+EDM = discretize(edm(), karras_times(edm(), 4))
 OPTIONS = {
     "scale": (lambda v: classifier_free(net, other, v)(X, jnp.arange(3)), 0.5, None),
     "rescale": (lambda v: classifier_free(net, other, 2.0, rescale=v)(X, jnp.arange(3)), 0.5, 1.5),
     "interval": (lambda v: classifier_free(net, other, 2.0, interval=(0, v))(X, jnp.arange(3)), 1, None),
     "eta": (lambda v: drawn(step=ddim_step(v)), 0.5, 1.5),
+    "snr": (lambda v: drawn(step=predictor_corrector_step(snr=v)), 0.1, 1.5),
+    "gamma": (lambda v: sample(EDM, net, KEYS, (2,), step=heun_step(v), kind="x0"), 0.2, 0.9),
     "static_threshold": (lambda v: drawn(x0_transform=static_threshold(v)), 0.5, -1.0),
     "quantile": (lambda v: drawn(x0_transform=dynamic_threshold(v)), 0.5, 2.0),
     "bound": (lambda v: drawn(x0_transform=dynamic_threshold(0.9, v)), 0.5, 0.0),
@@ -256,6 +270,12 @@ def test_options_that_are_no_number(value):
         (lambda v: truncate(FULL, v), "num_steps"),
         (lambda v: sdedit(SHORT, net, KEYS, X, strength=v), "strength"),
         (lambda v: drop(jax.random.key(0), 0.5, v), "batch_size"),
+        (lambda v: predictor_corrector_step(corrector_steps=v), "corrector_steps"),
+        (lambda v: repaint_step(X, X > 0, resample=v), "resample"),
+        (lambda v: heun_step(0.1, noise_scale=v), "sigma_min, sigma_max and noise_scale"),
+        (lambda v: dpm_solver_step(v), "order"),
+        (lambda v: unipc_step(v), "order"),
+        (lambda v: invert(FULL, net, X, iterations=v), "iterations"),
         (lambda v: drawn(progress=print, progress_every=v), "progress_every"),
     ],
 )

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from ddpm_jax.checks import check_static
 from ddpm_jax.samplers.grid import Point
 from ddpm_jax.samplers.noise import per_example_normal
 from ddpm_jax.types import PredictFn, Step
@@ -50,6 +51,7 @@ def dpm_solver_step(order: int = 2, *, sde: bool = False) -> Step:
     Raises:
         ValueError: if order is not one of these.
     """
+    check_static("order", order, "since it decides what is compiled")
     if order not in ORDERS or (sde and order == 3):
         raise ValueError(f"{order=} must be 1, 2 or 3, and at most 2 with sde=True")
 

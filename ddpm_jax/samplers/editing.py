@@ -84,6 +84,7 @@ def repaint_step(x0: jax.Array, mask: jax.Array, *, step: Step | None = None, re
     Raises:
         ValueError: if resample < 1 or the step carries history.
     """
+    check_static("resample", resample, "since it is compiled into the loop")
     if resample < 1:
         raise ValueError(f"{resample=} must be at least 1")
     step = ancestral_step() if step is None else step

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from ddpm_jax.checks import check_number, check_static, is_known
 from ddpm_jax.samplers.grid import Point
 from ddpm_jax.samplers.noise import per_example_normal
 from ddpm_jax.types import PredictFn, Step
@@ -43,9 +44,11 @@ def heun_step(
 
     Raises:
         ValueError: if an argument is out of its range, and in use, for gamma > 0 where the network's t is not sigma.
+            A traced gamma out of its range gives NaN.
     """
-    if not 0.0 <= gamma <= math.sqrt(2.0) - 1.0 + 1e-9:
-        raise ValueError(f"{gamma=} must be in [0, sqrt(2) - 1]")
+    most = math.sqrt(2.0) - 1.0 + 1e-9
+    gamma = check_number("gamma", gamma, lambda v: (v >= 0.0) & (v <= most), "must be in [0, sqrt(2) - 1]")
+    check_static("sigma_min, sigma_max and noise_scale", (sigma_min, sigma_max, noise_scale), "since they are compared")
     if not (noise_scale > 0.0 and 0.0 <= sigma_min <= sigma_max):
         raise ValueError(f"{noise_scale=} must be positive and {sigma_min=} not above {sigma_max=}")
 
@@ -63,7 +66,7 @@ def heun_step(
     def update(
         predict_fn: PredictFn, keys: jax.Array, xt: jax.Array, here: Point, there: Point, carry: Any
     ) -> tuple[jax.Array, Any]:
-        if gamma:
+        if not is_known(gamma) or gamma:
             xt, here = churned(keys, xt, here)
         first = predict_fn(xt, here)
         x = there.alpha * first.x0 + there.sigma * first.eps

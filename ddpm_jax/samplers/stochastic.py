@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from ddpm_jax.checks import check_number, check_static
 from ddpm_jax.continuous import Schedule
 from ddpm_jax.process import GaussianProcess, predict, q_sample
 from ddpm_jax.samplers.grid import Point
@@ -89,10 +90,11 @@ def predictor_corrector_step(predictor: Step | None = None, *, corrector_steps: 
     Raises:
         ValueError: if an argument is out of its range.
     """
+    check_static("corrector_steps", corrector_steps, "since it is compiled into the loop")
     if corrector_steps < 0:
         raise ValueError(f"{corrector_steps=} must not be negative")
-    if not 0.0 < snr < 1.0:
-        raise ValueError(f"{snr=} must be in (0, 1): from 1 on, Langevin steps diverge where the data are a point")
+    rule = "must be in (0, 1): from 1 on, Langevin steps diverge where the data are a point"
+    snr = check_number("snr", snr, lambda v: (v > 0.0) & (v < 1.0), rule)
     predictor = reverse_diffusion_step() if predictor is None else predictor
 
     def update(

@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from ddpm_jax.checks import check_static
 from ddpm_jax.samplers.grid import Point
 from ddpm_jax.types import PredictFn, Step
 
@@ -35,6 +36,7 @@ def unipc_step(order: int = 2) -> Step:
     Raises:
         ValueError: if order is not one of these.
     """
+    check_static("order", order, "since it decides what is compiled")
     if order not in (1, 2, 3):
         raise ValueError(f"{order=} must be 1, 2 or 3")
 
