@@ -79,8 +79,6 @@ def test_preprocessing_is_the_peers():
     file = np.load(FILES / "pixels.npz")
     ours = clip_pixels([file[f"image_{i}"] for i in range(3)], 24)
     np.testing.assert_allclose(ours, file["made"].transpose(0, 2, 3, 1), atol=1e-6)
-    with pytest.raises(ValueError, match=r"images must be uint8\[H, W, 3\], got float32\[2, 2, 3\]"):
-        clip_pixels([np.zeros((2, 2, 3), np.float32)])
 
 
 def test_the_end_of_a_caption():

@@ -1,4 +1,4 @@
-"""Transforms of single records, in numpy, for `make_loader`.
+"""Transforms in numpy: of images as users have them (`as_images`), and of single records for `make_loader`.
 
 A transform is a callable record -> record; one that needs randomness has a method `random_map(record, rng)` instead,
 and gets a generator that depends on the loader's seed and the record's position alone. Records are never changed in
@@ -6,7 +6,9 @@ place. Instances can be pickled, so that worker processes can run them.
 """
 
 import dataclasses
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import numpy as np
 
@@ -47,32 +49,194 @@ class Keep:
         return {name: record[name] for name in self.names}
 
 
-def clip_pixels(images: Sequence[np.ndarray], size: int = 224) -> np.ndarray:
-    """Bring pictures to what OpenAI's and open_clip's image towers were trained on.
+def as_images(images: Any) -> list[np.ndarray]:
+    """Convert images in the forms that users have them in to 8-bit RGB.
 
-    The short side becomes `size` by Pillow's antialiased bicubic resize in 8 bits, the middle is cut out, and channels
-    are normalised by CLIP's means and standard deviations. images: uint8[H, W, 3] each, of any sizes.
+    Every image argument of a pipeline goes through this function.
+
+    Args:
+        images: one image, a sequence of images of any sizes, or an array [N, H, W, C]. An image is one of
+
+            - a PIL image of any mode. Its EXIF orientation is applied, its colour profile is not; of an animation the
+              current frame is taken. 16-bit modes are scaled to 8 bits; mode "F" counts as a float array.
+            - an array (NumPy, JAX, or PyTorch on the CPU) [H, W] or [H, W, 1] (grey), [H, W, 2] (grey, alpha),
+              [H, W, 3] (RGB) or [H, W, 4] (RGB, alpha). Its dtype says its range: uint8 and other integers [0, 255],
+              uint16 [0, 65535], bool {0, 1}, floats [0, 1], rounded to the nearest of 256 levels.
+            - an array that `clip_pixels` returned. It is recognised by its 256 levels in each channel, and converted
+              back exactly.
+
+            Transparent parts are composited on white.
+
+    Returns:
+        N >= 1 arrays uint8[H, W, 3].
+
+    Raises:
+        ValueError: if there is no image, or one is not of these forms, leaves its range, or is not finite; the message
+            names the image.
+    """
+    if hasattr(images, "dtype"):
+        images = np.asarray(images)
+        images = list(images) if images.ndim == 4 else [images]
+    elif _is_pil(images):
+        images = [images]
+    elif isinstance(images, (str, bytes, Mapping)) or not isinstance(images, Iterable):
+        raise ValueError(f"images must be PIL images or arrays, got {_shown(images)}")
+    found = []
+    for number, image in enumerate(images):
+        try:
+            found.append(_without_alpha(_as_uint8(_as_array(image))))
+        except ValueError as error:
+            raise ValueError(f"images[{number}] {error}") from None
+    if not found:
+        raise ValueError("images must hold at least one image")
+    return found
+
+
+def resize_center_crop(images: Any, size: int) -> np.ndarray:
+    """Resize images so that their short side is `size`, and take the central square.
+
+    The resize is Pillow's antialiased bicubic one in 8 bits, as in OpenAI's and open_clip's preprocessing. Of an image
+    whose long side is more than 20 times its short side, only the middle 20 are resized.
+
+    Args:
+        images: as `as_images` takes them.
+        size: >= 1, in pixels.
+
+    Returns:
+        uint8[N, size, size, 3]. Images that have this size are not changed.
+
+    Raises:
+        ValueError: as `as_images`.
+    """
+    return np.stack([_square(image, size) for image in as_images(images)])
+
+
+def clip_pixels(images: Any, size: int = 224) -> np.ndarray:
+    """Prepare images as OpenAI's and open_clip's image towers were trained.
+
+    `resize_center_crop` to `size`, then (x / 255 - mean) / std with CLIP's mean and standard deviation of each channel.
+
+    Args:
+        images: as `as_images` takes them. What this function returned is returned again, resized if size differs.
+        size: >= 1, in pixels.
 
     Returns:
         float32[N, size, size, 3].
 
     Raises:
-        ValueError: if a picture is not uint8[H, W, 3].
+        ValueError: as `as_images`.
     """
+    return (resize_center_crop(images, size).astype(np.float32) / 255 - CLIP_MEAN) / CLIP_STD
+
+
+def _is_pil(image: Any) -> bool:
+    if "PIL" not in sys.modules:  # then nobody has made such an image
+        return False
+    from PIL import Image
+
+    return isinstance(image, Image.Image)
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return f"{type(value).__name__} {text if len(text) <= 60 else text[:57] + '...'}"
+
+
+def _as_array(image: Any) -> np.ndarray:
+    """Return an image as an array [H, W] or [H, W, C], with 1 <= C <= 4, of any dtype."""
+    if _is_pil(image):
+        image = _pil_array(image)
+    if not hasattr(image, "dtype"):
+        raise ValueError(f"must be a PIL image or an array, got {_shown(image)}; open a file with PIL.Image.open")
+    array = np.asarray(image)
+    if array.ndim not in (2, 3) or 0 in array.shape or (array.ndim == 3 and array.shape[-1] > 4):
+        first = array.ndim == 3 and array.shape[0] <= 4
+        raise ValueError(
+            f"must be an array [H, W] or [H, W, C] with 1 to 4 channels, got shape {array.shape}"
+            + ("; move its channels to the last axis" if first and 0 not in array.shape else "")
+        )
+    return array
+
+
+def _pil_array(image: Any) -> np.ndarray:
+    from PIL import Image, ImageOps
+
+    try:
+        image = ImageOps.exif_transpose(image)
+        if image.mode == "F":
+            return np.asarray(image)
+        if image.mode.startswith("I"):  # "I" holds 16 bits too, where Pillow read a 16-bit file
+            values = np.asarray(image)
+            if values.min() < 0 or values.max() > 65535:
+                raise ValueError(f"the values of mode I must be in [0, 65535], got {values.min()} to {values.max()}")
+            return values.astype(np.uint16)
+        return np.asarray(image.convert("RGBA" if image.has_transparency_data else "RGB"))
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(f"cannot be read: {error}") from None
+
+
+def _as_uint8(array: np.ndarray) -> np.ndarray:
+    """Map an array to uint8 by the range of its dtype, see `as_images`."""
+    if array.dtype == np.uint8:
+        return array
+    if array.dtype == bool:
+        return array.astype(np.uint8) * np.uint8(255)
+    if array.dtype.name == "bfloat16":  # JAX's, unknown to NumPy's hierarchy of types
+        array = array.astype(np.float32)
+    if np.issubdtype(array.dtype, np.floating):
+        return _float_as_uint8(array)
+    if not np.issubdtype(array.dtype, np.integer):
+        raise ValueError(f"must hold numbers, got dtype {array.dtype}")
+    least, most = array.min(), array.max()
+    if array.dtype.kind == "u" and array.dtype.itemsize == 2:
+        if 0 < most < 256:
+            raise ValueError(f"is uint16, whose white is 65535, but its largest value is {most}; give it as uint8")
+        return np.rint(array / 257).astype(np.uint8)
+    if least < 0 or most > 255:
+        raise ValueError(f"has {array.dtype} values from {least} to {most}; they must be in [0, 255]")
+    return array.astype(np.uint8)
+
+
+def _float_as_uint8(array: np.ndarray) -> np.ndarray:
+    if not np.isfinite(array).all():
+        raise ValueError("has values that are not finite (NaN or infinity)")
+    least, most = float(array.min()), float(array.max())
+    if array.ndim == 3 and array.shape[-1] == 3:
+        levels = (array.astype(np.float64) * CLIP_STD + CLIP_MEAN) * 255
+        nearest = np.rint(levels)
+        if np.abs(levels - nearest).max() < 1e-3 and nearest.min() >= 0 and nearest.max() <= 255:
+            return nearest.astype(np.uint8)
+    if least < -1e-5 or most > 1 + 1e-5:
+        hint = "; give those of [-1, 1] as (x + 1) / 2" if least > -1.001 and most < 1.001 else ""
+        hint = "; give those of [0, 255] as uint8" if least >= 0 and 1.001 < most < 255.001 else hint
+        raise ValueError(f"has float values from {least:.4g} to {most:.4g}; they must be in [0, 1]{hint}")
+    return np.rint(np.clip(array.astype(np.float64), 0, 1) * 255).astype(np.uint8)
+
+
+def _without_alpha(image: np.ndarray) -> np.ndarray:
+    """Return uint8[H, W, 3] of uint8[H, W] or [H, W, C], transparent parts composited on white."""
+    image = image if image.ndim == 3 else image[:, :, None]
+    channels = image.shape[-1]
+    if channels in (2, 4):
+        colour, alpha = image[:, :, :-1].astype(np.int32), image[:, :, -1:].astype(np.int32)
+        image = ((colour * alpha + 255 * (255 - alpha) + 127) // 255).astype(np.uint8)
+    return np.ascontiguousarray(np.broadcast_to(image, (*image.shape[:2], 3)))
+
+
+def _square(image: np.ndarray, size: int) -> np.ndarray:
+    if image.shape[:2] == (size, size):
+        return image
     with needs_extra("train"):
         from PIL import Image
-
-    done = []
-    for image in images:
-        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3:
-            raise ValueError(f"images must be uint8[H, W, 3], got {image.dtype}{list(image.shape)}.")
-        height, width = image.shape[:2]
-        short = min(height, width)
-        new = int(size * width / short), int(size * height / short)
-        resized = np.asarray(Image.fromarray(image).resize(new, Image.Resampling.BICUBIC))
-        left, top = round((new[0] - size) / 2), round((new[1] - size) / 2)
-        done.append(resized[top : top + size, left : left + size])
-    return (np.stack(done).astype(np.float32) / 255 - CLIP_MEAN) / CLIP_STD
+    most = 20 * min(image.shape[:2])
+    top, left = (max(side - most, 0) // 2 for side in image.shape[:2])
+    image = np.ascontiguousarray(image[top : top + most, left : left + most])
+    height, width = image.shape[:2]
+    short = min(height, width)
+    new = int(size * width / short), int(size * height / short)
+    resized = np.asarray(Image.fromarray(image).resize(new, Image.Resampling.BICUBIC))
+    left, top = round((new[0] - size) / 2), round((new[1] - size) / 2)
+    return resized[top : top + size, left : left + size]
 
 
 @dataclasses.dataclass(frozen=True)
