@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import flax.traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,6 +17,8 @@ from ddpm_jax.data.tokenizer import ClipTokenizer, CompactTokenizer
 from ddpm_jax.interop import ReadError, stable_diffusion
 from ddpm_jax.interop.table import ConvertError
 from ddpm_jax.models.autoencoder import Autoencoder
+from ddpm_jax.pipelines import stable_diffusion as pipelines
+from ddpm_jax.pipelines.request import NotFiniteError
 from ddpm_jax.pipelines.stable_diffusion import StableDiffusion
 
 PEER = np.load(Path(__file__).parent / "data" / "stable_diffusion.npz")
@@ -220,23 +223,105 @@ def test_a_network_for_inpainting_is_refused_when_it_is_opened(tmp_path):
         stable_diffusion.open_stable_diffusion(path)
 
 
-def test_pictures_of_captions(tmp_path):
-    """A picture does not depend on the others; a negative caption, the scale and eta say something."""
+@pytest.fixture(scope="module")
+def opened(tmp_path_factory):
+    """A pipeline with a tokenizer of letters, which compiles quickly."""
     tokenizer = CompactTokenizer([chr(c) for c in range(97, 123)])
-    pipeline = stable_diffusion.open_stable_diffusion(directory(tmp_path), tokenizer=tokenizer)
-    draw = lambda prompts, **options: pipeline.generate(prompts, steps=2, **options)
-    both = draw(["a b", "c"], batch_size=2)
+    compiled = pipelines._generate
+    pipelines._generate = fast_jit(compiled.__wrapped__, static_argnames="options")
+    yield stable_diffusion.open_stable_diffusion(directory(tmp_path_factory.mktemp("sd")), tokenizer=tokenizer)
+    pipelines._generate = compiled
+
+
+def drawn(pipeline, prompts, **options):
+    return pipeline.generate(prompts, **{"steps": 2, "batch_size": 2} | options).astype(int)
+
+
+def test_pictures_of_captions(opened):
+    """A picture does not depend on the others; a negative caption, the scale and eta say something."""
+    both = opened.generate(["a b", "c"], steps=2, batch_size=2)
     assert both.shape == (2, 16, 16, 3) and both.dtype == np.uint8
-    assert np.abs(draw(["a b"]).astype(int) - both[:1]).max() <= 1
+    assert np.abs(drawn(opened, ["a b"], batch_size=1) - both[:1]).max() <= 1
     for options in ({"negative": "d"}, {"decoder_scale": 1.0}, {"eta": 1.0}, {"seed": 1}):
-        assert np.abs(draw(["a b"], **options).astype(int) - both[:1]).max() > 1, options
-    for options, message in {
-        "steps": (0, "steps=0 must be between 1 and 999"),
-        "batch_size": (0, "batch_size=0 must be at least 1"),
-        "prompts": ("a", "prompts must be a sequence of at least one caption"),
-    }.items():
-        with pytest.raises(ValueError, match=message[1]):
-            pipeline.generate(**({"prompts": ["a"]} | {options: message[0]}))
+        assert np.abs(drawn(opened, ["a b", "c"], **options) - both).max() > 1, options
+    for kind in (np.int64, jnp.int32, np.array):
+        options = {"steps": kind(2), "batch_size": kind(2), "seed": kind(0), "decoder_scale": np.float64(7.5)}
+        np.testing.assert_array_equal(drawn(opened, np.array(["a b", "c"]), **options), both)
+
+
+def test_captions_without_words_and_negative_captions(opened):
+    """Guidance from the unconditional caption to itself changes nothing, so that the scale does not matter."""
+    empty = drawn(opened, ["", " "], decoder_scale=1.0)
+    assert np.abs(drawn(opened, iter(("", " "))) - empty).max() <= 1
+    away = [drawn(opened, ["a b", "c"], negative=text) for text in ("d", "e")]
+    wanted = np.stack([away[0][0], away[1][1]])
+    assert np.abs(drawn(opened, ["a b", "c"], negative=("d", "e")) - wanted).max() <= 1
+    none = drawn(opened, ["a b", "c"])
+    for negative in (None, "", [" "]):
+        np.testing.assert_array_equal(drawn(opened, ["a b", "c"], negative=negative), none)
+
+
+FOUR = [1, 251, 501, 751]  # diffusers' DDIMScheduler of version 1: 4 steps with stride 1000 // 4 and steps_offset 1
+STEPS = [(4, FOUR), (np.int64(4), FOUR), (np.uint8(4), FOUR), (np.array(4), FOUR), ("4", FOUR), (" 4 ", FOUR)]
+STEPS += [("jax", FOUR), (np.str_("4"), FOUR), ("ddim4", [0, 250, 500, 750]), ("1,2", [0, 500, 999])]
+STEPS += [(list_of([3, 7]), [3, 7]) for list_of in (list, tuple, np.array)]
+
+
+@pytest.mark.parametrize("steps,timesteps", STEPS, ids=repr)
+def test_steps_mean_the_same_in_every_type(opened, monkeypatch, steps, timesteps):
+    class Enough(Exception):
+        pass
+
+    def spy(pipeline, process, *rest):
+        np.testing.assert_array_equal(process.timestep_map, timesteps)
+        raise Enough
+
+    monkeypatch.setattr(pipelines, "_generate", spy)
+    with pytest.raises(Enough):
+        opened.generate(["a"], steps=jnp.int32(4) if isinstance(steps, str) and steps == "jax" else steps)
+
+
+WRONG = [("steps", value, "steps=.* must be a number of steps") for value in (True, 4.0, None, [], [1.5], {4}, b"4")]
+WRONG += [("steps", float("nan"), "must be a number of steps"), ("steps", "4.0", "steps='4.0' must be like")]
+WRONG += [("steps", value, f"steps={value} must be between 1 and 999") for value in (0, -1, 1000)]
+WRONG += [("steps", "0", "steps=0 must be between 1 and 999"), ("steps", [7, 3], r"steps=\(7, 3\) must be strictly")]
+WRONG += [("steps", [0, 1000], r"steps=\(0, 1000\) must lie in \[0, 1000\)")]
+WRONG += [("batch_size", value, "batch_size=.* must be an integer") for value in (2.0, "2", True, None)]
+WRONG += [("batch_size", 0, "batch_size=0 must be at least 1"), ("seed", -1, "seed=-1 must be at least 0")]
+WRONG += [("seed", 2**32, "seed=4294967296 must be at most"), ("seed", 0.0, "seed=0.0 must be an integer")]
+WRONG += [("decoder_scale", value, "decoder_scale=.* must be a finite number") for value in (np.nan, np.inf, "7", True)]
+WRONG += [("eta", np.float32(1.5), r"eta=1.5 must be in \[0, 1\]"), ("eta", np.nan, "eta=nan must be a finite number")]
+WRONG += [("prompts", "a", "prompts must be a sequence of at least one caption, got one string")]
+WRONG += [("prompts", [], "prompts must hold at least one caption"), ("prompts", 3, "prompts must be a sequence")]
+WRONG += [("prompts", ["a", 3], r"prompts\[1\] must be a string, got 3")]
+WRONG += [("prompts", ["a", "a zz"], r"prompts\[1\] = 'a zz': the word \"zz\" is not in the vocabulary")]
+WRONG += [("negative", ["b", "c"], "negative must be one caption, or one for each of the 1 prompts")]
+WRONG += [("negative", "zz", r"negative\[0\] = 'zz': the word"), ("negative", 3, "negative must be one caption")]
+
+
+@pytest.mark.parametrize("name,value,message", WRONG)
+def test_wrong_options_are_refused_in_a_sentence(opened, name, value, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        opened.generate(**{"prompts": ["a"], name: value})
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_numbers_that_are_not_finite_are_no_picture(opened, value):
+    """Of two prompts the one that reaches the broken number is named."""
+    places = {
+        "text encoder": ("text", "token", "embedding"),
+        "U-Net": ("unet", "out_conv", "bias"),
+        "autoencoder": ("autoencoder", "decoder", "out_conv", "bias"),
+    }
+    flat = flax.traverse_util.flatten_dict(opened.params)
+    for stage, place in places.items():
+        broken = np.array(flat[place])
+        broken[opened.tokenizer.ids("q")[0] if stage == "text encoder" else 0] = value
+        pipeline = opened.replace(params=flax.traverse_util.unflatten_dict(flat | {place: broken}))
+        which = r"prompts\[1\]" if stage == "text encoder" else r"prompts\[0\], prompts\[1\]"
+        with pytest.raises(NotFiniteError, match=rf"^the {stage} returned values .* not finite .* for {which}:"):
+            drawn(pipeline, ["a b", "q"])
 
 
 def test_the_padding_of_the_tokenizer(tmp_path):

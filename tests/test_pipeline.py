@@ -6,10 +6,13 @@ import importlib.util
 import json
 from pathlib import Path
 
+import flax.traverse_util
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors
+from PIL import Image
 from random_networks import fast_jit, normal, random_params
 from safetensors.numpy import save_file as save_arrays
 
@@ -18,6 +21,7 @@ from ddpm_jax import build
 from ddpm_jax.models.clip import CLIP, normalize
 from ddpm_jax.parallel.mesh import make_mesh
 from ddpm_jax.pipelines import LoadError, UnCLIP, load, save_file, stages, unclip
+from ddpm_jax.pipelines.request import NotFiniteError
 from ddpm_jax.pipelines.weights import RUN_FILE, read_run
 from ddpm_jax.process import make_process
 from ddpm_jax.schedules import cosine_betas
@@ -165,6 +169,38 @@ def draw(embedding, *, prompts=PROMPTS, seed=0, **options):
     return pipeline().generate(prompts, batch_size=8, embedding=embedding, low_res=True, **options)
 
 
+def test_images_and_options_may_have_any_type():
+    """The same picture for the same numbers, whatever holds them."""
+    size = smoke_config()["clip"]["image_size"]
+    wide = np.random.default_rng(0).integers(0, 256, (8, size, 2 * size, 3)).astype(np.uint8)
+    middle = wide[:, :, size // 2 : size // 2 + size]
+    plain = pipeline().generate(
+        PROMPTS, batch_size=8, embedding="image", low_res=True, images=middle, decoder_scale=2.0
+    )
+    opaque = np.concatenate([middle, np.full_like(middle[..., :1], 255)], axis=-1)
+    for given in ([Image.fromarray(x) for x in wide], middle / 255.0, opaque):
+        options = {"decoder_scale": np.float64(2), "batch_size": np.int64(8), "seed": jnp.int32(0)}
+        same = pipeline().generate(iter(PROMPTS), embedding="image", low_res=True, images=given, **options)
+        np.testing.assert_array_equal(same, plain)
+
+
+@pytest.mark.parametrize("part", ["clip", "prior", "decoder", "upsampler"])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_numbers_that_are_not_finite_are_no_picture(part, value):
+    """The last bias of a stage is replaced; a threshold would make an ordinary picture of infinity."""
+    place = {"clip": ("text_projection", "kernel"), "prior": ("out", "bias")}
+    place |= dict.fromkeys(("decoder", "upsampler"), ("unet", "out_conv", "bias"))
+    tree = flax.traverse_util.flatten_dict(dict(pipeline().params[part]))
+    name = ("params", *place[part])
+    tree[name] = tree[name].at[0].set(value)
+    generate = with_params(**{part: flax.traverse_util.unflatten_dict(tree)})
+    stage = "CLIP model" if part == "clip" else part
+    with pytest.raises(
+        NotFiniteError, match=rf"^the {stage} returned values that are not finite .* prompts\[0\], .*\[7\]"
+    ):
+        generate(PROMPTS, batch_size=8)
+
+
 def test_low_res_is_the_decoders_picture():
     assert draw("text").shape == (8, 16, 16, 3)
 
@@ -248,6 +284,8 @@ def test_pictures_survive_the_way_to_floats_and_back():
     assert floats.min() == -1.0 and floats.max() == 1.0
     np.testing.assert_array_equal(stages.to_uint8(floats), levels)
     np.testing.assert_array_equal(stages.to_uint8(np.float32([-3.0, 3.0])), [0, 255])
+    with pytest.raises(ValueError, match="^images 1, 2 have values that are not finite"):
+        stages.to_uint8(np.float32([[0.0], [np.nan], [np.inf]]))
 
 
 def test_encoders_return_unit_vectors():
@@ -274,8 +312,20 @@ def test_encoders_return_unit_vectors():
         (["a red circle"], {"embedding": "image"}, 'images are needed for embedding="image"'),
         (["a red circle"], {"images": zeros(1, 32, 32, 3, dtype=np.uint8)}, 'images are needed for embedding="image"'),
         (["a red circle"], {"embedding": "image", "images": zeros(2, 32, 32, 3, dtype=np.uint8)}, "got 2 and 1"),
-        (["a red circle"], {"embedding": "image", "images": zeros(1, 32, 32, 3)}, "uint8, got float32"),
-        (["a red circle"], {"embedding": "image", "images": zeros(1, 9, 9, 3, dtype=np.uint8)}, "this CLIP takes"),
+        (
+            ["a red circle"],
+            {"embedding": "image", "images": zeros(1, 32, 32, 3) - 1},
+            "images[0] has float values from -1",
+        ),
+        (
+            ["a red circle"],
+            {"embedding": "image", "images": zeros(1, 32, 32, 3) + np.nan},
+            "images[0] has values that are",
+        ),
+        (["a red circle", 3], {}, "prompts[1] must be a string, got 3"),
+        (["a red circle", "a red circel"], {}, "prompts[1] = 'a red circel': the word"),
+        (["a red circle"], {"seed": 2**32}, "seed=4294967296 must be at most 4294967295"),
+        (["a red circle"], {"decoder_scale": float("nan")}, "decoder_scale=nan must be a finite number"),
         (["a red circle"], {"batch_size": 0}, "batch_size=0 must be at least 1"),
     ],
 )

@@ -4,7 +4,7 @@
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import flax.struct
@@ -17,12 +17,24 @@ from ddpm_jax.guidance import classifier_free
 from ddpm_jax.models.autoencoder import Autoencoder
 from ddpm_jax.models.text_encoder import TextEncoder
 from ddpm_jax.models.unet import UNet
-from ddpm_jax.pipelines.stages import to_uint8
-from ddpm_jax.process import GaussianProcess, respace
+from ddpm_jax.pipelines.request import (
+    Steps,
+    as_float,
+    as_int,
+    as_prompts,
+    as_seed,
+    as_steps,
+    check_finite,
+    respaced,
+    tokenize,
+)
+from ddpm_jax.pipelines.stages import bounded, finite, to_uint8
+from ddpm_jax.process import GaussianProcess
 from ddpm_jax.samplers import Point, ddim_step, example_keys, sample
 from ddpm_jax.types import PredictFn, Step
 
 SPACINGS = ("leading", "trailing", "linspace")
+STAGES = ("text encoder", "U-Net", "autoencoder")
 
 
 def _static(**options: Any) -> Any:
@@ -90,57 +102,73 @@ class StableDiffusion(flax.struct.PyTreeNode):
         """Return the pictures of latents, float32[B, H, W, 3] in [-1, 1]."""
         method = Autoencoder.decode
         z = latents / self.autoencoder.scale
-        return jnp.clip(self.autoencoder.apply({"params": self.params["autoencoder"]}, z, method=method), -1.0, 1.0)
+        return bounded(self.autoencoder.apply({"params": self.params["autoencoder"]}, z, method=method))
 
     def generate(
         self,
-        prompts: Sequence[str],
+        prompts: Iterable[str],
         *,
         seed: int = 0,
-        negative: str = "",
-        steps: int | Sequence[int] = 50,
+        negative: str | Iterable[str] | None = "",
+        steps: Steps = 50,
         decoder_scale: float | None = None,
         eta: float = 0.0,
         batch_size: int = 1,
         report: Callable[[int], None] | None = None,
     ) -> np.ndarray:
-        """Draw one picture for every prompt.
+        """Draw one image for every prompt.
 
         Args:
-            prompts: captions; one too long is cut, with a warning.
-            seed: of all noise; picture i depends on it, i and prompt i.
-            negative: the caption that guidance leads away from.
-            steps: of DDIM, at the timesteps that `timesteps` returns; or the timesteps themselves, increasing.
+            prompts: captions, of which "" is the unconditional one; one too long is cut, with a warning.
+            seed: of all noise, in [0, 2**32); image i depends on it, i and prompt i.
+            negative: the caption that guidance leads away from: one for all prompts, or one for each; "" or None is the
+                unconditional one.
+            steps: a number of steps of DDIM, 50 or "50", taken at `timesteps(50)`; another spec of
+                `schedules.respaced_timesteps`, such as "ddim50" or "10,10,5"; or the timesteps themselves, increasing.
             decoder_scale: of guidance, 7.5 by default.
-            eta: of DDIM; 0 draws no noise on the way, 1 as much as ancestral sampling.
-            batch_size: pictures at a time.
-            report: called with the number of pictures each time some are done.
+            eta: of DDIM, in [0, 1]; 0 draws no noise on the way, 1 as much as ancestral sampling.
+            batch_size: images at a time.
+            report: called with the number of images each time some are done.
 
         Returns:
             uint8[N, R, R, 3].
 
         Raises:
             ValueError: if there is no prompt, or an argument does not fit.
+            NotFiniteError: if a network returned NaN or infinity.
         """
-        if isinstance(prompts, str) or not len(prompts):
-            raise ValueError("prompts must be a sequence of at least one caption")
-        if batch_size < 1:
-            raise ValueError(f"{batch_size=} must be at least 1")
+        prompts, batch_size = as_prompts(prompts), as_int("batch_size", batch_size, least=1)
         if self.tokenizer is None:
             raise ValueError("this pipeline has no tokenizer; give it one, as in pipeline.replace(tokenizer=...)")
-        process = respace(self.process, self.timesteps(steps) if isinstance(steps, int) else steps)
-        tokens, _ = self.tokenizer(list(prompts), self.text.context)
-        empty = self.tokenizer([negative], self.text.context) if negative else self.tokenizer.null(self.text.context)
-        keys, done = example_keys(jax.random.key(seed, impl="threefry2x32"), len(prompts)), []
-        how = (("scale", 7.5 if decoder_scale is None else decoder_scale), ("eta", eta))
+        process = respaced(self.process, "steps", self._grid(steps))
+        scale = jnp.float32(7.5 if decoder_scale is None else as_float("decoder_scale", decoder_scale))
+        how = (("eta", as_float("eta", eta, least=0.0, most=1.0)),)
+        tokens, _ = tokenize(self.tokenizer, prompts, self.text.context, allow_empty=True)
+        empty = self._negative(negative, len(prompts))
+        keys, done = example_keys(jax.random.key(as_seed(seed), impl="threefry2x32"), len(prompts)), []
         for start in range(0, len(prompts), batch_size):
             # The last batch repeats its last row, so that all have one shape.
             rows = np.minimum(np.arange(start, start + min(batch_size, len(prompts))), len(prompts) - 1)
-            images = _generate(self, process, tokens[rows], empty[0], keys[rows], how)
+            away = empty if len(empty) == 1 else empty[rows]
+            images, finite_of = _generate(self, process, tokens[rows], away, keys[rows], scale, how)
+            check_finite(STAGES, finite_of, rows)
             done.append(np.asarray(images)[: len(prompts) - start])
             if report is not None:
                 report(len(done[-1]))
         return np.concatenate(done)
+
+    def _grid(self, steps: Steps) -> str | Sequence[int]:
+        """Return the timesteps of a number of steps; a number in a string means the same."""
+        steps = as_steps("steps", steps)
+        return self.timesteps(steps) if isinstance(steps, int) else steps
+
+    def _negative(self, negative: str | Iterable[str] | None, count: int) -> np.ndarray:
+        """Return the tokens of the captions that guidance leads away from, int32[1, L] or int32[count, L]."""
+        texts = [negative or ""] if negative is None or isinstance(negative, str) else negative
+        texts = list(texts) if isinstance(texts, Iterable) else []
+        if len(texts) not in (1, count) or not all(isinstance(text, str) for text in texts):
+            raise ValueError(f"negative must be one caption, or one for each of the {count} prompts, got {negative!r}")
+        return tokenize(self.tokenizer, texts, self.text.context, name="negative", allow_empty=True)[0]
 
     def timesteps(self, steps: int) -> list[int]:
         """Return the timesteps that DDIM visits, increasing, by the rule `timestep_spacing` of T timesteps.
@@ -188,9 +216,16 @@ def _generate(
     tokens: jax.Array,
     empty: jax.Array,
     keys: jax.Array,
+    scale: jax.Array,
     options: tuple[tuple[str, Any], ...],
-) -> jax.Array:
-    """Run all stages for one batch. Returns uint8[B, R, R, 3]."""
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    """Run all stages for one batch.
+
+    Returns:
+        The images, uint8[B, R, R, 3], and bool[B] for each of `STAGES`: whether all that it returned is finite.
+    """
     text = pipeline.encode_text(tokens)
     nothing = pipeline.encode_text(jnp.broadcast_to(empty, tokens.shape))
-    return to_uint8(pipeline.decode(pipeline.draw_latents(process, text, nothing, keys, **dict(options))))
+    latents = pipeline.draw_latents(process, text, nothing, keys, scale=scale, **dict(options))
+    images = pipeline.decode(latents)
+    return to_uint8(images), (finite(text) & finite(nothing), finite(latents), finite(images))

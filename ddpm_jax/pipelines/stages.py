@@ -10,8 +10,9 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from ddpm_jax.guidance import classifier_free, static_threshold
+from ddpm_jax.guidance import classifier_free
 from ddpm_jax.models.clip import CLIP, normalize
 from ddpm_jax.models.decoder import Decoder
 from ddpm_jax.models.prior import DiffusionPrior
@@ -61,8 +62,27 @@ def to_float(images: jax.Array) -> jax.Array:
 
 
 def to_uint8(images: jax.Array) -> jax.Array:
-    """Map pictures in [-1, 1] to uint8, rounding to the nearest level."""
+    """Map images in [-1, 1] to uint8, rounding to the nearest level.
+
+    images: float32[B, H, W, C], or any shape whose first axis counts the images. NaN becomes 0 under `jax.jit`.
+
+    Raises:
+        ValueError: if concrete images have values that are not finite; the message names the images.
+    """
+    if not isinstance(images, jax.core.Tracer) and not np.isfinite(images).all():
+        bad = np.flatnonzero(~np.isfinite(images).reshape(len(images), -1).all(1))
+        raise ValueError(f"images {', '.join(map(str, bad))} have values that are not finite (NaN or infinity)")
     return jnp.clip(jnp.round((images + 1.0) * 127.5), 0, 255).astype(jnp.uint8)
+
+
+def finite(values: jax.Array) -> jax.Array:
+    """Return whether all values of each example are finite. values: float[B, ...]. Returns bool[B]."""
+    return jnp.isfinite(values).all(axis=tuple(range(1, values.ndim)))
+
+
+def bounded(values: jax.Array, bound: float = 1.0) -> jax.Array:
+    """Clip to [-bound, bound], and map infinity to NaN: clipped, it would pass for an ordinary value."""
+    return jnp.where(jnp.isfinite(values), jnp.clip(values, -bound, bound), jnp.nan)
 
 
 def encode_text(model: CLIP, params: Params, tokens: jax.Array, mask: jax.Array) -> Text:
@@ -163,7 +183,7 @@ def draw_image(
         step=sampling.step(),
         kind=kind,
         variance=variance,
-        x0_transform=static_threshold(1.0),
+        x0_transform=bounded,
     )
 
 
@@ -186,5 +206,5 @@ def upsample(
         (size, size, 3),
         step=sampling.step(),
         kind=kind,
-        x0_transform=static_threshold(1.0),
+        x0_transform=bounded,
     )

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Literal, NamedTuple
 
 import flax.errors
@@ -13,19 +13,22 @@ from jax.sharding import Mesh
 
 from ddpm_jax import build
 from ddpm_jax.data.tokenizer import Tokenizer, tokenizer_from_config
+from ddpm_jax.data.transforms import resize_center_crop
 from ddpm_jax.models.clip import CLIP
 from ddpm_jax.models.decoder import Decoder
 from ddpm_jax.models.prior import DiffusionPrior
 from ddpm_jax.models.upsampler import Upsampler
 from ddpm_jax.parallel.mesh import DATA_AXIS, data_sharding, replicated
 from ddpm_jax.pipelines import stages
-from ddpm_jax.pipelines.stages import Sampling, Text
+from ddpm_jax.pipelines.request import as_float, as_int, as_prompts, as_seed, check_finite, tokenize
+from ddpm_jax.pipelines.stages import Sampling, Text, finite
 from ddpm_jax.process import GaussianProcess
 from ddpm_jax.samplers import example_keys
 from ddpm_jax.samplers.noise import transition_keys
 
 Embedding = Literal["prior", "text", "image", "none"]
 EMBEDDINGS = ("prior", "text", "image", "none")
+STAGES = ("CLIP model", "prior", "decoder", "upsampler")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -77,11 +80,11 @@ class UnCLIP:
 
     def generate(
         self,
-        prompts: Sequence[str],
+        prompts: Iterable[str],
         *,
         seed: int = 0,
         embedding: Embedding = "prior",
-        images: np.ndarray | None = None,
+        images: Any = None,
         use_text: bool = True,
         prior_scale: float | None = None,
         decoder_scale: float | None = None,
@@ -97,10 +100,11 @@ class UnCLIP:
 
         Args:
             prompts: captions, none of them empty; one too long is cut, with a warning.
-            seed: of all noise.
+            seed: of all noise, in [0, 2**32).
             embedding: what the decoder is given as image embedding: the "prior"'s, the CLIP "text" embedding, the true
                 embedding of `images` ("image"), or the null embedding ("none").
-            images: uint8[N, S, S, 3] of CLIP's size, for embedding="image".
+            images: N images, for embedding="image", as `data.transforms.as_images` takes them; those of another size
+                than CLIP's are resized and cropped by `data.transforms.resize_center_crop`.
             use_text: whether the decoder is given the caption.
             prior_scale: guidance scale of the prior; the config's by default.
             decoder_scale: guidance scale of the decoder; the config's by default.
@@ -115,30 +119,35 @@ class UnCLIP:
         Raises:
             ValueError: if there is no prompt, one is empty or has an unknown word, an argument does not fit, or the
                 parameters do not fit the config.
+            NotFiniteError: if a network returned NaN or infinity.
             TypeError: if `prompts` is one string.
         """
-        _check_request(prompts, embedding, images, batch_size)
-        tokens, mask = self.tokenizer(list(prompts), self.config["text"]["length"])
-        size = min(batch_size or self.config["sample"]["batch_size"], len(prompts))
+        prompts, images = _check_request(prompts, embedding, images, self.clip.vision.image_size)
+        scales = {"prior": prior_scale, "decoder": decoder_scale}
+        scales = {k: None if v is None else as_float(f"{k}_scale", v) for k, v in scales.items()}
+        size = self.config["sample"]["batch_size"] if batch_size is None else as_int("batch_size", batch_size, least=1)
+        size = min(size, len(prompts))
+        keys = example_keys(jax.random.key(as_seed(seed), impl="threefry2x32"), len(prompts))
+        tokens, mask = tokenize(self.tokenizer, prompts, self.config["text"]["length"], allow_empty=False)
         params, place = self.params, jnp.asarray
         if mesh is not None:
             devices = mesh.shape[DATA_AXIS]
             size = -(-size // devices) * devices
             params = jax.device_put(params, replicated(mesh))
             place = functools.partial(jax.device_put, device=data_sharding(mesh))
-        keys = example_keys(jax.random.key(seed, impl="threefry2x32"), len(prompts))
-        scales = {"prior": prior_scale, "decoder": decoder_scale}
         options = _Options(self, embedding, use_text, low_res, tuple(sorted(scales.items())))
         done = []
         for rows in _batches(len(prompts), size):
             picture = None if images is None else place(images[rows])
             try:
-                out = _generate(options, params, *map(place, (tokens[rows], mask[rows], keys[rows])), picture)
+                given = map(place, (tokens[rows], mask[rows], keys[rows]))
+                out, finite_of = _generate(options, params, *given, picture)
             except flax.errors.FlaxError as error:
                 reason = str(error).partition(" (http")[0]
                 raise ValueError(
                     f"the parameters do not fit the networks that the config describes: {reason}"
                 ) from error
+            check_finite(STAGES, finite_of, rows)
             fresh = min(len(prompts) - size * len(done), size)
             done.append(np.asarray(out)[:fresh])
             if report is not None:
@@ -151,21 +160,23 @@ class UnCLIP:
         return sampling if scale is None else dataclasses.replace(sampling, scale=scale)
 
 
-def _check_request(prompts: Sequence[str], embedding: str, images: np.ndarray | None, batch_size: int | None) -> None:
+def _check_request(
+    prompts: Iterable[str], embedding: str, images: Any, size: int
+) -> tuple[list[str], np.ndarray | None]:
+    """Return the prompts, and the images as uint8[N, size, size, 3]."""
     if embedding not in EMBEDDINGS:
         raise ValueError(f"{embedding=} must be one of {', '.join(EMBEDDINGS)}")
     if isinstance(prompts, str):
         raise TypeError("prompts must be a sequence of captions, got one string; put it into a list")
-    if not len(prompts):
-        raise ValueError("prompts must hold at least one caption")
-    if batch_size is not None and batch_size < 1:
-        raise ValueError(f"{batch_size=} must be at least 1")
+    prompts = as_prompts(prompts)
     if (embedding == "image") != (images is not None):
         raise ValueError('images are needed for embedding="image", and only then')
-    if images is not None and len(images) != len(prompts):
+    if images is None:
+        return prompts, None
+    images = resize_center_crop(images, size)
+    if len(images) != len(prompts):
         raise ValueError(f"images must be as many as prompts, got {len(images)} and {len(prompts)}")
-    if images is not None and images.dtype != np.uint8:
-        raise ValueError(f"images must be uint8, got {images.dtype}")
+    return prompts, images
 
 
 def _batches(count: int, size: int) -> Iterator[np.ndarray]:
@@ -192,8 +203,12 @@ def _generate(
     mask: jax.Array,
     keys: jax.Array,
     images: jax.Array | None,
-) -> jax.Array:
-    """Run all stages for one batch. Returns uint8[B, R, R, 3]."""
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    """Run all stages for one batch.
+
+    Returns:
+        The images, uint8[B, R, R, 3], and bool[B] for each of `STAGES`: whether all that it returned is finite.
+    """
     p, scales = options.pipeline, dict(options.scales)
     config = p.config
     text = stages.encode_text(p.clip, params["clip"], tokens, mask)
@@ -229,6 +244,11 @@ def _generate(
         keep_image=nothing if options.embedding == "none" else everything,
         keep_text=everything if options.use_text else nothing,
     )
+    encoded = everything if options.embedding == "none" else finite(text.z) & finite(text.hidden)
+    drawn = finite(z_image) if options.embedding == "prior" else everything
+    if options.embedding == "image":
+        encoded &= finite(z_image)
+    finite_of = (encoded, drawn, finite(pictures))
     if not options.low_res:
         up = config["upsampler"]
         pictures = stages.upsample(
@@ -241,7 +261,7 @@ def _generate(
             sampling=p.sampling["upsampler"],
             kind=up["kind"],
         )
-    return stages.to_uint8(pictures)
+    return stages.to_uint8(pictures), (*finite_of, finite(pictures))
 
 
 def _for_network(text: Text, tokens: jax.Array, network: Any) -> Text:
