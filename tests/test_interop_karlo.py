@@ -4,10 +4,12 @@ import json
 import shutil
 from pathlib import Path
 
+import flax.traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 from random_networks import fast_jit
 from random_weights import random_weights
 from safetensors.numpy import save_file
@@ -19,10 +21,12 @@ from ddpm_jax.interop import ReadError, karlo
 from ddpm_jax.interop.clip import end_mask, load_clip
 from ddpm_jax.interop.families import FAMILIES, Options
 from ddpm_jax.interop.table import ConvertError
+from ddpm_jax.models.clip import normalize
 from ddpm_jax.models.decoder import Decoder
 from ddpm_jax.models.unet import UNet
 from ddpm_jax.models.upsampler import Upsampler
 from ddpm_jax.pipelines import karlo as karlo_pipeline
+from ddpm_jax.pipelines.request import NotFiniteError
 
 PEER = np.load(Path(__file__).parent / "data" / "karlo.npz")
 D = 32
@@ -56,8 +60,11 @@ def test_the_prior():
     peer = weights("prior")
     prior = karlo.load_prior(peer, heads=2)
     run = fast_jit(lambda p, *inputs: prior.model.apply({"params": p}, *inputs))
-    ours = run(prior.params, given("zt"), given("t"), given("z_text") / D**0.5, given("hidden"), given("mask"))
-    np.testing.assert_allclose(ours, PEER["out/prior"], atol=2e-5)
+    predict = lambda z_text: run(prior.params, given("zt"), given("t"), z_text, given("hidden"), given("mask"))
+    z_text = given("z_text")  # as CLIP's projection gives it, which is how diffusers' network takes it
+    np.testing.assert_allclose(predict(z_text / D**0.5), PEER["out/prior"], atol=2e-5)
+    for other in (z_text, normalize(z_text)):
+        assert np.abs(predict(other) - PEER["out/prior"]).max() > 0.05
     same(karlo.export_prior(prior), peer)
     np.testing.assert_array_equal(prior.std, peer["clip_std"][0])
 
@@ -72,6 +79,10 @@ def test_the_decoder_with_and_without_an_image():
         ours = run(params, given("xt"), given("t"), z_image, *text, jnp.full(2, keep))
         theirs = PEER["out/decoder"][2 * half : 2 * half + 2].transpose(0, 2, 3, 1)
         np.testing.assert_allclose(ours, theirs, atol=2e-5)
+    for other in (lambda z: z, normalize):  # the scales that are documented as wrong
+        text = other(given("z_text")), given("hidden"), given("mask")
+        ours = run(params, given("xt"), given("t"), other(given("z_image")), *text, jnp.full(2, True))
+        assert np.abs(ours - theirs).max() > 0.05
     back = karlo.export_decoder(params, DECODER, image_size=16)
     same(back[0], unet)
     same(back[1], text_proj)
@@ -222,25 +233,146 @@ def directory(tmp_path_factory):
     return write_directory(tmp_path_factory.mktemp("karlo"))
 
 
-def test_a_directory_becomes_a_pipeline(directory, pipeline):
-    opened = karlo.open_karlo(directory, tokenizer=Bytes())
+@pytest.fixture(scope="module")
+def opened(directory):
+    """The pipeline of the directory, which compiles quickly."""
+    compiled = karlo_pipeline._generate
+    karlo_pipeline._generate = fast_jit(compiled.__wrapped__, static_argnames="options")
+    yield karlo.open_karlo(directory, tokenizer=Bytes())
+    karlo_pipeline._generate = compiled
+
+
+TWO = {"prior_steps": "2", "decoder_steps": "2", "upsampler_steps": "2"}
+
+
+def test_a_directory_becomes_a_pipeline(opened, pipeline):
     for name in pipeline.params:
         jax.tree.map(np.testing.assert_array_equal, opened.params[name], pipeline.params[name])
     for name in ("text", "image", "prior", "decoder", "upsampler", "sizes"):
         assert getattr(opened, name) == getattr(pipeline, name), name
-    steps = {"prior_steps": "2", "decoder_steps": "2", "upsampler_steps": "2"}
-    images = opened.generate(["a cat", "a tall dog", "me"], batch_size=2, **steps)
+    images = opened.generate(["a cat", "a tall dog", ""], batch_size=2, **TWO)
     assert images.shape == (3, 32, 32, 3) and images.dtype == np.uint8
     assert np.abs(images[0].astype(int) - images[1]).mean() > 1
-    picture = np.random.default_rng(0).integers(0, 256, (40, 30, 3), np.uint8)
-    others = opened.variations(clip_pixels([picture], 16), decoder_steps="2", upsampler_steps="2")
-    assert others.shape == (1, 32, 32, 3)
-    with pytest.raises(ValueError, match="there is no option 'scale'"):
+    with pytest.raises(ValueError, match="there is no option 'scale'; there are prior_steps"):
         opened.generate(["a cat"], scale=3.0)
     with pytest.raises(ValueError, match="has no prior"):
         opened.replace(prior=None).generate(["a cat"])
     with pytest.raises(ValueError, match="has no image encoder"):
         opened.replace(image=None).variations(np.zeros((1, 16, 16, 3), np.float32))
+
+
+def test_a_network_that_returns_nan_makes_no_image(opened):
+    """The first broken stage is named, and the prompt that reaches it."""
+    flat = flax.traverse_util.flatten_dict(dict(opened.params))
+    places = {
+        "text encoder": ("text", "text", "token", "embedding"),
+        "prior": ("prior", "out", "bias"),
+        "decoder": ("decoder", "unet", "out_conv", "bias"),
+        "upsampler": ("last", "unet", "out_conv", "bias"),
+    }
+    for stage, place in places.items():
+        broken = np.array(flat[place])
+        broken[ord("d") if stage == "text encoder" else 0] = np.inf
+        karlo = opened.replace(params=flax.traverse_util.unflatten_dict(flat | {place: broken}))
+        which = r"prompts\[1\]" if stage == "text encoder" else r"prompts\[0\], prompts\[1\]"
+        with pytest.raises(NotFiniteError, match=rf"^the {stage} returned values .* not finite .* for {which}:"):
+            karlo.generate(["a cat", "a tall dog"], batch_size=2, **TWO)
+
+
+@pytest.fixture
+def asked(opened, monkeypatch):
+    """Return what the compiled program is given, which runs no network: pixels and options."""
+
+    class Enough(Exception):
+        pass
+
+    def ask(method, *args, **options):
+        found = []
+
+        def spy(karlo, tokens, mask, empty, empty_mask, keys, pixels, options):
+            found.extend([pixels, options, jax.random.key_data(keys)])
+            raise Enough
+
+        monkeypatch.setattr(karlo_pipeline, "_generate", spy)
+        with pytest.raises(Enough):
+            getattr(opened, method)(*args, **options)
+        return found
+
+    return ask
+
+
+PICTURE = np.random.default_rng(0).integers(0, 256, (40, 30, 3), np.uint8)
+FORMS = {
+    "uint8": [PICTURE],
+    "one image": PICTURE,
+    "PIL": Image.fromarray(PICTURE),
+    "floats": PICTURE / 255.0,
+    "opaque": np.dstack([PICTURE, np.full((40, 30), 255, np.uint8)]),
+    "prepared": clip_pixels([PICTURE], 16),
+    "prepared, in a list": list(clip_pixels([PICTURE], 16)),
+    "JAX": jnp.asarray(PICTURE),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_variations_take_images_in_every_form(asked, opened, form):
+    wanted = clip_pixels([PICTURE], 16)  # compared with transformers' in test_interop_clip.py
+    pixels, options, _ = asked("variations", FORMS[form])
+    np.testing.assert_array_equal(pixels, wanted)
+    if form in ("uint8", "PIL"):
+        with_keys = asked("variations", FORMS[form], seed=np.int64(3), batch_size=jnp.int32(2), decoder_steps=None)
+        assert with_keys[1] == options == ()
+
+
+def test_the_images_that_variations_refuse(opened):
+    for pixels, message in {
+        "range": (2.0 * PICTURE / 255 - 1, r"images\[0\] has float values from -1 to 1; they must be in \[0, 1\]"),
+        "raw": (PICTURE.astype(np.float32), r"give those of \[0, 255\] as uint8"),
+        "none": ([], "images must hold at least one image"),
+        "nan": (np.full((2, 16, 16, 3), np.nan), r"images\[0\] has values that are not finite"),
+    }.values():
+        with pytest.raises(ValueError, match=message):
+            opened.variations(pixels)
+    with pytest.raises(ValueError, match=r"pixels with prepared=True must be float32\[N, 16, 16, 3\].*uint8\[1, 40"):
+        opened.variations(PICTURE[None], prepared=True)
+
+
+def test_pixels_of_another_preprocessing(asked):
+    own = np.random.default_rng(1).normal(size=(2, 16, 16, 3)).astype(np.float32)
+    np.testing.assert_array_equal(asked("variations", own, prepared=True)[0], own)
+
+
+def test_encode_image_prepares_what_is_no_float_array(opened):
+    wanted = opened.encode_image(clip_pixels([PICTURE], 16))
+    for images in ([PICTURE], PICTURE[None], Image.fromarray(PICTURE)):
+        np.testing.assert_array_equal(opened.encode_image(images), wanted)
+    with pytest.warns(UserWarning, match="images has values up to 255, which images that clip_pixels normalised do"):
+        opened.encode_image(PICTURE[None, :16, :16].astype(np.float32))
+
+
+def test_options_mean_the_same_in_every_type(asked):
+    wanted = asked("generate", ["a"], prior_steps=7, decoder_scale=3.0, seed=5)[1:]
+    for prior_steps in ("7", " 7", np.int64(7), jnp.int32(7), np.array(7)):
+        same = {"decoder_scale": np.float32(3), "seed": np.int64(5), "prior_scale": None}
+        found = asked("generate", np.array(["a"]), prior_steps=prior_steps, **same)[1:]
+        assert found[0] == wanted[0]
+        np.testing.assert_array_equal(found[1], wanted[1])
+    for steps in ([1, 5], (1, 5), np.array([1, 5]), iter([1, 5])):
+        assert asked("generate", ["a"], decoder_steps=steps)[1] == (("decoder_steps", (1, 5)),)
+
+
+@pytest.mark.parametrize(
+    "name,value,message",
+    [("prior_steps", value, "prior_steps=.* must be a number of steps") for value in (True, 2.0, [], [0.5], {3})]
+    + [("upsampler_steps", "1001", "upsampler_steps=1001 asks for 1001 steps where there are only 1000")]
+    + [("decoder_steps", 0, "decoder_steps=0 must ask for at least 1 step"), ("seed", 2**40, "seed=.* at most")]
+    + [("decoder_scale", np.nan, "decoder_scale=nan must be a finite number"), ("batch_size", 0, "at least 1")]
+    + [("prompts", ["a", None], r"prompts\[1\] must be a string, got None"), ("prompts", "a", "got one string")],
+)
+def test_wrong_options_are_refused_in_a_sentence(opened, name, value, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        opened.generate(**{"prompts": ["a"], name: value})
+    assert "\n" not in str(caught.value)
 
 
 def test_a_broken_directory_is_refused(directory, tmp_path):

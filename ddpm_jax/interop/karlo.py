@@ -238,6 +238,13 @@ def _flat(shape: tuple[int, ...]) -> Layout:
 def load_prior(tensors: Mapping[str, np.ndarray], *, heads: int = 32, dtype: Any = jnp.float32) -> LoadedPrior:
     """Make the prior of diffusers' `PriorTransformer`; heads is 32 in Karlo.
 
+    The network takes CLIP embeddings at these scales, where z is an embedding as CLIP's projection gives it (not of
+    unit length) and D is `embed_dim`:
+
+    - z_text: z / sqrt(D). The network multiplies by sqrt(D), which our priors need since they take unit vectors.
+    - zt and the prediction: (z - mean) / std with the statistics that are returned, noised in the case of zt. A sample
+      x0 is the embedding x0 * std + mean.
+
     Raises:
         ConvertError: if the tensors are not those of such a network; it lists which.
     """
@@ -300,6 +307,10 @@ def load_decoder(
     unet: Mapping[str, np.ndarray], text_proj: Mapping[str, np.ndarray], model: Decoder, *, image_size: int = 64
 ) -> dict[str, Any]:
     """Return the parameters of a decoder.
+
+    The network takes z_image and z_text as z / sqrt(D), where z is an embedding as CLIP's projection gives it (not of
+    unit length; of the prior, x0 * std + mean) and D is `embed_dim`. It multiplies by sqrt(D), which our decoders need
+    since they take unit vectors.
 
     Args:
         unet, text_proj: the tensors of diffusers' UNet2DConditionModel and UnCLIPTextProjModel.

@@ -99,8 +99,8 @@ def open_karlo_original(
 
     Returns:
         `pipelines.karlo.Karlo`, whose `generate` draws captions and whose `variations` draws pictures. The decoder's 25
-        steps are Karlo's "fast" way, decoder_steps="50" its default. For variations Karlo squeezes pictures to a
-        square, of which `data.transforms.clip_pixels` takes the middle instead.
+        steps are Karlo's "fast" way, decoder_steps="50" its default. For variations Karlo squeezes images to a
+        square, of which `variations` takes the middle instead (`data.transforms.clip_pixels`).
 
     Raises:
         ReadError: if a file is missing, there twice, or cannot be read.
@@ -203,6 +203,8 @@ def load_prior(
 ) -> LoadedPrior:
     """Make the prior of the checkpoint and the statistics.
 
+    Embeddings are scaled as for `interop.karlo.load_prior`: z_text / sqrt(D), and (z_image - mean) / std.
+
     Args:
         tensors: of prior-ckpt*.ckpt, as `read_tensors` gives them, or the state_dict alone.
         statistics: of ViT-L-14_stats.th: "0" is the mean of image embeddings and "1" their deviation, float[D] each.
@@ -289,6 +291,8 @@ def load_decoder(
     tensors: Mapping[str, np.ndarray], *, image_size: int = 64, head_channels: int = 64, dtype: Any = jnp.float32
 ) -> Loaded:
     """Make the decoder of its checkpoint.
+
+    Embeddings are scaled as for `interop.karlo.load_decoder`: z_image / sqrt(D) and z_text / sqrt(D).
 
     Args:
         tensors: of decoder-ckpt*.ckpt, as `read_tensors` gives them, or the state_dict alone.
