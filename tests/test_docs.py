@@ -1,10 +1,21 @@
 """Every Python block of the README and of docs/ runs as it stands, in order, after its page's earlier blocks."""
 
+import json
 import re
+import shutil
 from pathlib import Path
 
 import jax
 import numpy as np
+import test_interop_karlo as karlo
+import test_interop_stable_diffusion as stable_diffusion
+from random_networks import fast_jit
+from random_weights import random_weights
+from safetensors.numpy import save_file
+
+from ddpm_jax.data.tokenizer import ClipTokenizer
+from ddpm_jax.pipelines import karlo as karlo_pipeline
+from ddpm_jax.pipelines import stable_diffusion as stable_diffusion_pipeline
 
 ROOT = Path(__file__).parents[1]
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
@@ -16,6 +27,7 @@ def blocks(page):
     return ["\n" * text.count("\n", 0, block.start(1)) + block[1] for block in BLOCK.finditer(text)]
 
 
+TOKENS, LENGTH = ClipTokenizer.vocab_size, 77
 PAGES = ["README.md", *sorted(f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md"))]
 
 
@@ -47,7 +59,48 @@ def test_the_design():
     assert names["images"].shape == (8, 16, 16, 3) and np.isfinite(names["images"]).all()
 
 
+def test_the_checkpoints(tmp_path, monkeypatch):
+    """The files that the page names are there, of tiny networks with random weights."""
+    write_files(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    for module in (karlo_pipeline, stable_diffusion_pipeline):
+        generate = fast_jit(module._generate.__wrapped__, static_argnames="options")
+        monkeypatch.setattr(module, "_generate", generate)
+    names = run("docs/checkpoints.md")
+    assert names["z_text"].shape == (1, 24) and np.isfinite(names["z_text"]).all()
+    assert names["others"].shape == (1, 32, 32, 3) and names["images"].shape == (1, 16, 16, 3)
+
+
+def write_files(place):
+    sizes = {32: 64, 48: 64, 96: 192, 144: 192, 128: 256, 192: 256, 16: LENGTH}  # one head of 64 channels in a layer
+    file = np.load(Path(__file__).parent / "data" / "clip" / "openai_gelu.npz")
+    shapes = {name: [sizes.get(n, n) for n in shape] for name, shape in json.loads(str(file["shapes"])).items()}
+    save_file(random_weights(shapes | {"token_embedding.weight": [TOKENS, 64]}), place / "ViT-L-14.pt")
+    both, variations = place / "karlo-v1-alpha", place / "karlo-v1-alpha-image-variations"
+    karlo.write_directory(both)
+    text = json.loads(str(karlo.PEER["shapes/text"])) | words("text_model.embeddings", 32)
+    save_file(random_weights(text), both / "text_encoder" / "model.safetensors")
+    prior = json.loads(str(karlo.PEER["shapes/prior"]))
+    prior["positional_embedding"][1] = LENGTH + 4
+    save_file(random_weights(prior), both / "prior" / "diffusion_pytorch_model.safetensors")
+    shutil.copytree(both, variations)
+    shutil.rmtree(variations / "prior")
+    opened = stable_diffusion.directory(place / "stable-diffusion-v1-5")
+    text = json.loads(str(stable_diffusion.PEER["shapes/text"])) | words("text_model.embeddings", 24)
+    save_file(random_weights(text), opened / "text_encoder" / "diffusion_pytorch_model.safetensors")
+
+
+def words(name, width):
+    """Return the shapes of embeddings of CLIP's whole vocabulary."""
+    return {f"{name}.token_embedding.weight": [TOKENS, width], f"{name}.position_embedding.weight": [LENGTH, width]}
+
+
 def test_links_and_images_exist():
     for page in PAGES:
         for target in re.findall(r"\]\(([^)#:]+)\)", (ROOT / page).read_text()):
             assert (ROOT / page).parent.joinpath(target).exists(), (page, target)
+
+
+def test_no_page_with_python_blocks_is_forgotten():
+    ran = re.findall(r"run\(\"(.*)\"\)", Path(__file__).read_text())
+    assert sorted(ran) == sorted(page for page in PAGES if blocks(page))
