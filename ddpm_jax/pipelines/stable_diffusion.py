@@ -149,8 +149,7 @@ class StableDiffusion(flax.struct.PyTreeNode):
         for start in range(0, len(prompts), batch_size):
             # The last batch repeats its last row, so that all have one shape.
             rows = np.minimum(np.arange(start, start + min(batch_size, len(prompts))), len(prompts) - 1)
-            away = empty if len(empty) == 1 else empty[rows]
-            images, finite_of = _generate(self, process, tokens[rows], away, keys[rows], scale, how)
+            images, finite_of = _generate(self, process, tokens[rows], empty[rows], keys[rows], scale, how)
             check_finite(STAGES, finite_of, rows)
             done.append(np.asarray(images)[: len(prompts) - start])
             if report is not None:
@@ -163,12 +162,13 @@ class StableDiffusion(flax.struct.PyTreeNode):
         return self.timesteps(steps) if isinstance(steps, int) else steps
 
     def _negative(self, negative: str | Iterable[str] | None, count: int) -> np.ndarray:
-        """Return the tokens of the captions that guidance leads away from, int32[1, L] or int32[count, L]."""
+        """Return the tokens of the captions that guidance leads away from, int32[count, L]."""
         texts = [negative or ""] if negative is None or isinstance(negative, str) else negative
         texts = list(texts) if isinstance(texts, Iterable) else []
         if len(texts) not in (1, count) or not all(isinstance(text, str) for text in texts):
             raise ValueError(f"negative must be one caption, or one for each of the {count} prompts, got {negative!r}")
-        return tokenize(self.tokenizer, texts, self.text.context, name="negative", allow_empty=True)[0]
+        tokens, _ = tokenize(self.tokenizer, texts, self.text.context, name="negative", allow_empty=True)
+        return np.broadcast_to(tokens, (count, self.text.context))
 
     def timesteps(self, steps: int) -> list[int]:
         """Return the timesteps that DDIM visits, increasing, by the rule `timestep_spacing` of T timesteps.
@@ -225,7 +225,7 @@ def _generate(
         The images, uint8[B, R, R, 3], and bool[B] for each of `STAGES`: whether all that it returned is finite.
     """
     text = pipeline.encode_text(tokens)
-    nothing = pipeline.encode_text(jnp.broadcast_to(empty, tokens.shape))
+    nothing = pipeline.encode_text(empty)
     latents = pipeline.draw_latents(process, text, nothing, keys, scale=scale, **dict(options))
     images = pipeline.decode(latents)
     return to_uint8(images), (finite(text) & finite(nothing), finite(latents), finite(images))
