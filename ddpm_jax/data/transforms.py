@@ -224,10 +224,11 @@ def _without_alpha(image: np.ndarray) -> np.ndarray:
 
 
 def _square(image: np.ndarray, size: int) -> np.ndarray:
-    if image.shape[:2] == (size, size):
-        return image
     with needs_extra("train"):
         from PIL import Image
+
+    if image.shape[:2] == (size, size):
+        return image
     most = 20 * min(image.shape[:2])
     top, left = (max(side - most, 0) // 2 for side in image.shape[:2])
     image = np.ascontiguousarray(image[top : top + most, left : left + most])
