@@ -130,11 +130,8 @@ def clip_pixels(images: Any, size: int = 224) -> np.ndarray:
 
 
 def _is_pil(image: Any) -> bool:
-    if "PIL" not in sys.modules:  # then nobody has made such an image
-        return False
-    from PIL import Image
-
-    return isinstance(image, Image.Image)
+    module = sys.modules.get("PIL.Image")  # where it was never imported, nobody has such an image
+    return module is not None and isinstance(image, module.Image)
 
 
 def _shown(value: Any) -> str:
