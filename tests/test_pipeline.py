@@ -17,7 +17,7 @@ from random_networks import fast_jit, normal, random_params
 from safetensors.numpy import save_file as save_arrays
 
 import ddpm_jax
-from ddpm_jax import build
+from ddpm_jax import build, cli
 from ddpm_jax.models.clip import CLIP, normalize
 from ddpm_jax.parallel.mesh import make_mesh
 from ddpm_jax.pipelines import LoadError, UnCLIP, load, save_file, stages, unclip
@@ -195,10 +195,10 @@ def test_numbers_that_are_not_finite_are_no_picture(part, value):
     tree[name] = tree[name].at[0].set(value)
     generate = with_params(**{part: flax.traverse_util.unflatten_dict(tree)})
     stage = "CLIP model" if part == "clip" else part
-    with pytest.raises(
-        NotFiniteError, match=rf"^the {stage} returned values that are not finite .* prompts\[0\], .*\[7\]"
-    ):
+    message = rf"^the {stage} returned values that are not finite .* prompts\[0\], .*\[7\]"
+    with pytest.raises(NotFiniteError, match=message) as caught:
         generate(PROMPTS, batch_size=8)
+    assert cli._sentence(caught.value) == str(caught.value)  # what the commands print
 
 
 def test_low_res_is_the_decoders_picture():
