@@ -1,6 +1,7 @@
 """The commands: what goes wrong ends in one sentence, a status, and nothing half-written."""
 
 import contextlib
+import dataclasses
 import json
 import logging
 import os
@@ -11,10 +12,13 @@ import subprocess
 import sys
 import warnings
 
+import jax
+import numpy as np
 import pytest
 from absl import logging as absl_logging
 from tiny_run import ROOT, train_flags
 
+from ddpm_jax import pipelines
 from ddpm_jax.training.checkpoint import Checkpoints, lock_workdir
 
 SMOKE = f"{ROOT / 'configs' / 'shapes.py'}:smoke"
@@ -470,6 +474,21 @@ def test_a_long_prompt_is_cut_with_one_warning(call, trained, tmp_path):
         assert status == 1
         assert last == f"error: {disk}/out.png: could not write the picture: No space left on device"
         assert listing(disk) == ["filler"]
+
+
+def test_a_network_that_returns_nan_is_a_failure(call, trained, monkeypatch, tmp_path):
+    """Not a black image and status 0."""
+    pipeline = pipelines.load(trained)
+    decoder = jax.tree.map(lambda leaf: leaf * np.nan, pipeline.params["decoder"])
+    damaged = dataclasses.replace(pipeline, params={**pipeline.params, "decoder": decoder})
+    monkeypatch.setattr("ddpm_jax.pipelines.load", lambda *_, **__: damaged)
+    for flags in (
+        ["sample", "--prompt", A_WORD, "--out", tmp_path / "out.png", "--workdir", trained],
+        ["evaluate", "--out", tmp_path / "results", "--workdir", trained],
+    ):
+        status, _, err = call(*flags)
+        assert status == 1 and err.splitlines()[-1].startswith("error: the decoder returned values that are not finite")
+    assert not [name for name in listing(tmp_path) if name != "results"]
 
 
 def test_the_table_is_printed_before_files_that_cannot_be_written(call, trained, monkeypatch, tmp_path):
