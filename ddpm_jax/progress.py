@@ -48,7 +48,7 @@ class _Lines:
         self._total, self._description, self._unit, self._done = total, description, unit, initial
         self._postfix = ""
         self._begin = self._time = time.monotonic()
-        self._printed = initial
+        self._initial = self._printed = initial
 
     def __enter__(self) -> "_Lines":
         return self
@@ -77,6 +77,9 @@ class _Lines:
     def _print(self) -> None:
         self._time, self._printed = time.monotonic(), self._done
         percent = 100 * self._done // max(self._total, 1)
-        seconds = self._time - self._begin
+        seconds = max(self._time - self._begin, 1e-3)
+        rate = (self._done - self._initial) / seconds
         done = f"{self._description}: {percent}% ({self._done}/{self._total} {self._unit}s)"
-        print(f"{done}, {seconds:.0f} s{self._postfix}", file=sys.stderr, flush=True)
+        left = f", {(self._total - self._done) / rate:.0f} s left" if rate > 0.0 and self._done < self._total else ""
+        line = f"{done}, {seconds:.0f} s, {rate:.4g} {self._unit}s/s{left}{self._postfix}"
+        print(line, file=sys.stderr, flush=True)
