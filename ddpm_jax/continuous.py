@@ -150,10 +150,10 @@ def init_monotone(key: jax.Array, width: int = 1024) -> dict[str, jax.Array]:
     """Return parameters of ``monotone_log_snr``, float32: almost a straight line to begin with; `width` bends."""
     first, second = jax.random.split(key)
     return {
-        "scale": jnp.zeros(()),
-        "inner": 0.1 * jax.random.normal(first, (width,)),
-        "bias": jax.random.normal(second, (width,)),
-        "outer": jnp.full((width,), -5.0),
+        "scale": jnp.zeros((), jnp.float32),
+        "inner": 0.1 * jax.random.normal(first, (width,), jnp.float32),
+        "bias": jax.random.normal(second, (width,), jnp.float32),
+        "outer": jnp.full((width,), -5.0, jnp.float32),
     }
 
 

@@ -66,7 +66,8 @@ def variational_bound(
 
     _, (terms, mse) = jax.lax.scan(term, None, jnp.arange(process.num_steps, dtype=jnp.int32))
     prior = prior_kl(process, x0)
-    terms = terms.at[0].set(jnp.where(inside, terms[0], jnp.nan))
+    # log(-1): under debug_nans NaN must not be made where it is not used.
+    terms = terms.at[0].add(jnp.log(jnp.where(inside, 1.0, -1.0).astype(terms.dtype)))
     return {"total": prior + terms.sum(0), "prior": prior, "terms": terms.T, "mse": mse.T}
 
 
@@ -177,7 +178,8 @@ def ode_sample(
     """
     keys = check_keys(keys)
     if x_init is None:
-        x_init = schedule.prior_std * per_example_normal(transition_keys(keys, 0), jnp.zeros((keys.shape[0], *shape)))
+        like = jnp.zeros((keys.shape[0], *shape), jnp.float32)
+        x_init = schedule.prior_std * per_example_normal(transition_keys(keys, 0), like)
     if x_init.shape != (keys.shape[0], *shape):
         raise ValueError(f"x_init must have shape {(keys.shape[0], *shape)} (keys, *shape), got {x_init.shape}")
     velocity = _velocity(schedule, denoise, kind)
@@ -205,7 +207,7 @@ def bits_per_dimension(log_likelihood: jax.Array, dimensions: int, bins: int = 2
 def dequantize(keys: jax.Array, images: jax.Array) -> jax.Array:
     """Spread 8-bit data evenly over their bins: 2 (k + u) / 256 - 1, u ~ U(0, 1). uint8[B, ...] -> float32[B, ...]."""
     keys = key_vector(keys, images.shape[0])
-    u = jax.vmap(lambda key: jax.random.uniform(key, images.shape[1:]))(keys)
+    u = jax.vmap(lambda key: jax.random.uniform(key, images.shape[1:], jnp.float32))(keys)
     return (images.astype(jnp.float32) + u) / 128.0 - 1.0
 
 
@@ -234,6 +236,9 @@ def _solve(field: Callable, start: float, end: float, state: Any, rtol: float, a
     with needs_extra("ode"):
         import diffrax  # needed here alone
 
+    # diffrax brings the state to the dtype of the times: under jax_enable_x64 that of Python numbers is float64.
+    dtype = jax.tree.leaves(state)[0].dtype
+    start, end = jnp.asarray(start, dtype), jnp.asarray(end, dtype)
     solution = diffrax.diffeqsolve(
         diffrax.ODETerm(field),
         diffrax.Tsit5(),
@@ -246,7 +251,7 @@ def _solve(field: Callable, start: float, end: float, state: Any, rtol: float, a
     )
     last = jax.tree.map(lambda values: values[-1], solution.ys)
     # Tsit5 has six new stages a step, and one at the start.
-    return last, 6 * solution.stats["num_steps"] + 1
+    return last, (6 * solution.stats["num_steps"] + 1).astype(jnp.int32)
 
 
 def _basis(v: jax.Array) -> jax.Array:

@@ -85,7 +85,10 @@ def _differences(x0: jax.Array, h: jax.Array, carry: tuple, order: int, extrapol
     """Return r_1 + r_2 beside r_1, the first and the second divided difference; 0 as far as estimates are missing."""
     (x0_1, x0_2), (h_1, h_2), known = carry
     usable = jnp.where(extrapolate, jnp.minimum(known, order - 1), 0)
-    r_1, r_2 = (jnp.where(usable >= k, length / h, 1.0) for k, length in ((1, h_1), (2, h_2)))
+    # Masked twice: where an estimate is missing, h may be infinite, and inf / inf would be NaN in the gradient.
+    r_1, r_2 = (
+        jnp.where(usable >= k, length / jnp.where(usable >= k, h, 1.0), 1.0) for k, length in ((1, h_1), (2, h_2))
+    )
     slope = jnp.where(usable >= 1, (x0 - x0_1) / r_1, 0.0)
     bend = jnp.where(usable >= 2, slope - (x0_1 - x0_2) / r_2, 0.0)
     return (r_1, r_1 + r_2), slope, bend
@@ -93,7 +96,7 @@ def _differences(x0: jax.Array, h: jax.Array, carry: tuple, order: int, extrapol
 
 def _third_order(h: jax.Array, decay: jax.Array, r: tuple, slope: jax.Array, bend: jax.Array, known: jax.Array):
     """Return what order 3 adds to order 1, over alpha_there; order 2 while only one estimate is known."""
-    r_1, r_12 = r
+    r_1, r_12 = (jnp.where(known >= 2, each, 1.0) for each in r)  # infinite after a step from pure noise
     finite = jnp.where(jnp.isfinite(h), h, 1.0)  # into the data, where slope and bend are 0
     first = slope + r_1 / r_12 * bend
     third = (1.0 - decay / finite) * first - 2.0 * ((finite - decay) / finite**2 - 0.5) * bend / r_12

@@ -95,7 +95,7 @@ def repaint_step(x0: jax.Array, mask: jax.Array, *, step: Step | None = None, re
         predict_fn: PredictFn, keys: jax.Array, xt: jax.Array, here: Point, there: Point, carry: Any
     ) -> tuple[jax.Array, Any]:
         keep = jnp.broadcast_to(jnp.asarray(mask, xt.dtype), xt.shape)
-        known = x0.astype(xt.dtype)
+        known = jnp.where(keep > 0.0, x0.astype(xt.dtype), 0.0)
 
         def fill(x: jax.Array, number: jax.Array) -> jax.Array:
             of = lambda part: transition_keys(keys, 3 * number + part)  # noqa: E731
@@ -108,9 +108,10 @@ def repaint_step(x0: jax.Array, mask: jax.Array, *, step: Step | None = None, re
             back = here.alpha / there.alpha * x + jnp.sqrt(here.beta) * back
             return fill(back, number)
 
-        # Into the data nothing is left to agree on: one pass.
-        times = jnp.where(there.sigma > 0.0, resample, 1)
-        return jax.lax.fori_loop(1, times, again, fill(xt, jnp.int32(0))), carry
+        filled = fill(xt, 0)
+        # Into the data nothing is left to agree on: one pass. The bounds of the loop are static for reverse mode.
+        repeated = lambda: jax.lax.fori_loop(1, resample, again, filled)
+        return jax.lax.cond(there.sigma > 0.0, repeated, lambda: filled), carry
 
     return Step(update)
 

@@ -93,7 +93,7 @@ def _weights(r: jax.Array, valid: jax.Array, h: jax.Array) -> jax.Array:
         b.append(factorial * phi / first)
     number = valid.sum()
     n = jnp.arange(count)
-    conditions = jnp.where(valid[None, :], r[None, :] ** n[:, None], 0.0)  # row n, column k
+    conditions = jnp.where(valid[None, :], jnp.stack([r**k for k in range(count)]), 0.0)  # row n, column k
     # Rows past the number of valid estimates pin the invalid weights to 0, one each.
     order_of_invalid = jnp.cumsum(~valid) - 1 + number
     pins = (~valid)[None, :] & (order_of_invalid[None, :] == n[:, None])
