@@ -357,8 +357,8 @@ def target(process: GaussianProcess, x0: jax.Array, eps: jax.Array, t: jax.Array
     _check_kind(kind, process)
     _check_shapes(process, x0, t, eps, "eps")
     if kind in ("eps", "x0"):
-        inside = ((t >= 0) & (t < process.num_steps)).reshape(t.shape + (1,) * (x0.ndim - 1))
-        return jnp.where(inside, eps if kind == "eps" else x0, jnp.nan)
+        # 1, or NaN where t is out of range: under debug_nans NaN must not be made where it is not used.
+        return _at(jnp.ones_like(process.betas), t, x0) * (eps if kind == "eps" else x0)
     if kind == "mean":
         return q_posterior(process, x0, q_sample(process, x0, t, eps), t)[0]
     sigma = _at(process.sqrt_one_minus_alpha_bar, t, x0)
