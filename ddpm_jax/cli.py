@@ -8,12 +8,12 @@ import difflib
 import errno
 import importlib.util
 import logging as python_logging
-import math
 import os
 import platform
 import re
 import secrets
 import signal as signals
+import stat
 import sys
 import traceback
 import warnings
@@ -127,7 +127,10 @@ def keep_memory() -> None:
 
 def show(text: str) -> None:
     """Print a result at once: what follows may fail."""
-    print(text, flush=True)
+    # A path may hold bytes that the locale does not know, and the terminal may not know a character.
+    text = text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+    encoding = sys.stdout.encoding or "utf-8"
+    print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
 
 
 def as_utf8(text: str, *, what: str) -> str:
@@ -153,9 +156,17 @@ def check_can_write(path: str | os.PathLike, *, what: str, given: str | None = N
     flag's value where it is not the path.
     """
     path = Path(path)
-    if path.is_dir():
-        raise UsageError(f"{what}={path} is a directory; give the name of a file")
     flag = f"{what}={path if given is None else given}"
+    try:
+        mode = path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        mode = None
+    except OSError as error:  # such as a name that is too long
+        raise UsageError(f"{flag} cannot be written: {error.strerror}") from error
+    if mode is not None and stat.S_ISDIR(mode):
+        raise UsageError(f"{what}={path} is a directory; give the name of a file")
+    if mode is not None and not stat.S_ISREG(mode):
+        raise UsageError(f"{flag} cannot be written: {path} is not a regular file")
     parent = path.absolute().parent
     while not parent.exists():
         parent = parent.parent
@@ -164,7 +175,7 @@ def check_can_write(path: str | os.PathLike, *, what: str, given: str | None = N
     try:
         with temporary_path(parent / f".{secrets.token_hex(8)}.tmp") as probe:
             probe.write_bytes(b" " * 4096)
-        if path.exists():
+        if mode is not None:
             with open(path, "ab"):
                 pass
     except OSError as error:
@@ -174,17 +185,26 @@ def check_can_write(path: str | os.PathLike, *, what: str, given: str | None = N
         raise UsageError(f"{flag} cannot be written: {parent}: {error.strerror}") from error
 
 
+def check_exists(path: str | os.PathLike | None, *, what: str) -> None:
+    """Raise UsageError, naming the flag `what`, unless there is a file or directory at a path; None is no path."""
+    if path is not None and not os.path.exists(path):
+        raise UsageError(f"{what}={path} does not exist")
+
+
 MAX_SEED = 2**32 - 1  # JAX drops the higher bits of a seed
 
 
+_LARGEST = (2.0 - 2.0**-23) * 2.0**127  # of float32
+
+
 class _FiniteParser(flags.FloatParser):
-    """Refuses nan, which passes every bound, and infinity."""
+    """Refuses nan, which passes every bound, and what is infinite in float32."""
 
     def parse(self, argument: Any) -> float:
         """Return the number."""
         value = super().parse(argument)
-        if not math.isfinite(value):
-            raise ValueError(f"{argument} is not a finite number")
+        if not abs(value) <= _LARGEST:
+            raise ValueError(f"{argument} is not a finite number of single precision")
         return value
 
 
@@ -325,8 +345,10 @@ def _status(error: Exception) -> int:
 
 
 def _stop(message: str, status: int) -> None:
-    sys.stdout.flush()
-    print(f"error: {message}", file=sys.stderr, flush=True)
+    for stream, text in ((sys.stdout, ""), (sys.stderr, f"error: {message}\n")):
+        with contextlib.suppress(AttributeError, OSError):  # closed, or its reader has gone
+            stream.write(text)
+            stream.flush()
     # Writer threads of a failed checkpoint could keep the interpreter alive.
     os._exit(status)
 
@@ -334,10 +356,13 @@ def _stop(message: str, status: int) -> None:
 def _say(text: str) -> None:
     """Print a line to stderr, above the progress bars if there are any."""
     line = " ".join(text.split())
-    if "tqdm" in sys.modules:
-        sys.modules["tqdm"].tqdm.write(line, file=sys.stderr)
-    else:
-        print(line, file=sys.stderr, flush=True)
+    if sys.stderr is None:
+        return
+    with contextlib.suppress(OSError):  # its reader has gone
+        if "tqdm" in sys.modules:
+            sys.modules["tqdm"].tqdm.write(line, file=sys.stderr)
+        else:
+            print(line, file=sys.stderr, flush=True)
 
 
 class _OneLine(python_logging.Handler):

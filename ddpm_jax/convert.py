@@ -57,8 +57,7 @@ def main() -> None:
     if not _SRC.value or not _OUT.value or (_FROM.value is None) == (_TO.value is None):
         raise cli.UsageError("--src, --out and either --from or --to are needed")
     source, out = Path(_SRC.value), Path(os.path.realpath(_OUT.value))
-    if not source.exists():
-        raise cli.UsageError(f"--src={source} does not exist")
+    cli.check_exists(source, what="--src")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise cli.UsageError(f"--out={_OUT.value} exists already; give a new directory")
     if out == Path.cwd() or os.path.ismount(out):  # an empty directory is replaced as a whole
@@ -117,7 +116,7 @@ def _export(source: Path, out: Path) -> None:
         raise cli.UsageError(f"--to={_TO.value}: {source} is a converted {family}, which is written as --to={family}")
     read = converted.load(source)
     out.parent.mkdir(parents=True, exist_ok=True)
-    with temporary_path(out.with_name(f".{out.name}.{secrets.token_hex(4)}.tmp")) as new:
+    with temporary_path(out.with_name(f".{secrets.token_hex(8)}.tmp")) as new:
         new.mkdir(mode=0o700)
         families.FAMILIES[family].write(read, new)
         families.restore_peer_files(source, new)

@@ -34,6 +34,7 @@ _COMPARE = flags.DEFINE_bool("compare", False, 'Also measure "why a prior?".', f
 
 def main() -> None:
     """Run the program."""
+    cli.check_exists(_WORKDIR.value, what="--workdir")
     is_file = _WORKDIR.value is None or Path(_WORKDIR.value).is_file()
     if is_file and not _OUT.value:
         raise cli.UsageError("--out is needed, a directory for the results")

@@ -1,5 +1,6 @@
 """Progress on stderr: a bar on a terminal and in a notebook, and otherwise a line at intervals."""
 
+import contextlib
 import sys
 import time
 from typing import Any
@@ -82,4 +83,6 @@ class _Lines:
         done = f"{self._description}: {percent}% ({self._done}/{self._total} {self._unit}s)"
         left = f", {(self._total - self._done) / rate:.0f} s left" if rate > 0.0 and self._done < self._total else ""
         line = f"{done}, {seconds:.0f} s, {rate:.4g} {self._unit}s/s{left}{self._postfix}"
-        print(line, file=sys.stderr, flush=True)
+        if sys.stderr is not None:  # print(file=None) would go to stdout
+            with contextlib.suppress(OSError):  # a full disk, or a reader that has gone, does not end the work
+                print(line, file=sys.stderr, flush=True)

@@ -40,6 +40,7 @@ def main() -> None:
     if not _OUT.value.lower().endswith(".png"):
         raise cli.UsageError(f"--out={_OUT.value} must end in .png")
     # Wrong flags are reported before the weights are loaded.
+    cli.check_exists(_WORKDIR.value, what="--workdir")
     texts = [cli.as_utf8(prompt, what="--prompt") for prompt in _PROMPT.value]
     cli.check_can_write(_OUT.value, what="--out")
     from ddpm_jax.parallel.mesh import make_local_mesh

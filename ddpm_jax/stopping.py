@@ -96,7 +96,9 @@ class _Ending:
 
 def _print(line: str) -> None:
     """Write a line to stderr without its buffer, which the main thread may hold locked."""
-    start = "\n" if sys.stderr is not None and sys.stderr.isatty() else ""  # below a progress bar
+    if sys.stderr is None:  # closed from the start: file descriptor 2 may be any file
+        return
+    start = "\n" if sys.stderr.isatty() else ""  # below a progress bar
     with contextlib.suppress(OSError, ValueError):
         # A reader that has stopped reading must not keep the process alive.
         if select.select([], [2], [], 0.5)[1]:

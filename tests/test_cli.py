@@ -226,9 +226,9 @@ def sample_flags(tmp_path, *flags):
 
 def test_a_missing_workdir(call, tmp_path):
     result = call("sample", *sample_flags(tmp_path), "--workdir", tmp_path / "nowhere")
-    assert_one_sentence(result, 1, f"{tmp_path}/nowhere does not exist; give the workdir of a training run")
+    assert_one_sentence(result, 2, f"--workdir={tmp_path}/nowhere does not exist")
     result = call("evaluate", "--workdir", tmp_path / "nowhere")
-    assert_one_sentence(result, 1, f"{tmp_path}/nowhere does not exist")
+    assert_one_sentence(result, 2, f"--workdir={tmp_path}/nowhere does not exist")
     assert listing(tmp_path) == []
 
 
@@ -412,12 +412,24 @@ def test_a_full_disk_at_the_first_file(call, tmp_path):
         (["--prompt", A_WORD, "--out", "x.png", "--seed", str(2**32)], ["is not an integer in the range"]),
         (["--prompt", A_WORD, "--out", "x.png", "--scale", "nan"], ["--scale=nan: nan is not a finite number"]),
         (["--prompt", A_WORD, "--out", "x.png", "--prior_scale=-inf"], ["-inf is not a finite number"]),
+        (
+            ["--prompt", A_WORD, "--out", "x.png", "--scale", "1e39"],
+            ["1e39 is not a finite number of single precision"],
+        ),
+        (["--prompt", A_WORD, "--out", "n" * 300 + ".png"], ["--out=nnn", "cannot be written: File name too long"]),
     ],
 )
 def test_a_wrong_request(call, tmp_path, monkeypatch, flags, parts):
     monkeypatch.chdir(tmp_path)
     assert_one_sentence(call("sample", *flags), 2, *parts)
     assert listing(tmp_path) == []
+
+
+def test_a_pipe_in_place_of_a_file(call, tmp_path):
+    """Opening one waits for a reader."""
+    os.mkfifo(tmp_path / "pipe.png")
+    result = call("sample", "--prompt", A_WORD, "--out", tmp_path / "pipe.png")
+    assert_one_sentence(result, 2, f"--out={tmp_path}/pipe.png cannot be written", "is not a regular file")
 
 
 def test_a_directory_that_cannot_be_written(call, trained, tmp_path):

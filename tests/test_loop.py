@@ -447,6 +447,8 @@ def test_grid_refuses_another_number_of_captions():
 def test_save_png_is_whole_or_absent(tmp_path):
     image = np.random.default_rng(0).integers(0, 256, (8, 8, 3), np.uint8)
     pictures.save_png(tmp_path / "new" / "a.png", image)
+    pictures.save_png(tmp_path / "new" / f"{'n' * 251}.png", image)  # the longest name of most file systems
+    (tmp_path / "new" / f"{'n' * 251}.png").unlink()
     np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "new" / "a.png")), image)
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="could not write the picture: .*a.png"):

@@ -45,3 +45,21 @@ def test_a_text_at_the_end_of_the_lines_and_an_end_before_all_is_done(clock, cap
         bar.set_postfix_str("loss 0.5")
         raise KeyError
     assert capsys.readouterr().err == "clip: 25% (1/4 steps), 1 s, 1 steps/s, 3 s left, loss 0.5\n"
+
+
+class Full:
+    """A stream on a full disk, or one whose reader has gone."""
+
+    def isatty(self):
+        return False
+
+    def write(self, text):
+        raise OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize("stream", [Full(), None])
+def test_a_stderr_that_cannot_be_written_does_not_end_the_work(clock, capsys, monkeypatch, stream):
+    monkeypatch.setattr(progress.sys, "stderr", stream)
+    with progress.progress_bar(1, description="sample", unit="image") as bar:
+        bar.update()
+    assert capsys.readouterr().out == ""

@@ -159,7 +159,7 @@ def save(
         "assumed": dict(assumed),
         "sources": dict(sources),
     }
-    with temporary_path(directory.with_name(f".{directory.name}.{secrets.token_hex(4)}.tmp")) as new:
+    with temporary_path(directory.with_name(f".{secrets.token_hex(8)}.tmp")) as new:
         new.mkdir(mode=0o700)
         for name, arrays in flat.items():
             write_tensors(new, name, arrays, dtype)

@@ -111,7 +111,7 @@ def save_png(path: str | os.PathLike, image: "Image | np.ndarray") -> None:
     picture = Image.fromarray(image) if isinstance(image, np.ndarray) else image
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary_path(path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")) as temporary:
+        with temporary_path(path.with_name(f".{secrets.token_hex(8)}.tmp")) as temporary:
             picture.save(temporary, format="PNG")
             os.replace(temporary, path)
     except OSError as error:
