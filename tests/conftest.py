@@ -20,6 +20,7 @@ if jaxlib.__version__.startswith("0.10."):
 # pytest-xdist hands out these files first, then the rest: a long one at the end would leave the other worker idle.
 LONGEST = ("kill", "cli", "tasks", "pipeline", "interop_stable_diffusion", "interop_karlo", "models", "notebooks")
 LONGEST += ("published_sizes", "interop_karlo_original", "configs", "loop", "independence", "solvers", "convert")
+LONGEST += ("modes", "guidance", "docs", "keys", "checkpoint_limits")
 
 CACHE = Path(os.environ.get("JAX_COMPILATION_CACHE_DIR", Path(__file__).parent / ".cache" / "jax"))
 # Entries of the cache are not written in one piece, so every worker of pytest-xdist has its own.

@@ -95,10 +95,12 @@ def test_a_crash_at_any_step_changes_nothing_in_the_end(tmp_path, uninterrupted,
 
 @pytest.fixture
 def heeded():
-    """A shell starts programs in the background with SIGINT ignored, and so it would stay."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    """A shell starts programs in the background with SIGINT ignored, nohup with SIGHUP, and so they would stay."""
+    handlers = {signal.SIGINT: signal.default_int_handler, signal.SIGHUP: signal.SIG_DFL}
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     yield
-    signal.signal(signal.SIGINT, before)
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
