@@ -12,7 +12,7 @@ from random_networks import fast_jit
 from random_weights import random_weights
 from safetensors.numpy import save_file
 
-from ddpm_jax import RecordedNoise, respace
+from ddpm_jax import RecordedNoise, cosine_betas, example_keys, make_process, respace, sample
 from ddpm_jax.data.tokenizer import ClipTokenizer, CompactTokenizer
 from ddpm_jax.interop import ReadError, stable_diffusion
 from ddpm_jax.interop.table import ConvertError
@@ -20,6 +20,8 @@ from ddpm_jax.models.autoencoder import Autoencoder
 from ddpm_jax.pipelines import stable_diffusion as pipelines
 from ddpm_jax.pipelines.request import NotFiniteError
 from ddpm_jax.pipelines.stable_diffusion import StableDiffusion
+from ddpm_jax.samplers.loop import initial_noise
+from ddpm_jax.types import Step
 
 PEER = np.load(Path(__file__).parent / "data" / "stable_diffusion.npz")
 AUTOENCODER = Autoencoder(32, (1, 2), 1, scale=0.2)
@@ -249,6 +251,23 @@ def test_pictures_of_captions(opened):
         np.testing.assert_array_equal(drawn(opened, np.array(["a b", "c"]), **options), both)
 
 
+def test_one_step_starts_from_noise_at_its_timestep(opened):
+    """The leading timesteps of one step are [1], in the published pipelines too."""
+    one = drawn(opened, ["a b", "c"], steps=1)
+    assert one.shape == (2, 16, 16, 3) and one.std() > 1
+    assert np.abs(drawn(opened, ["a b", "c"], steps=1, seed=1) - one).max() > 1
+
+
+@pytest.mark.parametrize("recorded", [False, True])
+def test_the_initial_noise_is_that_of_sample(recorded):
+    process, shape = respace(make_process(cosine_betas(10)), [0, 9]), (2, 2, 1)
+    keys = example_keys(jax.random.key(0), 3)
+    noise = RecordedNoise(jax.random.normal(jax.random.key(1), (3, 3, *shape))) if recorded else keys
+    still = Step(lambda predict_fn, keys, xt, here, there, carry: (xt, carry), lambda x: None)
+    start = sample(process, lambda xt, t: xt, noise, shape, step=still)
+    np.testing.assert_array_equal(initial_noise(process, noise, shape), start)
+
+
 def test_captions_without_words_and_negative_captions(opened):
     """Guidance from the unconditional caption to itself changes nothing, so that the scale does not matter."""
     empty = drawn(opened, ["", " "], decoder_scale=1.0)
@@ -264,7 +283,7 @@ def test_captions_without_words_and_negative_captions(opened):
 FOUR = [1, 251, 501, 751]  # diffusers' DDIMScheduler of version 1: 4 steps with stride 1000 // 4 and steps_offset 1
 STEPS = [(4, FOUR), (np.int64(4), FOUR), (np.uint8(4), FOUR), (np.array(4), FOUR), ("4", FOUR), (" 4 ", FOUR)]
 STEPS += [("jax", FOUR), (np.str_("4"), FOUR), ("ddim4", [0, 250, 500, 750]), ("1,2", [0, 500, 999])]
-STEPS += [(list_of([3, 7]), [3, 7]) for list_of in (list, tuple, np.array)]
+STEPS += [(list_of([3, 700]), [3, 700]) for list_of in (list, tuple, np.array)]
 
 
 @pytest.mark.parametrize("steps,timesteps", STEPS, ids=repr)
@@ -286,6 +305,7 @@ WRONG += [("steps", float("nan"), "must be a number of steps"), ("steps", "4.0",
 WRONG += [("steps", value, f"steps={value} must be between 1 and 999") for value in (0, -1, 1000)]
 WRONG += [("steps", "0", "steps=0 must be between 1 and 999"), ("steps", [7, 3], r"steps=\(7, 3\) must be strictly")]
 WRONG += [("steps", [0, 1000], r"steps=\(0, 1000\) must lie in \[0, 1000\)")]
+WRONG += [("steps", [3, 7], "sampling cannot start from pure noise: the process ends at 0.8% of the steps")]
 WRONG += [("batch_size", value, "batch_size=.* must be an integer") for value in (2.0, "2", True, None)]
 WRONG += [("batch_size", 0, "batch_size=0 must be at least 1"), ("seed", -1, "seed=-1 must be at least 0")]
 WRONG += [("seed", 2**32, "seed=4294967296 must be at most"), ("seed", 0.0, "seed=0.0 must be an integer")]

@@ -31,6 +31,7 @@ from ddpm_jax.pipelines.request import (
 from ddpm_jax.pipelines.stages import bounded, finite, to_uint8
 from ddpm_jax.process import GaussianProcess
 from ddpm_jax.samplers import Point, ddim_step, example_keys, sample
+from ddpm_jax.samplers.loop import check_start, initial_noise
 from ddpm_jax.types import PredictFn, Step
 
 SPACINGS = ("leading", "trailing", "linspace")
@@ -83,17 +84,19 @@ class StableDiffusion(flax.struct.PyTreeNode):
     ) -> jax.Array:
         """Draw latents of captions, float32[B, h, w, C], as the U-Net sees them (multiplied by the scale).
 
-        process: the pipeline's, respaced. text, nothing: of the captions and of the empty one, [B, L, width].
+        process: the pipeline's, respaced; its last timestep starts from noise, whichever it is. text, nothing: of the
+        captions and of the empty one, [B, L, width].
         """
         network = lambda context: (
             lambda xt, t: self.unet.apply({"params": self.params["unet"]}, xt, t, None, context)  # noqa: E731
         )
-        size = self.latent_size
+        shape = (self.latent_size, self.latent_size, self.autoencoder.latent_channels)
         return sample(
             process,
             classifier_free(network(text), network(nothing), scale),
             keys,
-            (size, size, self.autoencoder.latent_channels),
+            shape,
+            x_init=initial_noise(process, keys, shape),  # at whichever timestep comes first, as published pipelines
             step=ddim_step(eta) if self.set_alpha_to_one else _ending_at(self.process, ddim_step(eta)),
             kind=self.kind,
         )
@@ -140,7 +143,10 @@ class StableDiffusion(flax.struct.PyTreeNode):
         prompts, batch_size = as_prompts(prompts), as_int("batch_size", batch_size, least=1)
         if self.tokenizer is None:
             raise ValueError("this pipeline has no tokenizer; give it one, as in pipeline.replace(tokenizer=...)")
-        process = respaced(self.process, "steps", self._grid(steps))
+        grid = self._grid(steps)
+        process = respaced(self.process, "steps", grid)
+        if not isinstance(as_steps("steps", steps), int):
+            check_start(process)
         scale = jnp.float32(7.5 if decoder_scale is None else as_float("decoder_scale", decoder_scale))
         how = (("eta", as_float("eta", eta, least=0.0, most=1.0)),)
         tokens, _ = tokenize(self.tokenizer, prompts, self.text.context, allow_empty=True)

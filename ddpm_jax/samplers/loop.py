@@ -72,8 +72,7 @@ def sample(
     dtype = process.betas.dtype
     if x_init is None:
         check_start(process)
-        noise = per_example_normal(transition_keys(keys, 0), jnp.zeros((keys.shape[0], *shape), dtype))
-        x_init = process.prior_std * noise
+        x_init = initial_noise(process, keys, shape)
     elif x_init.shape != (keys.shape[0], *shape):
         raise ValueError(f"x_init must have shape {(keys.shape[0], *shape)} (keys, *shape), got {x_init.shape}")
 
@@ -98,6 +97,16 @@ def sample(
     numbers = jnp.arange(1, process.num_steps + 1)  # 0 is the initial noise
     (x0, _), states = jax.lax.scan(transition, (x_init, step.init(x_init)), (numbers, here, there))
     return (x0, states) if trajectory else x0
+
+
+def initial_noise(process: GaussianProcess, keys: jax.Array | RecordedNoise, shape: tuple[int, ...]) -> jax.Array:
+    """Return the noise that `sample` starts from, float32[B, *shape] of standard deviation ``process.prior_std``.
+
+    Given as ``x_init`` it starts a process at any of its steps from noise, as published pipelines do.
+    """
+    keys = check_keys(keys)
+    like = jnp.zeros((keys.shape[0], *shape), process.betas.dtype)
+    return process.prior_std * per_example_normal(transition_keys(keys, 0), like)
 
 
 def check_start(process: GaussianProcess) -> None:
