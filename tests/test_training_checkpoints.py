@@ -222,6 +222,36 @@ def test_parts_are_chosen_by_name(save):
         select(read_tensors(two), MARKS)
 
 
+PYTORCH_EMA = {"initted": ONE, "step": 3} | under("online_model.", shifted(2)) | under("ema_model.", shifted(1))
+
+
+def test_a_part_of_averages_gives_averages(save):
+    """ema_pytorch keeps a copy of the raw network beside them."""
+    file = save({"model": NET, "ema": PYTORCH_EMA})
+    for part in ("ema", "ema.ema_model", "ema_model"):
+        np.testing.assert_array_equal(select(read_tensors(file, part=part), MARKS)["out.0.bias"], ONE + 2)
+    np.testing.assert_array_equal(select(read_tensors(file, part="online_model"), MARKS)["out.0.bias"], ONE + 3)
+    with pytest.raises(ConvertError, match=r"2 networks that could be meant, under ema\.ema_model, ema\.online_model;"):
+        select(read_tensors(save({"ema": PYTORCH_EMA}, "alone.pt")), MARKS)
+
+
+AVERAGES = ("model-ema", "modelEMA", "ModelEma", "EMAModel", "netema", "net_ema", "polyak", "teacher", "ema.0", "ema0")
+
+
+@pytest.mark.parametrize("name", [*AVERAGES, "avg_model", "model_averaged", "G-EMA", "unetEma"])
+def test_averages_have_many_names(name):
+    tensors = Tensors(under("net.") | under(f"{name}.", shifted(1)))
+    found = select(tensors, MARKS)
+    np.testing.assert_array_equal(found["out.0.bias"], ONE + 1)
+    assert found.chosen == f"those under net.; averages under {name} are left out, --part takes them"
+
+
+@pytest.mark.parametrize("name", ["schema", "emanuel", "target", "cinema", "shadows"])
+def test_other_names_are_no_averages(name):
+    with pytest.raises(ConvertError, match="2 networks that could be meant"):
+        select(Tensors(under("net.") | under(f"{name}.", shifted(1))), MARKS)
+
+
 def test_averages_of_latent_diffusion_take_the_place_of_what_they_are_of(save):
     """LitEma keeps the averages of `model` as buffers whose names have lost their dots."""
     raw = under(UNET) | {f"{AUTOENCODER}decoder.conv_in.weight": ONE, "betas": ONE}

@@ -12,14 +12,17 @@ import numpy as np
 from ddpm_jax.interop.table import ConvertError
 from ddpm_jax.interop.tensors import Tensors, below, unwrapped
 
-_AVERAGE = re.compile(r"(^|_)(ema|swa|average|averaged|shadow)(_|\d|$)", re.IGNORECASE)
+_WORDS = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")  # of model_ema, model-ema, modelEMA
+_AVERAGE = re.compile(
+    r"(g|net|unet|model|params|weights)?ema(net|model)?|swa|avg|averaged?|averages|shadow|polyak|teacher"
+)
 
 
 def select(tensors: Mapping[str, np.ndarray], marks: Sequence[str]) -> Tensors:
     """Return the tensors of one network, by its own names.
 
-    Averages ("ema", "model_ema", "state_dict_ema", ...) are taken only where there are no raw ones;
-    `read_tensors(path, part="ema")` takes them.
+    Averages ("ema", "model_ema", "modelEMA", ...) are taken only where there are no raw ones, or where the part that
+    was read is one of averages: `read_tensors(path, part="ema")`.
 
     Args:
         tensors: as `read_tensors` gives them.
@@ -37,9 +40,11 @@ def select(tensors: Mapping[str, np.ndarray], marks: Sequence[str]) -> Tensors:
     except ValueError as error:
         raise ConvertError(f"the file does not fit: {error}") from None
     found = next((prefixes for mark in marks if (prefixes := _prefixes(tensors, mark))), [])
-    averages = [prefix for prefix in found if any(_AVERAGE.search(part) for part in prefix.split("."))]
+    averages = [prefix for prefix in found if is_average(prefix)]
     raw = [prefix for prefix in found if prefix not in averages]
-    candidates = [""] if "" in raw else raw or averages
+    named = is_average(tensors.chosen.removeprefix("those under "))  # ema_pytorch has ema.online_model, ema.ema_model
+    candidates = [""] if "" in raw else (averages or raw if named else raw or averages)
+    left = [other.removesuffix(".") for other in averages if other not in candidates]
     if not candidates:
         return tensors
     if len(candidates) > 1:
@@ -50,11 +55,15 @@ def select(tensors: Mapping[str, np.ndarray], marks: Sequence[str]) -> Tensors:
         )
     prefix = candidates[0]
     others = tuple(other for other in found if other != prefix and other.startswith(prefix))
-    left = [other.removesuffix(".") for other in averages if other != prefix]
     chosen = tensors.chosen + prefix if tensors.chosen else f"those under {prefix}" if prefix else ""
     if left:
         chosen = f"{chosen or 'the raw ones'}; averages under {', '.join(left)} are left out, --part takes them"
     return below(tensors, prefix, without=others, chosen=chosen)
+
+
+def is_average(prefix: str) -> bool:
+    """Return whether a dotted name says that averages are below it: ema, model_ema, model-ema, modelEMA, polyak, ..."""
+    return any(_AVERAGE.fullmatch(word.lower()) for word in _WORDS.findall(prefix))
 
 
 def _prefixes(tensors: Mapping[str, np.ndarray], mark: str) -> list[str]:
