@@ -8,8 +8,12 @@ import fractions
 import functools
 import io
 import json
+import os
 import pathlib
 import pickle
+import shutil
+import socket
+import subprocess
 import sys
 import types
 import uuid
@@ -96,6 +100,10 @@ EXTRAS = {
     "numpy scalars": [np.float64(0.3), np.int32(4), np.bool_(True)],
     "numpy arrays": [np.arange(5), np.array(["a", "b"]), np.dtype("int8")],
     "a namespace": argparse.Namespace(lr=1e-3, path=pathlib.PurePosixPath("/x"), betas=[0.9, 0.99]),
+    "results of os and subprocess": [
+        *(os.stat("."), os.terminal_size((80, 24)), os.times(), subprocess.CompletedProcess(["a"], 0, "b")),
+        *(socket.AF_INET, shutil.Error("a")),
+    ],
     "paths and dates": [pathlib.PurePosixPath("x"), datetime.date(2020, 1, 1), datetime.timedelta(1)],
     "sets": [{1, 2}, frozenset({"a"}), set()],
     "bytes": [b"abc", bytearray(b"abc"), b""],
@@ -142,6 +150,35 @@ def test_nothing_of_them_is_imported_or_called(save):
             archive.writestr(name, content)
     found = read_tensors(file)
     assert found.unread == {"x": "no_such_.Namespace"} and "no_such_" not in sys.modules
+
+
+class Module:
+    """Pickled as torch.nn.Module is: an object with dictionaries of parameters and of modules."""
+
+    def __init__(self, modules):
+        self.training, self._parameters, self._buffers, self._modules = False, {"w": 1.0}, {}, modules
+
+
+class Network(Module):
+    """The outermost of the modules."""
+
+
+@pytest.mark.parametrize("saved", [Network({"a": Module({})}), {"model": Network({"a": Module({})}), "epoch": 3}])
+def test_a_whole_module_is_refused_with_what_to_save(save, saved):
+    message = (
+        rf"it holds a whole module, an object of {__name__}\.Network, .* torch\.save\(model\.state_dict\(\), path\)$"
+    )
+    with pytest.raises(ReadError, match=message):
+        read_tensors(save(saved))
+
+
+PROGRAMS = [os.system, os.execv, os.remove, subprocess.Popen, shutil.rmtree, pickle.loads, eval, open, socket.socket]
+
+
+@pytest.mark.parametrize("function", PROGRAMS, ids=lambda function: function.__name__)
+def test_functions_that_run_or_change_are_refused(save, function):
+    with pytest.raises(ReadError, match=r"it names .*, which no tensor needs; nothing of it was run$"):
+        read_tensors(save({"w": ONE, "x": function}))
 
 
 def test_an_object_in_place_of_a_tensor_is_named(save):

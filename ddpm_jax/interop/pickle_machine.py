@@ -224,6 +224,8 @@ def _instance(machine: _Machine) -> None:
 
 def _build(machine: _Machine) -> None:
     state, thing = machine.pop(), machine.stack[-1] if machine.stack else None
+    if isinstance(thing, Opaque) and isinstance(state, dict) and "_parameters" in state and "_modules" in state:
+        machine.budget.module = thing.name
     if isinstance(thing, (Tensor, Opaque)):
         return  # attributes of a tensor, and the state of what is not read
     thing = machine.last(dict)

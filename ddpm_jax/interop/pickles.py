@@ -5,6 +5,7 @@ tensors. Any other name becomes an `Opaque`: calling it, adding to it or setting
 """
 
 import dataclasses
+import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -48,6 +49,7 @@ class Budget:
     def __init__(self, steps: int = STEPS):
         self.left = steps
         self.unread: dict[str, None] = {}  # reasons, in order
+        self.module = ""  # the class of the last whole torch.nn.Module, which is the outermost
 
     def spend(self, steps: int) -> None:
         """Pay for instructions.
@@ -95,12 +97,17 @@ DTYPES = {
     "Int": "int32", "Short": "int16", "Char": "int8", "Byte": "uint8", "Bool": "bool",
 }  # fmt: skip
 _TORCH_DTYPES = {f"torch.{name}": name for name in DTYPES.values()}
-# No checkpoint names these. Nothing here could run them; a file that does is better refused than used.
-_HOSTILE_MODULES = (
-    *("os", "posix", "nt", "subprocess", "_posixsubprocess", "sys", "shutil", "socket", "_socket", "runpy"),
-    *("importlib", "ctypes", "pty", "pickle", "_pickle"),
+# Functions that run programs, import, or change files. Nothing here could call them; no trainer stores them, so that a
+# file that names one is better refused than used. Classes of the same modules (os.stat_result) are data.
+_PROGRAMS = re.compile(
+    r"(os|posix|nt)\.(system|popen|startfile|exec\w+|spawn\w+|posix_spawn\w*|fork\w*|kill\w*|open|remove|unlink|rmdir"
+    r"|removedirs|rename|renames|replace|truncate|chmod|chown|symlink|link|putenv)"
+    r"|(subprocess|commands)\.(Popen|run|call|check_call|check_output|getoutput|getstatusoutput)|_posixsubprocess\.fork_exec"
+    r"|shutil\.(rmtree|move|copy\w*|chown|unpack_archive|make_archive)|_?socket\.(socket|create_\w+|fromfd)"
+    r"|runpy\.\w+|importlib\.(import_module|__import__|reload)|pty\.\w+|ctypes\.(CDLL|PyDLL|OleDLL|WinDLL|[cp]\w*dll.*)"
+    r"|(_|c)?[pP]ickle\.(loads?|_loads?|Unpickler|_Unpickler)|sys\.(settrace|setprofile|exit)"
+    r"|_?io\.open|(builtins|__builtin__)\.(eval|exec|execfile|compile|__import__|open|input|breakpoint)"
 )
-_HOSTILE_BUILTINS = ("eval", "exec", "execfile", "compile", "__import__", "open", "input", "breakpoint")
 
 
 def _tensor(storage: Any, offset: Any, shape: Any, strides: Any, *rest: Any) -> Tensor | Opaque:
@@ -187,8 +194,7 @@ def named(name: str, budget: Budget) -> Any:
     if name.startswith("__torch__."):
         return ScriptClass(name)
     reason = f"it names {name}, which no tensor needs; nothing of it was run"
-    builtin = module in ("builtins", "__builtin__") and last in _HOSTILE_BUILTINS
-    if builtin or module.partition(".")[0] in _HOSTILE_MODULES:
+    if _PROGRAMS.fullmatch(name):
         raise PickleError(reason)
     budget.skip(reason)
     return Opaque(name)

@@ -69,6 +69,11 @@ def read_torch(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     try:
         saved, place_of = read(data, budget)
         tensors, unread = _flattened(saved)
+        if not tensors and budget.module:
+            raise PickleError(
+                f"it holds a whole module, an object of {budget.module}, and its class would have to be run; save its "
+                "tensors with torch.save(model.state_dict(), path)"
+            )
         if not tensors and budget.unread:
             raise PickleError(next(iter(budget.unread)))
         whole = np.frombuffer(data, np.uint8)
