@@ -276,12 +276,14 @@ def _levels(process: GaussianProcess, xt: jax.Array, t: jax.Array) -> tuple[jax.
     """Return alpha and sigma at the original timesteps t, broadcastable to xt; NaN where the process has none of t."""
     if not jnp.issubdtype(t.dtype, jnp.integer) or not jnp.issubdtype(process.timestep_map.dtype, jnp.integer):
         raise ValueError("this guidance reads alpha and sigma at integer timesteps, but the process has times")
-    same = t[:, None] == process.timestep_map[None, :]
-    found = jnp.any(same, axis=1)
+    order = jnp.argsort(process.timestep_map)
+    place = jnp.searchsorted(process.timestep_map[order], t)
+    place = order[jnp.minimum(place, process.num_steps - 1)]
+    found = process.timestep_map[place] == t
     if is_known(found) and not bool(found.all()):
         missing = np.unique(np.asarray(t)[~np.asarray(found)])
         raise ValueError(f"t must be timesteps of the process that guidance was given, which does not have {missing}")
-    index = jnp.where(found, jnp.argmax(same, axis=1), process.num_steps)
+    index = jnp.where(found, place, process.num_steps)
     wide = lambda table: look_up(table, index).reshape(t.shape + (1,) * (xt.ndim - 1))  # noqa: E731
     return wide(process.sqrt_alpha_bar), wide(process.sqrt_one_minus_alpha_bar)
 
