@@ -39,11 +39,13 @@ _CLIP = cli.define_finite(
     flag_values=FLAGS,
 )  # fmt: skip
 _KIND = flags.DEFINE_enum(
-    "kind", "eps", ["eps", "v"], "What Stable Diffusion in one file predicts; v at 768 pixels.", flag_values=FLAGS
-)
+    "kind", None, ["eps", "v"], "What Stable Diffusion in one file predicts: eps by default, v at 768 pixels.",
+    flag_values=FLAGS,
+)  # fmt: skip
 _SIZE = flags.DEFINE_integer(
-    "image_size", 512, "Of the pictures of Stable Diffusion in one file.", lower_bound=1, flag_values=FLAGS
-)
+    "image_size", None, "Of the images of Stable Diffusion in one file, 512 by default.", lower_bound=1,
+    flag_values=FLAGS,
+)  # fmt: skip
 _PART = flags.DEFINE_string(
     "part", None, "Part of a training checkpoint, such as ema; the raw parameters by default.", flag_values=FLAGS
 )
@@ -52,12 +54,26 @@ _DTYPE = flags.DEFINE_enum(
 )
 
 
+# Which options a family has; those of _ONE_FILE are of Stable Diffusion in one file only, and not of its directories.
+OPTIONS = {
+    "clip": ("model", "head_width", "activation", "part"),
+    "karlo": ("prior_clip",),
+    "stable-diffusion": ("kind", "image_size", "part"),
+    "guided": ("model", "part"),
+    "glide": ("model", "part"),
+    "noised-clip": ("part",),
+    "inception": ("part",),
+}
+_ONE_FILE = "stable-diffusion"
+
+
 def main() -> None:
     """Run the program."""
     if not _SRC.value or not _OUT.value or (_FROM.value is None) == (_TO.value is None):
         raise cli.UsageError("--src, --out and either --from or --to are needed")
     source, out = Path(_SRC.value), Path(os.path.realpath(_OUT.value))
     cli.check_exists(source, what="--src")
+    _check_options(source)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise cli.UsageError(f"--out={_OUT.value} exists already; give a new directory")
     if out == Path.cwd() or os.path.ismount(out):  # an empty directory is replaced as a whole
@@ -71,6 +87,29 @@ def main() -> None:
     cli.show(f"wrote {out} in {time.perf_counter() - start:.0f} s")
 
 
+def _check_options(source: Path) -> None:
+    """Raise UsageError for a flag that the family does not use, before anything is read."""
+    family = _FROM.value
+    used = () if family is None or (family == _ONE_FILE and source.is_dir()) else OPTIONS[family]
+    for name in ("model", "head_width", "activation", "prior_clip", "kind", "image_size", "part"):
+        if FLAGS[name].value is None or name in used:
+            continue
+        if family is None:
+            reason = f"--to={_TO.value} writes what was converted, and has no such option"
+        elif name in OPTIONS[family]:
+            reason = f"{source} is a directory, and with --from={family} this option is for one file"
+        else:
+            reason = (
+                f"--from={family} has no such option; it has {', '.join(f'--{option}' for option in OPTIONS[family])}"
+            )
+        raise cli.UsageError(f"--{name}={_given(name)} is not used: {reason}")
+
+
+def _given(name: str) -> str:
+    value = FLAGS[name].value
+    return ",".join(value) if isinstance(value, list) else str(value)
+
+
 def _convert(source: Path, out: Path) -> None:
     import jax.numpy as jnp
     import numpy as np
@@ -80,7 +119,8 @@ def _convert(source: Path, out: Path) -> None:
     from ddpm_jax.progress import progress_bar
 
     options = families.Options(
-        _MODEL.value, _heads(), _ACTIVATION.value, _CLIP.value, _KIND.value, _SIZE.value, _PART.value
+        *(_MODEL.value, _heads(), _ACTIVATION.value, _CLIP.value),
+        *(_KIND.value or "eps", _SIZE.value or 512, _PART.value),
     )
     try:
         read = families.FAMILIES[_FROM.value].read(source, options)

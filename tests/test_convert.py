@@ -28,12 +28,31 @@ from ddpm_jax.pipelines import LoadError, converted, load
 from ddpm_jax.pipelines.karlo import Karlo
 from ddpm_jax.pipelines.stable_diffusion import StableDiffusion
 
+OPTIONS = {
+    "model": "ViT-L/14",
+    "head_width": "64",
+    "activation": "gelu",
+    "prior_clip": 5,
+    "kind": "eps",
+    "image_size": 512,
+    "part": "ema",
+}
+USED = {
+    "clip": {"model", "head_width", "activation", "part"},
+    "karlo": {"prior_clip"},
+    "stable-diffusion": set(),  # of a directory
+    "guided": {"model", "part"},
+    "glide": {"model", "part"},
+    "noised-clip": {"part"},
+    "inception": {"part"},
+}
+
 
 def run(capsys, **flags):
     """Run the program in this process and return what it printed."""
-    given = [f"--{name.rstrip('_')}={value}" for name, value in flags.items()]
+    given = [f"--{name.rstrip('_')}={value}" for name, value in flags.items() if value is not None]
     convert.FLAGS.unparse_flags()
-    for name in ("from", "to", "src", "out", "model", "prior_clip", "head_width", "activation"):
+    for name in ("from", "to", "src", "out", *OPTIONS):
         convert.FLAGS[name].value = None
     convert.FLAGS["dtype"].value = "float32"
     convert.FLAGS(["convert", *given])
@@ -253,10 +272,10 @@ def test_what_is_refused_leaves_nothing(tmp_path, capsys, monkeypatch):
         ({"model": "64x64_diffusion"}, ConvertError, "the file does not fit: it lacks"),
         ({"model": "other"}, ConvertError, "model='other' is not a released network of this family: 64x64_diffusion"),
         ({"from_": "clip", "model": "ViT-L/14"}, ConvertError, "not of a CLIP"),
-        ({"from_": "inception"}, ConvertError, "not of FID's Inception"),
-        ({"from_": "karlo"}, ReadError, "is not a directory; karlo is read from a directory"),
+        ({"from_": "inception", "model": None}, ConvertError, "not of FID's Inception"),
+        ({"from_": "karlo", "model": None}, ReadError, "is not a directory; karlo is read from a directory"),
         (
-            {"from_": "noised-clip", "src": tmp_path},
+            {"from_": "noised-clip", "src": tmp_path, "model": None},
             ReadError,
             "must hold one file with image in its name, and holds 0",
         ),
@@ -269,6 +288,22 @@ def test_what_is_refused_leaves_nothing(tmp_path, capsys, monkeypatch):
         assert sorted(tmp_path.iterdir()) == before
     with pytest.raises(ReadError, match="is not a converted checkpoint of this package"):
         run(capsys, to="guided", src=tmp_path, out=tmp_path / "back")
+
+
+@pytest.mark.parametrize("family", USED)
+def test_options_of_another_family_are_refused(tmp_path, capsys, family):
+    """Before anything is read: the directory is empty."""
+    (tmp_path / "src").mkdir()
+    for name, value in OPTIONS.items():
+        flags = {"src": tmp_path / "src", "out": tmp_path / "ours", name: value}
+        if name not in USED[family]:
+            with pytest.raises(cli.UsageError, match=rf"--{name}={value}(\.0)? is not used: .*--from={family} "):
+                run(capsys, from_=family, **flags)
+        with pytest.raises(cli.UsageError, match=rf"--{name}={value}(\.0)? is not used: --to={family} writes"):
+            run(capsys, to=family, **flags)
+    for name in USED[family]:
+        with pytest.raises((ReadError, ConvertError)):
+            run(capsys, from_=family, src=tmp_path / "src", out=tmp_path / "ours", **{name: OPTIONS[name]})
 
 
 def test_a_damaged_conversion_is_refused(tmp_path, capsys, monkeypatch):
