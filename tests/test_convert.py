@@ -112,6 +112,8 @@ def test_stable_diffusion_draws_by_the_command(tmp_path, capsys):
     shapes = {name: array.shape for name, array in load_file(text).items()}
     shapes |= {"text_model.embeddings.token_embedding.weight": (49408, 24)}
     save_file(random_weights(shapes), text)
+    described = text.with_name("config.json")
+    described.write_text(json.dumps(json.loads(described.read_text()) | {"vocab_size": 49408}))
     run(capsys, from_="stable-diffusion", src=source, out=tmp_path / "ours")
     ours = load(tmp_path / "ours")
     assert isinstance(ours, StableDiffusion) and (ours.kind, ours.image_size) == ("eps", 16)

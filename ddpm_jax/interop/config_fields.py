@@ -1,18 +1,35 @@
 """Fields of the config.json of diffusers and transformers: which are used, and which may have one value only.
 
 Such a file holds what shapes of tensors do not say: activations, widths of heads, schedules. A field that was ignored
-would give a network that runs and returns other numbers. So a table for every class lists the fields that are used, the
-fields that must have the supported value, and the fields that have no effect on what is computed here; every other
-field is refused by name, unless it is None or False, which in both libraries is an option that is switched off.
+would give a network that runs and returns other numbers. So a table for every class lists the fields that are used,
+each with the kind of value that it must have, the fields that must have the supported value, and the fields that have
+no effect on what is computed here; every other field is refused by name, unless it is None or False, which in both
+libraries is an option that is switched off.
 """
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from ddpm_jax.interop.field_kinds import (
+    ANY,
+    FLAG,
+    NUMBER,
+    OBJECT,
+    POSITIVE,
+    SIDE,
+    WHOLE,
+    WHOLES,
+    WIDTHS,
+    WORD,
+    WORDS,
+    Kind,
+    optional,
+)
 from ddpm_jax.interop.table import ConvertError
 
 # What describes the file, or how another program runs the network, beside the names that begin with "_".
 BOOKKEEPING = frozenset({"architectures", "dtype", "model_type", "torch_dtype", "transformers_version"})
+_CLASS = ("_class_name", "model_type")
 # Options that older versions of transformers wrote into every config: labels, and how to generate text.
 _TRANSFORMERS = frozenset({
     "attn_implementation", "bad_words_ids", "begin_suppress_tokens", "bos_token_id", "chunk_size_feed_forward",
@@ -30,17 +47,18 @@ _TRANSFORMERS = frozenset({
 class Fields(NamedTuple):
     """The fields of a class.
 
-    used: read where the network is made, or said by the shapes of its tensors. fixed: the values of a field that are
-    supported. without_effect: on the numbers that are computed here, such as dropout.
+    used: read where the network is made, or compared with the shapes of its tensors; with the kind of the value. fixed:
+    the values of a field that are supported; _class_name and model_type say which class wrote the config.
+    without_effect: on the numbers that are computed here, such as dropout.
     """
 
-    used: frozenset[str]
+    used: Mapping[str, Kind]
     fixed: Mapping[str, tuple[Any, ...]]
     without_effect: frozenset[str] = frozenset()
 
 
 def check_fields(config: Mapping[str, Any], fields: Fields, whose: str) -> None:
-    """Check that every field of a config is used, or has a supported value, or has no effect.
+    """Check that every field of a config is used and of its kind, or has a supported value, or has no effect.
 
     whose: a sentence that says what the config is not of, for the message.
 
@@ -49,16 +67,92 @@ def check_fields(config: Mapping[str, Any], fields: Fields, whose: str) -> None:
     """
     problems = []
     for name, value in config.items():
-        if name in fields.fixed:
+        kind = fields.used.get(name, WORD if name in _CLASS and name in fields.fixed else ANY)
+        if not kind.holds(value):
+            problems.append(f"{name}={_short(value)} (it must be {kind.meaning})")
+        elif name in fields.fixed:
             if not any(_same(value, supported) for supported in fields.fixed[name]):
                 known = " or ".join(map(repr, fields.fixed[name]))
                 problems.append(f"{name}={_short(value)} (supported: {known})")
-        elif name in fields.used or name in fields.without_effect or name in BOOKKEEPING or name.startswith("_"):
+        elif {name} & (fields.used.keys() | fields.without_effect | BOOKKEEPING) or name.startswith("_"):
             continue
         elif value is not None and value is not False:
             problems.append(f"{name}={_short(value)} (unknown field)")
     if problems:
         raise ConvertError(f"{whose}: it has {', '.join(problems)}")
+
+
+def check_sizes(config: Mapping[str, Any], sizes: Mapping[str, int], whose: str) -> None:
+    """Check that the sizes in a config are those of the tensors; a field that is absent or None is not checked.
+
+    sizes: of the network that was made of the tensors, by field. whose: as for `check_fields`.
+
+    Raises:
+        ConvertError: otherwise; it names the fields.
+    """
+    wrong = [name for name in sizes if config.get(name) is not None and config[name] != sizes[name]]
+    if wrong:
+        pairs = ", ".join(f"{name}={_short(config[name])} where the weights have {sizes[name]}" for name in wrong)
+        raise ConvertError(f"{whose}: its config has {pairs}")
+
+
+def tower_sizes(tower: Any, embed_dim: int | None = None) -> dict[str, int]:
+    """Return the sizes of a tower of CLIP (`TextEncoder`, `VisionTransformer`) under transformers' names.
+
+    embed_dim: of the projection after it, if it has one.
+    """
+    sizes = {
+        "hidden_size": tower.width,
+        "intermediate_size": tower.mlp_width or 4 * tower.width,
+        "num_hidden_layers": tower.layers,
+    }
+    if embed_dim is not None:
+        sizes["projection_dim"] = embed_dim
+    if hasattr(tower, "patch"):
+        return sizes | {"image_size": tower.image_size, "patch_size": tower.patch}
+    return sizes | {"max_position_embeddings": tower.context, "vocab_size": tower.vocab_size}
+
+
+def check_width(
+    config: Mapping[str, Any], tensors: Mapping[str, Any], whose: str, towers: tuple[str, ...] = ("text", "vision")
+) -> None:
+    """Check that hidden_size is the width of the towers of transformers' CLIP, before heads are made of it.
+
+    Raises:
+        ConvertError: otherwise.
+    """
+    marks = {"text": "embeddings.token_embedding.weight", "vision": "embeddings.class_embedding"}
+    for name, array in tensors.items():
+        if name.endswith(tuple(marks[tower] for tower in towers)) and array.ndim:
+            check_sizes(config, {"hidden_size": array.shape[-1]}, whose)
+
+
+def head_width(config: Mapping[str, Any], whose: str) -> int:
+    """Return the width of a head of a tower of CLIP.
+
+    Raises:
+        ConvertError: if the number of heads does not divide the width.
+    """
+    width, heads = config["hidden_size"], config["num_attention_heads"]
+    if width % heads:
+        raise ConvertError(f"{whose}: num_attention_heads={heads} must divide hidden_size={width}")
+    return width // heads
+
+
+def side_of(config: Mapping[str, Any], whose: str) -> int:
+    """Return the side of the square arrays that a U-Net is for, from sample_size: a number, or a pair of equal ones.
+
+    Raises:
+        ConvertError: if the levels of the U-Net cannot halve it.
+    """
+    side, factor = config["sample_size"], 2 ** (len(config["block_out_channels"]) - 1)
+    side = side[0] if isinstance(side, (list, tuple)) else side
+    if side % factor:
+        raise ConvertError(
+            f"{whose}: it has sample_size={side}, which must be a multiple of {factor}, as "
+            f"block_out_channels={_short(config['block_out_channels'])} has {len(config['block_out_channels'])} levels"
+        )
+    return side
 
 
 def check_blocks(config: Mapping[str, Any], kinds: Mapping[str, str], whose: str) -> None:
@@ -111,30 +205,37 @@ _CONDITIONED = _UNET | {
     "reverse_transformer_layers_per_block": (None,), "time_cond_proj_dim": (None,), "time_embedding_act_fn": (None,),
     "timestep_post_act": (None,), "transformer_layers_per_block": (1,),
 }  # fmt: skip
-_BLOCKS = frozenset({
-    "block_out_channels", "layers_per_block", "down_block_types", "up_block_types", "out_channels", "sample_size",
-})  # fmt: skip
+_BLOCKS = {
+    "block_out_channels": WIDTHS, "layers_per_block": WHOLE, "down_block_types": WORDS,
+    "up_block_types": WORDS, "out_channels": WHOLE, "sample_size": SIDE,
+}  # fmt: skip
 _WITHOUT = frozenset({"dropout", "upcast_attention", "addition_embed_type_num_heads"})
 
 STABLE_DIFFUSION_UNET = Fields(
-    _BLOCKS | {"attention_head_dim", "cross_attention_dim", "in_channels", "use_linear_projection"},
+    _BLOCKS | {
+        "attention_head_dim": WHOLES, "cross_attention_dim": WHOLE, "in_channels": WHOLE,
+        "use_linear_projection": FLAG,
+    },
     _CONDITIONED | {
+        "_class_name": ("UNet2DConditionModel",),
         "mid_block_type": ("UNetMidBlock2DCrossAttn",), "class_embed_type": (None,),
         "resnet_time_scale_shift": ("default",),
     },
     _WITHOUT,
 )  # fmt: skip
 KARLO_DECODER = Fields(
-    _BLOCKS | {"attention_head_dim", "cross_attention_dim"},
+    _BLOCKS | {"attention_head_dim": WHOLE, "cross_attention_dim": WHOLE},
     _CONDITIONED | {
+        "_class_name": ("UNet2DConditionModel",),
         "mid_block_type": ("UNetMidBlock2DSimpleCrossAttn",), "class_embed_type": ("identity",), "in_channels": (3,),
         "resnet_time_scale_shift": ("scale_shift",),
     },
     _WITHOUT | {"use_linear_projection"},
 )  # fmt: skip
 KARLO_UPSAMPLER = Fields(
-    _BLOCKS | {"resnet_time_scale_shift"},
+    _BLOCKS,
     _UNET | {
+        "_class_name": ("UNet2DModel",),
         "add_attention": (False,), "attn_norm_num_groups": (None,), "class_embed_type": (None,), "in_channels": (6,),
         "mid_block_type": ("UNetMidBlock2D",), "resnet_time_scale_shift": ("default", "scale_shift"),
     },
@@ -142,8 +243,9 @@ KARLO_UPSAMPLER = Fields(
     frozenset({"attention_head_dim", "downsample_type", "dropout", "num_train_timesteps", "upsample_type"}),
 )  # fmt: skip
 AUTOENCODER = Fields(
-    frozenset({"block_out_channels", "latent_channels", "layers_per_block", "scaling_factor"}),
+    {"block_out_channels": WIDTHS, "latent_channels": WHOLE, "layers_per_block": WHOLE, "scaling_factor": POSITIVE},
     {
+        "_class_name": ("AutoencoderKL",),
         "act_fn": _SILU, "down_block_types": ("DownEncoderBlock2D",), "up_block_types": ("UpDecoderBlock2D",),
         "in_channels": (3,), "latents_mean": (None,), "latents_std": (None,), "mid_block_add_attention": (True,),
         "norm_num_groups": (32,), "out_channels": (3,), "shift_factor": (None, 0), "use_post_quant_conv": (True,),
@@ -151,12 +253,27 @@ AUTOENCODER = Fields(
     },
     frozenset({"force_upcast", "sample_size"}),  # the first is for float16
 )  # fmt: skip
+# The schedulers whose networks predict the noise, v or x0 of a process of betas, which DDIM samples too; with what
+# diffusers takes where their config has no such field. The fields that are not listed here have the same default in
+# all, but for steps_offset: it is 0 in all, and the pipelines of Stable Diffusion replace 0 by 1.
+_LINSPACE = {"timestep_spacing": "linspace"}
+SCHEDULER_DEFAULTS = {
+    "DDIMScheduler": {}, "DDPMScheduler": {}, "PNDMScheduler": {"set_alpha_to_one": False},
+} | {
+    f"{name}Scheduler": _LINSPACE
+    for name in (
+        "DEISMultistep", "DPMSolverMultistep", "DPMSolverSinglestep", "EulerAncestralDiscrete", "EulerDiscrete",
+        "HeunDiscrete", "KDPM2AncestralDiscrete", "KDPM2Discrete", "LMSDiscrete", "UniPCMultistep",
+    )
+}  # fmt: skip
 SCHEDULER = Fields(
-    frozenset({
-        "beta_end", "beta_schedule", "beta_start", "num_train_timesteps", "prediction_type", "rescale_betas_zero_snr",
-        "set_alpha_to_one", "steps_offset", "timestep_spacing", "trained_betas",
-    }),
     {
+        "beta_end": NUMBER, "beta_schedule": WORD, "beta_start": NUMBER, "num_train_timesteps": WHOLE,
+        "prediction_type": WORD, "rescale_betas_zero_snr": FLAG, "set_alpha_to_one": FLAG, "steps_offset": ANY,
+        "timestep_spacing": WORD, "trained_betas": ANY,  # the two of any kind are checked where they are read
+    },
+    {
+        "_class_name": tuple(SCHEDULER_DEFAULTS),
         "clip_sample": (False, None), "shift_terminal": (None,), "thresholding": (False, None),
         "use_dynamic_shifting": (False,), "use_flow_sigmas": (False,),
     },
@@ -169,47 +286,58 @@ SCHEDULER = Fields(
         "use_karras_sigmas", "use_lu_lambdas", "variance_type",
     }),
 )  # fmt: skip
-_TOWER = frozenset({
-    "hidden_act", "hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers", "projection_dim",
-})  # fmt: skip
+_TOWER = {
+    "hidden_act": WORD, "hidden_size": WHOLE, "intermediate_size": WHOLE, "num_attention_heads": WHOLE,
+    "num_hidden_layers": WHOLE, "projection_dim": optional(WHOLE),
+}  # fmt: skip
 _ACTIVATION = {"hidden_act": ("quick_gelu", "gelu"), "layer_norm_eps": (1e-5,)}
 _DROPOUT = frozenset({"attention_dropout", "dropout"})
-TEXT_TOWER = Fields(_TOWER | {"max_position_embeddings", "vocab_size"}, _ACTIVATION, _TRANSFORMERS | _DROPOUT)
+TEXT_TOWER = Fields(
+    _TOWER | {"max_position_embeddings": WHOLE, "vocab_size": WHOLE},
+    _ACTIVATION | {"model_type": ("clip_text_model", "clip")},
+    _TRANSFORMERS | _DROPOUT,
+)
 VISION_TOWER = Fields(
-    _TOWER | {"image_size", "patch_size"}, _ACTIVATION | {"num_channels": (3,)}, _TRANSFORMERS | _DROPOUT
+    _TOWER | {"image_size": WHOLE, "patch_size": WHOLE},
+    _ACTIVATION | {"num_channels": (3,), "model_type": ("clip_vision_model", "clip")},
+    _TRANSFORMERS | _DROPOUT,
 )
 CLIP = Fields(
-    frozenset({"projection_dim", "text_config", "text_config_dict", "vision_config", "vision_config_dict"}),
+    {"projection_dim": optional(WHOLE)}
+    | dict.fromkeys(("text_config", "text_config_dict", "vision_config", "vision_config_dict"), optional(OBJECT)),
     {},
     _TRANSFORMERS | {"logit_scale_init_value"},
 )
 KARLO_PRIOR = Fields(
-    frozenset({
-        "attention_head_dim", "clip_embed_dim", "embedding_dim", "embedding_proj_dim", "num_attention_heads",
-        "num_embeddings", "num_layers", "time_embed_dim",
-    }),
+    dict.fromkeys(("attention_head_dim", "embedding_dim", "num_attention_heads", "num_embeddings", "num_layers"), WHOLE)
+    | dict.fromkeys(("clip_embed_dim", "embedding_proj_dim", "time_embed_dim"), optional(WHOLE)),
     {
+        "_class_name": ("PriorTransformer",),
         "added_emb_type": ("prd",), "additional_embeddings": (4,), "embedding_proj_norm_type": (None,),
         "encoder_hid_proj_type": ("linear",), "norm_in_type": (None,), "time_embed_act_fn": _SILU,
     },
     frozenset({"dropout"}),
 )  # fmt: skip
 KARLO_TEXT_PROJ = Fields(
-    frozenset({"clip_embeddings_dim", "clip_extra_context_tokens", "cross_attention_dim", "time_embed_dim"}), {}
+    dict.fromkeys(("clip_embeddings_dim", "clip_extra_context_tokens", "cross_attention_dim", "time_embed_dim"), WHOLE),
+    {"_class_name": ("UnCLIPTextProjModel",)},
 )
-_UNCLIP = {"beta_schedule": ("squaredcos_cap_v2",), "clip_sample": (True,), "num_train_timesteps": (1000,)}
+_UNCLIP = {
+    "_class_name": ("UnCLIPScheduler",), "beta_schedule": ("squaredcos_cap_v2",), "clip_sample": (True,),
+    "num_train_timesteps": (1000,),
+}  # fmt: skip
 _SMALL = _UNCLIP | {"variance_type": ("fixed_small_log",)}
 # What diffusers takes where a scheduler's config has no such field.
 UNCLIP_DEFAULTS = {"clip_sample_range": 1.0, "prediction_type": "epsilon", "variance_type": "fixed_small_log"}
 KARLO_SCHEDULERS = {
-    "prior_scheduler": Fields(frozenset({"clip_sample_range"}), _SMALL | {"prediction_type": ("sample",)}),
+    "prior_scheduler": Fields({"clip_sample_range": POSITIVE}, _SMALL | {"prediction_type": ("sample",)}),
     "decoder_scheduler": Fields(
-        frozenset(),
+        {},
         _UNCLIP | {
             "clip_sample_range": (1,), "prediction_type": ("epsilon",), "variance_type": ("learned_range",),
         },
     ),
-    "super_res_scheduler": Fields(frozenset(), _SMALL | {"clip_sample_range": (1,), "prediction_type": ("epsilon",)}),
+    "super_res_scheduler": Fields({}, _SMALL | {"clip_sample_range": (1,), "prediction_type": ("epsilon",)}),
 }  # fmt: skip
 
 
@@ -237,6 +365,9 @@ def clip_towers(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         if whole:  # the older field wins, as in transformers
             given = config.get(f"{name}_config_dict") or config.get(f"{name}_config") or {}
         check_fields(given, fields, f"the {name} tower of the CLIP is not supported")
+        if whole:  # transformers makes both projections of the width at the top
+            given = {key: value for key, value in given.items() if key != "projection_dim"}
+            given["projection_dim"] = config.get("projection_dim")
         towers[name] = {"hidden_act": "quick_gelu"} | defaults | given
     return towers
 
@@ -268,7 +399,7 @@ def _processor(size: int) -> Fields:
     on = dict.fromkeys(("do_center_crop", "do_normalize", "do_rescale", "do_resize"), (True,))
     square = {"height": size, "width": size}
     return Fields(
-        frozenset({"image_mean", "image_std", "rescale_factor"}),
+        dict.fromkeys(("image_mean", "image_std", "rescale_factor"), ANY),
         on | {"crop_size": (size, square), "size": (size, {"shortest_edge": size}, square), "resample": (3,)},
         frozenset({"data_format", "default_to_square", "do_convert_rgb", "feature_extractor_type",
                    "image_processor_type", "input_data_format", "processor_class"}),

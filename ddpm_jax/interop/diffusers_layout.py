@@ -19,7 +19,7 @@ def read_config(
     """Return the config of a part of a pipeline.
 
     Raises:
-        ReadError: if it is missing, not JSON, lacks one of the fields, or has an impossible number in one.
+        ReadError: if it is missing, not JSON, lacks one of the fields, or has null or an impossible number in one.
     """
     path = directory / part / name
     try:
@@ -33,7 +33,9 @@ def read_config(
         most = 64 if field == "layers_per_block" else 2**14
         values = config[field] if isinstance(config[field], list) else [config[field]]
         whole = [value for value in values if isinstance(value, int) and not isinstance(value, bool)]
-        if not values or None in values or not all(0 < value <= most for value in whole):
+        if not values or None in values:
+            raise ReadError(f"{path} has {field}={config[field]!r}, which must have a value that is not null")
+        if not all(0 < value <= most for value in whole):
             raise ReadError(f"{path} has {field}={config[field]!r}, where whole numbers are between 1 and {most}")
     return config
 

@@ -21,7 +21,7 @@ from ddpm_jax.interop import (
     noised_clip,
     stable_diffusion,
 )
-from ddpm_jax.interop.config_fields import clip_towers
+from ddpm_jax.interop.config_fields import check_sizes, check_width, clip_towers, head_width, tower_sizes
 from ddpm_jax.interop.diffusers_layout import read_config, weights_file
 from ddpm_jax.interop.json_file import read_json
 from ddpm_jax.interop.parts import select
@@ -274,13 +274,18 @@ def _read_clip(source: Path, options: Options) -> Read:
     file = _file(source)
     if options.model is not None:
         heads, activation = clip.PUBLISHED[_named(options, clip.PUBLISHED)]
-        activations, end = (activation, activation), 2
+        activations, end, towers = (activation, activation), 2, {}
     else:
-        heads, activations, end = _clip_config(file.parent / "config.json")
+        heads, activations, end, towers = _clip_config(file.parent / "config.json")
     heads = options.head_width or heads
     activation = (options.activation,) * 2 if options.activation else activations
     tensors, taken = _part(file, clip.MARKS, options)
+    for name, tower in towers.items():
+        check_width(tower, tensors, f"the {name} tower does not fit", (name,))
     loaded = clip.load_clip(tensors, head_width=heads, activation=activation)
+    for name, tower in towers.items() if loaded.dialect == "hf" else ():
+        if (model := getattr(loaded.model, name)) is not None:
+            check_sizes(tower, tower_sizes(model, loaded.model.embed_dim), f"the {name} tower does not fit")
     assumed = taken | {
         "head_width": f"{heads[0]} in the text tower, {heads[1]} in the image tower",
         "activation": activation[0]
@@ -294,8 +299,8 @@ def _read_clip(source: Path, options: Options) -> Read:
     return Read(Converted("clip", {"clip": loaded.model}, {"clip": loaded.params}, facts), assumed, files_of(file))
 
 
-def _clip_config(path: Path) -> tuple[tuple[int, int], tuple[str, str], int]:
-    """Return of transformers' config: the widths of heads, the activations, and the id that ends a caption.
+def _clip_config(path: Path) -> tuple[tuple[int, int], tuple[str, str], int, dict[str, dict[str, Any]]]:
+    """Return of transformers' config: the widths of heads, activations, the id that ends a caption, and the towers.
 
     Of both towers, text first; OpenAI's values if there is no config. An end of 2 is the largest id (old configs).
 
@@ -304,18 +309,13 @@ def _clip_config(path: Path) -> tuple[tuple[int, int], tuple[str, str], int]:
         ConvertError: if it has a field, or a value of one, that is not supported.
     """
     if not path.is_file():
-        return (64, 64), ("quick_gelu", "quick_gelu"), 2
+        return (64, 64), ("quick_gelu", "quick_gelu"), 2, {}
     try:
         config = read_json(path)
         towers = clip_towers(config)
-        heads, activations = [], []
-        for name, tower in towers.items():
-            width, number = tower["hidden_size"], tower["num_attention_heads"]
-            if width % number:
-                raise ConvertError(f"{path}: num_attention_heads={number} must divide hidden_size={width} ({name})")
-            heads.append(width // number)
-            activations.append(tower["hidden_act"])
-        return tuple(heads), tuple(activations), towers["text"].get("eos_token_id", 2)
+        heads = [head_width(tower, f"{path} ({name})") for name, tower in towers.items()]
+        activations = tuple(tower["hidden_act"] for tower in towers.values())
+        return tuple(heads), activations, towers["text"].get("eos_token_id", 2), towers
     except ConvertError:
         raise
     except (OSError, ValueError, TypeError, AttributeError, ArithmeticError) as error:

@@ -21,7 +21,15 @@ import numpy as np
 from ddpm_jax.data.tokenizer import ClipTokenizer, Tokenizer
 from ddpm_jax.interop import config_fields
 from ddpm_jax.interop.clip import LoadedCLIP, load_clip
-from ddpm_jax.interop.config_fields import check_blocks, check_fields
+from ddpm_jax.interop.config_fields import (
+    check_blocks,
+    check_fields,
+    check_sizes,
+    check_width,
+    head_width,
+    side_of,
+    tower_sizes,
+)
 from ddpm_jax.interop.diffusers_layout import block_name, outer, read_config, read_weights, res
 from ddpm_jax.interop.table import (
     SAME,
@@ -107,17 +115,18 @@ def open_karlo(directory: str | Path, *, tokenizer: Tokenizer | None = None, dty
         image = _tower(*part("image_encoder"), dtype)
         params["image"] = image.params
         _check_processor(directory, image.model.vision.image_size)
-    (config, unet), (_, text_proj) = part("decoder"), part("text_proj")
-    decoder = _decoder_of(config, text_proj, dtype)
-    small = config["sample_size"]
+    (config, unet), (projections, text_proj) = part("decoder"), part("text_proj")
+    decoder = _decoder_of(config, projections, text_proj, dtype)
+    small = side_of(config, "decoder is not one of Karlo")
     params["decoder"] = load_decoder(unet, text_proj, decoder, image_size=small)
     upsamplers = []
     for name in ("first", "last"):
         config, tensors = part(f"super_res_{name}")
-        upsamplers.append((_upsampler_of(config, dtype), config["sample_size"]))
+        large = side_of(config, f"super_res_{name} is not one of Karlo")
+        upsamplers.append((_upsampler_of(config, dtype), large))
         if upsamplers[0] != upsamplers[-1]:
             raise ConvertError("super_res_first and super_res_last are not of one Karlo: their configs differ")
-        params[name] = load_upsampler(tensors, upsamplers[0][0], image_size=config["sample_size"])
+        params[name] = load_upsampler(tensors, upsamplers[0][0], image_size=large)
     return Karlo(
         params=params,
         statistics=None if prior is None else (jnp.asarray(prior.mean), jnp.asarray(prior.std)),
@@ -127,7 +136,7 @@ def open_karlo(directory: str | Path, *, tokenizer: Tokenizer | None = None, dty
         decoder=decoder,
         upsampler=upsamplers[0][0],
         tokenizer=ClipTokenizer(pad="eot") if tokenizer is None else tokenizer,
-        sizes=(small, config["sample_size"]),
+        sizes=(small, large),
         prior_clip=prior_clip,
     )
 
@@ -149,8 +158,6 @@ def _check_schedulers(directory: Path) -> float:
         check_fields(config, fields, f"{name} is not one of Karlo")
         if name == "prior_scheduler":
             bound = config["clip_sample_range"]
-            if isinstance(bound, bool) or not isinstance(bound, (int, float)) or not 0 < bound < float("inf"):
-                raise ConvertError(f"{name} is not one of Karlo: clip_sample_range={bound!r} must be a positive number")
     return float(bound)
 
 
@@ -162,10 +169,14 @@ def _check_processor(directory: Path, image_size: int) -> None:
 
 
 def _tower(config: Mapping[str, Any], tensors: Mapping[str, np.ndarray], dtype: Any) -> LoadedCLIP:
-    heads = config["num_attention_heads"]
-    if config["hidden_size"] % heads:
-        raise ConvertError(f"num_attention_heads={heads} must divide hidden_size={config['hidden_size']}")
-    return load_clip(tensors, head_width=config["hidden_size"] // heads, activation=config["hidden_act"], dtype=dtype)
+    whose = "the tower is not one of Karlo"
+    head = head_width(config, whose)
+    check_width(config, tensors, whose)
+    loaded = load_clip(tensors, head_width=head, activation=config["hidden_act"], dtype=dtype)
+    for tower in (loaded.model.text, loaded.model.vision):
+        if tower is not None:
+            check_sizes(config, tower_sizes(tower, loaded.model.embed_dim), whose)
+    return loaded
 
 
 def _prior_of(config: Mapping[str, Any], tensors: Mapping[str, np.ndarray], dtype: Any) -> "LoadedPrior":
@@ -176,6 +187,13 @@ def _prior_of(config: Mapping[str, Any], tensors: Mapping[str, np.ndarray], dtyp
             f"prior is not one of Karlo: {heads} heads of attention_head_dim={config['attention_head_dim']} are not "
             f"its width, {prior.model.width}"
         )
+    model, inside = prior.model, prior.params["time"]["dense_0"]["kernel"].shape[1]
+    sizes = {
+        "embedding_dim": model.embed_dim, "embedding_proj_dim": model.embed_dim, "clip_embed_dim": model.embed_dim,
+        "num_embeddings": len(tensors["positional_embedding"][0]) - 4, "num_layers": model.layers,
+        "time_embed_dim": inside,
+    }  # fmt: skip
+    check_sizes(config, sizes, "prior is not one of Karlo")
     return prior
 
 
@@ -195,13 +213,19 @@ def _unet_of(config: Mapping[str, Any], dtype: Any, kinds: Mapping[str, str], **
     )
 
 
-def _decoder_of(config: Mapping[str, Any], text_proj: Mapping[str, np.ndarray], dtype: Any) -> Decoder:
+def _decoder_of(
+    config: Mapping[str, Any], projections: Mapping[str, Any], text_proj: Mapping[str, np.ndarray], dtype: Any
+) -> Decoder:
     null, peer = "learned_classifier_free_guidance_embeddings", "encoder_hidden_states_proj.weight"
     for name in (null, peer, "clip_extra_context_tokens_proj.bias"):
         if name not in text_proj:
             raise ConvertError(f"text_proj is not of Karlo: it lacks {name}")
     width = len(text_proj[peer])
     tokens = len(text_proj["clip_extra_context_tokens_proj.bias"]) // width
+    sizes = {"clip_embeddings_dim": len(text_proj[null]), "clip_extra_context_tokens": tokens}
+    sizes |= {"cross_attention_dim": width, "time_embed_dim": 4 * config["block_out_channels"][0]}
+    check_sizes(projections, sizes, "text_proj is not one of Karlo")
+    check_sizes(config, {"cross_attention_dim": width}, "decoder is not one of Karlo")
     kinds = _PLAIN | {"SimpleCrossAttnDownBlock2D": "SimpleCrossAttnUpBlock2D"}
     network = _unet_of(config, dtype, kinds, head_channels=config["attention_head_dim"])
     return Decoder(network, len(text_proj[null]), width, tokens, dtype=dtype)

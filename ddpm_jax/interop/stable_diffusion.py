@@ -16,7 +16,15 @@ import numpy as np
 from ddpm_jax.data.tokenizer import ClipTokenizer, Tokenizer
 from ddpm_jax.interop import config_fields
 from ddpm_jax.interop.clip import ACTIVATIONS, NAMES, Dialect, clip_table
-from ddpm_jax.interop.config_fields import check_blocks, check_fields
+from ddpm_jax.interop.config_fields import (
+    check_blocks,
+    check_fields,
+    check_sizes,
+    check_width,
+    head_width,
+    side_of,
+    tower_sizes,
+)
 from ddpm_jax.interop.diffusers_layout import block_name, outer, read_config, read_weights, res
 from ddpm_jax.interop.json_file import read_json
 from ddpm_jax.interop.table import (
@@ -54,6 +62,7 @@ FIELDS = {
     "text_encoder": ("hidden_size", "num_attention_heads", "hidden_act"),
     "scheduler": ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule"),
 }
+_NOT_UNET = "the U-Net is not one of Stable Diffusion 1 or 2"
 KINDS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
 BETAS = {"scaled_linear": quadratic_betas, "linear": linear_betas}
 
@@ -77,37 +86,35 @@ def open_stable_diffusion(
     config_of = lambda part, **name: read_config(  # noqa: E731
         directory, part, FIELDS[part], family="Stable Diffusion", **name
     )
-    config = config_of("text_encoder")
-    check_fields(config, config_fields.TEXT_TOWER, "the text encoder is not one of Stable Diffusion 1 or 2")
-    text, text_params = load_text_encoder(
-        read_weights(directory, "text_encoder"),
-        head_width=config["hidden_size"] // config["num_attention_heads"],
-        activation=config["hidden_act"],
-        dtype=dtype,
-    )
-    config = config_of("vae")
-    autoencoder = autoencoder_of(config, dtype)
+    config, whose = config_of("text_encoder"), "the text encoder is not one of Stable Diffusion 1 or 2"
+    check_fields(config, config_fields.TEXT_TOWER, whose)
+    head, autoencoder = head_width(config, whose), autoencoder_of(config_of("vae"), dtype)
+    unet_config = config_of("unet")
+    unet, latent_size = unet_of(unet_config, dtype), side_of(unet_config, _NOT_UNET)
+    schedule = config_of("scheduler", name="scheduler_config.json")
+    process, sampling = process_of(schedule), sampling_of(schedule)
+    # Every config is checked before the first weights are read, which takes long.
+    tensors = read_weights(directory, "text_encoder")
+    check_width(config, tensors, whose)
+    text, text_params = load_text_encoder(tensors, head_width=head, activation=config["hidden_act"], dtype=dtype)
+    check_sizes(config, tower_sizes(text), whose)
+    check_sizes(unet_config, {"cross_attention_dim": text.width}, f"{_NOT_UNET} with this text encoder")
     autoencoder_params = load_autoencoder(read_weights(directory, "vae"), autoencoder)
-    config = config_of("unet")
-    unet = unet_of(config, dtype)
     tensors = read_weights(directory, "unet")
     check_channels(channels_of(tensors.get("conv_in.weight")), autoencoder.latent_channels)
-    params = {
-        "text": text_params,
-        "autoencoder": autoencoder_params,
-        "unet": load_unet(tensors, unet, context_width=config["cross_attention_dim"]),
-    }
-    schedule = config_of("scheduler", name="scheduler_config.json")
+    linear = {array.ndim == 2 for name, array in tensors.items() if name.endswith(".proj_in.weight")}
+    check_sizes(unet_config, {"use_linear_projection": linear == {True}} if linear else {}, _NOT_UNET)
+    unet_params = load_unet(tensors, unet, context_width=text.width)
     return StableDiffusion(
-        params=params,
-        process=process_of(schedule),
+        params={"text": text_params, "autoencoder": autoencoder_params, "unet": unet_params},
+        process=process,
         text=text,
         unet=unet,
         autoencoder=autoencoder,
         tokenizer=ClipTokenizer(pad=_padding(directory)) if tokenizer is None else tokenizer,
         kind=KINDS[schedule.get("prediction_type", "epsilon")],
-        latent_size=config["sample_size"],
-        **sampling_of(schedule),
+        latent_size=latent_size,
+        **sampling,
     )
 
 
@@ -157,12 +164,13 @@ def process_of(config: Mapping[str, Any]) -> GaussianProcess:
 def sampling_of(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return what a scheduler's config says of the steps of DDIM, as fields of `StableDiffusion`.
 
-    Where a field is missing it is what diffusers' pipeline takes: "leading" timesteps from 1, and a last step that ends
-    at the predicted x0.
+    Where a field is missing it is what diffusers' pipeline takes with the scheduler's class: timesteps from 1 that are
+    "leading" or "linspace", and a last step that ends at the predicted x0, or, of PNDMScheduler, at the noise of t = 0.
 
     Raises:
         ConvertError: if a field is out of its range.
     """
+    config = config_fields.SCHEDULER_DEFAULTS.get(config.get("_class_name"), {}) | config
     spacing, offset = config.get("timestep_spacing", "leading"), config.get("steps_offset", 1)
     if spacing not in SPACINGS:
         raise ConvertError(f"the scheduler has timestep_spacing={spacing!r}; known are {', '.join(SPACINGS)}")
@@ -346,12 +354,14 @@ def unet_of(config: Mapping[str, Any], dtype: Any = jnp.float32) -> UNet:
     Raises:
         ConvertError: if the config asks for what Stable Diffusion 1 and 2 do not have.
     """
-    whose = "the U-Net is not one of Stable Diffusion 1 or 2"
+    whose = _NOT_UNET
     check_fields(config, config_fields.STABLE_DIFFUSION_UNET, whose)
     check_blocks(config, {"CrossAttnDownBlock2D": "CrossAttnUpBlock2D", "DownBlock2D": "UpBlock2D"}, whose)
     check_channels(config.get("in_channels", 4), 4)
     widths, heads = config["block_out_channels"], config["attention_head_dim"]
     heads = [heads] * len(widths) if isinstance(heads, int) else list(heads)
+    if len(heads) != len(widths) or any(width % count for width, count in zip(widths, heads, strict=True)):
+        raise ConvertError(f"{whose}: attention_head_dim={heads} must be numbers of heads that divide {widths=}")
     wide = {width // count for width, count in zip(widths, heads, strict=True)}
     if len(set(heads)) > 1 and len(wide) > 1:
         raise ConvertError(f"attention_head_dim={heads} gives neither equal heads nor heads of equal width")
