@@ -80,14 +80,23 @@ def write_files(place):
     karlo.write_directory(both)
     text = json.loads(str(karlo.PEER["shapes/text"])) | words("text_model.embeddings", 32)
     save_file(random_weights(text), both / "text_encoder" / "model.safetensors")
+    describe(both / "text_encoder", max_position_embeddings=LENGTH, vocab_size=TOKENS)
     prior = json.loads(str(karlo.PEER["shapes/prior"]))
     prior["positional_embedding"][1] = LENGTH + 4
     save_file(random_weights(prior), both / "prior" / "diffusion_pytorch_model.safetensors")
+    describe(both / "prior", num_embeddings=LENGTH)
     shutil.copytree(both, variations)
     shutil.rmtree(variations / "prior")
     opened = stable_diffusion.directory(place / "stable-diffusion-v1-5")
     text = json.loads(str(stable_diffusion.PEER["shapes/text"])) | words("text_model.embeddings", 24)
     save_file(random_weights(text), opened / "text_encoder" / "diffusion_pytorch_model.safetensors")
+    describe(opened / "text_encoder", max_position_embeddings=LENGTH, vocab_size=TOKENS)
+
+
+def describe(part, **sizes):
+    """Write the sizes of a part's weights into its config."""
+    file = part / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | sizes))
 
 
 def words(name, width):

@@ -3,9 +3,12 @@
 import json
 
 import pytest
+import test_interop_clip
+import test_interop_karlo
+from safetensors.numpy import save_file
 from test_interop_stable_diffusion import config, directory
 
-from ddpm_jax.interop import ReadError, stable_diffusion
+from ddpm_jax.interop import ReadError, families, karlo, stable_diffusion
 from ddpm_jax.interop.config_fields import (
     KARLO_DECODER,
     KARLO_PRIOR,
@@ -128,3 +131,45 @@ def test_a_missing_field_of_a_scheduler_has_the_default_of_its_class():
 def test_the_fields_of_karlo_have_kinds_too(fields, field, value):
     with pytest.raises(ConvertError, match=f"it has {field}="):
         check_fields({field: value}, fields, "it is not one of Karlo")
+
+
+@pytest.fixture(scope="module")
+def karlo_path(tmp_path_factory):
+    return test_interop_karlo.write_directory(tmp_path_factory.mktemp("karlo"))
+
+
+@pytest.mark.parametrize("part,field,value", [
+    *(("text_encoder", name, 3) for name in ("num_hidden_layers", "vocab_size", "max_position_embeddings")),
+    ("text_encoder", "projection_dim", 999), ("text_encoder", "hidden_size", 64), ("image_encoder", "image_size", 24),
+    ("image_encoder", "num_hidden_layers", 2), ("prior", "num_layers", 1), ("prior", "embedding_dim", 7),
+    ("prior", "time_embed_dim", 7), ("text_proj", "cross_attention_dim", 41), ("text_proj", "time_embed_dim", 7),
+    ("decoder", "cross_attention_dim", 41), ("decoder", "sample_size", 15), ("text_encoder", "model_type", "bert"),
+])  # fmt: skip
+def test_the_sizes_of_karlo_are_those_of_its_weights(karlo_path, part, field, value):
+    file = karlo_path / part / "config.json"
+    before = file.read_text()
+    file.write_text(json.dumps(json.loads(before) | {field: value}))
+    try:
+        with pytest.raises(ConvertError, match=f"{field}="):
+            karlo.open_karlo(karlo_path)
+    finally:
+        file.write_text(before)
+
+
+def test_the_sizes_of_a_clip_are_those_of_its_weights(tmp_path):
+    """The width of both projections is the one at the top: transformers does not read those of the towers."""
+    save_file(test_interop_clip.weights("hf"), tmp_path / "model.safetensors")
+    text, vision = ({"hidden_size": n, "num_attention_heads": 4, "projection_dim": 7} for n in (32, 48))
+    for changes, message in (
+        ({}, None), ({"projection_dim": 999}, "projection_dim=999"),
+        ({"text_config": text | {"num_hidden_layers": 9}}, "the text tower .*num_hidden_layers=9 where"),
+        ({"vision_config": vision | {"hidden_size": 32}}, "the vision tower .*hidden_size=32 where .* 48"),
+        ({"vision_config": vision | {"patch_size": 7}}, "the vision tower .*patch_size=7 where"),
+    ):  # fmt: skip
+        whole = {"model_type": "clip", "text_config": text, "vision_config": vision} | changes
+        (tmp_path / "config.json").write_text(json.dumps(whole))
+        if message is None:
+            families.FAMILIES["clip"].read(tmp_path, families.Options())
+            continue
+        with pytest.raises(ConvertError, match=message):
+            families.FAMILIES["clip"].read(tmp_path, families.Options())
