@@ -33,7 +33,7 @@ def check_number(name: str, value: Any, valid: Callable[[Any], Any], rule: str) 
         rule: what ``valid`` demands, e.g. "must be in [0, 1]".
 
     Returns:
-        The value as it is; a traced one is NaN where it is not valid.
+        A Python number, which takes the dtype of what it is combined with; a traced value is NaN where it is not valid.
 
     Raises:
         ValueError: if value is not one real number, or is known and not valid.
@@ -48,9 +48,10 @@ def check_number(name: str, value: Any, valid: Callable[[Any], Any], rule: str) 
     if not is_known(value):
         value = value if jnp.issubdtype(value.dtype, jnp.floating) else value.astype(jnp.result_type(float))
         return jnp.where(valid(value), value, jnp.nan)
-    if not bool(valid(value)):
+    number = np.asarray(value).item()
+    if not valid(number):
         raise ValueError(f"{name}={value} {rule}")
-    return value
+    return number
 
 
 def check_static(name: str, value: Any, why: str) -> None:

@@ -80,6 +80,8 @@ def classifier_free(
     for each in scales:
         _check_scale(each)
     rescale = check_number("rescale", rescale, lambda v: (v >= 0) & (v <= 1), "must be in [0, 1]")
+    if interval is not None and is_known(interval):
+        interval = tuple(np.asarray(bound).item() for bound in interval)
     if interval is not None and is_known(interval) and not 0 <= interval[0] <= interval[1]:
         raise ValueError(f"{interval=} must be two timesteps, the first not above the last")
     if len(conds) == 1 and isinstance(scales[0], numbers.Real) and scales[0] == 1:
@@ -126,8 +128,8 @@ def classifier_guided(
         eps_guided = eps - sigma_t scale grad_xt log p(y | xt)
 
     and the same shift in the terms of another kind: x0 + sigma_t^2 / alpha_t scale grad, v - sigma_t / alpha_t scale
-    grad. A variance half passes through. For ancestral sampling, whose mean the paper shifts by the variance times the
-    gradient (algorithm 1), see ``ancestral_step(guide=...)``.
+    grad, and none of these where alpha_t = 0. A variance half passes through. For ancestral sampling, whose mean
+    the paper shifts by the variance times the gradient (algorithm 1), see ``ancestral_step(guide=...)``.
 
     A sampler's ``x0_transform`` acts on the guided x0. The published code clips x0 before it is shifted, and not after:
     give this the clipped x0 as ``denoise``, with kind="x0".
@@ -156,7 +158,10 @@ def classifier_guided(
         output = output.astype(jnp.promote_types(output.dtype, jnp.float32))
         push = _per_example(scale, xt) * log_prob_gradient(log_prob, xt, t)
         alpha, sigma = _levels(process, xt, t)
-        shift = {"eps": -sigma, "x0": sigma**2 / alpha, "v": -sigma / alpha, "score": 1.0}[kind] * push
+        # Pure noise, alpha = 0, says nothing about y: x0 and v are not shifted there.
+        per_alpha = jnp.where(alpha > 0.0, sigma / jnp.where(alpha > 0.0, alpha, 1.0), 0.0)
+        per_alpha = jnp.where(jnp.isnan(alpha), alpha, per_alpha)
+        shift = {"eps": -sigma, "x0": sigma * per_alpha, "v": -per_alpha, "score": 1.0}[kind] * push
         channels = xt.shape[-1]
         return jnp.concatenate([output[..., :channels] + shift, output[..., channels:]], axis=-1)
 
@@ -309,7 +314,7 @@ def _spread_ratio(first: jax.Array, guided: jax.Array) -> jax.Array:
 
 
 def _per_example(scale: float | jax.Array, xt: jax.Array) -> jax.Array:
-    scale = jnp.asarray(scale)
+    scale = jnp.asarray(scale).astype(jnp.promote_types(xt.dtype, jnp.float32))
     if scale.ndim == 0:
         return scale
     if scale.shape != xt.shape[:1]:

@@ -98,6 +98,7 @@ def record_losses(history: LossHistory, t: jax.Array, losses: jax.Array) -> Loss
     if t.ndim != 1 or t.shape != losses.shape:
         raise ValueError(f"t and losses must be vectors of one length, got shapes {t.shape} and {losses.shape}")
     check_indices("t", t, history.losses.shape[0])
+    t = jnp.asarray(t, jnp.int32)  # the number of steps need not fit into a smaller type
     length, order = history.losses.shape[1], jnp.arange(t.shape[0], dtype=jnp.int32)
     # Sorted by t, equal ones are neighbours, and how many stand before one is its distance from the first of them.
     by_step = jnp.argsort(t, stable=True)

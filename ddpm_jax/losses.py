@@ -94,6 +94,7 @@ def denoising_loss(
         t = jax.random.randint(t_key, x0.shape[:1], 0, process.num_steps, jnp.int32)
     if noise is None:
         noise = jax.random.normal(noise_key, x0.shape, x0.dtype)
+    noise = jnp.asarray(noise, x0.dtype)
     xt = q_sample(process, x0, t, noise)
     output = denoise(xt, look_up(process.timestep_map, t)).astype(x0.dtype)
     mean_output, range_output = split_output(output, xt, variance)
@@ -157,6 +158,7 @@ def continuous_loss(
         t = jax.random.uniform(t_key, x0.shape[:1], x0.dtype, schedule.t_min, schedule.t_max)
     if noise is None:
         noise = jax.random.normal(noise_key, x0.shape, x0.dtype)
+    noise = jnp.asarray(noise, x0.dtype)
     if t.shape != x0.shape[:1]:
         raise ValueError(f"t must be one time for each of {x0.shape[0]} examples, got shape {t.shape}")
     wide = lambda values: values.reshape(values.shape + (1,) * (x0.ndim - 1))  # noqa: E731

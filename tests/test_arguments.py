@@ -42,6 +42,7 @@ from ddpm_jax.samplers import (
     truncate,
     unipc_step,
 )
+from ddpm_jax.schedules import zero_terminal_snr
 
 FULL = make_process(cosine_betas(1000))
 SHORT = respace(FULL, "4")
@@ -360,3 +361,42 @@ def test_sampling_does_not_start_from_noise_where_data_are_left():
         process = respace(FULL, spec)
         assert process.reach == (0.752 if isinstance(spec, list) else 1.0)
         sample(process, net, KEYS, (2,), step=ancestral_step())
+
+
+STEPS = {"ddim": ddim_step, "predictor_corrector": lambda value: predictor_corrector_step(snr=value)}
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_a_known_scalar_of_any_type_is_the_python_number(name):
+    """Also inside of a jitted function, where arithmetic with a known array is traced."""
+    short, keys = respace(make_process(cosine_betas(100)), "4"), example_keys(jax.random.key(0), 2)
+    network = lambda xt, t: 0.5 * xt
+
+    def x0(value):
+        options = {"step": STEPS[name](value), "x0_transform": static_threshold(value)}
+        return jax.jit(lambda keys: sample(short, network, keys, (3,), **options))(keys)
+
+    for number in (np.float64, jnp.float32, jnp.bfloat16):
+        np.testing.assert_array_equal(x0(number(0.5)), x0(0.5))
+
+
+def test_indices_of_a_small_type():
+    """256 and 1000 do not fit into 8 bits: a bound of that type would be 0 and 232."""
+    embed = Embed(256, 4)
+    params = embed.init(jax.random.key(0), jnp.zeros(1, jnp.int32))
+    ids = jnp.array([3, 250])
+    np.testing.assert_array_equal(embed.apply(params, ids.astype(jnp.uint8)), embed.apply(params, ids))
+    process, x0 = make_process(cosine_betas(1000)), jnp.ones((2, 3))
+    for kind in ("eps", "v"):
+        wide, small = (target(process, x0, 2 * x0, t, kind=kind) for t in (ids, ids.astype(jnp.uint8)))
+        np.testing.assert_array_equal(small, wide)
+
+
+@pytest.mark.parametrize("kind", ["x0", "v"])
+def test_a_classifier_does_not_shift_pure_noise(kind):
+    process = make_process(zero_terminal_snr(linear_betas(100)))
+    xt, t = jnp.ones((2, 3)), jnp.array([99, 98])
+    network = lambda xt, t: 0.5 * xt
+    guided = classifier_guided(process, network, lambda xt, t: -jnp.sum(xt**2, axis=-1), 2.0, kind=kind)(xt, t)
+    np.testing.assert_array_equal(guided[0], network(xt, t)[0])
+    assert np.isfinite(guided[1]).all() and (guided[1] != network(xt, t)[1]).all()

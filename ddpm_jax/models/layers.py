@@ -40,6 +40,7 @@ class Embed(nn.Embed):
     def __call__(self, inputs: jax.Array) -> jax.Array:
         """Return the vectors. inputs: int[...] in [0, num_embeddings). Returns [..., features]."""
         check_indices(f"ids given to the embedding {self.name!r}", inputs, self.num_embeddings)
+        inputs = jnp.asarray(inputs, jnp.int32)  # the number of ids need not fit into a smaller type
         inside = (inputs >= 0) & (inputs < self.num_embeddings)
         vectors = super().__call__(jnp.where(inside, inputs, 0))
         return jnp.where(inside[..., None], vectors, jnp.nan)

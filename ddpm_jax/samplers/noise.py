@@ -75,7 +75,7 @@ def example_keys(key: jax.Array, n: int, start: int | jax.Array = 0) -> jax.Arra
     check_static("n", n, "since it is a shape")
     if n < 1:
         raise ValueError(f"{n=} must be at least 1")
-    if is_known(start) and start < 0:
+    if is_known(start) and (start := int(start)) < 0:
         raise ValueError(f"{start=} must not be negative")
     return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(threefry(one_key(key)), start + jnp.arange(n))
 

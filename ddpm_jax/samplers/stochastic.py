@@ -128,6 +128,9 @@ def analytic_step(second_moment: jax.Array, bound: float | None = None) -> Step:
     Raises:
         ValueError: if second_moment is not a vector, and in use, if it has not one entry for each step.
     """
+    second_moment = jnp.asarray(second_moment)
+    if bound is not None:
+        bound = check_number("bound", bound, lambda v: v > 0, "must be positive")
     if second_moment.ndim != 1:
         raise ValueError(f"second_moment must have one entry for each step, got shape {second_moment.shape}")
 
