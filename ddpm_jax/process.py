@@ -59,7 +59,7 @@ import numpy as np
 from flax import struct
 
 from ddpm_jax.checks import check_indices, check_static, is_known, look_up
-from ddpm_jax.schedules import respaced_timesteps
+from ddpm_jax.schedules import left_steps_out, respaced_timesteps
 from ddpm_jax.types import Kind, Variance
 
 KINDS = ("eps", "x0", "v", "score", "mean")
@@ -89,6 +89,7 @@ class GaussianProcess:
         shortened: static; True where steps were left out, so that the mean of (3) is not what a network was trained on.
         time_is_sigma: static; True where alpha = 1 and the network receives sigma as t, as EDM's.
         reach: static; where a list of timesteps or ``truncate`` ends, as a share of the steps; ``sample`` needs half.
+        ends: static; (t + 1) / T of each step, t of the T steps first made; () where none was left out.
     """
 
     betas: jax.Array
@@ -111,6 +112,7 @@ class GaussianProcess:
     shortened: bool = struct.field(pytree_node=False, default=False)
     time_is_sigma: bool = struct.field(pytree_node=False, default=False)
     reach: float = struct.field(pytree_node=False, default=1.0)
+    ends: tuple[float, ...] = struct.field(pytree_node=False, default=())
 
     @property
     def num_steps(self) -> int:
@@ -153,8 +155,7 @@ def make_process(
         A GaussianProcess.
 
     Raises:
-        ValueError: if betas is not a vector with entries in (0, 1), timestep_map has another length, or one of them is
-            traced.
+        ValueError: if betas is not a vector inside (0, 1), timestep_map has another length, or one of them is traced.
     """
     check_static("betas and timestep_map", (betas, timestep_map), "since tables are made in float64")
     betas = np.asarray(betas, np.float64)
@@ -190,8 +191,7 @@ def respace(process: GaussianProcess, spec: str | int | Sequence[int]) -> Gaussi
         A GaussianProcess of as many steps as the spec keeps.
 
     Raises:
-        ValueError: if the spec is invalid for T steps, or the process came of a schedule that does not preserve
-            variance (make another of it, at other times).
+        ValueError: if the spec is invalid for T steps, or the process does not preserve variance (see ``discretize``).
     """
     if not process.variance_preserving:
         raise ValueError("only a process with alpha^2 + sigma^2 = 1 can be respaced; use discretize at fewer times")
@@ -200,7 +200,7 @@ def respace(process: GaussianProcess, spec: str | int | Sequence[int]) -> Gaussi
     return shorter.replace(
         zero_terminal=process.zero_terminal and bool(kept[-1] == steps - 1),
         shortened=process.shortened or len(kept) < steps,
-        reach=process.reach if isinstance(spec, (str, int, np.integer)) else process.reach * int(kept[-1] + 1) / steps,
+        **left_steps_out(process.reach, process.ends, steps, kept, published=isinstance(spec, (str, int, np.integer))),
     )
 
 

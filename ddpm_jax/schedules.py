@@ -7,6 +7,7 @@ that were multiplied up in float64, and a float32 product over a thousand steps 
 import re
 from collections.abc import Callable, Sequence
 from itertools import accumulate
+from typing import Any
 
 import numpy as np
 
@@ -216,7 +217,7 @@ def respaced_timesteps(num_steps: int, spec: str | int | Sequence[int]) -> list[
         return _sections(num_steps, [int(spec)], spec)
     if not isinstance(spec, str):
         return _explicit(num_steps, spec)
-    text = spec.replace(" ", "")
+    text = re.sub(r"\s*,\s*", ",", spec.strip())
     if text == "fast27":
         return _fast27(num_steps)
     if re.fullmatch(r"ddim\d+", text):
@@ -224,6 +225,22 @@ def respaced_timesteps(num_steps: int, spec: str | int | Sequence[int]) -> list[
     if re.fullmatch(r"\d+(,\d+)*", text):
         return _sections(num_steps, [int(count) for count in text.split(",")], spec)
     raise ValueError(f'{spec=} must be like "250", "10,10,3,2,2", "ddim50", "fast27", or a list of timesteps')
+
+
+def left_steps_out(
+    reach: float, ends: tuple[float, ...], num_steps: int, kept: Sequence[int], *, published: bool = False
+) -> dict[str, Any]:
+    """Return ``reach`` and ``ends`` of the process that keeps some steps of a ``GaussianProcess``.
+
+    Args:
+        reach, ends: of the process.
+        num_steps: its number of steps.
+        kept: the steps that stay, increasing.
+        published: True for the published rules, which leave ``reach`` as it is.
+    """
+    shares = ends or tuple((i + 1) / num_steps for i in range(num_steps))
+    last = reach if published or kept[-1] == num_steps - 1 else shares[kept[-1]]
+    return {"reach": last, "ends": ends if len(kept) == num_steps else tuple(shares[i] for i in kept)}
 
 
 def _scale(name: str, num_steps: int, beta_start: float, beta_end: float) -> float:

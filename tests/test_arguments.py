@@ -31,6 +31,7 @@ from ddpm_jax.guidance import classifier_guided, dynamic_threshold, implicit_gra
 from ddpm_jax.importance import loss_history, record_losses, timestep_probabilities
 from ddpm_jax.losses import edm_weighting, p2, snr_power
 from ddpm_jax.models.layers import Embed
+from ddpm_jax.pipelines.request import as_steps, respaced
 from ddpm_jax.samplers import (
     analytic_step,
     dpm_solver_step,
@@ -337,6 +338,13 @@ def test_a_traced_process_is_respaced(betas, spec):
         np.testing.assert_allclose(ours, theirs, rtol=3e-5, atol=1e-6)
 
 
+def test_a_space_inside_a_number_of_steps_is_refused():
+    assert respaced(FULL, "steps", " 10, 5 ").num_steps == 15 and as_steps("steps", " 25 ") == 25
+    for steps in ("2 5", "10, 1 5", "ddim2 5"):
+        with pytest.raises(ValueError, match="steps='.* .*' must be like"):
+            respaced(FULL, "steps", steps)
+
+
 # ---- Where sampling starts -------------------------------------------------------------------------------------------
 
 
@@ -356,6 +364,16 @@ def test_sampling_does_not_start_from_noise_where_data_are_left():
             sample(cut, net, KEYS, (2,))
     assert sdedit(SHORT, net, KEYS, X, strength=0.25).shape == X.shape
     assert respace(FULL, "10,15,20").num_steps == 45
+    # The last timestep decides, not the number of list entries: 16 and 20 of 1000 are early, 900 is not.
+    coarse = respace(FULL, [*range(0, 17, 2), 999])
+    for cut in (truncate(coarse, 9), respace(respace(FULL, [0, 10, 20, 999]), [0, 1, 2])):
+        assert cut.reach == (int(cut.timestep_map[-1]) + 1) / 1000
+        with pytest.raises(ValueError, match="sampling cannot start from pure noise"):
+            sample(cut, net, KEYS, (2,))
+    with pytest.raises(ValueError, match=r"process ends at 1\.7%"):
+        jax.jit(lambda p: sample(truncate(p, 9), net, KEYS, (2,)))(coarse)
+    late = truncate(respace(FULL, [900, 950, 999]), 1)
+    assert late.reach == 0.901 and sample(late, net, KEYS, (2,)).shape == X.shape
     # A list may end before the last timestep, as Stable Diffusion's do, and any string is as published.
     for spec in ([1, 251, 501, 751], "ddim4", "fast27"):
         process = respace(FULL, spec)

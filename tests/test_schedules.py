@@ -144,6 +144,7 @@ def test_respacing_with_one_section():
     assert respaced_timesteps(10, "10") == list(range(10))
     assert respaced_timesteps(10, 4) == [0, 3, 6, 9]
     assert respaced_timesteps(10, "1") == [0]
+    assert respaced_timesteps(10, " 2 , 1, 3 ") == respaced_timesteps(10, "2,1,3")
     # Stride 999 / 24 = 41.625; the ties 166.5, 499.5 and 832.5 go to the even neighbour.
     expected = [0, 42, 83, 125, 166, 208, 250, 291, 333, 375, 416, 458, 500, 541, 583, 624, 666, 708, 749, 791, 832]
     assert respaced_timesteps(1000, "25") == [*expected, 874, 916, 957, 999]
@@ -188,6 +189,8 @@ def test_respacing_by_an_explicit_list():
         ("5,0", "at least 1 step"),
         ("ddim999", "no integer stride takes 999 steps from 1000"),
         ("ddim", "must be like"),
+        ("2 5", "must be like"),
+        ("10, 1 5", "must be like"),
         ("fast28", "must be like"),
         ("1.5", "must be like"),
         ("", "must be like"),

@@ -5,6 +5,7 @@ An option may be a Python number, a NumPy scalar, or a NumPy or JAX array withou
 
 import math
 import numbers
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -65,7 +66,7 @@ def as_steps(name: str, value: Any) -> int | str | tuple[int, ...]:
     """
     value, given = _plain(name, value), value
     if isinstance(value, str):
-        text = "".join(value.split())
+        text = re.sub(r"\s*,\s*", ",", value.strip())
         return int(text) if text.isdecimal() else text
     if isinstance(value, numbers.Integral) and not isinstance(value, bool):
         return int(value)

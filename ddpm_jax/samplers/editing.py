@@ -11,7 +11,8 @@ from ddpm_jax.process import GaussianProcess, q_sample
 from ddpm_jax.samplers.ancestral import ancestral_step
 from ddpm_jax.samplers.grid import Point
 from ddpm_jax.samplers.loop import sample
-from ddpm_jax.samplers.noise import check_keys, per_example_normal, transition_keys
+from ddpm_jax.samplers.noise import check_draws, check_keys, per_example_normal, transition_keys
+from ddpm_jax.schedules import left_steps_out
 from ddpm_jax.types import Denoiser, PredictFn, Step
 
 
@@ -26,8 +27,8 @@ def truncate(process: GaussianProcess, num_steps: int) -> GaussianProcess:
         raise ValueError(f"{num_steps=} must be in [1, {process.num_steps}]")
     shorter = jax.tree.map(lambda table: table[:num_steps] if table.ndim else table, process)
     whole = num_steps == process.num_steps
-    reach = process.reach * num_steps / process.num_steps
-    return shorter.replace(zero_terminal=process.zero_terminal and whole, reach=reach)
+    left = left_steps_out(process.reach, process.ends, process.num_steps, range(num_steps))
+    return shorter.replace(zero_terminal=process.zero_terminal and whole, **left)
 
 
 def sdedit(
@@ -94,6 +95,7 @@ def repaint_step(x0: jax.Array, mask: jax.Array, *, step: Step | None = None, re
     def update(
         predict_fn: PredictFn, keys: jax.Array, xt: jax.Array, here: Point, there: Point, carry: Any
     ) -> tuple[jax.Array, Any]:
+        check_draws(keys, xt, 3 * resample - 1, f"repaint_step with {resample=}")
         keep = jnp.broadcast_to(jnp.asarray(mask, xt.dtype), xt.shape)
         known = jnp.where(keep > 0.0, x0.astype(xt.dtype), 0.0)
 
