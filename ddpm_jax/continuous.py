@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ddpm_jax.keys import one_key
 from ddpm_jax.process import GaussianProcess, from_tables
 from ddpm_jax.types import Denoiser
 
@@ -148,7 +149,7 @@ def from_log_snr(log_snr: Table, *, t_min: float = 0.0, t_max: float = 1.0) -> S
 
 def init_monotone(key: jax.Array, width: int = 1024) -> dict[str, jax.Array]:
     """Return parameters of ``monotone_log_snr``, float32: almost a straight line to begin with; `width` bends."""
-    first, second = jax.random.split(key)
+    first, second = jax.random.split(one_key(key))
     return {
         "scale": jnp.zeros((), jnp.float32),
         "inner": 0.1 * jax.random.normal(first, (width,), jnp.float32),

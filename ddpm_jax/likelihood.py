@@ -15,7 +15,7 @@ from ddpm_jax.extras import needs_extra
 from ddpm_jax.keys import key_vector
 from ddpm_jax.losses import normal_kl, vlb_terms
 from ddpm_jax.process import GaussianProcess, predict, q_sample, to_x0_eps
-from ddpm_jax.samplers.noise import check_keys, per_example_normal, transition_keys
+from ddpm_jax.samplers.noise import check_entries, check_keys, per_example_normal, transition_keys
 from ddpm_jax.types import Denoiser, Kind, Variance
 
 
@@ -49,7 +49,7 @@ def variational_bound(
         ValueError: if shapes do not fit, kind, variance and the network's output contradict each other, or x0 is not
             in [-1, 1]. Under jit, where its numbers are not known yet, L_0 and the total of such an example are NaN.
     """
-    keys = check_keys(keys, x0.shape[0])
+    keys = check_entries(check_keys(keys, x0.shape[0]), process.num_steps)
     x0 = x0.astype(process.betas.dtype)
     inside = jnp.max(jnp.abs(x0), axis=tuple(range(1, x0.ndim))) <= 1.0 + 1e-5
     if not isinstance(inside, jax.core.Tracer) and not bool(inside.all()):

@@ -17,6 +17,7 @@ from ddpm_jax import (
     respace,
     sample,
 )
+from ddpm_jax.continuous import init_monotone
 from ddpm_jax.importance import importance_timesteps, loss_history
 from ddpm_jax.keys import key_vector, one_key, threefry
 from ddpm_jax.likelihood import dequantize, variational_bound
@@ -169,6 +170,7 @@ def test_what_is_not_one_key_is_refused(key):
         lambda: drop(key, 0.5, 2),
         lambda: denoising_loss(SHORT, network, key, jnp.zeros((2, *SHAPE))),
         lambda: stratified_timesteps(key, 2, 10),
+        lambda: init_monotone(key, 4),
     ):
         with pytest.raises(ValueError, match=r"key must be one key, as from jax.random.key\(0\), got"):
             run()
@@ -246,7 +248,14 @@ def test_recorded_noise_that_does_not_fit_is_refused():
         sdedit(SHORT, network, RecordedNoise(jnp.zeros((2, 3, *SHAPE))), jnp.zeros((3, *SHAPE)))
     with pytest.raises(ValueError, match="for samples of"):  # without an axis of draws
         drawn(RecordedNoise(jnp.zeros((2, 5, *SHAPE))), STEPS["predictor_corrector"][0])
-    too_few = drawn(RecordedNoise(jnp.ones((2, 5, 2, *SHAPE))), STEPS["predictor_corrector"][0])
-    assert np.isnan(too_few).all()
+    with pytest.raises(ValueError, match="M at least 3 for predictor_corrector_step with corrector_steps=2, got M = 2"):
+        drawn(RecordedNoise(jnp.ones((2, 5, 2, *SHAPE))), STEPS["predictor_corrector"][0])
+    repaint = repaint_step(jnp.zeros((2, *SHAPE)), jnp.ones((2, *SHAPE)), resample=2)  # draws 0, 1, 2, 3 and 4
+    with pytest.raises(ValueError, match="M at least 5 for repaint_step with resample=2, got M = 4"):
+        drawn(RecordedNoise(jnp.ones((2, 5, 4, *SHAPE))), repaint)
+    assert np.isfinite(drawn(RecordedNoise(jnp.ones((2, 5, 5, *SHAPE))), repaint)).all()
+    for estimate in (variational_bound, analytic_moments):
+        with pytest.raises(ValueError, match=r"at least 4 entries along axis 1, .*got shape \(2, 3, 2, 3\)"):
+            estimate(SHORT, network, RecordedNoise(jnp.ones((2, 3, *SHAPE))), jnp.zeros((2, *SHAPE)))
     with pytest.raises(ValueError, match="one key"):
         drop(RecordedNoise(jnp.zeros((2, 5))), 0.5, 2)

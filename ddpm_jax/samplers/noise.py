@@ -93,6 +93,33 @@ def check_keys(keys: jax.Array | RecordedNoise, n: int | None = None) -> jax.Arr
     return keys
 
 
+def check_entries(keys: jax.Array | RecordedNoise, count: int) -> jax.Array | RecordedNoise:
+    """Return keys as they are.
+
+    Raises:
+        ValueError: if they are recorded noise with fewer than ``count`` entries along axis 1.
+    """
+    if isinstance(keys, RecordedNoise) and (keys.values.ndim < 2 or keys.values.shape[1] < count):
+        raise ValueError(
+            f"recorded noise must have at least {count} entries along axis 1, one for each step of the process, got "
+            f"shape {keys.values.shape}"
+        )
+    return keys
+
+
+def check_draws(keys: jax.Array | RecordedNoise, like: jax.Array, count: int, step: str) -> None:
+    """Check the number of draws M in the recorded noise of one transition, [B, M, *shape].
+
+    Raises:
+        ValueError: if it is less than ``count``; the message names the step.
+    """
+    if isinstance(keys, RecordedNoise) and keys.values.ndim > like.ndim and keys.values.shape[1] < count:
+        raise ValueError(
+            f"recorded noise must have the shape [B, T + 1, M, *shape] with M at least {count} for {step}, got "
+            f"M = {keys.values.shape[1]}"
+        )
+
+
 def transition_keys(keys: jax.Array | RecordedNoise, number: int | jax.Array) -> jax.Array | RecordedNoise:
     """Return the keys [B] of one transition of a sampler: fold_in(keys[i], number). 0 is the initial noise."""
     return keys.part(number) if isinstance(keys, RecordedNoise) else fold_in(keys, number)

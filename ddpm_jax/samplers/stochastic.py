@@ -9,7 +9,7 @@ from ddpm_jax.checks import check_number, check_static
 from ddpm_jax.continuous import Schedule
 from ddpm_jax.process import GaussianProcess, predict, q_sample
 from ddpm_jax.samplers.grid import Point
-from ddpm_jax.samplers.noise import check_keys, per_example_normal, transition_keys
+from ddpm_jax.samplers.noise import check_draws, check_entries, check_keys, per_example_normal, transition_keys
 from ddpm_jax.types import Denoiser, Kind, PredictFn, Step
 
 
@@ -100,6 +100,7 @@ def predictor_corrector_step(predictor: Step | None = None, *, corrector_steps: 
     def update(
         predict_fn: PredictFn, keys: jax.Array, xt: jax.Array, here: Point, there: Point, carry: Any
     ) -> tuple[jax.Array, Any]:
+        check_draws(keys, xt, corrector_steps + 1, f"predictor_corrector_step with {corrector_steps=}")
         size = snr * here.alpha / there.alpha  # c = 2 (size sigma)^2; no root, whose gradient is infinite at alpha = 0
 
         def correct(number: jax.Array, x: jax.Array) -> jax.Array:
@@ -165,7 +166,7 @@ def analytic_moments(
     Args:
         process: T steps, usually all of them; ``denoise`` is called T times, in one ``lax.scan``.
         denoise: the network, without guidance.
-        keys: typed keys [B], for the noise.
+        keys: keys [B], for the noise; or ``RecordedNoise``, values[:, t] for step t.
         x0: float[B, ..., C], data; the more examples, the better.
         kind: what the network predicts. A learned variance half is not used.
 
@@ -173,9 +174,9 @@ def analytic_moments(
         float32[T], to be stored beside the model.
 
     Raises:
-        ValueError: if keys are not typed keys, one an example.
+        ValueError: if keys are not keys [B] or ``RecordedNoise`` of at least T entries along axis 1.
     """
-    keys = check_keys(keys, x0.shape[0])
+    keys = check_entries(check_keys(keys, x0.shape[0]), process.num_steps)
     x0 = x0.astype(process.betas.dtype)
 
     def moment(_: None, step: jax.Array) -> tuple[None, jax.Array]:
