@@ -54,6 +54,14 @@ def check_number(name: str, value: Any, valid: Callable[[Any], Any], rule: str) 
     return number
 
 
+def check_data(x0: Any) -> None:
+    """Raise ValueError unless x0 is a batch of floats: losses and samplers take images in [-1, 1], not in [0, 255]."""
+    if not isinstance(x0, (jax.Array, np.ndarray)):
+        raise ValueError(f"x0 must be an array, a batch of floats (images in [-1, 1]), got a {type(x0).__name__}")
+    if x0.ndim < 1 or not jnp.issubdtype(x0.dtype, jnp.floating):
+        raise ValueError(f"x0 must be a batch of floats (images in [-1, 1]), got {x0.dtype}{list(x0.shape)}")
+
+
 def check_static(name: str, value: Any, why: str) -> None:
     """Raise ValueError if a value is traced that must be known when a function is traced, e.g. since shapes need it."""
     if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(value)):

@@ -22,10 +22,9 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.scipy.special import log_ndtr
 
-from ddpm_jax.checks import check_number, is_known, look_up
+from ddpm_jax.checks import check_data, check_number, is_known, look_up
 from ddpm_jax.continuous import Schedule
 from ddpm_jax.keys import one_key
 from ddpm_jax.process import (
@@ -87,7 +86,7 @@ def denoising_loss(
     check_objective(objective, variance, weighting)
     if kind in ("eps", "score") and process.zero_terminal:
         raise ValueError(f"{kind=} could not be sampled from pure noise, where alpha_bar is 0; use kind='v' or 'x0'")
-    _check_data(x0)
+    check_data(x0)
     x0 = x0.astype(process.betas.dtype)
     t_key, noise_key = jax.random.split(one_key(key))
     if t is None:
@@ -151,7 +150,7 @@ def continuous_loss(
     schedule.check_kind(kind)
     if objective not in ("simple", "likelihood") or (objective == "likelihood" and weighting is not None):
         raise ValueError(f"{objective=} must be 'simple', or 'likelihood' without a weighting, which it has")
-    _check_data(x0)
+    check_data(x0)
     x0 = x0.astype(jnp.promote_types(x0.dtype, jnp.float32))
     t_key, noise_key = jax.random.split(one_key(key))
     if t is None:
@@ -387,13 +386,6 @@ def check_objective(objective: str, variance: str, weighting: Weighting | None) 
         raise ValueError("objective='simple' would leave variance='learned_range' untrained; use objective='hybrid'")
     if objective == "vlb" and weighting is not None:
         raise ValueError("weighting applies to the squared error, which objective='vlb' does not have")
-
-
-def _check_data(x0: jax.Array) -> None:
-    if not isinstance(x0, (jax.Array, np.ndarray)):
-        raise ValueError(f"x0 must be an array, a batch of floats (images in [-1, 1]), got a {type(x0).__name__}")
-    if x0.ndim < 1 or not jnp.issubdtype(x0.dtype, jnp.floating):
-        raise ValueError(f"x0 must be a batch of floats (images in [-1, 1]), got {x0.dtype}{list(x0.shape)}")
 
 
 def _weighted(process: GaussianProcess, mse: jax.Array, t: jax.Array, weighting: Weighting | None) -> jax.Array:

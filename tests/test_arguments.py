@@ -418,3 +418,18 @@ def test_a_classifier_does_not_shift_pure_noise(kind):
     guided = classifier_guided(process, network, lambda xt, t: -jnp.sum(xt**2, axis=-1), 2.0, kind=kind)(xt, t)
     np.testing.assert_array_equal(guided[0], network(xt, t)[0])
     assert np.isfinite(guided[1]).all() and (guided[1] != network(xt, t)[1]).all()
+
+
+def test_images_of_8_bits_are_not_data():
+    """Their values, 0 to 255, are far outside of [-1, 1]."""
+    short, keys = respace(make_process(cosine_betas(100)), "4"), example_keys(jax.random.key(0), 1)
+    x0 = jnp.full((1, 2, 2, 3), 255, jnp.uint8)
+    network = lambda xt, t: 0.5 * xt
+    for run in (
+        lambda: sdedit(short, network, keys, x0),
+        lambda: repaint_step(x0, jnp.ones((1, 2, 2, 1))),
+        lambda: invert(short, network, x0),
+        lambda: denoising_loss(short, network, jax.random.key(0), x0),
+    ):
+        with pytest.raises(ValueError, match=r"x0 must be a batch of floats .*, got uint8\[1, 2, 2, 3\]"):
+            run()

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ddpm_jax.checks import check_static
+from ddpm_jax.checks import check_data, check_static
 from ddpm_jax.process import GaussianProcess, q_sample
 from ddpm_jax.samplers.ancestral import ancestral_step
 from ddpm_jax.samplers.grid import Point
@@ -61,6 +61,7 @@ def sdedit(
         raise ValueError(f"{strength=} must be in (0, 1]")
     keys = check_keys(keys, x0.shape[0])
     shorter = truncate(process, max(1, round(strength * process.num_steps)))
+    check_data(x0)
     x0 = x0.astype(process.betas.dtype)
     last = jnp.full(x0.shape[:1], shorter.num_steps - 1, jnp.int32)
     xt = q_sample(shorter, x0, last, per_example_normal(transition_keys(keys, 0), x0))
@@ -85,6 +86,7 @@ def repaint_step(x0: jax.Array, mask: jax.Array, *, step: Step | None = None, re
     Raises:
         ValueError: if resample < 1 or the step carries history.
     """
+    check_data(x0)
     check_static("resample", resample, "since it is compiled into the loop")
     if resample < 1:
         raise ValueError(f"{resample=} must be at least 1")

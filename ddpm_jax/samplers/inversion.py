@@ -5,7 +5,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from ddpm_jax.checks import check_static
+from ddpm_jax.checks import check_data, check_static
 from ddpm_jax.process import GaussianProcess, predict
 from ddpm_jax.samplers.grid import time_grid
 from ddpm_jax.types import Denoiser, Kind, Variance
@@ -46,6 +46,7 @@ def invert(
     Raises:
         ValueError: if iterations < 1, or kind, variance and the network's output contradict each other.
     """
+    check_data(x0)
     check_static("iterations", iterations, "since it decides what is compiled")
     if iterations < 1:
         raise ValueError(f"{iterations=} must be at least 1")
