@@ -10,6 +10,7 @@ pipelines run with three steps a stage, from noise that is recorded in the order
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import diffusers.pipelines.deprecated.unclip.pipeline_unclip as text_pipeline
 import diffusers.pipelines.deprecated.unclip.pipeline_unclip_image_variation as image_pipeline
@@ -99,6 +100,11 @@ def record_noise() -> list[torch.Tensor]:
     return drawn
 
 
+def config_of(part: Any) -> str:
+    """Return what diffusers saves of a part's config; the names of its defaults come in random order."""
+    return json.dumps({name: value for name, value in part.config.items() if name != "_use_default_values"})
+
+
 def pipelines(networks: dict, arrays: dict) -> None:
     """Add what both pipelines draw, and the noise that they do it from."""
     text, vision = (
@@ -120,7 +126,7 @@ def pipelines(networks: dict, arrays: dict) -> None:
     prior_scheduler = scheduler(variance_type="fixed_small_log", prediction_type="sample", clip_sample_range=5.0)
     schedulers = {name: scheduler for name, scheduler in common.items() if name.endswith("_scheduler")}
     for name, made in (schedulers | {"prior_scheduler": prior_scheduler}).items():
-        arrays[f"config/{name}"] = json.dumps(dict(made.config))
+        arrays[f"config/{name}"] = config_of(made)
     for name, tower in (("text", text), ("vision", vision)):
         arrays[f"config/{name}"] = tower.config.to_json_string(use_diff=False)
     drawn, steps = record_noise(), {"decoder_num_inference_steps": 3, "super_res_num_inference_steps": 3}
@@ -179,7 +185,7 @@ def main() -> None:
     out["upsampler"] = networks["upsampler"](torch.cat([large, low], 1), t).sample
     arrays = {f"out/{name}": value.numpy() for name, value in out.items()}
     for name, network in networks.items():
-        arrays[f"config/{name}"] = json.dumps(dict(network.config))
+        arrays[f"config/{name}"] = config_of(network)
         arrays[f"shapes/{name}"] = json.dumps({key: tuple(value.shape) for key, value in network.state_dict().items()})
     pipelines(networks, arrays)
     inputs = {"t": t, "mask": mask, "zt": zt, "z_text": z_text, "z_image": z_image, "hidden": hidden, "xt": xt}

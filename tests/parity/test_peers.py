@@ -44,8 +44,8 @@ def shapes_in(file: str, name: str = "shapes") -> dict[str, tuple[int, ...]]:
 def exported_guided() -> list:
     """Return (shapes, seed, exported tensors) of every network."""
     found = []
-    for name, model in test_interop_guided.MODELS.items():
-        how = {"image_size": 16, "new_attention_order": name == "new_order"}
+    for name, model in (test_interop_guided.MODELS | test_interop_guided.OTHERS).items():
+        how = {"image_size": 16, "new_attention_order": name in ("new_order", "heads_up")}
         shapes = shapes_in("guided.npz", f"{name}/shapes")
         params = guided.load_guided(random_weights(shapes), model, **how)
         found.append((shapes, 0, guided.export_guided(params, model, **how)))
