@@ -80,11 +80,6 @@ def test_every_form_gives_the_pixels_that_it_means(form):
     np.testing.assert_allclose(found, wanted, rtol=0, atol=0.51)  # the nearest level, or either of two as near
 
 
-def test_a_pytorch_tensor():
-    torch = pytest.importorskip("torch")
-    np.testing.assert_array_equal(as_images([torch.tensor(RGB)])[0], RGB)
-
-
 def test_one_image_a_list_an_array_of_them_and_an_iterator():
     batch = np.stack([RGB, RGB[::-1]])
     for images in (batch, list(batch), tuple(batch), iter(batch), [Image.fromarray(x) for x in batch], batch / 255.0):

@@ -75,7 +75,7 @@ def as_images(images: Any) -> list[np.ndarray]:
             names the image.
     """
     if hasattr(images, "dtype"):
-        images = np.asarray(images)
+        images = _as_numpy(images)
         images = list(images) if images.ndim == 4 else [images]
     elif _is_pil(images):
         images = [images]
@@ -139,13 +139,20 @@ def _shown(value: Any) -> str:
     return f"{type(value).__name__} {text if len(text) <= 60 else text[:57] + '...'}"
 
 
+def _as_numpy(image: Any) -> np.ndarray:
+    if hasattr(image, "detach"):  # a PyTorch tensor, which may be on a device, need a gradient, or be of bfloat16
+        image = image.detach().cpu()
+        image = image.float() if str(image.dtype) == "torch.bfloat16" else image
+    return np.asarray(image)
+
+
 def _as_array(image: Any) -> np.ndarray:
     """Return an image as an array [H, W] or [H, W, C], with 1 <= C <= 4, of any dtype."""
     if _is_pil(image):
         image = _pil_array(image)
     if not hasattr(image, "dtype"):
         raise ValueError(f"must be a PIL image or an array, got {_shown(image)}; open a file with PIL.Image.open")
-    array = np.asarray(image)
+    array = _as_numpy(image)
     if array.ndim not in (2, 3) or 0 in array.shape or (array.ndim == 3 and array.shape[-1] > 4):
         first = array.ndim == 3 and array.shape[0] <= 4
         raise ValueError(
