@@ -191,7 +191,7 @@ def _pyramid(layout: jax.Array, levels: int) -> list[jax.Array]:
 
 
 def levels_of_resolutions(resolutions: Sequence[int], size: int, levels: int) -> tuple[int, ...]:
-    """Return the levels, of so many, whose feature maps have one of the resolutions as their height.
+    """Return the levels whose feature maps have one of the resolutions as their height.
 
     size: height of the first level's feature map, the image size divided by `UNet.patch`.
     """

@@ -106,7 +106,7 @@ class Karlo(flax.struct.PyTreeNode):
     def draw_embedding(
         self, text: Text, empty: Text, keys: jax.Array, *, steps: Steps = "25", scale: float = 4.0
     ) -> jax.Array:
-        """Draw image embeddings of captions; empty: the empty caption as often. Returns float32[B, D].
+        """Draw image embeddings of captions; empty: the empty caption, repeated for each. Returns float32[B, D].
 
         They are as CLIP's projection gives them, like those of `encode_image`: not of unit length.
         """
@@ -176,7 +176,7 @@ class Karlo(flax.struct.PyTreeNode):
 
         Args:
             prompts: captions, of which "" is the unconditional one; one too long is cut, with a warning.
-            seed: of all noise, in [0, 2**32); image i depends on it, i and prompt i.
+            seed: seed of all random numbers, in [0, 2**32); image i depends on it, i and prompt i.
             batch_size: images at a time.
             options: prior_steps (25), decoder_steps (25) and upsampler_steps (7), each a number of steps from the first
                 timestep to the last, a spec of `schedules.respaced_timesteps`, or the timesteps; prior_scale (4.0),

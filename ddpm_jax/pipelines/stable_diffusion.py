@@ -123,7 +123,7 @@ class StableDiffusion(flax.struct.PyTreeNode):
 
         Args:
             prompts: captions, of which "" is the unconditional one; one too long is cut, with a warning.
-            seed: of all noise, in [0, 2**32); image i depends on it, i and prompt i.
+            seed: seed of all random numbers, in [0, 2**32); image i depends on it, i and prompt i.
             negative: the caption that guidance leads away from: one for all prompts, or one for each; "" or None is the
                 unconditional one.
             steps: a number of steps of DDIM, 50 or "50", taken at `timesteps(50)`; another spec of
