@@ -14,7 +14,7 @@ def clock(monkeypatch):
 
 
 def run(clock, capsys, total, seconds, **options):
-    """Do `total` things that take so many seconds each. Returns the lines."""
+    """Do `total` things that take `seconds` each. Returns the lines."""
     with progress.progress_bar(total, description="sample", unit="image", **options) as bar:
         for _ in range(total - options.get("initial", 0)):
             clock.append(clock[-1] + seconds)

@@ -183,7 +183,7 @@ class StableDiffusion(flax.struct.PyTreeNode):
         T - 1, rounded (Lin et al. 2024, table 2).
 
         Raises:
-            ValueError: if there are not so many timesteps, or the rule is unknown.
+            ValueError: if there are fewer timesteps, or the rule is unknown.
         """
         total, offset = self.process.num_steps, self.steps_offset
         if self.timestep_spacing not in SPACINGS:

@@ -100,7 +100,7 @@ class UnCLIP:
 
         Args:
             prompts: captions, none of them empty; one too long is cut, with a warning.
-            seed: of all noise, in [0, 2**32).
+            seed: seed of all random numbers, in [0, 2**32).
             embedding: what the decoder is given as image embedding: the "prior"'s, the CLIP "text" embedding, the true
                 embedding of `images` ("image"), or the null embedding ("none").
             images: N images, for embedding="image", as `data.transforms.as_images` takes them; those of another size
