@@ -15,11 +15,20 @@ if _sys.argv[:1] == ["-m"] and "ddpm_jax." in _sys.orig_argv[-len(_sys.argv)]:
     if hasattr(_signal, "pthread_sigmask"):  # `cli.keep_memory` starts a command with it blocked
         _signal.pthread_sigmask(_signal.SIG_UNBLOCK, {_signal.SIGINT})
 
-from ddpm_jax.guidance import classifier_free, drop, static_threshold
-from ddpm_jax.losses import contrastive_loss, denoising_loss, min_snr, vlb_terms
-from ddpm_jax.process import GaussianProcess, Prediction, make_process, predict, q_posterior, q_sample, respace, target
-from ddpm_jax.samplers import RecordedNoise, ancestral_step, ddim_step, example_keys, sample
-from ddpm_jax.schedules import cosine_betas, linear_betas, respaced_timesteps
+from ddpm_jax.diffusion.guidance import classifier_free, drop, static_threshold
+from ddpm_jax.diffusion.losses import contrastive_loss, denoising_loss, min_snr, vlb_terms
+from ddpm_jax.diffusion.process import (
+    GaussianProcess,
+    Prediction,
+    make_process,
+    predict,
+    q_posterior,
+    q_sample,
+    respace,
+    target,
+)
+from ddpm_jax.diffusion.samplers import RecordedNoise, ancestral_step, ddim_step, example_keys, sample
+from ddpm_jax.diffusion.schedules import cosine_betas, linear_betas, respaced_timesteps
 from ddpm_jax.types import Denoiser, Source, Step, Task
 
 __version__ = "0.1.0"

@@ -10,10 +10,13 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import jax.numpy as jnp
 
-from ddpm_jax.data import captions, shapes
+from ddpm_jax.data.shapes import captions
+from ddpm_jax.data.shapes import scenes as shapes
 from ddpm_jax.data.tokenizer import ClipTokenizer, CompactTokenizer, Tokenizer
-from ddpm_jax.importance import Timesteps
-from ddpm_jax.losses import Objective, check_objective, snr_power
+from ddpm_jax.diffusion.importance import Timesteps
+from ddpm_jax.diffusion.losses import Objective, check_objective, snr_power
+from ddpm_jax.diffusion.process import GaussianProcess, make_process, respace
+from ddpm_jax.diffusion.schedules import cosine_betas, linear_betas
 from ddpm_jax.models.clip import CLIP, VisionTransformer
 from ddpm_jax.models.decoder import Decoder, check_layout
 from ddpm_jax.models.prior import DiffusionPrior
@@ -22,8 +25,6 @@ from ddpm_jax.models.transformer import gelu, quick_gelu
 from ddpm_jax.models.unet import UNet, check_image_size, levels_of_resolutions
 from ddpm_jax.models.upsampler import Upsampler
 from ddpm_jax.pipelines.stages import Sampling
-from ddpm_jax.process import GaussianProcess, make_process, respace
-from ddpm_jax.schedules import cosine_betas, linear_betas
 from ddpm_jax.types import Kind, Source, Variance
 
 if TYPE_CHECKING:

@@ -37,9 +37,9 @@ PACKAGE = str(Path(__file__).parent) + os.sep
 # Errors that are written for users, by module: one whose module was never imported cannot have been raised.
 ERRORS = {
     "ddpm_jax.interop.table": ("ConvertError",),
-    "ddpm_jax.interop.tensor_file": ("ReadError",),
+    "ddpm_jax.storage.tensor_file": ("ReadError",),
     "ddpm_jax.pipelines.weights": ("LoadError",),
-    "ddpm_jax.training.checkpoint": ("CheckpointError", "WorkdirInUse"),
+    "ddpm_jax.storage.checkpoint": ("CheckpointError", "WorkdirInUse"),
     "ddpm_jax.training.loop": ("Interrupted", "TrainingDiverged"),
 }
 CONFIG_READERS = tuple(str(Path(PACKAGE) / name) for name in ("build.py", "train.py", "training/run.py"))

@@ -115,8 +115,8 @@ def _convert(source: Path, out: Path) -> None:
     import numpy as np
 
     from ddpm_jax.interop import families, table
-    from ddpm_jax.pipelines import converted
     from ddpm_jax.progress import progress_bar
+    from ddpm_jax.storage import model_directory as converted
 
     options = families.Options(
         *(_MODEL.value, _heads(), _ACTIVATION.value, _CLIP.value),
@@ -149,7 +149,7 @@ def _heads() -> tuple[int, int] | None:
 
 def _export(source: Path, out: Path) -> None:
     from ddpm_jax.interop import families
-    from ddpm_jax.pipelines import converted
+    from ddpm_jax.storage import model_directory as converted
 
     family = converted.read_description(source)["family"]
     if family != _TO.value:

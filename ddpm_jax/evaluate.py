@@ -41,7 +41,7 @@ def main() -> None:
     out = Path(_OUT.value or _WORKDIR.value)
     if _OUT.value or out.is_dir():
         cli.check_can_write(out / "faithfulness.json", what="--out" if _OUT.value else "--workdir")
-    from ddpm_jax import report
+    from ddpm_jax.evaluation import report
     from ddpm_jax.pipelines import UnCLIP, load
 
     cli.use_cpu_devices()

@@ -43,11 +43,12 @@ def main() -> None:
     cli.check_exists(_WORKDIR.value, what="--workdir")
     texts = [cli.as_utf8(prompt, what="--prompt") for prompt in _PROMPT.value]
     cli.check_can_write(_OUT.value, what="--out")
+    from ddpm_jax.data import image_grid as pictures
     from ddpm_jax.parallel.mesh import make_local_mesh
-    from ddpm_jax.pipelines import UnCLIP, converted, load
+    from ddpm_jax.pipelines import UnCLIP, load
     from ddpm_jax.pipelines.weights import read_tokenizer
     from ddpm_jax.progress import progress_bar
-    from ddpm_jax.training import pictures
+    from ddpm_jax.storage import model_directory as converted
 
     # The empty caption is the unconditional one of released pipelines; those trained here have none.
     allow_empty = _WORKDIR.value is not None and converted.is_converted(_WORKDIR.value)

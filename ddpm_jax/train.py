@@ -32,7 +32,8 @@ def main() -> None:
     for name, value in (("config", _CONFIG.value), ("workdir", _WORKDIR.value)):
         if not value:
             raise cli.UsageError(f"--{name} is needed")
-    from ddpm_jax import build, report
+    from ddpm_jax import build
+    from ddpm_jax.evaluation import report
     from ddpm_jax.pipelines import load
     from ddpm_jax.training.run import is_trained, run_stages
 

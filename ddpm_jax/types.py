@@ -22,7 +22,7 @@ Kind = Literal["eps", "x0", "v", "score", "mean"]
 grad log q(x_t) = -eps / sigma, or the mean of the reverse step (DDPM's ablation)."""
 
 Variance = Literal["fixed_small", "fixed_large", "learned_range"]
-"""The variance of the reverse step, see equations (9) to (11) of ``ddpm_jax.process``."""
+"""The variance of the reverse step, see equations (9) to (11) of ``ddpm_jax.diffusion.process``."""
 
 Denoiser = Callable[[jax.Array, jax.Array], jax.Array]
 """``(xt, t) -> output``. ``xt`` float32[B, ..., C]; ``t`` int32[B], original (never respaced) timesteps, or float32[B]

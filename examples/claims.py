@@ -39,8 +39,8 @@ from ddpm_jax import (
     sample,
     static_threshold,
 )
-from ddpm_jax.importance import importance_timesteps, loss_history, record_losses
-from ddpm_jax.likelihood import variational_bound
+from ddpm_jax.diffusion.importance import importance_timesteps, loss_history, record_losses
+from ddpm_jax.diffusion.likelihood import variational_bound
 from ddpm_jax.models.layers import timestep_embedding
 
 T, BATCH, STEPS, WIDTH, NULL, SEEDS = 1000, 128, 5000, 128, 10, 3

@@ -32,9 +32,9 @@ from ddpm_jax import (
     respace,
     sample,
 )
-from ddpm_jax.likelihood import ode_log_likelihood, ode_sample, variational_bound
-from ddpm_jax.process import GaussianProcess
-from ddpm_jax.samplers import (
+from ddpm_jax.diffusion.likelihood import ode_log_likelihood, ode_sample, variational_bound
+from ddpm_jax.diffusion.process import GaussianProcess
+from ddpm_jax.diffusion.samplers import (
     analytic_moments,
     analytic_step,
     dpm_solver_step,

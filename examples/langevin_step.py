@@ -22,9 +22,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ddpm_jax import continuous, example_keys, sample
-from ddpm_jax.samplers import Point, predictor_corrector_step, reverse_diffusion_step
-from ddpm_jax.samplers.noise import per_example_normal, transition_keys
+from ddpm_jax import example_keys, sample
+from ddpm_jax.diffusion import continuous
+from ddpm_jax.diffusion.samplers import Point, predictor_corrector_step, reverse_diffusion_step
+from ddpm_jax.diffusion.samplers.noise import per_example_normal, transition_keys
 from ddpm_jax.types import PredictFn, Step
 
 SNR = 0.16

@@ -16,7 +16,7 @@ import optax
 from flax import nnx
 
 from ddpm_jax import cosine_betas, denoising_loss, example_keys, make_process, respace, sample
-from ddpm_jax.samplers import dpm_solver_step
+from ddpm_jax.diffusion.samplers import dpm_solver_step
 
 PROCESS = make_process(cosine_betas(1000))
 KIND = "v"  # eps says little about x0 at the noisy end of the cosine schedule, and would need a threshold there

@@ -20,7 +20,7 @@ from exact_answers import N, discrete, draw, draws, energy_distance, exact_eps, 
 from scipy.integrate import solve_ivp
 
 from ddpm_jax import ancestral_step, ddim_step, example_keys, linear_betas, make_process, sample
-from ddpm_jax.samplers import dpm_solver_step, heun_step, plms_step, unipc_step
+from ddpm_jax.diffusion.samplers import dpm_solver_step, heun_step, plms_step, unipc_step
 from ddpm_jax.types import Step
 
 STEPS = (4, 6, 8, 12, 18, 27, 40, 60, 100, 200)

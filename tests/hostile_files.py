@@ -32,8 +32,8 @@ from ddpm_jax.interop import ReadError, read_tensors
 from ddpm_jax.interop.clip import load_clip
 from ddpm_jax.interop.diffusers_layout import read_config
 from ddpm_jax.interop.table import ConvertError
-from ddpm_jax.pipelines.converted import read_description
 from ddpm_jax.pipelines.weights import LoadError, load_file, read_run
+from ddpm_jax.storage.model_directory import read_description
 
 SECONDS, MEGABYTES = 2.0, 200.0
 REFUSED = (ReadError, ConvertError, LoadError, ValueError, FileNotFoundError)

@@ -194,7 +194,7 @@ def trees(workdir, stage):
     import jax
     import numpy as np
 
-    from ddpm_jax.training.checkpoint import ARRAYS, Checkpoints
+    from ddpm_jax.storage.checkpoint import ARRAYS, Checkpoints
 
     kept = Checkpoints(workdir / stage, read_only=True)
     leaves = [jax.tree_util.tree_leaves_with_path(kept.restore_tree(name)[0]) for name in ARRAYS]

@@ -26,13 +26,11 @@ from ddpm_jax import (
     target,
     vlb_terms,
 )
-from ddpm_jax.continuous import discretize, edm, karras_times
-from ddpm_jax.guidance import classifier_guided, dynamic_threshold, implicit_gradient
-from ddpm_jax.importance import loss_history, record_losses, timestep_probabilities
-from ddpm_jax.losses import edm_weighting, p2, snr_power
-from ddpm_jax.models.layers import Embed
-from ddpm_jax.pipelines.request import as_steps, respaced
-from ddpm_jax.samplers import (
+from ddpm_jax.diffusion.continuous import discretize, edm, karras_times
+from ddpm_jax.diffusion.guidance import classifier_guided, dynamic_threshold, implicit_gradient
+from ddpm_jax.diffusion.importance import loss_history, record_losses, timestep_probabilities
+from ddpm_jax.diffusion.losses import edm_weighting, p2, snr_power
+from ddpm_jax.diffusion.samplers import (
     analytic_step,
     dpm_solver_step,
     heun_step,
@@ -43,7 +41,9 @@ from ddpm_jax.samplers import (
     truncate,
     unipc_step,
 )
-from ddpm_jax.schedules import zero_terminal_snr
+from ddpm_jax.diffusion.schedules import zero_terminal_snr
+from ddpm_jax.models.layers import Embed
+from ddpm_jax.pipelines.request import as_steps, respaced
 
 FULL = make_process(cosine_betas(1000))
 SHORT = respace(FULL, "4")

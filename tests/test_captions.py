@@ -1,8 +1,18 @@
 import numpy as np
 import pytest
 
-from ddpm_jax.data.captions import MAX_WORDS, SYNONYMS, VOCABULARY, caption
-from ddpm_jax.data.shapes import BACKGROUNDS, COLOURS, PLACES, RELATIONS, SHAPES, SIZES, Object, Scene, scene_from
+from ddpm_jax.data.shapes.captions import MAX_WORDS, SYNONYMS, VOCABULARY, caption
+from ddpm_jax.data.shapes.scenes import (
+    BACKGROUNDS,
+    COLOURS,
+    PLACES,
+    RELATIONS,
+    SHAPES,
+    SIZES,
+    Object,
+    Scene,
+    scene_from,
+)
 
 ISSUE_SCENE = Scene(
     (Object("star", "green", "small", 0.5, 0.25), Object("ring", "red", "large", 0.5, 0.65)), "gray", relation="above"

@@ -16,10 +16,10 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 from toy_training import ToyTask
 
-from ddpm_jax.importance import LossHistory, loss_history, record_losses
+from ddpm_jax.diffusion.importance import LossHistory, loss_history, record_losses
 from ddpm_jax.parallel.mesh import make_mesh, replicated
-from ddpm_jax.training import checkpoint as checkpoint_module
-from ddpm_jax.training.checkpoint import (
+from ddpm_jax.storage import checkpoint as checkpoint_module
+from ddpm_jax.storage.checkpoint import (
     CheckpointError,
     Checkpoints,
     WorkdirInUse,
@@ -349,7 +349,7 @@ def test_lock(tmp_path):
 def test_lock_ends_with_the_process(tmp_path):
     root = str(Path(__file__).parents[1])
     code = (
-        "import sys, time; from ddpm_jax.training.checkpoint import lock_workdir\n"
+        "import sys, time; from ddpm_jax.storage.checkpoint import lock_workdir\n"
         "with lock_workdir(sys.argv[1]): print('held', flush=True); time.sleep(60)"
     )
     holder = subprocess.Popen(

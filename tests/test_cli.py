@@ -19,7 +19,7 @@ from absl import logging as absl_logging
 from tiny_run import ROOT, train_flags
 
 from ddpm_jax import pipelines
-from ddpm_jax.training.checkpoint import Checkpoints, lock_workdir
+from ddpm_jax.storage.checkpoint import Checkpoints, lock_workdir
 
 SMOKE = f"{ROOT / 'configs' / 'shapes.py'}:smoke"
 A_WORD = "a small red star on a white background"
@@ -509,7 +509,7 @@ def test_the_table_is_printed_before_files_that_cannot_be_written(call, trained,
     def full(path, image):
         raise OSError(28, "could not write the picture: No space left on device", str(path))
 
-    monkeypatch.setattr("ddpm_jax.training.pictures.save_png", full)
+    monkeypatch.setattr("ddpm_jax.data.image_grid.save_png", full)
     status, out, err = call("evaluate", "--workdir", trained, "--out", tmp_path / "results")
     assert status == 1 and err.splitlines()[-1].startswith(f"error: {tmp_path}/results/samples.png: could not write")
     assert "| one object |" in out

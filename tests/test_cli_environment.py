@@ -24,7 +24,7 @@ def run_python(code):
 
 def test_sampling_from_a_weights_file_loads_nothing_for_training():
     modules = (
-        "import ddpm_jax.cli, ddpm_jax.pipelines, ddpm_jax.training.pictures, sys; ddpm_jax.pipelines.load(); "
+        "import ddpm_jax.cli, ddpm_jax.pipelines, ddpm_jax.data.image_grid, sys; ddpm_jax.pipelines.load(); "
         "print(*sys.modules)"
     )
     status, out, err = run_python(modules)
@@ -34,7 +34,7 @@ def test_sampling_from_a_weights_file_loads_nothing_for_training():
     # jax itself imports scipy, and flax optax, in some versions.
     _, base, _ = run_python("import jax, flax.linen, sys; print(*sys.modules)")
     assert heavy <= {name.partition(".")[0] for name in base.split()}
-    assert "ddpm_jax.training.checkpoint" not in out.split()
+    assert "ddpm_jax.storage.checkpoint" not in out.split()
 
 
 def test_every_core_is_a_device_unless_told_otherwise(monkeypatch):
@@ -66,9 +66,10 @@ def attempt(name, call):
         print(name, str(error).replace(" ", "_"))
 for module in pkgutil.walk_packages(ddpm_jax.__path__, "ddpm_jax."):
     attempt(module.name, lambda: importlib.import_module(module.name))
-from ddpm_jax import pipelines, likelihood
+from ddpm_jax import pipelines
+from ddpm_jax.diffusion import likelihood
 from ddpm_jax.data import tokenizer, transforms
-from ddpm_jax.training import pictures
+from ddpm_jax.data import image_grid as pictures
 attempt("load", pipelines.load)
 attempt("ClipTokenizer", tokenizer.ClipTokenizer)
 attempt("clip_pixels", lambda: transforms.clip_pixels([numpy.zeros((4, 4, 3), numpy.uint8)], 4))

@@ -5,9 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ddpm_jax import continuous, example_keys, make_process, sample
-from ddpm_jax.losses import continuous_loss, edm_weighting, log_normal_times, stratified_times
-from ddpm_jax.samplers import heun_step
+from ddpm_jax import example_keys, make_process, sample
+from ddpm_jax.diffusion import continuous
+from ddpm_jax.diffusion.losses import continuous_loss, edm_weighting, log_normal_times, stratified_times
+from ddpm_jax.diffusion.samplers import heun_step
 
 T = np.array([0.02, 0.3, 0.5, 0.77, 0.98])
 B = 0.1 * T + 0.5 * T**2 * 19.9

@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 
-from ddpm_jax.data import contrast, shapes
-from ddpm_jax.data.contrast import Families, is_training_scene, variants
-from ddpm_jax.data.shapes import Object, Scene, ShapesSource
+from ddpm_jax.data.shapes import hard_negatives as contrast
+from ddpm_jax.data.shapes import scenes as shapes
+from ddpm_jax.data.shapes.hard_negatives import Families, is_training_scene, variants
+from ddpm_jax.data.shapes.scenes import Object, Scene, ShapesSource
 
 
 def differences(a: Scene, b: Scene) -> int:

@@ -24,9 +24,10 @@ from ddpm_jax.interop.clip import load_clip
 from ddpm_jax.interop.config_fields import clip_towers
 from ddpm_jax.interop.table import ConvertError
 from ddpm_jax.models.transformer import gelu, quick_gelu
-from ddpm_jax.pipelines import LoadError, converted, load
+from ddpm_jax.pipelines import LoadError, load
 from ddpm_jax.pipelines.karlo import Karlo
 from ddpm_jax.pipelines.stable_diffusion import StableDiffusion
+from ddpm_jax.storage import model_directory as converted
 
 OPTIONS = {
     "model": "ViT-L/14",

@@ -20,8 +20,8 @@ from ddpm_jax import (
     static_threshold,
     target,
 )
-from ddpm_jax.guidance import classifier_guided, dynamic_threshold, implicit_gradient, log_prob_gradient
-from ddpm_jax.samplers import time_grid
+from ddpm_jax.diffusion.guidance import classifier_guided, dynamic_threshold, implicit_gradient, log_prob_gradient
+from ddpm_jax.diffusion.samplers import time_grid
 
 XT = jax.random.normal(jax.random.key(0), (4, 3, 3, 2))
 T = jnp.arange(4, dtype=jnp.int32)

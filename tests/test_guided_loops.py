@@ -22,7 +22,7 @@ from ddpm_jax import (
     sample,
     static_threshold,
 )
-from ddpm_jax.guidance import classifier_guided, log_prob_gradient
+from ddpm_jax.diffusion.guidance import classifier_guided, log_prob_gradient
 from ddpm_jax.interop.guided import PUBLISHED, load_guided
 from ddpm_jax.models.adm import Classifier, ClassUNet
 from ddpm_jax.models.unet import UNet

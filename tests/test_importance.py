@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import scipy
 
-from ddpm_jax.importance import (
+from ddpm_jax.diffusion.importance import (
     LossHistory,
     importance_timesteps,
     loss_history,

@@ -13,8 +13,8 @@ import scipy
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from ddpm_jax import classifier_free, example_keys, linear_betas, make_process, respace, sample, static_threshold
-from ddpm_jax.continuous import discretize, edm, karras_times, uniform_times, vp_linear
-from ddpm_jax.samplers import (
+from ddpm_jax.diffusion.continuous import discretize, edm, karras_times, uniform_times, vp_linear
+from ddpm_jax.diffusion.samplers import (
     analytic_step,
     ancestral_step,
     ddim_step,
@@ -28,7 +28,7 @@ from ddpm_jax.samplers import (
     sdedit,
     unipc_step,
 )
-from ddpm_jax.samplers.noise import _threefry_bits, per_example_normal
+from ddpm_jax.diffusion.samplers.noise import _threefry_bits, per_example_normal
 
 SHAPE = (4, 4, 3)
 SHORT = respace(make_process(linear_betas(1000)), "6")

@@ -15,7 +15,7 @@ from random_weights import random_weights
 
 from ddpm_jax import cosine_betas, make_process
 from ddpm_jax.data.glide_tokenizer import GlideTokenizer
-from ddpm_jax.guidance import classifier_guided, log_prob_gradient
+from ddpm_jax.diffusion.guidance import classifier_guided, log_prob_gradient
 from ddpm_jax.interop import noised_clip
 from ddpm_jax.interop.table import ConvertError
 from ddpm_jax.models.clip import normalize

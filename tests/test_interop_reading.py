@@ -337,7 +337,7 @@ def test_errors_without_words_are_named(tmp_path, monkeypatch):
     def full(path):
         raise MemoryError
 
-    monkeypatch.setattr("ddpm_jax.interop.tensor_file.read_torch", full)
+    monkeypatch.setattr("ddpm_jax.storage.tensor_file.read_torch", full)
     with pytest.raises(ReadError, match=r"zip\.pt cannot be read: MemoryError$"):
         read_tensors(FILES / "zip.pt")
 

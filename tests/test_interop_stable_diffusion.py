@@ -14,13 +14,13 @@ from safetensors.numpy import save_file
 
 from ddpm_jax import RecordedNoise, cosine_betas, example_keys, make_process, respace, sample
 from ddpm_jax.data.tokenizer import ClipTokenizer, CompactTokenizer
+from ddpm_jax.diffusion.samplers.loop import initial_noise
 from ddpm_jax.interop import ReadError, stable_diffusion
 from ddpm_jax.interop.table import ConvertError
 from ddpm_jax.models.autoencoder import Autoencoder
 from ddpm_jax.pipelines import stable_diffusion as pipelines
 from ddpm_jax.pipelines.request import NotFiniteError
 from ddpm_jax.pipelines.stable_diffusion import StableDiffusion
-from ddpm_jax.samplers.loop import initial_noise
 from ddpm_jax.types import Step
 
 PEER = np.load(Path(__file__).parent / "data" / "stable_diffusion.npz")

@@ -17,13 +17,19 @@ from ddpm_jax import (
     respace,
     sample,
 )
-from ddpm_jax.continuous import init_monotone
-from ddpm_jax.importance import importance_timesteps, loss_history
-from ddpm_jax.keys import key_vector, one_key, threefry
-from ddpm_jax.likelihood import dequantize, variational_bound
-from ddpm_jax.losses import log_normal_times, stratified_timesteps
-from ddpm_jax.samplers import analytic_moments, predictor_corrector_step, repaint_step, reverse_diffusion_step, sdedit
-from ddpm_jax.samplers.noise import per_example_normal, transition_keys
+from ddpm_jax.diffusion.continuous import init_monotone
+from ddpm_jax.diffusion.importance import importance_timesteps, loss_history
+from ddpm_jax.diffusion.keys import key_vector, one_key, threefry
+from ddpm_jax.diffusion.likelihood import dequantize, variational_bound
+from ddpm_jax.diffusion.losses import log_normal_times, stratified_timesteps
+from ddpm_jax.diffusion.samplers import (
+    analytic_moments,
+    predictor_corrector_step,
+    repaint_step,
+    reverse_diffusion_step,
+    sdedit,
+)
+from ddpm_jax.diffusion.samplers.noise import per_example_normal, transition_keys
 
 GENERATORS = ("threefry2x32", "rbg", "unsafe_rbg")
 SHORT = respace(make_process(linear_betas(1000)), "4")

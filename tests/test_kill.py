@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from tiny_run import STAGES, finish, start, train_flags
 
-from ddpm_jax.training.checkpoint import ARRAYS, Checkpoints
+from ddpm_jax.storage.checkpoint import ARRAYS, Checkpoints
 from ddpm_jax.training.metrics import read_metrics
 
 KILLS = int(os.environ.get("DDPM_JAX_KILLS", "1"))

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from scipy.special import log_ndtr
 
-from ddpm_jax import continuous, cosine_betas, example_keys, linear_betas, make_process, respace
-from ddpm_jax.likelihood import (
+from ddpm_jax import cosine_betas, example_keys, linear_betas, make_process, respace
+from ddpm_jax.diffusion import continuous
+from ddpm_jax.diffusion.likelihood import (
     bits_per_dimension,
     dequantize,
     ode_log_likelihood,

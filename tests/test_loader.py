@@ -3,9 +3,9 @@ import pickle
 import numpy as np
 import pytest
 
-from ddpm_jax.data.captions import VOCABULARY
 from ddpm_jax.data.loader import make_loader
-from ddpm_jax.data.shapes import ShapesSource
+from ddpm_jax.data.shapes.captions import VOCABULARY
+from ddpm_jax.data.shapes.scenes import ShapesSource
 from ddpm_jax.data.tokenizer import CompactTokenizer
 from ddpm_jax.data.transforms import AverageDown, Keep, RandomCrop, Tokenize
 

@@ -18,9 +18,9 @@ import pytest
 from PIL import Image
 from toy_training import BATCH, ToyLoader, ToyTask, run
 
+from ddpm_jax.data import image_grid as pictures
 from ddpm_jax.data.loader import make_loader
-from ddpm_jax.training import pictures
-from ddpm_jax.training.checkpoint import CheckpointError, Checkpoints, restore_params
+from ddpm_jax.storage.checkpoint import CheckpointError, Checkpoints, restore_params
 from ddpm_jax.training.loop import Interrupted, TrainingDiverged
 from ddpm_jax.training.metrics import MetricWriter, format_flops, read_metrics
 

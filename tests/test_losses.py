@@ -21,8 +21,8 @@ from ddpm_jax import (
     target,
     vlb_terms,
 )
-from ddpm_jax.losses import discretized_log_likelihood, p2, snr_power, stratified_timesteps
-from ddpm_jax.schedules import reciprocal_betas
+from ddpm_jax.diffusion.losses import discretized_log_likelihood, p2, snr_power, stratified_timesteps
+from ddpm_jax.diffusion.schedules import reciprocal_betas
 
 KEY = jax.random.key(0)
 BETAS = {"linear": linear_betas(1000), "cosine": cosine_betas(1000)}

@@ -12,8 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ddpm_jax import continuous, cosine_betas, example_keys, importance, likelihood, linear_betas, losses, make_process
-from ddpm_jax.guidance import (
+from ddpm_jax import cosine_betas, example_keys, linear_betas, make_process
+from ddpm_jax.diffusion import continuous, importance, likelihood, losses
+from ddpm_jax.diffusion.guidance import (
     classifier_free,
     classifier_guided,
     drop,
@@ -22,8 +23,8 @@ from ddpm_jax.guidance import (
     log_prob_gradient,
     static_threshold,
 )
-from ddpm_jax.process import predict, q_posterior, q_sample, respace, target
-from ddpm_jax.samplers import (
+from ddpm_jax.diffusion.process import predict, q_posterior, q_sample, respace, target
+from ddpm_jax.diffusion.samplers import (
     analytic_moments,
     analytic_step,
     ancestral_step,
@@ -42,7 +43,7 @@ from ddpm_jax.samplers import (
     sdedit,
     unipc_step,
 )
-from ddpm_jax.schedules import zero_terminal_snr
+from ddpm_jax.diffusion.schedules import zero_terminal_snr
 
 BETAS = {"cosine": cosine_betas(1000), "pure": zero_terminal_snr(linear_betas(1000))}
 VP, VE, EDM = continuous.vp_linear(t_min=1e-3), continuous.ve(0.02, 5.0), continuous.edm(0.05, 5.0)

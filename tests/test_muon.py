@@ -10,7 +10,7 @@ from random_networks import fast_jit, normal
 from ddpm_jax import build
 from ddpm_jax.models.unet import UNet
 from ddpm_jax.parallel.mesh import make_mesh, replicated
-from ddpm_jax.training.checkpoint import Checkpoints
+from ddpm_jax.storage.checkpoint import Checkpoints
 from ddpm_jax.training.muon import is_muon_weight, orthogonalize, scale_by_muon
 from ddpm_jax.training.optimizer import make_optimizer
 from ddpm_jax.training.state import TrainState

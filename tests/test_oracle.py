@@ -5,7 +5,18 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from ddpm_jax.data.shapes import BACKGROUNDS, COLOURS, PLACES, SHAPES, SIZES, SPLITS, Object, Scene, render, scene_from
+from ddpm_jax.data.shapes.scenes import (
+    BACKGROUNDS,
+    COLOURS,
+    PLACES,
+    SHAPES,
+    SIZES,
+    SPLITS,
+    Object,
+    Scene,
+    render,
+    scene_from,
+)
 from ddpm_jax.evaluation.faithfulness import ATTRIBUTES, judge, score, table, wilson_interval
 from ddpm_jax.evaluation.oracle import read
 

@@ -18,13 +18,13 @@ from safetensors.numpy import save_file as save_arrays
 
 import ddpm_jax
 from ddpm_jax import build, cli
+from ddpm_jax.diffusion.process import make_process
+from ddpm_jax.diffusion.schedules import cosine_betas
 from ddpm_jax.models.clip import CLIP, normalize
 from ddpm_jax.parallel.mesh import make_mesh
 from ddpm_jax.pipelines import LoadError, UnCLIP, load, save_file, stages, unclip
 from ddpm_jax.pipelines.request import NotFiniteError
 from ddpm_jax.pipelines.weights import RUN_FILE, read_run
-from ddpm_jax.process import make_process
-from ddpm_jax.schedules import cosine_betas
 from ddpm_jax.train import plain
 
 PROMPTS = [

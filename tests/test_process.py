@@ -23,7 +23,7 @@ from ddpm_jax import (
     static_threshold,
     target,
 )
-from ddpm_jax.schedules import reciprocal_betas, zero_terminal_snr
+from ddpm_jax.diffusion.schedules import reciprocal_betas, zero_terminal_snr
 
 BETAS = {"linear": linear_betas(1000), "cosine": cosine_betas(1000)}
 KINDS = ("eps", "x0", "v")

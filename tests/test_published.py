@@ -23,8 +23,8 @@ from ddpm_jax import (
     static_threshold,
     vlb_terms,
 )
-from ddpm_jax.likelihood import prior_kl
-from ddpm_jax.samplers import dpm_solver_step, plms_step, unipc_step
+from ddpm_jax.diffusion.likelihood import prior_kl
+from ddpm_jax.diffusion.samplers import dpm_solver_step, plms_step, unipc_step
 
 PUBLISHED = np.load(Path(__file__).parent / "data" / "published_diffusion.npz")
 BETAS = {"linear": linear_betas, "cosine": cosine_betas}

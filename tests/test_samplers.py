@@ -21,7 +21,7 @@ from ddpm_jax import (
     static_threshold,
     target,
 )
-from ddpm_jax.samplers import time_grid
+from ddpm_jax.diffusion.samplers import time_grid
 
 MEAN, STD = 0.3, 0.5
 STEPS = {"ancestral": ancestral_step(), "ddim": ddim_step(), "ddim_half": ddim_step(0.5), "ddim_one": ddim_step(1.0)}

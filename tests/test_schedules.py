@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from ddpm_jax.schedules import (
+from ddpm_jax.diffusion.schedules import (
     betas_from_alpha_bar,
     constant_betas,
     cosine_betas,

@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 
-from ddpm_jax.data.shapes import (
+from ddpm_jax.data.shapes.scenes import (
     BACKGROUNDS,
     COLOURS,
     HELD_OUT_PAIRS,
@@ -213,11 +213,11 @@ def digest(source):
 def test_another_process_makes_the_same_records_without_heavy_imports():
     code = (
         "import sys; import ddpm_jax; before = set(sys.modules)\n"
-        "import ddpm_jax.data.shapes, ddpm_jax.data.captions, ddpm_jax.data.tokenizer, ddpm_jax.data.transforms\n"
+        "import ddpm_jax.data.shapes.scenes, ddpm_jax.data.tokenizer, ddpm_jax.data.transforms\n"
         "heavy = {'grain', 'regex', 'ftfy', 'scipy.ndimage', 'PIL', 'tensorflow'} & (set(sys.modules) - before)\n"
         "assert not heavy, heavy\n"
         "import test_shapes\n"
-        "print(test_shapes.digest(ddpm_jax.data.shapes.ShapesSource(9, 32)))"
+        "print(test_shapes.digest(ddpm_jax.data.shapes.scenes.ShapesSource(9, 32)))"
     )
     paths = [str(pathlib.Path(__file__).parent), *filter(None, sys.path)]
     environment = os.environ | {"PYTHONHASHSEED": "7", "PYTHONPATH": os.pathsep.join(paths)}

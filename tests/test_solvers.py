@@ -18,7 +18,7 @@ from ddpm_jax import (
     respace,
     sample,
 )
-from ddpm_jax.samplers import (
+from ddpm_jax.diffusion.samplers import (
     analytic_step,
     dpm_solver_step,
     heun_step,
@@ -27,7 +27,7 @@ from ddpm_jax.samplers import (
     predictor_corrector_step,
     unipc_step,
 )
-from ddpm_jax.schedules import zero_terminal_snr
+from ddpm_jax.diffusion.schedules import zero_terminal_snr
 
 MEAN, STD = 0.3, 0.5
 ODE = {

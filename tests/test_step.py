@@ -7,7 +7,7 @@ import optax
 import pytest
 from toy_training import BATCH, TARGETS, ToyLoader, ToyTask
 
-from ddpm_jax.importance import importance_timesteps, loss_history, record_losses
+from ddpm_jax.diffusion.importance import importance_timesteps, loss_history, record_losses
 from ddpm_jax.parallel.mesh import data_sharding, make_mesh, replicated, shard_batch
 from ddpm_jax.training.state import abstract_state, count_parameters, create_state
 from ddpm_jax.training.step import ema_decay_at, make_train_step

@@ -19,8 +19,8 @@ from ddpm_jax import (
     sample,
     target,
 )
-from ddpm_jax.process import predict, q_sample
-from ddpm_jax.samplers import (
+from ddpm_jax.diffusion.process import predict, q_sample
+from ddpm_jax.diffusion.samplers import (
     analytic_moments,
     analytic_step,
     average_of,

@@ -10,7 +10,9 @@ import optax
 import pytest
 from random_networks import fast_jit, normal, random_params
 
-from ddpm_jax.losses import min_snr
+from ddpm_jax.diffusion.losses import min_snr
+from ddpm_jax.diffusion.process import make_process
+from ddpm_jax.diffusion.schedules import cosine_betas
 from ddpm_jax.models.clip import CLIP, VisionTransformer, normalize
 from ddpm_jax.models.decoder import Decoder
 from ddpm_jax.models.prior import DiffusionPrior
@@ -19,8 +21,6 @@ from ddpm_jax.models.unet import UNet
 from ddpm_jax.models.upsampler import Upsampler
 from ddpm_jax.parallel.mesh import make_mesh, replicated, shard_batch
 from ddpm_jax.pipelines.stages import Sampling
-from ddpm_jax.process import make_process
-from ddpm_jax.schedules import cosine_betas
 from ddpm_jax.training.state import create_state
 from ddpm_jax.training.step import make_train_step
 from ddpm_jax.training.tasks import ClipTask, DecoderTask, PriorTask, UpsamplerTask, gaussian_blur3

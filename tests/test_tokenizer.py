@@ -6,7 +6,7 @@ import warnings
 import numpy as np
 import pytest
 
-from ddpm_jax.data.captions import VOCABULARY
+from ddpm_jax.data.shapes.captions import VOCABULARY
 from ddpm_jax.data.tokenizer import ClipTokenizer, CompactTokenizer, tokenizer_from_config
 
 # Ids that OpenAI's and open_clip's own tokenizers gave (they agree on all of these).

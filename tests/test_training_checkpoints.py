@@ -31,9 +31,9 @@ from ddpm_jax.interop.guided import export_guided, load_guided
 from ddpm_jax.interop.latent_diffusion import AUTOENCODER, UNET, state_dict
 from ddpm_jax.interop.parts import select
 from ddpm_jax.interop.table import SAME, ConvertError, Entry, to_ours
-from ddpm_jax.interop.tensors import Tensors
-from ddpm_jax.interop.weight_files import only_weights, weights_of_part
 from ddpm_jax.models.unet import UNet
+from ddpm_jax.storage.tensors import Tensors
+from ddpm_jax.storage.weight_files import only_weights, weights_of_part
 
 ONE = np.arange(4, dtype=np.float32)
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from ddpm_jax.data.shapes import Scene, place_of, relation_of
+from ddpm_jax.data.shapes.scenes import Scene, place_of, relation_of
 from ddpm_jax.evaluation.oracle import Reading, ReadObject, read
 
 ATTRIBUTES: tuple[str, ...] = ("count", "shape", "colour", "size", "background", "position")

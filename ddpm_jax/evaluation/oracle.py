@@ -15,7 +15,7 @@ import itertools
 
 import numpy as np
 
-from ddpm_jax.data.shapes import BACKGROUNDS, COLOURS, SHAPES, SIZES, coverage
+from ddpm_jax.data.shapes.scenes import BACKGROUNDS, COLOURS, SHAPES, SIZES, coverage
 from ddpm_jax.extras import needs_extra
 
 with needs_extra("train"):

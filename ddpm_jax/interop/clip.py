@@ -29,10 +29,10 @@ from ddpm_jax.interop.table import (
     to_ours,
     to_peer,
 )
-from ddpm_jax.interop.tensors import renamed
 from ddpm_jax.models.clip import CLIP, VisionTransformer
 from ddpm_jax.models.text_encoder import TextEncoder
 from ddpm_jax.models.transformer import gelu, quick_gelu
+from ddpm_jax.storage.tensors import renamed
 
 Dialect = Literal["openai", "hf"]
 ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": gelu}

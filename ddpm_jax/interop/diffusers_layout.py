@@ -6,11 +6,11 @@ from typing import Any
 
 import numpy as np
 
-from ddpm_jax.interop.json_file import read_json
 from ddpm_jax.interop.table import Entry, conv, dense, norm
-from ddpm_jax.interop.tensor_file import ReadError, read_tensors
 from ddpm_jax.interop.unet import Block
-from ddpm_jax.interop.weight_files import weights_of_part
+from ddpm_jax.storage.json_file import read_json
+from ddpm_jax.storage.tensor_file import ReadError, read_tensors
+from ddpm_jax.storage.weight_files import weights_of_part
 
 
 def read_config(

@@ -23,15 +23,15 @@ from ddpm_jax.interop import (
 )
 from ddpm_jax.interop.config_fields import check_sizes, check_width, clip_towers, head_width, tower_sizes
 from ddpm_jax.interop.diffusers_layout import read_config, weights_file
-from ddpm_jax.interop.json_file import read_json
 from ddpm_jax.interop.parts import select
 from ddpm_jax.interop.table import ConvertError
-from ddpm_jax.interop.tensor_file import ReadError, read_tensors
-from ddpm_jax.interop.tensors import Tensors
-from ddpm_jax.interop.weight_files import only_weights
-from ddpm_jax.pipelines.converted import PEER, Converted, read_description, write_tensors
 from ddpm_jax.pipelines.karlo import Karlo
 from ddpm_jax.pipelines.stable_diffusion import StableDiffusion
+from ddpm_jax.storage.json_file import read_json
+from ddpm_jax.storage.model_directory import PEER, Converted, read_description, write_tensors
+from ddpm_jax.storage.tensor_file import ReadError, read_tensors
+from ddpm_jax.storage.tensors import Tensors
+from ddpm_jax.storage.weight_files import only_weights
 
 SMALL, WEIGHTS = (".json", ".txt", ".model"), (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".th", ".msgpack")
 GLIDE_MODELS = {"base": (glide.BASE, 64), "upsampler": (glide.UPSAMPLER, 256)}

@@ -45,7 +45,6 @@ from ddpm_jax.interop.table import (
     to_ours,
     to_peer,
 )
-from ddpm_jax.interop.tensor_file import ReadError
 from ddpm_jax.interop.unet import walk
 from ddpm_jax.models.decoder import Decoder
 from ddpm_jax.models.prior import DiffusionPrior
@@ -53,6 +52,7 @@ from ddpm_jax.models.transformer import gelu
 from ddpm_jax.models.unet import UNet
 from ddpm_jax.models.upsampler import Upsampler
 from ddpm_jax.pipelines.karlo import Karlo
+from ddpm_jax.storage.tensor_file import ReadError
 
 STATISTICS = ("clip_mean", "clip_std")
 

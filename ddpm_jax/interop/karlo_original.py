@@ -37,7 +37,6 @@ from ddpm_jax.interop.table import (
     to_ours,
     to_peer,
 )
-from ddpm_jax.interop.tensor_file import ReadError, read_tensors
 from ddpm_jax.models.clip import CLIP
 from ddpm_jax.models.decoder import Decoder
 from ddpm_jax.models.prior import DiffusionPrior
@@ -45,6 +44,7 @@ from ddpm_jax.models.transformer import gelu
 from ddpm_jax.models.unet import UNet, check_image_size
 from ddpm_jax.models.upsampler import Upsampler
 from ddpm_jax.pipelines.karlo import Karlo
+from ddpm_jax.storage.tensor_file import ReadError, read_tensors
 
 FILES = {
     "prior": "prior-ckpt*",

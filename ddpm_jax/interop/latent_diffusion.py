@@ -20,14 +20,14 @@ from ddpm_jax.interop.diffusers_layout import block_name
 from ddpm_jax.interop.guided import block_name as original_name
 from ddpm_jax.interop.parts import select
 from ddpm_jax.interop.table import ConvertError, to_ours, to_peer
-from ddpm_jax.interop.tensor_file import read_tensors
-from ddpm_jax.interop.tensors import Tensors, below, renamed
 from ddpm_jax.interop.unet import walk
 from ddpm_jax.models.autoencoder import Autoencoder
 from ddpm_jax.models.text_encoder import TextEncoder
 from ddpm_jax.models.transformer import gelu
 from ddpm_jax.models.unet import UNet
 from ddpm_jax.pipelines.stable_diffusion import StableDiffusion
+from ddpm_jax.storage.tensor_file import read_tensors
+from ddpm_jax.storage.tensors import Tensors, below, renamed
 
 UNET, AUTOENCODER, TEXT, OPEN_CLIP = (
     *("model.diffusion_model.", "first_stage_model."),

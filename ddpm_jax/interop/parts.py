@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from ddpm_jax.interop.table import ConvertError
-from ddpm_jax.interop.tensors import Tensors, below, unwrapped
+from ddpm_jax.storage.tensors import Tensors, below, unwrapped
 
 _WORDS = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")  # of model_ema, model-ema, modelEMA
 _AVERAGE = re.compile(

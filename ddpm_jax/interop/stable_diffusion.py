@@ -14,6 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from ddpm_jax.data.tokenizer import ClipTokenizer, Tokenizer
+from ddpm_jax.diffusion.process import GaussianProcess, make_process
+from ddpm_jax.diffusion.schedules import linear_betas, quadratic_betas, zero_terminal_snr
 from ddpm_jax.interop import config_fields
 from ddpm_jax.interop.clip import ACTIVATIONS, NAMES, Dialect, clip_table
 from ddpm_jax.interop.config_fields import (
@@ -26,7 +28,6 @@ from ddpm_jax.interop.config_fields import (
     tower_sizes,
 )
 from ddpm_jax.interop.diffusers_layout import block_name, outer, read_config, read_weights, res
-from ddpm_jax.interop.json_file import read_json
 from ddpm_jax.interop.table import (
     SAME,
     TURNED,
@@ -41,14 +42,13 @@ from ddpm_jax.interop.table import (
     to_ours,
     to_peer,
 )
-from ddpm_jax.interop.tensor_file import ReadError
 from ddpm_jax.interop.unet import walk
 from ddpm_jax.models.autoencoder import Autoencoder
 from ddpm_jax.models.text_encoder import TextEncoder
 from ddpm_jax.models.unet import UNet
 from ddpm_jax.pipelines.stable_diffusion import SPACINGS, StableDiffusion
-from ddpm_jax.process import GaussianProcess, make_process
-from ddpm_jax.schedules import linear_betas, quadratic_betas, zero_terminal_snr
+from ddpm_jax.storage.json_file import read_json
+from ddpm_jax.storage.tensor_file import ReadError
 
 POINTWISE = Layout(lambda x: x.reshape(x.shape[:2]).T, lambda x: (x.T[..., None, None],))
 # The names that the attention of an autoencoder had before diffusers 0.17.

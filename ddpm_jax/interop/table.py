@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import flax.traverse_util
 import numpy as np
 
-from ddpm_jax.interop.mapping import forget
-from ddpm_jax.interop.tensor_file import printable
+from ddpm_jax.storage.mapping import forget
+from ddpm_jax.storage.tensor_file import printable
 
 
 class ConvertError(ValueError):

@@ -17,7 +17,11 @@ import numpy as np
 
 from ddpm_jax.data.tokenizer import Tokenizer
 from ddpm_jax.data.transforms import clip_pixels
-from ddpm_jax.guidance import classifier_free
+from ddpm_jax.diffusion.guidance import classifier_free
+from ddpm_jax.diffusion.process import GaussianProcess, make_process
+from ddpm_jax.diffusion.samplers import ancestral_step, example_keys, sample
+from ddpm_jax.diffusion.samplers.noise import transition_keys
+from ddpm_jax.diffusion.schedules import cosine_betas
 from ddpm_jax.models.clip import CLIP
 from ddpm_jax.models.decoder import Decoder
 from ddpm_jax.models.prior import DiffusionPrior
@@ -34,10 +38,6 @@ from ddpm_jax.pipelines.request import (
     tokenize,
 )
 from ddpm_jax.pipelines.stages import Text, bounded, finite, to_uint8
-from ddpm_jax.process import GaussianProcess, make_process
-from ddpm_jax.samplers import ancestral_step, example_keys, sample
-from ddpm_jax.samplers.noise import transition_keys
-from ddpm_jax.schedules import cosine_betas
 
 STAGES = ("text encoder", "image encoder", "prior", "decoder", "upsampler")
 OPTIONS = ("prior_steps", "prior_scale", "decoder_steps", "decoder_scale", "upsampler_steps")

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from ddpm_jax.data.tokenizer import Tokenizer
-from ddpm_jax.process import GaussianProcess, respace
+from ddpm_jax.diffusion.process import GaussianProcess, respace
 
 Steps = int | str | Sequence[int]
 """A number of steps, a spec of `schedules.respaced_timesteps`, or the timesteps themselves, increasing."""

@@ -13,7 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from ddpm_jax.data.tokenizer import Tokenizer
-from ddpm_jax.guidance import classifier_free
+from ddpm_jax.diffusion.guidance import classifier_free
+from ddpm_jax.diffusion.process import GaussianProcess
+from ddpm_jax.diffusion.samplers import Point, ddim_step, example_keys, sample
+from ddpm_jax.diffusion.samplers.loop import check_start, initial_noise
 from ddpm_jax.models.autoencoder import Autoencoder
 from ddpm_jax.models.text_encoder import TextEncoder
 from ddpm_jax.models.unet import UNet
@@ -29,9 +32,6 @@ from ddpm_jax.pipelines.request import (
     tokenize,
 )
 from ddpm_jax.pipelines.stages import bounded, finite, to_uint8
-from ddpm_jax.process import GaussianProcess
-from ddpm_jax.samplers import Point, ddim_step, example_keys, sample
-from ddpm_jax.samplers.loop import check_start, initial_noise
 from ddpm_jax.types import PredictFn, Step
 
 SPACINGS = ("leading", "trailing", "linspace")

@@ -12,14 +12,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ddpm_jax.guidance import classifier_free
+from ddpm_jax.diffusion.guidance import classifier_free
+from ddpm_jax.diffusion.process import GaussianProcess, respace
+from ddpm_jax.diffusion.samplers import ancestral_step, ddim_step, sample
+from ddpm_jax.diffusion.samplers.noise import transition_keys
 from ddpm_jax.models.clip import CLIP, normalize
 from ddpm_jax.models.decoder import Decoder
 from ddpm_jax.models.prior import DiffusionPrior
 from ddpm_jax.models.upsampler import Upsampler
-from ddpm_jax.process import GaussianProcess, respace
-from ddpm_jax.samplers import ancestral_step, ddim_step, sample
-from ddpm_jax.samplers.noise import transition_keys
 from ddpm_jax.types import Denoiser, Kind, Step, Variance
 
 Params = Any

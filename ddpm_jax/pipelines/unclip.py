@@ -14,6 +14,9 @@ from jax.sharding import Mesh
 from ddpm_jax import build
 from ddpm_jax.data.tokenizer import Tokenizer, tokenizer_from_config
 from ddpm_jax.data.transforms import resize_center_crop
+from ddpm_jax.diffusion.process import GaussianProcess
+from ddpm_jax.diffusion.samplers import example_keys
+from ddpm_jax.diffusion.samplers.noise import transition_keys
 from ddpm_jax.models.clip import CLIP
 from ddpm_jax.models.decoder import Decoder
 from ddpm_jax.models.prior import DiffusionPrior
@@ -22,9 +25,6 @@ from ddpm_jax.parallel.mesh import DATA_AXIS, data_sharding, replicated
 from ddpm_jax.pipelines import stages
 from ddpm_jax.pipelines.request import as_float, as_int, as_prompts, as_seed, check_finite, tokenize
 from ddpm_jax.pipelines.stages import Sampling, Text, finite
-from ddpm_jax.process import GaussianProcess
-from ddpm_jax.samplers import example_keys
-from ddpm_jax.samplers.noise import transition_keys
 
 Embedding = Literal["prior", "text", "image", "none"]
 EMBEDDINGS = ("prior", "text", "image", "none")

@@ -19,10 +19,10 @@ import ddpm_jax
 from ddpm_jax import build
 from ddpm_jax.data.tokenizer import Tokenizer, tokenizer_from_config
 from ddpm_jax.extras import needs_extra
-from ddpm_jax.interop.json_file import parse_json, read_json
-from ddpm_jax.interop.tensor_file import ReadError, read_tensors
-from ddpm_jax.interop.tensors import Tensors
 from ddpm_jax.pipelines.unclip import UnCLIP
+from ddpm_jax.storage.json_file import parse_json, read_json
+from ddpm_jax.storage.tensor_file import ReadError, read_tensors
+from ddpm_jax.storage.tensors import Tensors
 from ddpm_jax.temporary import temporary_path
 
 FORMAT = "ddpm_jax unclip 1"
@@ -76,7 +76,7 @@ def read_tokenizer(path: str | os.PathLike | None = None) -> Tokenizer | None:
             return read_tokenizer(file)
     path = Path(path)
     if (path / "model.json").is_file():
-        from ddpm_jax.pipelines.converted import read_description
+        from ddpm_jax.storage.model_directory import read_description
 
         try:
             config = read_description(path).get("facts", {}).get("tokenizer")
@@ -98,7 +98,7 @@ def load_converted(path: str | os.PathLike) -> Any:
     """Load what `ddpm_jax.convert` wrote."""
     # Here and not above: it knows every network of every family.
     from ddpm_jax.interop.families import pipeline_of
-    from ddpm_jax.pipelines import converted
+    from ddpm_jax.storage import model_directory as converted
 
     try:
         return pipeline_of(converted.load(path))
@@ -130,7 +130,7 @@ def load_run(workdir: str | os.PathLike, *, ema: bool = True) -> UnCLIP:
     """Load the pipeline that a training run made; every stage must have a checkpoint."""
     run = read_run(workdir)
     # Here and not above: it loads Orbax, which a weights file does not need.
-    from ddpm_jax.training.checkpoint import CheckpointError, config_differences, restore_params
+    from ddpm_jax.storage.checkpoint import CheckpointError, config_differences, restore_params
     from ddpm_jax.training.embeddings import tree_fingerprint
 
     params = {}

@@ -20,12 +20,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from ddpm_jax.data import image_grid as pictures
 from ddpm_jax.extras import needs_extra
 from ddpm_jax.parallel.mesh import data_sharding, replicated, shard_batch
 from ddpm_jax.progress import progress_bar
 from ddpm_jax.stopping import StopRequest
-from ddpm_jax.training import pictures
-from ddpm_jax.training.checkpoint import NOT_COMPARED, CheckpointError, Checkpoints
+from ddpm_jax.storage.checkpoint import NOT_COMPARED, CheckpointError, Checkpoints
 from ddpm_jax.training.metrics import MetricWriter, format_flops, step_flops
 from ddpm_jax.training.state import TrainState, abstract_state, create_state
 from ddpm_jax.training.step import TrainStep, make_train_step

@@ -18,15 +18,15 @@ import numpy as np
 
 import ddpm_jax
 from ddpm_jax import build
-from ddpm_jax.data.contrast import Families
 from ddpm_jax.data.loader import make_loader
+from ddpm_jax.data.shapes.hard_negatives import Families
 from ddpm_jax.data.tokenizer import Tokenizer
 from ddpm_jax.data.transforms import AverageDown, Keep, RandomCrop, Tokenize
 from ddpm_jax.parallel.mesh import DATA_AXIS, data_sharding, make_local_mesh, make_mesh, replicated
 from ddpm_jax.pipelines import stages
 from ddpm_jax.pipelines.weights import CLIP_WEIGHTS, RUN_FILE, LoadError, read_run
+from ddpm_jax.storage.checkpoint import NOT_COMPARED, SUBDIRECTORY, config_differences, lock_workdir, restore_params
 from ddpm_jax.temporary import temporary_path
-from ddpm_jax.training.checkpoint import NOT_COMPARED, SUBDIRECTORY, config_differences, lock_workdir, restore_params
 from ddpm_jax.training.embeddings import EmbeddedSource, cached_embeddings, tree_fingerprint
 from ddpm_jax.training.loop import train
 from ddpm_jax.training.state import abstract_state

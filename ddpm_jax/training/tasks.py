@@ -14,9 +14,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ddpm_jax.guidance import drop
-from ddpm_jax.importance import LossHistory, Timesteps, importance_timesteps, loss_history, record_losses
-from ddpm_jax.losses import Objective, Weighting, contrastive_loss, denoising_loss, stratified_timesteps
+from ddpm_jax.diffusion.guidance import drop
+from ddpm_jax.diffusion.importance import LossHistory, Timesteps, importance_timesteps, loss_history, record_losses
+from ddpm_jax.diffusion.losses import Objective, Weighting, contrastive_loss, denoising_loss, stratified_timesteps
+from ddpm_jax.diffusion.process import GaussianProcess
+from ddpm_jax.diffusion.samplers import example_keys
 from ddpm_jax.models.clip import CLIP
 from ddpm_jax.models.decoder import Decoder
 from ddpm_jax.models.layers import downsample2
@@ -24,8 +26,6 @@ from ddpm_jax.models.prior import DiffusionPrior
 from ddpm_jax.models.upsampler import Upsampler
 from ddpm_jax.pipelines import stages
 from ddpm_jax.pipelines.stages import Sampling, Text
-from ddpm_jax.process import GaussianProcess
-from ddpm_jax.samplers import example_keys
 from ddpm_jax.types import Kind, Variance
 
 Batch = dict[str, Any]

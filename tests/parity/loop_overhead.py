@@ -18,9 +18,9 @@ from diffusers import DDPMScheduler
 from guided_diffusion import gaussian_diffusion as published
 from guided_diffusion.respace import SpacedDiffusion
 
-from ddpm_jax.process import make_process
-from ddpm_jax.samplers import example_keys, sample
-from ddpm_jax.schedules import linear_betas
+from ddpm_jax.diffusion.process import make_process
+from ddpm_jax.diffusion.samplers import example_keys, sample
+from ddpm_jax.diffusion.schedules import linear_betas
 
 STEPS, REPEATS = 1000, 5
 SIZES = {"batch 1 of 16 x 16": (1, 16), "batch 16 of 32 x 32": (16, 32)}

@@ -1,0 +1,1 @@
+"""Processes, losses, guidance, samplers and likelihoods: pure functions of arrays and callables."""

@@ -1,0 +1,1 @@
+"""Files: model directories, training checkpoints, tensor files, and pickles that are read without running them."""
