@@ -1,0 +1,332 @@
+"""How a network is sampled, as plain data: the sampler, its steps, guidance and thresholds."""
+
+import dataclasses
+import math
+import numbers
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ddpm_jax.diffusion.diffusion import Diffusion
+from ddpm_jax.diffusion.guidance import classifier_free, classifier_guided, log_prob_gradient
+from ddpm_jax.diffusion.process import GaussianProcess, respace
+from ddpm_jax.diffusion.samplers import (
+    RecordedNoise,
+    analytic_step,
+    ancestral_step,
+    ddim_step,
+    dpm_solver_step,
+    heun_step,
+    plms_step,
+    predictor_corrector_step,
+    reverse_diffusion_step,
+    sample,
+    unipc_step,
+)
+from ddpm_jax.types import Denoiser, Step
+
+# The options that each sampler has besides steps, guidance and thresholds.
+SAMPLERS: dict[str, tuple[str, ...]] = {
+    "ancestral": (),
+    "analytic": (),
+    "ddim": ("eta",),
+    "dpm_solver": ("order", "sde"),
+    "heun": ("churn",),
+    "plms": (),
+    "predictor_corrector": ("corrector_steps", "snr"),
+    "reverse_diffusion": (),
+    "unipc": ("order",),
+}
+_RANGES: dict[str, tuple[float, float]] = {
+    "eta": (0.0, 1.0),
+    "churn": (0.0, 1e6),
+    "snr": (0.0, 1.0),
+    "scale": (-1e6, 1e6),
+    "rescale": (0.0, 1.0),
+    "classifier_scale": (-1e6, 1e6),
+    "threshold": (0.0, 1e6),
+    "quantile": (0.0, 1.0),
+}
+_POSITIVE = ("threshold", "quantile")
+_COUNTS = {"order": (1, 3), "corrector_steps": (0, 100)}
+# A number at which an option does nothing. There it is left out of the compiled program, which has one form without
+# the option and one with it, for every number.
+_NEUTRAL = {"eta": 0.0, "churn": 0.0, "scale": 1.0, "rescale": 0.0, "classifier_scale": 0.0}
+
+
+def _static(default: Any) -> Any:
+    return flax.struct.field(pytree_node=False, default=default)
+
+
+@flax.struct.dataclass
+class Sampling:
+    """A sampler with its options. A tree whose leaves are the numbers, so that jitted functions take it as an argument.
+
+    An option that is None is not used: no guidance, no threshold, the sampler's default.
+
+    Attributes:
+        sampler: "ancestral", "analytic" (needs the model's second moments), "ddim", "dpm_solver", "heun", "plms",
+            "predictor_corrector", "reverse_diffusion" or "unipc"; see `diffusion.samplers`.
+        steps: a number of steps, a spec such as "ddim25" or "10,10,3,2,2", or increasing timesteps; see
+            `schedules.respaced_timesteps`.
+        order: 1, 2 or 3, of "dpm_solver" and "unipc"; 2 by default.
+        sde: True adds noise in "dpm_solver" (SDE-DPM-Solver++).
+        corrector_steps: of "predictor_corrector"; 1 by default.
+        eta: noise of "ddim", in [0, 1]; None and 0 are deterministic, 1 is the distribution of ancestral sampling.
+        churn: gamma of "heun" (EDM, algorithm 2), >= 0.
+        snr: of the corrector of "predictor_corrector", in (0, 1); 0.16 by default.
+        scale: of classifier-free guidance, null + scale (cond - null); None and 1 do not guide.
+        rescale: phi in [0, 1] of Lin et al. 2024, section 3.4.
+        classifier_scale: of classifier guidance (Dhariwal and Nichol 2021, algorithms 1 and 2).
+        threshold: estimates of x0 are clipped to [-threshold, threshold], 1 for images.
+        quantile: in (0, 1], dynamic thresholding (Imagen, section 2.3): estimates are clipped to that quantile of |x0|
+            of the example, where it is above `threshold` (1 by default), and divided by it.
+    """
+
+    sampler: str = _static("ancestral")
+    steps: int | str | tuple[int, ...] = _static(250)
+    order: int | None = _static(None)
+    sde: bool = _static(False)
+    corrector_steps: int | None = _static(None)
+    eta: float | None = None
+    churn: float | None = None
+    snr: float | None = None
+    scale: float | None = None
+    rescale: float | None = None
+    classifier_scale: float | None = None
+    threshold: float | None = None
+    quantile: float | None = None
+
+    def checked(self, prefix: str = "") -> "Sampling":
+        """Return the same in one form: Python numbers, and None for an option that does nothing.
+
+        Args:
+            prefix: put before the names of options in messages, such as "decoder_".
+
+        Raises:
+            ValueError: if an option is unknown to the sampler, of another type or out of its range.
+        """
+        if self.sampler not in SAMPLERS:
+            raise ValueError(f"{prefix}sampler={self.sampler!r} must be one of {', '.join(map(repr, SAMPLERS))}")
+        own = {name for names in SAMPLERS.values() for name in names} - set(SAMPLERS[self.sampler])
+        found: dict[str, Any] = {"steps": as_steps(f"{prefix}steps", self.steps)}
+        for field in dataclasses.fields(self):
+            name, value = field.name, getattr(self, field.name)
+            if name in ("sampler", "steps") or value is None or value is False:
+                continue
+            value = _checked_option(prefix + name, name, value)
+            neutral = not _is_traced(value) and value == _NEUTRAL.get(name)
+            if name in own and not neutral:
+                takes = ", ".join(SAMPLERS[self.sampler]) or "no option of its own"
+                raise ValueError(f"{prefix}{name}={value} is no option of sampler={self.sampler!r}, which has {takes}")
+            found[name] = None if neutral else value
+        return self.replace(**found)
+
+    def with_options(self, prefix: str = "", **options: Any) -> "Sampling":
+        """Return a copy in which the options that are not None take the place of the fields, `checked`.
+
+        With another sampler, options of the old one that it does not have are dropped.
+        """
+        options = {name: value for name, value in options.items() if value is not None}
+        if options.get("sampler", self.sampler) != self.sampler:
+            has = SAMPLERS.get(options["sampler"], ())
+            dropped = {name for name in SAMPLERS[self.sampler] if name not in has}
+            self = self.replace(**{name: False if name == "sde" else None for name in dropped})
+        return self.replace(**options).checked(prefix)
+
+    def describe(self) -> dict[str, Any]:
+        """Return the fields that are used, as plain data; `Sampling(**description)` gives them back."""
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {name: value for name, value in fields.items() if value is not None and value is not False}
+
+    def process(self, diffusion: Diffusion) -> GaussianProcess:
+        """Return the respaced process that is sampled.
+
+        Raises:
+            ValueError: if the process has no such steps.
+        """
+        with jax.ensure_compile_time_eval():
+            return respace(diffusion.process, as_steps("steps", self.steps))
+
+    def step(self, guide: Any = None, moments: jax.Array | None = None) -> Step:
+        """Return the sampler's step.
+
+        Args:
+            guide: for "ancestral", see `ancestral_step`.
+            moments: float32[T] at the steps of the respaced process, for "analytic", see `analytic_moments`.
+        """
+        order = 2 if self.order is None else self.order
+        if self.sampler == "analytic":
+            if moments is None:
+                raise ValueError("sampler='analytic' needs second moments of the model, which it has not; see docs")
+            return analytic_step(moments)
+        if self.sampler == "predictor_corrector":
+            return predictor_corrector_step(
+                corrector_steps=1 if self.corrector_steps is None else self.corrector_steps,
+                snr=0.16 if self.snr is None else self.snr,
+            )
+        makers: dict[str, Callable[[], Step]] = {
+            "ancestral": lambda: ancestral_step(guide),
+            "ddim": lambda: ddim_step(0.0 if self.eta is None else self.eta),
+            "dpm_solver": lambda: dpm_solver_step(order, sde=self.sde),
+            "heun": lambda: heun_step(0.0 if self.churn is None else self.churn),
+            "plms": plms_step,
+            "reverse_diffusion": reverse_diffusion_step,
+            "unipc": lambda: unipc_step(order),
+        }
+        return makers[self.sampler]()
+
+    def x0_transform(self) -> Callable[[jax.Array], jax.Array] | None:
+        """Return the threshold as `sample` takes it; what is infinite becomes NaN, since it would pass when clipped."""
+        if self.threshold is None and self.quantile is None:
+            return None
+        bound = 1.0 if self.threshold is None else self.threshold
+
+        def transform(x0: jax.Array) -> jax.Array:
+            if self.quantile is None:
+                return bounded(x0, bound)
+            size = jnp.quantile(jnp.abs(x0).reshape(x0.shape[0], -1), self.quantile, axis=1)
+            size = jnp.maximum(size, bound).reshape((-1,) + (1,) * (x0.ndim - 1))
+            return jnp.where(jnp.isfinite(x0), jnp.clip(x0, -size, size) * (bound / size), jnp.nan)
+
+        return transform
+
+
+def bounded(values: jax.Array, bound: float | jax.Array = 1.0) -> jax.Array:
+    """Clip to [-bound, bound], and map infinity to NaN: clipped, it would pass for an ordinary value."""
+    return jnp.where(jnp.isfinite(values), jnp.clip(values, -bound, bound), jnp.nan)
+
+
+def sample_with(
+    sampling: Sampling,
+    diffusion: Diffusion,
+    denoise: Denoiser,
+    keys: jax.Array | RecordedNoise,
+    shape: tuple[int, ...],
+    *,
+    null: Denoiser | None = None,
+    log_prob: Callable[[jax.Array, jax.Array], jax.Array] | None = None,
+    moments: jax.Array | None = None,
+    **options: Any,
+) -> Any:
+    """Sample a network as `sampling` says: respace, guide, threshold, and run `samplers.sample`.
+
+    Args:
+        sampling: how; numbers may be traced.
+        diffusion: what the network predicts, and of which process.
+        denoise: the network with its condition.
+        keys: one for every example.
+        shape: of one example.
+        null: the network with its null condition, for `scale`.
+        log_prob: (xt, t) -> float[B], the log-probability of the class that is wanted, for `classifier_scale`.
+        moments: float32[T] of the whole process, for "analytic".
+        **options: of `samplers.sample`: x_init, trajectory, progress, progress_every.
+
+    Returns:
+        As `samplers.sample`.
+
+    Raises:
+        ValueError: if an option lacks what it needs, and as `samplers.sample`.
+    """
+    process, guide = sampling.process(diffusion), None
+    if sampling.scale is not None:
+        if null is None:
+            raise ValueError(f"scale={sampling.scale} needs a network with a null condition, and this one has none")
+        rescale = 0.0 if sampling.rescale is None else sampling.rescale
+        denoise = classifier_free(denoise, null, sampling.scale, rescale=rescale)
+    if sampling.classifier_scale is not None:
+        if log_prob is None:
+            raise ValueError(f"classifier_scale={sampling.classifier_scale} needs a classifier, and there is none")
+        if sampling.sampler == "ancestral":
+            guide = lambda xt, t: sampling.classifier_scale * log_prob_gradient(log_prob, xt, t)
+        else:
+            kind = diffusion.prediction
+            denoise = classifier_guided(process, denoise, log_prob, sampling.classifier_scale, kind=kind)
+    short_moments = None if moments is None else moments[process.timestep_map]
+    return sample(
+        process,
+        denoise,
+        keys,
+        shape,
+        step=sampling.step(guide, short_moments),
+        kind=diffusion.prediction,
+        variance=diffusion.variance,
+        x0_transform=sampling.x0_transform(),
+        **options,
+    )
+
+
+def as_steps(name: str, value: Any) -> int | str | tuple[int, ...]:
+    """Return `steps` in the form that means the same and can be hashed: "25" and np.int64(25) become 25.
+
+    Raises:
+        ValueError: if value is neither a positive integer, a string nor a sequence of integers.
+    """
+    value, given = _plain(value), value
+    if isinstance(value, str):
+        text = re.sub(r"\s*,\s*", ",", value.strip())
+        value = int(text) if text.isdecimal() else text
+    if isinstance(value, numbers.Integral) and not isinstance(value, bool):
+        if value < 1:
+            raise ValueError(f"{name}={given!r} must be at least 1")
+        return int(value)
+    if isinstance(value, str) and value:
+        return value
+    if isinstance(value, Sequence | np.ndarray) and not isinstance(value, (bytes, str)):
+        found = [_plain(step) for step in value]
+        if found and all(isinstance(step, numbers.Integral) and not isinstance(step, bool) for step in found):
+            return tuple(map(int, found))
+    raise ValueError(
+        f'{name}={given!r} must be a number of steps, a string like "25" or "ddim25", or increasing timesteps'
+    )
+
+
+def _is_traced(value: Any) -> bool:
+    return isinstance(value, jax.core.Tracer)
+
+
+def _plain(value: Any) -> Any:
+    """Return the Python number or string of a scalar, and anything else as it is."""
+    if _is_traced(value):
+        return value
+    return value.item() if getattr(value, "ndim", None) == 0 and hasattr(value, "item") else value
+
+
+def _checked_option(shown: str, name: str, value: Any) -> Any:
+    """Return a Python number, or a traced one as it is."""
+    if name == "sde":
+        if not isinstance(value, bool):
+            raise ValueError(f"{shown}={value!r} must be True or False")
+        return value
+    value, given = _plain(value), value
+    if name in _COUNTS:
+        least, most = _COUNTS[name]
+        if isinstance(value, bool) or not isinstance(value, numbers.Integral) or not least <= value <= most:
+            raise ValueError(f"{shown}={given!r} must be an integer in [{least}, {most}]")
+        return int(value)
+    if _is_traced(value):
+        return value
+    least, most = _RANGES[name]
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value):
+        raise ValueError(f"{shown}={given!r} must be a finite number")
+    if not least <= value <= most or (name in _POSITIVE and value == 0):
+        raise ValueError(f"{shown}={value} must be in {'(' if name in _POSITIVE else '['}{least:g}, {most:g}]")
+    return float(value)
+
+
+def sampling_from(fields: Mapping[str, Any], *, name: str = "sampling") -> Sampling:
+    """Return the `Sampling` of plain data, such as a part of a config or of a file.
+
+    Raises:
+        ValueError: if a field is unknown or out of its range; the message begins with `name`.
+    """
+    known = [field.name for field in dataclasses.fields(Sampling)]
+    unknown = [field for field in fields if field not in known]
+    if unknown:
+        raise ValueError(f"{name} has no option {unknown[0]!r}; there are {', '.join(known)}")
+    return Sampling(**fields).checked(f"{name}.")
