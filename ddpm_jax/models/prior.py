@@ -41,6 +41,8 @@ class DiffusionPrior(nn.Module):
         text: jax.Array,
         text_mask: jax.Array,
         keep_text: jax.Array | None = None,
+        *,
+        train: bool = False,
     ) -> jax.Array:
         """Predict the clean embedding.
 
@@ -48,6 +50,7 @@ class DiffusionPrior(nn.Module):
         text: [B, L, W] or int32[B, L]; text_mask: bool[B, L], True at real tokens; keep_text: bool[B] or None.
         Returns float32[B, D].
         """
+        del train  # it has no dropout
         b, d = zt.shape
         keep = jnp.ones(b, bool) if keep_text is None else keep_text
         dense = lambda name: nn.Dense(self.width, dtype=self.dtype, name=name)  # noqa: E731

@@ -4,20 +4,56 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from ddpm_jax.models.layers import TimeEmbedding
 from ddpm_jax.models.unet import UNet
 
 
 class Upsampler(nn.Module):
-    """U-Net that sees the low-resolution picture, resized bicubically, beside the noised one.
+    """U-Net whose input is the noised image and the low-resolution image, resized bicubically.
 
-    Convolutions only, so it may be trained on crops and run on whole pictures.
+    Convolutions only, if the U-Net has no attention, so it may be trained on crops and run on whole images.
+
+    Attributes:
+        unet: the U-Net.
+        noise_level_input: True embeds the level of the noise that was added to the low-resolution image, like a
+            timestep, and adds it to the time embedding (conditioning augmentation: Ho et al. 2022, cascaded diffusion,
+            section 4.2; Imagen, section 2.4).
     """
 
     unet: UNet
+    noise_level_input: bool = False
 
     @nn.compact
-    def __call__(self, xt: jax.Array, t: jax.Array, low_res: jax.Array, *, train: bool = False) -> jax.Array:
-        """Predict the process' output. xt: float32[B, H, W, 3]; t: [B]; low_res: float32[B, h, w, 3] in [-1, 1]."""
+    def __call__(
+        self,
+        xt: jax.Array,
+        t: jax.Array,
+        low_res: jax.Array,
+        noise_level: jax.Array | None = None,
+        *,
+        train: bool = False,
+    ) -> jax.Array:
+        """Predict the process' output.
+
+        Args:
+            xt: float32[B, H, W, 3].
+            t: [B].
+            low_res: float32[B, h, w, 3] in [-1, 1].
+            noise_level: float32[B] in [0, 1], if and only if the network has noise_level_input.
+            train: True turns dropout on.
+
+        Raises:
+            ValueError: if noise_level is missing or not an input of this network.
+        """
+        if (noise_level is not None) != self.noise_level_input:
+            raise ValueError(
+                f"noise_level is an input if, and only if, noise_level_input={self.noise_level_input} is True"
+            )
         b, height, width, _ = xt.shape
         low = jax.image.resize(low_res, (b, height, width, low_res.shape[-1]), "cubic")
-        return self.unet(jnp.concatenate([xt, low.astype(xt.dtype)], axis=-1), t, train=train)
+        emb = None
+        if noise_level is not None:
+            channels = self.unet.channels
+            # Levels are in [0, 1], timesteps in [0, 1000).
+            emb = TimeEmbedding(channels, 4 * channels, self.unet.dtype, name="noise_level")(1000.0 * noise_level)
+        return self.unet(jnp.concatenate([xt, low.astype(xt.dtype)], axis=-1), t, emb, train=train)

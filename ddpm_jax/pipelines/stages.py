@@ -10,7 +10,6 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from ddpm_jax.diffusion.guidance import classifier_free
 from ddpm_jax.diffusion.process import GaussianProcess, respace
@@ -20,9 +19,10 @@ from ddpm_jax.models.clip import CLIP, normalize
 from ddpm_jax.models.decoder import Decoder
 from ddpm_jax.models.prior import DiffusionPrior
 from ddpm_jax.models.upsampler import Upsampler
-from ddpm_jax.types import Denoiser, Kind, Step, Variance
+from ddpm_jax.types import Denoiser, Kind, Step, Variance, to_float, to_uint8
 
 Params = Any
+__all__ = ["to_float", "to_uint8"]
 
 
 class Text(flax.struct.PyTreeNode):
@@ -54,25 +54,6 @@ class Sampling:
     def step(self) -> Step:
         """Return the sampler's step."""
         return ancestral_step() if self.eta is None else ddim_step(eta=self.eta)
-
-
-def to_float(images: jax.Array) -> jax.Array:
-    """Map uint8 pictures to float32 in [-1, 1]."""
-    return images.astype(jnp.float32) / 127.5 - 1.0
-
-
-def to_uint8(images: jax.Array) -> jax.Array:
-    """Map images in [-1, 1] to uint8, rounding to the nearest level.
-
-    images: float32[B, H, W, C], or any shape whose first axis counts the images. NaN becomes 0 under `jax.jit`.
-
-    Raises:
-        ValueError: if concrete images have values that are not finite; the message names the images.
-    """
-    if not isinstance(images, jax.core.Tracer) and not np.isfinite(images).all():
-        bad = np.flatnonzero(~np.isfinite(images).reshape(len(images), -1).all(1))
-        raise ValueError(f"images {', '.join(map(str, bad))} have values that are not finite (NaN or infinity)")
-    return jnp.clip(jnp.round((images + 1.0) * 127.5), 0, 255).astype(jnp.uint8)
 
 
 def finite(values: jax.Array) -> jax.Array:
