@@ -1,4 +1,4 @@
-"""The conventions every room of the house shares, and the callables the code speaks.
+"""The conventions that all modules share, and the types of the callables between them.
 
 Arrays
     Images are uint8 up to the batch and float32 ``[B, H, W, C]`` in [-1, 1] inside losses, samplers and networks.
@@ -15,6 +15,7 @@ from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, Protocol, SupportsIndex
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 Kind = Literal["eps", "x0", "v", "score", "mean"]
@@ -59,38 +60,63 @@ class Source(Protocol):
 
     def __getitem__(self, index: SupportsIndex) -> dict[str, Any]: ...
 
+    def fingerprint(self) -> str:
+        """Return a text that differs if the records differ, the same in every process; optional."""
+        ...
+
 
 class Task(Protocol):
     """All that distinguishes one training stage from another."""
 
-    name: str
-    frozen: Any
-    """Parameters of frozen networks, a pytree of arrays, or None: an argument of ``prepare``, since what is closed over
-    becomes a constant of the compiled program."""
-
-    def init(self, key: jax.Array) -> Any:
-        """Return the parameters to train, a pytree of float32 arrays."""
+    def init(self, key: jax.Array, batch: dict[str, Any]) -> Any:
+        """Return the parameters to train, a pytree of float32 arrays, for prepared batches of this form."""
         ...
 
     def prepare(self, frozen: Any, batch: dict[str, Any]) -> dict[str, Any]:
-        """Return the batch with what frozen networks compute from it; no gradient flows through here."""
-        ...
+        """Return the batch with what frozen networks compute from it; no gradient flows through here.
 
-    def loss(
-        self, params: Any, batch: dict[str, Any], key: jax.Array, memory: Any = None
-    ) -> tuple[jax.Array, dict[str, Any]]:
-        """Return the loss of every example, float32[B], and metrics, each a scalar or [B].
-
-        A task may have an attribute ``memory``: arrays that it keeps from step to step besides the parameters, as they
-        are at step 0. It is then given them, and returns under "kept" what ``remember`` needs: arrays [B], which are
-        not averaged.
+        ``frozen``: role -> model, of what the stage needs. The parameters in it are arguments of the compiled program,
+        since what is closed over becomes a constant of it.
         """
         ...
 
-    def remember(self, memory: Any, kept: Any) -> Any:
-        """Return the memory after a step; only a task with a memory needs it."""
+    def loss(
+        self, params: Any, batch: dict[str, Any], key: jax.Array, extra_state: Any = None
+    ) -> tuple[jax.Array, dict[str, Any]]:
+        """Return the loss of every example, float32[B], and metrics, each a scalar or [B].
+
+        A task may have an attribute ``extra_state``: arrays that change from step to step besides the parameters, as
+        they are at step 0. It is then given them, and returns under "aux" what ``update_extra_state`` needs: arrays
+        [B], which are not averaged.
+        """
         ...
 
-    def preview(self, params: Any, key: jax.Array) -> np.ndarray | None:
-        """Return images to look at while it trains, uint8[N, H, W, 3], or None; raise FloatingPointError for NaN."""
+    def update_extra_state(self, extra_state: Any, aux: Any) -> Any:
+        """Return the extra state after a step; only a task that has one needs it."""
         ...
+
+    def preview(self, params: Any, batch: dict[str, Any], key: jax.Array) -> np.ndarray | None:
+        """Return images to look at while it trains, uint8[N, H, W, 3], or None; raise FloatingPointError for NaN.
+
+        ``batch``: a prepared batch, the same at every preview, and ``key`` too.
+        """
+        ...
+
+
+def to_float(images: jax.Array) -> jax.Array:
+    """Map uint8 images to float32 in [-1, 1]."""
+    return images.astype(jnp.float32) / 127.5 - 1.0
+
+
+def to_uint8(images: jax.Array) -> jax.Array:
+    """Map images in [-1, 1] to uint8, rounding to the nearest level.
+
+    images: float32[B, H, W, C], or any shape whose first axis counts the images. NaN becomes 0 under `jax.jit`.
+
+    Raises:
+        ValueError: if concrete images have values that are not finite; the message names the images.
+    """
+    if not isinstance(images, jax.core.Tracer) and not np.isfinite(images).all():
+        bad = np.flatnonzero(~np.isfinite(images).reshape(len(images), -1).all(1))
+        raise ValueError(f"images {', '.join(map(str, bad))} have values that are not finite (NaN or infinity)")
+    return jnp.clip(jnp.round((images + 1.0) * 127.5), 0, 255).astype(jnp.uint8)
