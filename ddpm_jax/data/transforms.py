@@ -6,8 +6,9 @@ place. Instances can be pickled, so that worker processes can run them.
 """
 
 import dataclasses
+import operator
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from ddpm_jax.extras import needs_extra
 
 CLIP_MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
 CLIP_STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
+WHITE = (255, 255, 255)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,12 +86,40 @@ def as_images(images: Any) -> list[np.ndarray]:
     found = []
     for number, image in enumerate(images):
         try:
-            found.append(_without_alpha(_as_uint8(_as_array(image))))
+            found.append(as_image(image))
         except ValueError as error:
             raise ValueError(f"images[{number}] {error}") from None
     if not found:
         raise ValueError("images must hold at least one image")
     return found
+
+
+def as_image(image: Any, *, background: Sequence[int] = WHITE) -> np.ndarray:
+    """Convert one image to 8-bit RGB.
+
+    Args:
+        image: a PIL image or an array, as `as_images` takes each.
+        background: red, green and blue in [0, 255], on which transparent parts are composited.
+
+    Returns:
+        uint8[H, W, 3].
+
+    Raises:
+        ValueError: if it is not of these forms, leaves its range, or is not finite. The message begins with a verb,
+            for the caller to name the image before it.
+    """
+    return _without_alpha(_as_uint8(_as_array(image)), check_colour("background", background))
+
+
+def check_colour(name: str, colour: Sequence[int]) -> tuple[int, int, int]:
+    """Return red, green and blue as a tuple; raise ValueError unless they are three integers in [0, 255]."""
+    try:
+        values = tuple(operator.index(value) for value in colour)
+    except TypeError:
+        values = ()
+    if len(values) != 3 or not all(0 <= value <= 255 for value in values):
+        raise ValueError(f"{name} must be three integers in [0, 255] (red, green, blue), got {colour!r}")
+    return values
 
 
 def resize_center_crop(images: Any, size: int) -> np.ndarray:
@@ -173,7 +203,11 @@ def _pil_array(image: Any) -> np.ndarray:
             values = np.asarray(image)
             if values.min() < 0 or values.max() > 65535:
                 raise ValueError(f"the values of mode I must be in [0, 65535], got {values.min()} to {values.max()}")
-            return values.astype(np.uint16)
+            transparent = image.info.get("transparency")  # one level of grey
+            values = values.astype(np.uint16)
+            if not isinstance(transparent, int):
+                return values
+            return np.stack([values, np.where(values == transparent, 0, 65535).astype(np.uint16)], -1)
         return np.asarray(image.convert("RGBA" if image.has_transparency_data else "RGB"))
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"cannot be read: {error}") from None
@@ -217,13 +251,14 @@ def _float_as_uint8(array: np.ndarray) -> np.ndarray:
     return np.rint(np.clip(array.astype(np.float64), 0, 1) * 255).astype(np.uint8)
 
 
-def _without_alpha(image: np.ndarray) -> np.ndarray:
-    """Return uint8[H, W, 3] of uint8[H, W] or [H, W, C], transparent parts composited on white."""
+def _without_alpha(image: np.ndarray, background: tuple[int, int, int]) -> np.ndarray:
+    """Return uint8[H, W, 3] of uint8[H, W] or [H, W, C], transparent parts composited on the background."""
     image = image if image.ndim == 3 else image[:, :, None]
     channels = image.shape[-1]
     if channels in (2, 4):
         colour, alpha = image[:, :, :-1].astype(np.int32), image[:, :, -1:].astype(np.int32)
-        image = ((colour * alpha + 255 * (255 - alpha) + 127) // 255).astype(np.uint8)
+        below = np.array(background, np.int32)
+        image = ((colour * alpha + below * (255 - alpha) + 127) // 255).astype(np.uint8)
     return np.ascontiguousarray(np.broadcast_to(image, (*image.shape[:2], 3)))
 
 
