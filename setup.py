@@ -10,10 +10,12 @@ VERSION = re.search(r'^__version__ = "(.+)"$', (HERE / "ddpm_jax" / "__init__.py
 
 TRAIN = [
     "absl-py>=2.1",
+    "array_record>=0.7",
     "clu>=0.0.12",
     "ftfy>=6.1",
     "grain>=0.2.12",
     "ml_collections>=1.0",
+    "msgpack>=1.0",
     "optax>=0.2.4",
     "orbax-checkpoint>=0.11.20",
     "pillow>=10.1",
