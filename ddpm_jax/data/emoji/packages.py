@@ -41,9 +41,9 @@ class Package:
         return f"{self.name.removeprefix('@').replace('/', '-')}-{self.version}.tgz"
 
     @property
-    def command(self) -> str:
-        """The command that fetches the tar file into the working directory."""
-        return f"npm pack {self.name}@{self.version}"
+    def is_svg(self) -> bool:
+        """Whether its images are SVG files, which have to be rendered."""
+        return self.images.endswith("svg")
 
 
 STYLES = {
@@ -92,17 +92,30 @@ class EmojiError(ValueError):
     """A package that is missing or broken; the message is one sentence."""
 
 
+def broken(directory: str | os.PathLike, package: Package, reason: str) -> EmojiError:
+    """Return the error for a package that cannot be read."""
+    return EmojiError(
+        f"{Path(directory) / package.file} is broken ({reason}); fetch it again by: {_command([package])}"
+    )
+
+
 def check_packages(directory: str | os.PathLike, styles: tuple[str, ...]) -> None:
     """Raise EmojiError, with the commands that fetch them, if the packages of the styles are not in a directory."""
     unknown = [style for style in styles if style not in STYLES]
     if unknown or not styles:
         raise ValueError(f"styles must be among {', '.join(STYLES)}, got {', '.join(unknown) or 'none'}")
+    if not Path(directory).is_dir():
+        raise EmojiError(f"{directory} is not a directory; make it, and in it run: {_command(_packages(styles))}")
     missing = [package for package in _packages(styles) if not (Path(directory) / package.file).is_file()]
     if missing:
-        commands = " && ".join(package.command for package in missing)
-        raise EmojiError(
-            f"{directory} has no {missing[0].file}; fetch what is missing by: cd {directory} && {commands}"
-        )
+        raise EmojiError(f"{directory} has no {missing[0].file}; in it run: {_command(missing)}")
+
+
+def notice(styles: tuple[str, ...]) -> str:
+    """Return the licence of each style, a line each."""
+    packages = zip([*styles, "names and tags"], _packages(styles), strict=True)
+    lines = (f"{name} ({package.name} {package.version}): {package.licence}." for name, package in packages)
+    return "Emoji images and their names.\n\n" + "\n".join(lines) + "\n"
 
 
 def licences(directory: str | os.PathLike, styles: tuple[str, ...] = tuple(STYLES)) -> dict[str, str]:
@@ -111,10 +124,7 @@ def licences(directory: str | os.PathLike, styles: tuple[str, ...] = tuple(STYLE
     Returns:
         {file name: text}: NOTICE.txt, which names the licence of every style, and what the packages hold themselves.
     """
-    packages = _packages(styles)
-    of = [*styles, "names and tags"]
-    lines = (f"{name} ({package.name} {package.version}): {package.licence}." for name, package in zip(of, packages))
-    texts = {"NOTICE.txt": "Emoji images and their names.\n\n" + "\n".join(lines) + "\n"}
+    packages, texts = _packages(styles), {"NOTICE.txt": notice(styles)}
     for package in packages:
         for name, data in read_members(directory, package, "|".join(map(re.escape, package.texts))):
             texts[f"{package.file.removesuffix('.tgz')}-{Path(name).name}"] = data.decode("utf-8", "replace")
@@ -136,7 +146,12 @@ def read_members(directory: str | os.PathLike, package: Package, pattern: str) -
                 if member.isreg() and wanted.fullmatch(member.name):
                     yield member.name, _content(members, member, path)
     except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile, UnicodeError, OverflowError) as error:
-        raise EmojiError(f"{path} is broken ({error}); fetch it again: {package.command}") from None
+        raise broken(directory, package, str(error)) from None
+
+
+def _command(packages: list[Package]) -> str:
+    """Return the command that fetches the tar files of packages into the working directory."""
+    return "npm pack " + " ".join(f"{package.name}@{package.version}" for package in packages)
 
 
 def _packages(styles: tuple[str, ...]) -> list[Package]:

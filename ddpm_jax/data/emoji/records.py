@@ -2,14 +2,16 @@
 
 import dataclasses
 import hashlib
-import io
 import json
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from ddpm_jax.data.emoji.packages import NAMES, STYLES, EmojiError, check_packages, read_members
+from ddpm_jax.data.decode import DecodeError, decode_image
+from ddpm_jax.data.emoji.packages import NAMES, STYLES, broken, check_packages, read_members
+from ddpm_jax.data.transforms import WHITE
 from ddpm_jax.extras import needs_extra
 
 GROUPS = (
@@ -64,6 +66,11 @@ class Emoji:
     data: bytes
 
     @property
+    def key(self) -> str:
+        """The style and the code, "google/1F44B"."""
+        return f"{self.style}/{self.concept.code}"
+
+    @property
     def caption(self) -> str:
         """The name and the style in words."""
         return f"{self.concept.name}, {STYLE_NAMES[self.style]} emoji style"
@@ -86,10 +93,7 @@ def read_concepts(directory: str | os.PathLike) -> dict[str, Concept]:
         entries = json.loads(found[_NAMES_FILE])
         concepts = [concept for entry in entries if "group" in entry for concept in _concepts(entry)]
     except (KeyError, TypeError, ValueError, IndexError, AttributeError, RecursionError) as error:
-        raise EmojiError(
-            f"{directory}/{NAMES.file} is broken ({type(error).__name__} in {_NAMES_FILE}); "
-            f"fetch it again: {NAMES.command}"
-        ) from None
+        raise broken(directory, NAMES, f"{type(error).__name__} in {_NAMES_FILE}") from None
     return {concept.code: concept for concept in concepts}
 
 
@@ -115,46 +119,44 @@ def read_emoji(directory: str | os.PathLike, styles: tuple[str, ...] = tuple(STY
     return [emoji for style in styles for emoji in _read_style(directory, style, concepts)]
 
 
-def render(emoji: Emoji, svg_size: int = 256) -> np.ndarray:
-    """Decode the image of an emoji, transparent parts composited on white.
+def render(emoji: Emoji, svg_size: int = 256, *, background: Sequence[int] = WHITE) -> np.ndarray:
+    """Decode the image of an emoji.
 
     Args:
         emoji: as read.
-        svg_size: side of the images that are drawn from SVG, those of OpenMoji.
+        svg_size: side of the images that are rendered from SVG, those of OpenMoji.
+        background: a colour for transparent parts, red, green and blue in [0, 255].
 
     Returns:
         uint8[H, W, 3].
 
     Raises:
+        DecodeError: if the image is broken.
         ModuleNotFoundError: for an SVG image, if the package resvg-py is not installed.
-        ValueError: if the image is broken.
     """
-    from ddpm_jax.data.transforms import as_images
-
-    with needs_extra("train"):
-        from PIL import Image
-    data = render_svg(emoji.data, svg_size) if STYLES[emoji.style].images.endswith("svg") else emoji.data
     try:
-        image = Image.open(io.BytesIO(data), formats=("PNG", "WEBP"))
-        return as_images(image)[0]
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"the {emoji.style} image of {emoji.concept.code} is broken: {error}") from None
+        data = render_svg(emoji.data, svg_size) if STYLES[emoji.style].is_svg else emoji.data
+        return decode_image(data, background=background)
+    except DecodeError as error:
+        raise DecodeError(f"{emoji.key}: {error}") from None
 
 
 def render_svg(data: bytes, size: int) -> bytes:
-    """Return a PNG file, of size x size pixels, of a square SVG image.
+    """Return a PNG file of size x size pixels of a square SVG image.
 
     Raises:
+        DecodeError: if the image is broken, or refers to other files.
         ModuleNotFoundError: if the package resvg-py is not installed.
-        ValueError: if the image is broken, or refers to other files.
     """
     with needs_extra("emoji"):
         import resvg_py
-    text = data.decode("utf-8")
-    if "href" in text or "<!" in text.replace("<!--", ""):
-        raise ValueError("an SVG image with references or declarations is not drawn: it could read other files")
-    # Fonts differ from machine to machine; no emoji has text.
-    return resvg_py.svg_to_bytes(svg_string=text, width=size, height=size, skip_system_fonts=True)
+    if b"href" in data or b"<!DOCTYPE" in data or b"url(" in data.replace(b"url(#", b""):
+        raise DecodeError("an SVG image that refers to other files is not rendered")
+    try:
+        # No emoji has text, and fonts differ between machines.
+        return resvg_py.svg_to_bytes(svg_string=data.decode("utf-8"), width=size, height=size, skip_system_fonts=True)
+    except ValueError as error:
+        raise DecodeError(f"the SVG image is damaged ({error})") from None
 
 
 def _concepts(entry: dict[str, Any]) -> list[Concept]:
@@ -193,6 +195,5 @@ def _read_style(directory: str | os.PathLike, style: str, concepts: dict[str, Co
         if code in concepts and code not in found:
             found[code] = Emoji(concepts[code], style, data)
     if not found:
-        package = STYLES[style]
-        raise EmojiError(f"{directory}/{package.file} has no images; fetch it again: {package.command}")
+        raise broken(directory, STYLES[style], "it has no images")
     return [found[code] for code in sorted(found)]
