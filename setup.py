@@ -25,7 +25,8 @@ TRAIN = [
     "tqdm>=4.66",
 ]
 ODE = ["diffrax>=0.7"]
-TEST = [*TRAIN, *ODE, "matplotlib>=3.8", "optax>=0.2.8", "pytest>=8.0", "pytest-xdist>=3.7", "ruff>=0.12"]
+EMOJI = ["resvg-py>=0.3"]
+TEST = [*TRAIN, *ODE, *EMOJI, "matplotlib>=3.8", "optax>=0.2.8", "pytest>=8.0", "pytest-xdist>=3.7", "ruff>=0.12"]
 
 setup(
     name="ddpm_jax",
@@ -41,6 +42,7 @@ setup(
     extras_require={
         "train": TRAIN,
         "ode": ODE,
+        "emoji": EMOJI,  # renders the SVG images of OpenMoji
         "examples": [*TRAIN, *ODE, "matplotlib>=3.8", "scikit-learn>=1.4"],
         "tensorboard": ["tensorboard>=2.16", "tensorflow-cpu>=2.16"],
         "test": TEST,
