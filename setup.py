@@ -6,7 +6,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
-VERSION = re.search(r'^__version__ = "(.+)"$', (HERE / "ddpm_jax" / "__init__.py").read_text(), re.MULTILINE).group(1)
+VERSION = re.search(r'^__version__ = "(.+)"$', (HERE / "ddpm_jax" / "version.py").read_text(), re.MULTILINE).group(1)
 
 TRAIN = [
     "absl-py>=2.1",

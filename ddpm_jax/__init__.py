@@ -30,8 +30,7 @@ from ddpm_jax.diffusion.process import (
 from ddpm_jax.diffusion.samplers import RecordedNoise, ancestral_step, ddim_step, example_keys, sample
 from ddpm_jax.diffusion.schedules import cosine_betas, linear_betas, respaced_timesteps
 from ddpm_jax.types import Denoiser, Source, Step, Task
-
-__version__ = "0.1.0"
+from ddpm_jax.version import __version__ as __version__
 
 __all__ = [
     "Denoiser",

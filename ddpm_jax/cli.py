@@ -37,8 +37,7 @@ PACKAGE = str(Path(__file__).parent) + os.sep
 # Errors that are written for users, by module: one whose module was never imported cannot have been raised.
 ERRORS = {
     "ddpm_jax.interop.table": ("ConvertError",),
-    "ddpm_jax.storage.tensor_file": ("ReadError",),
-    "ddpm_jax.pipelines.weights": ("LoadError",),
+    "ddpm_jax.errors": ("LoadError",),
     "ddpm_jax.storage.checkpoint": ("CheckpointError", "WorkdirInUse"),
     "ddpm_jax.training.loop": ("Interrupted", "TrainingDiverged"),
 }

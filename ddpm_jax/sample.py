@@ -51,7 +51,7 @@ def main() -> None:
     from ddpm_jax.storage import model_directory as converted
 
     # The empty caption is the unconditional one of released pipelines; those trained here have none.
-    allow_empty = _WORKDIR.value is not None and converted.is_converted(_WORKDIR.value)
+    allow_empty = _WORKDIR.value is not None and converted.is_model_directory(_WORKDIR.value)
     _check_prompts(texts, read_tokenizer(_WORKDIR.value), allow_empty)
     cli.use_cpu_devices()
     pipeline = load(_WORKDIR.value, ema=not _RAW.value)

@@ -289,7 +289,7 @@ def test_what_is_refused_leaves_nothing(tmp_path, capsys, monkeypatch):
         with pytest.raises(kind, match=message):
             run(capsys, **(flags | change))
         assert sorted(tmp_path.iterdir()) == before
-    with pytest.raises(ReadError, match="is not a converted checkpoint of this package"):
+    with pytest.raises(ReadError, match="is not a model directory of this package"):
         run(capsys, to="guided", src=tmp_path, out=tmp_path / "back")
 
 
@@ -320,15 +320,16 @@ def test_a_damaged_conversion_is_refused(tmp_path, capsys, monkeypatch):
     for change, message in (
         ({"format": "other"}, "has the format 'other'"),
         ({"networks": {"model": {"class": "Trainer"}}}, "there is no network 'Trainer' in this version"),
-        ({"networks": {"model": described["networks"]["model"] | {"strange": 1}}}, "is not described as this version"),
+        ({"networks": {"model": described["networks"]["model"] | {"strange": 1}}}, "UNet has no field 'strange'"),
         ({"shapes": {"model": {"in_conv/bias": [3]}}}, "does not hold what model.json says: "),
-        ({"facts": None, "networks": None}, "does not fit this version"),
+        ({"metadata": None}, "model.json: metadata must be an object, got NoneType"),
+        ({"networks": None}, "model.json: networks must be an object"),
     ):
         (out / "model.json").write_text(json.dumps(described | change))
         with pytest.raises(LoadError, match=message):
             load(out)
     (out / "model.json").write_text("{")
-    with pytest.raises(LoadError, match="is not a converted checkpoint of this package"):
+    with pytest.raises(LoadError, match="is not the description of a model of this package"):
         load(out)
 
 

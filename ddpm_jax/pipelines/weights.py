@@ -18,6 +18,7 @@ import numpy as np
 import ddpm_jax
 from ddpm_jax import build
 from ddpm_jax.data.tokenizer import Tokenizer, tokenizer_from_config
+from ddpm_jax.errors import LoadError
 from ddpm_jax.extras import needs_extra
 from ddpm_jax.pipelines.unclip import UnCLIP
 from ddpm_jax.storage.json_file import parse_json, read_json
@@ -30,10 +31,6 @@ RUN_FILE = "run.json"
 # In the config of a stage's checkpoint: the fingerprint of the CLIP that the stage was trained with.
 CLIP_WEIGHTS = "clip_weights"
 _BUNDLED = resources.files("ddpm_jax") / "weights" / "shapes.safetensors"
-
-
-class LoadError(RuntimeError):
-    """Weights or a run could not be loaded; the message is one sentence."""
 
 
 def load(path: str | os.PathLike | None = None, *, ema: bool = True) -> Any:
@@ -79,7 +76,7 @@ def read_tokenizer(path: str | os.PathLike | None = None) -> Tokenizer | None:
         from ddpm_jax.storage.model_directory import read_description
 
         try:
-            config = read_description(path).get("facts", {}).get("tokenizer")
+            config = read_description(path).get("metadata", {}).get("tokenizer")
         except (ReadError, AttributeError) as error:
             raise LoadError(str(error)) from error
     elif path.is_dir():

@@ -1,10 +1,14 @@
-"""JSON out of other people's files: bounded before it is parsed, and without two values for one name."""
+"""JSON files: bounded before they are parsed, without two values for one name, and written whole or not at all."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from ddpm_jax.storage.mapping import opened
+from ddpm_jax.temporary import temporary_path
 
 JSON_BYTES = 1 << 24  # the largest header of a published safetensors file has about one million
 JSON_VALUES = 1_400_000  # commas, opening brackets and strings; a safetensors header has 13 for each tensor
@@ -50,3 +54,21 @@ def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         twin = next(name for name, _ in pairs if name in names or names.add(name))
         raise ValueError(f"its JSON has the name {twin[:100]!r} twice in one object")
     return found
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Write a JSON file, whole or not at all, by the first process alone.
+
+    Raises:
+        OSError: if it cannot be written; it says why, and names the file.
+    """
+    if jax.process_index() != 0:
+        return
+    path = Path(path)
+    # One name, so that what a kill leaves is written over by the next run.
+    try:
+        with temporary_path(path.with_name(path.name + ".tmp")) as new:
+            new.write_text(json.dumps(value, indent=1) + "\n")
+            os.replace(new, path)
+    except OSError as error:
+        raise OSError(error.errno, f"could not write the file: {error.strerror}", str(path)) from error

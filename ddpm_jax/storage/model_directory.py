@@ -1,16 +1,17 @@
-"""Converted checkpoints on disk: a directory that loads without flags, and without the library they came from.
+"""Models on disk: a directory that loads without flags, and without the recipe or the library that it came from.
 
-`python -m ddpm_jax.convert` makes one. It holds
+Stages that are trained here and checkpoints that were converted are the same kind of directory. It holds
 
-    model.json       family, networks with all their fields, what was assumed, sha256 of the sources
-    NAME.safetensors the parameters of each network, by our names; in shards of half a gigabyte if they are larger
-    model_card.md    the same for people
-    peer/            the small files that lay beside the source (configs, tokenizer), for the way back
+    model.json       the networks with all their fields, and metadata: what else is needed to use them
+    checkpoints/     the parameters of a stage that is trained here (`storage.checkpoint`), or
+    NAME.safetensors the parameters of each network, written out; in shards of half a gigabyte if they are larger
+    model_card.md    of a converted checkpoint: the same for people
+    peer/            of a converted checkpoint: the small files that lay beside the source (configs, tokenizer)
 """
 
-import dataclasses
 import json
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterator, Mapping
@@ -18,51 +19,67 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import flax.linen as nn
+import flax.struct
 import flax.traverse_util
+import jax
 import jax.numpy as jnp
 import numpy as np
 
-import ddpm_jax
+from ddpm_jax.diffusion.diffusion import Diffusion
+from ddpm_jax.errors import LoadError, ReadError
 from ddpm_jax.extras import needs_extra
-from ddpm_jax.models import (
-    adm,
-    autoencoder,
-    clip,
-    decoder,
-    glide,
-    inception,
-    modified_resnet,
-    noised_clip,
-    prior,
-    text_encoder,
-    transformer,
-    unet,
-    upsampler,
-)
-from ddpm_jax.storage.json_file import read_json
-from ddpm_jax.storage.tensor_file import ReadError, read_tensors
+from ddpm_jax.storage.json_file import read_json, write_json
+from ddpm_jax.storage.metadata import check_metadata, diffusion_from, freeze, thaw
+from ddpm_jax.storage.network_check import check_parameters
+from ddpm_jax.storage.networks import build, describe
+from ddpm_jax.storage.tensor_file import read_tensors
 from ddpm_jax.temporary import temporary_path
+from ddpm_jax.version import __version__
 
-FORMAT = "ddpm_jax converted 1"
-MODEL_FILE, CARD_FILE, PEER = "model.json", "model_card.md", "peer"
+FORMAT, OLD_FORMAT = "ddpm_jax model 2", "ddpm_jax converted 1"
+FAMILY = "ddpm_jax"  # of what is trained here
+MODEL_FILE, CARD_FILE, PEER, NETWORK = "model.json", "model_card.md", "peer", "model"
 SHARD_BYTES = 2**29
-_NETWORKS = {
-    kind.__name__: kind
-    for kind in (
-        adm.Classifier, adm.ClassUNet, adm.SuperUNet, autoencoder.Autoencoder, clip.CLIP, clip.VisionTransformer,
-        decoder.Decoder, glide.Glide, inception.Inception, modified_resnet.ModifiedResNet, noised_clip.NoisedCLIP,
-        noised_clip.NoisedVisionTransformer, prior.DiffusionPrior, text_encoder.TextEncoder, unet.UNet,
-        upsampler.Upsampler,
-    )
-}  # fmt: skip
-_FUNCTIONS = {function.__name__: function for function in (transformer.gelu, transformer.quick_gelu)}
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
+_VERSION = re.compile(r"\d{1,6}(\.\d{1,6}){0,3}[A-Za-z0-9.+-]{0,40}")
+
+
+class Model(flax.struct.PyTreeNode):
+    """A network with its parameters: a tree of arrays, so that it can be an argument of a jitted function.
+
+    Attributes:
+        params: {"params": ...}, as `network.apply` takes them.
+        network: a Flax module.
+        metadata: plain data in `FrozenDict` and tuples: "diffusion", "image_size", "conditions" and the like.
+        family: "ddpm_jax" if it was trained here, else the family that it was converted from.
+    """
+
+    params: Any
+    network: nn.Module = flax.struct.field(pytree_node=False)
+    metadata: Mapping[str, Any] = flax.struct.field(pytree_node=False, default=freeze({}))
+    family: str = flax.struct.field(pytree_node=False, default=FAMILY)
+
+    def apply(self, *args: Any, **options: Any) -> Any:
+        """Return `network.apply(params, *args, **options)`."""
+        return self.network.apply(self.params, *args, **options)
+
+    @property
+    def diffusion(self) -> Diffusion:
+        """The noise process that the network was trained with, and what it predicts.
+
+        Raises:
+            LoadError: if the metadata does not say it.
+        """
+        if "diffusion" not in self.metadata:
+            raise LoadError(f"this {type(self.network).__name__} is no diffusion model: its metadata has no diffusion")
+        return diffusion_from(thaw(self.metadata["diffusion"]))
 
 
 class Converted(NamedTuple):
-    """Networks and parameters of another library's checkpoint.
+    """Networks and parameters of a directory.
 
-    family: as `ddpm_jax.convert --from` calls it. models, params: by the network's name. facts: what the family's
-    pipeline needs to know besides, plain data.
+    family: as `ddpm_jax.convert --from` calls it. models, params: by the network's name; parameters are what is in
+    {"params": ...}. facts: the metadata, plain data.
     """
 
     family: str
@@ -71,60 +88,76 @@ class Converted(NamedTuple):
     facts: dict[str, Any]
 
 
-def describe(model: nn.Module) -> dict[str, Any]:
-    """Return a network as plain data: its class and all its fields but dtype."""
-    found: dict[str, Any] = {"class": type(model).__name__}
-    for field in dataclasses.fields(model):
-        if field.name in ("parent", "name", "dtype"):
-            continue
-        value = getattr(model, field.name)
-        if isinstance(value, nn.Module):
-            value = describe(value)
-        elif callable(value):
-            value = {"function": value.__name__}
-        found[field.name] = value
-    return found
+# ---- Writing ---------------------------------------------------------------------------------------------------------
 
 
-def build(description: Mapping[str, Any], dtype: Any = jnp.float32) -> nn.Module:
-    """Return the network of a description.
+def write_description(
+    directory: str | os.PathLike, networks: Mapping[str, nn.Module], metadata: Mapping[str, Any]
+) -> None:
+    """Write the model.json of a stage that is trained here, whole or not at all, by the first process alone.
+
+    Args:
+        directory: the stage's; it is created.
+        networks: by name; one alone is called "model".
+        metadata: plain data; see docs/design.md for the names with a meaning.
 
     Raises:
-        ReadError: if it names what this version does not have.
+        ValueError: if a network or the metadata cannot be stored.
+        OSError: if the file cannot be written.
     """
-    fields = dict(description)
-    name = fields.pop("class", None)
-    if name not in _NETWORKS:
-        raise ReadError(f"there is no network {name!r} in this version; it has {', '.join(_NETWORKS)}")
-    for key, value in fields.items():
-        if isinstance(value, Mapping) and "class" in value:
-            fields[key] = build(value, dtype)
-        elif isinstance(value, Mapping):
-            if value.get("function") not in _FUNCTIONS:
-                raise ReadError(f"{name}.{key} is not a function that this version has: {dict(value)}")
-            fields[key] = _FUNCTIONS[value["function"]]
-        elif isinstance(value, list):
-            fields[key] = tuple(value)
-    known = {field.name for field in dataclasses.fields(_NETWORKS[name])}
-    if "dtype" in known:
-        fields["dtype"] = dtype
+    described = _described(FAMILY, networks, metadata)
+    Path(directory).mkdir(parents=True, exist_ok=True)
+    write_json(Path(directory) / MODEL_FILE, described)
+
+
+def _described(family: str, networks: Mapping[str, nn.Module], metadata: Mapping[str, Any]) -> dict[str, Any]:
+    metadata = thaw(metadata)
     try:
-        return _NETWORKS[name](**fields)
-    except TypeError as error:
-        raise ReadError(f"{name} is not described as this version has it: {error}") from None
+        check_metadata(metadata, "metadata")
+    except LoadError as error:
+        raise ValueError(str(error)) from None
+    return {
+        "format": FORMAT,
+        "version": __version__,
+        "family": family,
+        "networks": {name: describe(network) for name, network in networks.items()},
+        "metadata": metadata,
+    }
 
 
-def is_converted(path: str | os.PathLike) -> bool:
-    """Return whether a directory is one that `save` made."""
-    return (Path(path) / MODEL_FILE).is_file()
+def save_model(
+    model: Model, directory: str | os.PathLike, *, dtype: Any = np.float32, metadata: Mapping[str, Any] | None = None
+) -> None:
+    """Write a model with its parameters, whole or not at all; `open_model` reads it.
+
+    Args:
+        model: what to write.
+        directory: to make; it must not exist, or be empty.
+        dtype: of the parameters on disk.
+        metadata: in place of the model's own.
+
+    Raises:
+        FileExistsError: if there is something at `directory`.
+        ValueError: if `dtype` cannot hold a parameter, or the network cannot be described.
+    """
+    others = set(model.params) - {"params"}
+    if others:
+        raise ValueError(f"the model has the collection {min(others)!r}; only parameters are stored")
+    converted = Converted(
+        model.family,
+        {NETWORK: model.network},
+        {NETWORK: model.params["params"]},
+        thaw(model.metadata if metadata is None else metadata),
+    )
+    save(converted, directory, dtype=dtype)
 
 
 def save(
     converted: Converted,
     directory: str | os.PathLike,
     *,
-    sources: Mapping[str, str],
-    assumed: Mapping[str, Any],
+    sources: Mapping[str, str] | None = None,
+    assumed: Mapping[str, Any] | None = None,
     peer_files: Mapping[str, Path] | None = None,
     dtype: Any = np.float32,
 ) -> str:
@@ -140,24 +173,20 @@ def save(
 
     Raises:
         FileExistsError: if there is something at `directory`.
-        ValueError: if `dtype` cannot hold a parameter.
+        ValueError: if `dtype` cannot hold a parameter, or a network or the metadata cannot be stored.
     """
     directory = Path(directory)
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise FileExistsError(f"{directory} exists already; give a new directory")
+    described = _described(converted.family, converted.models, converted.facts)
     directory.parent.mkdir(parents=True, exist_ok=True)
     flat = {name: flax.traverse_util.flatten_dict(dict(tree), sep="/") for name, tree in converted.params.items()}
-    described = {
-        "format": FORMAT,
-        "version": ddpm_jax.__version__,
-        "family": converted.family,
-        "networks": {name: describe(model) for name, model in converted.models.items()},
+    described |= {
         "parameters": {name: sum(int(np.size(x)) for x in arrays.values()) for name, arrays in flat.items()},
         "dtype": np.dtype(dtype).name,
         "shapes": {name: {key: list(np.shape(x)) for key, x in arrays.items()} for name, arrays in flat.items()},
-        "facts": converted.facts,
-        "assumed": dict(assumed),
-        "sources": dict(sources),
+        "assumed": dict(assumed or {}),
+        "sources": dict(sources or {}),
     }
     with temporary_path(directory.with_name(f".{secrets.token_hex(8)}.tmp")) as new:
         new.mkdir(mode=0o700)
@@ -167,7 +196,8 @@ def save(
             (new / PEER / place).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, new / PEER / place)
         text = card(described)
-        (new / CARD_FILE).write_text(text)
+        if sources:
+            (new / CARD_FILE).write_text(text)
         (new / MODEL_FILE).write_text(json.dumps(described, indent=1))
         new.chmod(0o777 & ~_mask())
         os.replace(new, directory)
@@ -223,48 +253,158 @@ def _shards(arrays: Mapping[str, Any], itemsize: int) -> Iterator[list[str]]:
     yield names
 
 
-def load(directory: str | os.PathLike, *, dtype: Any = jnp.float32) -> Converted:
+# ---- Reading ---------------------------------------------------------------------------------------------------------
+
+
+def is_model_directory(path: str | os.PathLike) -> bool:
+    """Return whether there is a model.json in a directory."""
+    return (Path(path) / MODEL_FILE).is_file()
+
+
+def open_model(
+    directory: str | os.PathLike, *, ema: bool = True, dtype: Any = None, network: nn.Module | None = None
+) -> Model:
+    """Open a directory with one network: a stage that is trained here, or a converted checkpoint.
+
+    Args:
+        directory: that holds a model.json.
+        ema: of a stage that is trained here, True takes the averaged parameters and False the raw ones.
+        dtype: that the network computes in; as described by default.
+        network: in place of the described one, which may then be of a class that this package does not have.
+
+    Raises:
+        LoadError: if it cannot be read, holds several networks, or network and parameters do not fit each other.
+    """
+    directory, described = Path(directory), read_description(directory)
+    if len(described["networks"]) != 1:
+        names = ", ".join(described["networks"])
+        raise LoadError(f"{directory} holds the networks {names}, and not one model; ddpm_jax.load opens the whole")
+    if "shapes" in described:
+        converted = _read(directory, described, dtype, network)
+        (params,), (network,) = converted.params.values(), converted.models.values()
+    else:
+        params, network = _read_stage(directory, described, ema=ema, dtype=dtype, network=network)
+    params = {"params": jax.tree.map(jnp.asarray, params)}
+    return Model(params, network, freeze(described["metadata"]), described["family"])
+
+
+def load(directory: str | os.PathLike, *, dtype: Any = None) -> Converted:
     """Read a directory that `save` wrote; parameters become float32 numpy arrays.
 
     Raises:
-        ReadError: if it cannot be read; the message is one sentence.
+        LoadError: if it cannot be read; the message is one sentence.
     """
     directory, described = Path(directory), read_description(directory)
+    if "shapes" not in described:
+        raise LoadError(f"{directory} is a stage that is trained here, and not a converted checkpoint")
+    return _read(directory, described, dtype, None)
+
+
+def _read(directory: Path, described: Mapping[str, Any], dtype: Any, network: nn.Module | None) -> Converted:
+    """Read a directory with files of parameters: everything is compared with their headers before a number is read."""
+    models, params = {}, {}
+    for name, fields in described["networks"].items():
+        where = f"{directory / MODEL_FILE}: networks.{name}"
+        models[name] = build(fields, where=where, dtype=dtype) if network is None else network
+    for name, shapes in described["shapes"].items():
+        files = [directory / f"{name}.safetensors.index.json", directory / f"{name}.safetensors"]
+        file = next((file for file in files if file.is_file()), files[1])
+        tensors = read_tensors(file)
+        there = {key: tuple(array.shape) for key, array in tensors.items()}
+        if there != shapes:
+            odd = min(key for key in {*there, *shapes} if there.get(key) != shapes.get(key))
+            raise ReadError(f"{directory / name}.safetensors does not hold what {MODEL_FILE} says: {odd}")
+        if name in models:
+            where = f"the network {name} of {directory / MODEL_FILE}"
+            check_parameters(models[name], there, described["metadata"], where=where, file=str(file))
+        flat = {key: np.array(array, np.float32) for key, array in tensors.items()}
+        odd = sorted(key for key, array in flat.items() if not np.isfinite(array).all())
+        if odd:
+            raise ReadError(f"{file} does not hold what {MODEL_FILE} says: {odd[0]} has values that are not finite")
+        params[name] = flax.traverse_util.unflatten_dict(flat, sep="/")
+    missing = [name for name in models if name not in params]
+    if missing:
+        raise LoadError(f"{directory / MODEL_FILE} has no shapes of the parameters of the network {missing[0]}")
+    return Converted(described["family"], models, params, described["metadata"])
+
+
+def _read_stage(
+    directory: Path, described: Mapping[str, Any], *, ema: bool, dtype: Any, network: nn.Module | None
+) -> tuple[Any, nn.Module]:
+    """Read the newest checkpoint of a stage that is trained here."""
+    ((name, fields),) = described["networks"].items()
+    where = f"{directory / MODEL_FILE}: networks.{name}"
+    network = build(fields, where=where, dtype=dtype) if network is None else network
+    # Here and not above: it loads Orbax, which files of parameters do not need.
+    from ddpm_jax.storage.checkpoint import CheckpointError, restore_params
+
     try:
-        models = {name: build(fields, dtype) for name, fields in described["networks"].items()}
-        params = {}
-        for name, shapes in described["shapes"].items():
-            files = [directory / f"{name}.safetensors.index.json", directory / f"{name}.safetensors"]
-            tensors = read_tensors(next((file for file in files if file.is_file()), files[1]))
-            flat = {key: np.array(array, np.float32) for key, array in tensors.items()}
-            odd = [key for key in {*flat, *shapes} if key not in flat or list(flat[key].shape) != shapes.get(key)]
-            odd += [key for key, array in flat.items() if not np.isfinite(array).all()]
-            if odd:
-                raise ReadError(
-                    f"{directory / name}.safetensors does not hold what {MODEL_FILE} says: {sorted(odd)[0]}"
-                )
-            params[name] = flax.traverse_util.unflatten_dict(flat, sep="/")
-        return Converted(described["family"], models, params, described["facts"])
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ReadError(
-            f"{directory / MODEL_FILE} does not fit this version: {type(error).__name__}: {error}"
-        ) from None
+        variables, _ = restore_params(directory, ema=ema)
+    except CheckpointError as error:
+        raise LoadError(f"{directory} cannot be loaded: {error}") from error
+    params = variables.get("params", variables) if isinstance(variables, Mapping) else {}
+    flat = flax.traverse_util.flatten_dict(dict(params), sep="/")
+    shapes = {key: tuple(array.shape) for key, array in flat.items()}
+    file = f"the checkpoint in {directory}"
+    where = f"the network {name} of {directory / MODEL_FILE}"
+    check_parameters(network, shapes, described["metadata"], where=where, file=file)
+    return params, network
 
 
 def read_description(directory: str | os.PathLike) -> dict[str, Any]:
-    """Return what model.json says.
+    """Return what model.json says; networks are still plain data, and everything else is checked.
 
     Raises:
-        ReadError: if it is missing, or not such a file.
+        LoadError: if it is missing, not such a file, or has a field that cannot be.
     """
     path = Path(directory) / MODEL_FILE
     try:
         described = read_json(path)
-        if described["format"] != FORMAT:
-            raise ReadError(f"{path} has the format {described['format']!r}, not {FORMAT!r}")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ReadError(f"{directory} is not a converted checkpoint of this package: {error}") from None
+    except FileNotFoundError:
+        raise ReadError(f"{directory} is not a model directory of this package (it has no {MODEL_FILE})") from None
+    except (OSError, ValueError) as error:
+        reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
+        raise ReadError(f"{path} is not the description of a model of this package: {reason}") from None
+    if not isinstance(described, dict) or not isinstance(described.get("format"), str):
+        raise ReadError(f"{path} is not the description of a model of this package (it has no format)")
+    if described["format"] == OLD_FORMAT:
+        described = described | {"metadata": described.get("facts")}
+    elif described["format"] != FORMAT:
+        raise ReadError(
+            f"{path} has the format {described['format']!r:.60}, and this version reads {FORMAT!r}; open it with the "
+            f"version of ddpm_jax that wrote it ({described.get('version')!r:.40}), or make it again"
+        )
+    if not isinstance(described.get("version"), str) or not _VERSION.fullmatch(described["version"]):
+        raise LoadError(f"{path}: version={described.get('version')!r:.60} must be a version such as {__version__!r}")
+    if not isinstance(described.get("family"), str) or not _NAME.fullmatch(described["family"]):
+        raise LoadError(f"{path}: family={described.get('family')!r:.60} must be a name")
+    _check_names(path, "networks", described.get("networks"))
+    if not described["networks"]:
+        raise LoadError(f"{path}: networks is empty")
+    check_metadata(described.get("metadata"), f"{path}: metadata")
+    if "shapes" in described:
+        described["shapes"] = _checked_shapes(path, described["shapes"])
     return described
+
+
+def _check_names(path: Path, field: str, value: Any) -> None:
+    if not isinstance(value, dict) or len(value) > 100:
+        raise LoadError(f"{path}: {field} must be an object with a part for each network, got {type(value).__name__}")
+    for name in value:
+        if not _NAME.fullmatch(name):
+            raise LoadError(f"{path}: {field} has the name {name!r:.60}, which is not of letters, digits, _, - and .")
+
+
+def _checked_shapes(path: Path, shapes: Any) -> dict[str, dict[str, tuple[int, ...]]]:
+    """Return the shapes of the parameters of each network as tuples."""
+    _check_names(path, "shapes", shapes)
+    for name, arrays in shapes.items():
+        if not isinstance(arrays, dict):
+            raise LoadError(f"{path}: shapes.{name} must be an object with the shape of each parameter")
+        for key, shape in arrays.items():
+            if not isinstance(shape, list) or len(shape) > 8 or not all(type(n) is int and n >= 0 for n in shape):
+                raise LoadError(f"{path}: shapes.{name} has {shape!r:.60} for {key!r:.60}, which is not a shape")
+    return {name: {key: tuple(shape) for key, shape in arrays.items()} for name, arrays in shapes.items()}
 
 
 def card(described: Mapping[str, Any]) -> str:

@@ -7,35 +7,19 @@ from typing import Any
 
 import numpy as np
 
+from ddpm_jax.errors import ReadError, printable
 from ddpm_jax.storage.json_file import JSON_BYTES, parse_json, read_json
 from ddpm_jax.storage.mapping import mapped
 from ddpm_jax.storage.pickles import NAME_LENGTH
 from ddpm_jax.storage.tensors import Tensors, take_part
 from ddpm_jax.storage.torch_file import AXES, NAMES, TENSORS, dtype_of, is_torch, read_torch
 
+__all__ = ["ReadError", "printable", "read_tensors"]
 _DTYPES = {
     "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32",
     "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool",
 }  # fmt: skip
 SHARDS = 1000  # the largest published checkpoints have less than two hundred
-_MESSAGE = 4000
-
-
-def printable(message: str) -> str:
-    r"""Return a message as one line that a terminal shows as it is, of at most 4000 characters and how many follow.
-
-    Names out of files stand in it, which may hold anything: what is not printable becomes \n, \x1b or the like.
-    """
-    shown = message[:_MESSAGE]
-    more = f"... ({len(message) - _MESSAGE} characters more)" if len(message) > _MESSAGE else ""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in shown) + more
-
-
-class ReadError(RuntimeError):
-    """A weights file could not be read; the message is one sentence on one printable line."""
-
-    def __init__(self, message: str):
-        super().__init__(printable(message))
 
 
 def read_tensors(path: str | Path, *, part: str | None = None) -> Tensors:

@@ -1,7 +1,6 @@
 """CLIP embeddings of a data set, computed once and shared by the stages that are conditioned on them."""
 
 import errno
-import hashlib
 import json
 import os
 import shutil
@@ -14,12 +13,14 @@ import numpy as np
 
 from ddpm_jax.extras import needs_extra
 from ddpm_jax.progress import progress_bar
+from ddpm_jax.storage.fingerprint import tree_fingerprint
 from ddpm_jax.temporary import temporary_path
 from ddpm_jax.types import Source
 
 with needs_extra("train"):
     from absl import logging
 
+__all__ = ["EmbeddedSource", "cached_embeddings", "tree_fingerprint"]
 NAMES = ("z_image", "z_text")
 
 
@@ -89,15 +90,6 @@ def cached_embeddings(
     if jax.process_index() == 0:
         _write(directory, mark, arrays)
     return arrays
-
-
-def tree_fingerprint(tree: Any) -> str:
-    """Return a SHA-256 over all arrays of a tree, in the order of their names."""
-    digest = hashlib.sha256()
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        digest.update(jax.tree_util.keystr(path).encode())
-        digest.update(np.ascontiguousarray(leaf).tobytes())
-    return digest.hexdigest()
 
 
 def _apply(record: dict, transforms: tuple[Callable[[dict], dict], ...]) -> dict:
