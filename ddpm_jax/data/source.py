@@ -98,11 +98,16 @@ def read_text(path: str | os.PathLike) -> str:
         data = Path(path).read_bytes()
     except OSError as error:
         raise CaptionError(f"{path}: cannot be read: {error.strerror or error}") from None
+    return decode_text(data, str(path))
+
+
+def decode_text(data: bytes, name: str) -> str:
+    """Return UTF-8 bytes as text, without a byte order mark; raise CaptionError with the name and the line."""
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         raise CaptionError(
-            f"{path}: line {line} is not UTF-8 (byte 0x{data[error.start]:02x}); "
+            f"{name}: line {line} is not UTF-8 (byte 0x{data[error.start]:02x}); "
             "convert the file, e.g. with iconv -f latin1 -t utf-8"
         ) from None
