@@ -26,7 +26,18 @@ TRAIN = [
 ]
 ODE = ["diffrax>=0.7"]
 EMOJI = ["resvg-py>=0.3"]
-TEST = [*TRAIN, *ODE, *EMOJI, "matplotlib>=3.8", "optax>=0.2.8", "pytest>=8.0", "pytest-xdist>=3.7", "ruff>=0.12"]
+TFDS = ["tensorflow-datasets>=4.9.10"]
+TEST = [
+    *TRAIN,
+    *ODE,
+    *EMOJI,
+    *TFDS,
+    "matplotlib>=3.8",
+    "optax>=0.2.8",
+    "pytest>=8.0",
+    "pytest-xdist>=3.7",
+    "ruff>=0.12",
+]
 
 setup(
     name="ddpm_jax",
@@ -43,6 +54,8 @@ setup(
         "train": TRAIN,
         "ode": ODE,
         "emoji": EMOJI,  # renders the SVG images of OpenMoji
+        # To read and build data sets of TFDS, which works without TensorFlow.
+        "tfds": TFDS,
         "examples": [*TRAIN, *ODE, "matplotlib>=3.8", "scikit-learn>=1.4"],
         "tensorboard": ["tensorboard>=2.16", "tensorflow-cpu>=2.16"],
         "test": TEST,

@@ -1,0 +1,57 @@
+"""From a path or a name to the source that reads it."""
+
+import glob
+import os
+from pathlib import Path
+from typing import Any
+
+from ddpm_jax.data.array_record import ArrayRecordSource
+from ddpm_jax.data.image_folder import ImageFolder
+from ddpm_jax.data.record_format import MANIFEST
+from ddpm_jax.data.webdataset import WebDatasetSource
+from ddpm_jax.types import Source
+
+TFDS = "tfds:"
+
+
+def open_source(spec: str | os.PathLike, **options: Any) -> Source:
+    """Open the data that a path or a name stands for.
+
+    Args:
+        spec: one of
+
+            - "tfds:NAME", or the directory of a built data set of TFDS (it has dataset_info.json): `TFDSSource`
+            - a directory with manifest.json, as `python -m ddpm_jax.prepare` writes it: `ArrayRecordSource`
+            - a tar file, a pattern of tar files, or a directory of tar files: `WebDatasetSource`
+            - any other directory: `ImageFolder`
+        options: of the source, as captions=None.
+
+    Raises:
+        ValueError: if nothing is there, what is there is none of these, or the source refuses it.
+        TypeError: if the source has no such option.
+    """
+    text = os.fspath(spec)
+    path = Path(text).expanduser()
+    if text.startswith(TFDS):
+        return _tfds(text.removeprefix(TFDS), options)
+    if path.is_dir():
+        if (path / MANIFEST).exists():
+            return ArrayRecordSource(path, **options)
+        if (path / "dataset_info.json").exists():
+            return _tfds(str(path), options)
+        if any(path.glob("*.tar")):
+            return WebDatasetSource(path, **options)
+        return ImageFolder(path, **options)
+    if text.endswith(".tar") and (path.is_file() or glob.has_magic(text) or "{" in text):
+        return WebDatasetSource(path, **options)
+    if path.exists():
+        raise ValueError(f"{spec} is neither a directory nor a .tar file; give a folder of images, or prepared data")
+    raise ValueError(
+        f"{spec} does not exist; give a folder of images, a directory of prepared data, .tar files or {TFDS}NAME"
+    )
+
+
+def _tfds(name: str, options: dict[str, Any]) -> Source:
+    from ddpm_jax.data.tfds_source import TFDSSource  # here, since it needs an extra of its own
+
+    return TFDSSource(name, **options)
