@@ -7,7 +7,7 @@ from ddpm_jax.data.loader import make_loader
 from ddpm_jax.data.shapes.captions import VOCABULARY
 from ddpm_jax.data.shapes.scenes import ShapesSource
 from ddpm_jax.data.tokenizer import CompactTokenizer
-from ddpm_jax.data.transforms import AverageDown, Keep, RandomCrop, Tokenize
+from ddpm_jax.data.transforms import AverageDown, RandomCrop, Select, Tokenize
 
 
 class Numbers:
@@ -93,7 +93,7 @@ def test_random_transforms_differ_between_records_and_epochs():
 def test_shapes_through_the_transforms():
     source = ShapesSource(0, 32)
     tokenizer = CompactTokenizer(VOCABULARY)
-    transforms = [RandomCrop(16), Tokenize(tokenizer, 24), Keep(("image", "tokens", "mask", "index"))]
+    transforms = [RandomCrop(16), Tokenize(tokenizer, 24), Select(("image", "tokens", "mask", "index"))]
     batch = next(make_loader(source, batch_size=6, seed=0, transforms=transforms))
     assert set(batch) == {"image", "tokens", "mask", "index"}
     assert batch["image"].shape == (6, 16, 16, 3) and batch["image"].dtype == np.uint8
@@ -116,7 +116,7 @@ def test_transforms_do_not_change_their_record():
     Tokenize(CompactTokenizer(("red", "star")), 5)(record)
     RandomCrop(4).random_map(record, np.random.default_rng(0))
     assert record["image"].shape == (8, 8, 3) and set(record) == {"image", "caption"}
-    with pytest.raises(ValueError, match="size must be at most the picture's 8 x 8 pixels, got 9"):
+    with pytest.raises(ValueError, match="size must be at most the image's 8 x 8 pixels, got 9"):
         RandomCrop(9).random_map(record, np.random.default_rng(0))
 
 
@@ -130,7 +130,7 @@ def test_average_down_takes_the_mean_of_every_block():
     ]
     np.testing.assert_allclose(small["image"], expected, atol=0.5)
     np.testing.assert_array_equal(AverageDown(1)(record)["image"], image)
-    with pytest.raises(ValueError, match="factor=5 must divide the picture's 8 x 12 pixels"):
+    with pytest.raises(ValueError, match="factor=5 must divide the image's 8 x 12 pixels"):
         AverageDown(5)(record)
 
 

@@ -42,13 +42,23 @@ class Tokenize:
 
 
 @dataclasses.dataclass(frozen=True)
-class Keep:
-    """Drop every entry that is not named."""
+class Select:
+    """Drop every entry that is not named.
+
+    Raises:
+        ValueError: on a record without one of the names.
+    """
 
     names: tuple[str, ...]
 
     def __call__(self, record: dict) -> dict:
+        missing = [name for name in self.names if name not in record]
+        if missing:
+            raise ValueError(f"a record has no {missing[0]}, only {', '.join(record)}")
         return {name: record[name] for name in self.names}
+
+
+Keep = Select  # the name before it was Select
 
 
 def as_images(images: Any) -> list[np.ndarray]:
@@ -262,62 +272,165 @@ def _without_alpha(image: np.ndarray, background: tuple[int, int, int]) -> np.nd
     return np.ascontiguousarray(np.broadcast_to(image, (*image.shape[:2], 3)))
 
 
-def _square(image: np.ndarray, size: int) -> np.ndarray:
+def _pillow() -> Any:
     with needs_extra("train"):
         from PIL import Image
 
-    if image.shape[:2] == (size, size):
-        return image
+    return Image
+
+
+def _check_size(size: int) -> None:
+    if not isinstance(size, int) or size < 1:
+        raise ValueError(f"size must be a positive integer, got {size!r}")
+
+
+def _resized(image: np.ndarray, size: tuple[int, int], resampling: Any = None) -> np.ndarray:
+    """Resize uint8[H, W, 3] to `size`, (width, height), by the bicubic filter or another one."""
+    module = _pillow()
+    resampling = module.Resampling.BICUBIC if resampling is None else resampling
+    return np.asarray(module.fromarray(np.ascontiguousarray(image)).resize(size, resampling))
+
+
+def _middle(image: np.ndarray) -> np.ndarray:
+    """Return the image without what lies beyond 20 times its shorter side, since resizing it may need any memory."""
     most = 20 * min(image.shape[:2])
     top, left = (max(side - most, 0) // 2 for side in image.shape[:2])
-    image = np.ascontiguousarray(image[top : top + most, left : left + most])
+    return image[top : top + most, left : left + most]
+
+
+def _square(image: np.ndarray, size: int) -> np.ndarray:
+    if image.shape[:2] == (size, size):
+        return image
+    image = _middle(image)
     height, width = image.shape[:2]
     short = min(height, width)
     new = int(size * width / short), int(size * height / short)
-    resized = np.asarray(Image.fromarray(image).resize(new, Image.Resampling.BICUBIC))
+    resized = _resized(image, new)
     left, top = round((new[0] - size) / 2), round((new[1] - size) / 2)
     return resized[top : top + size, left : left + size]
 
 
 @dataclasses.dataclass(frozen=True)
-class RandomCrop:
-    """Cut a random square window of `size` pixels out of the picture `key`, uint8[H, W, C] -> uint8[size, size, C].
+class Resize:
+    """Resize the image `key` so that its shorter side has `size` pixels, uint8[H, W, 3] -> uint8[H', W', 3].
 
-    Super-resolution networks are fully convolutional and are trained on crops (Dhariwal and Nichol 2021, unCLIP
-    section 2.2).
+    Pillow's bicubic filter with antialiasing: when it shrinks, the filter is as much wider. The longer side is rounded
+    to the nearest pixel.
 
     Raises:
-        ValueError: on a picture smaller than the window.
+        ValueError: on an image whose longer side is more than 100 times the shorter one.
     """
 
     size: int
     key: str = "image"
 
+    def __post_init__(self):
+        _check_size(self.size)
+
+    def __call__(self, record: dict) -> dict:
+        image = record[self.key]
+        height, width = image.shape[:2]
+        short, long = min(height, width), max(height, width)
+        if short == self.size:
+            return record
+        if long > 100 * short:
+            raise ValueError(f"an image of {height} x {width} pixels is too long to be resized to {self.size}")
+        longer = (2 * long * self.size + short) // (2 * short)
+        new = (longer, self.size) if width > height else (self.size, longer)
+        return record | {self.key: _resized(image, new)}
+
+
+@dataclasses.dataclass(frozen=True)
+class CenterCrop:
+    """Shrink or enlarge the image `key` and cut out its middle, uint8[H, W, 3] -> uint8[size, size, 3].
+
+    As ADM prepares ImageNet (Dhariwal and Nichol 2021, guided-diffusion's center_crop_arr): halved by averaging while
+    the shorter side is at least 2 size, then resized to it by Pillow's bicubic filter with antialiasing, then cut. Of
+    an image whose longer side is more than 20 times its shorter side, only the middle 20 are resized.
+    """
+
+    size: int
+    key: str = "image"
+
+    def __post_init__(self):
+        _check_size(self.size)
+
+    def __call__(self, record: dict) -> dict:
+        image, resampling = record[self.key], _pillow().Resampling
+        if image.shape[:2] == (self.size, self.size):
+            return record
+        image = _middle(image)
+        while min(image.shape[:2]) >= 2 * self.size:
+            image = _resized(image, (image.shape[1] // 2, image.shape[0] // 2), resampling.BOX)
+        scale = self.size / min(image.shape[:2])
+        image = _resized(image, (round(image.shape[1] * scale), round(image.shape[0] * scale)))
+        top, left = (image.shape[0] - self.size) // 2, (image.shape[1] - self.size) // 2
+        return record | {self.key: image[top : top + self.size, left : left + self.size]}
+
+
+@dataclasses.dataclass(frozen=True)
+class RandomFlip:
+    """Mirror the image `key` from left to right with a probability, uint8[H, W, C] -> uint8[H, W, C]."""
+
+    probability: float = 0.5
+    key: str = "image"
+
+    def __post_init__(self):
+        if not 0 <= self.probability <= 1:
+            raise ValueError(f"probability must be in [0, 1], got {self.probability}")
+
+    def random_map(self, record: dict, rng: np.random.Generator) -> dict:
+        if rng.random() >= self.probability:
+            return record
+        return record | {self.key: np.ascontiguousarray(record[self.key][:, ::-1])}
+
+
+@dataclasses.dataclass(frozen=True)
+class RandomCrop:
+    """Cut a random square window of `size` pixels out of the image `key`, uint8[H, W, C] -> uint8[size, size, C].
+
+    Super-resolution networks are fully convolutional and are trained on crops (Dhariwal and Nichol 2021, unCLIP
+    section 2.2).
+
+    Raises:
+        ValueError: on an image smaller than the window.
+    """
+
+    size: int
+    key: str = "image"
+
+    def __post_init__(self):
+        _check_size(self.size)
+
     def random_map(self, record: dict, rng: np.random.Generator) -> dict:
         image = record[self.key]
         height, width = image.shape[:2]
         if min(height, width) < self.size:
-            raise ValueError(f"size must be at most the picture's {height} x {width} pixels, got {self.size}.")
+            raise ValueError(f"size must be at most the image's {height} x {width} pixels, got {self.size}")
         top, left = int(rng.integers(height - self.size + 1)), int(rng.integers(width - self.size + 1))
         return record | {self.key: image[top : top + self.size, left : left + self.size]}
 
 
 @dataclasses.dataclass(frozen=True)
 class AverageDown:
-    """Shrink the picture `key` by averaging factor x factor pixels, uint8[H, W, C] -> uint8[H/factor, W/factor, C].
+    """Shrink the image `key` by averaging factor x factor pixels, uint8[H, W, C] -> uint8[H/factor, W/factor, C].
 
     Raises:
-        ValueError: on a picture whose sides `factor` does not divide.
+        ValueError: on an image whose sides `factor` does not divide.
     """
 
     factor: int
     key: str = "image"
 
+    def __post_init__(self):
+        if self.factor < 1:
+            raise ValueError(f"factor must be at least 1, got {self.factor}")
+
     def __call__(self, record: dict) -> dict:
         image = record[self.key]
         height, width, channels = image.shape
         if height % self.factor or width % self.factor:
-            raise ValueError(f"factor={self.factor} must divide the picture's {height} x {width} pixels.")
+            raise ValueError(f"factor={self.factor} must divide the image's {height} x {width} pixels")
         # Axis by axis: numpy sums over two axes at once far more slowly.
         rows = image.reshape(height // self.factor, self.factor, width * channels).sum(1, dtype=np.int32)
         sums = rows.reshape(height // self.factor, width // self.factor, self.factor, channels).sum(2)
