@@ -5,8 +5,16 @@ the seed. Global batch b is x[b B], ..., x[(b + 1) B - 1]; host h of H reads the
 else. So the concatenation of the hosts' batches in host order is the same batch for every number of hosts.
 """
 
-from collections.abc import Callable, Sequence
+import atexit
+import multiprocessing
+import os
+import signal
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
+
+import numpy as np
 
 from ddpm_jax.extras import needs_extra
 from ddpm_jax.types import Source
@@ -14,6 +22,65 @@ from ddpm_jax.types import Source
 with needs_extra("train"):
     import grain
     from absl import flags
+
+
+class Loader(Iterator[dict[str, Any]]):
+    """Iterates over batches, dicts of numpy arrays; made by `make_loader`.
+
+    A context manager that closes it; the end of the program closes it as well.
+    """
+
+    _open: "weakref.WeakSet[Loader]" = weakref.WeakSet()
+
+    def __init__(self, batches: grain.DatasetIterator):
+        self._batches: grain.DatasetIterator | None = batches
+        Loader._open.add(self)
+
+    def __next__(self) -> dict[str, Any]:
+        batch = next(self._used())
+        # Arrays of workers are in shared memory, of which there is little; a copy releases it at once.
+        return {name: value if type(value) is np.ndarray else np.array(value) for name, value in batch.items()}
+
+    def get_state(self) -> Any:
+        """Return the position in the stream as plain data."""
+        return self._used().get_state()
+
+    def set_state(self, state: Any) -> None:
+        """Continue with the batch after the position that an equally made loader returned."""
+        self._used().set_state(state)
+
+    def close(self) -> None:
+        """Stop the threads and workers; does nothing the second time."""
+        batches, self._batches = self._batches, None
+        if batches is not None:
+            batches.close()
+
+    def __enter__(self) -> "Loader":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def _used(self) -> grain.DatasetIterator:
+        if self._batches is None:
+            raise ValueError("the loader is closed")
+        return self._batches
+
+
+@atexit.register
+def _close_loaders() -> None:
+    """Close all loaders while Grain's modules are there, which its iterators need when they are deleted."""
+    for loader in tuple(Loader._open):
+        loader.close()
+
+
+def _start_worker(index: int, count: int) -> None:
+    """Let the first process decide when a worker ends."""
+    del index, count
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all processes
+    # A process that is killed, or leaves by os._exit, does not end its workers.
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), name="parent", daemon=True).start()
 
 
 class _HostBlocks(grain.MapDataset):
@@ -44,7 +111,7 @@ def make_loader(
     num_threads: int = 1,
     num_workers: int = 0,
     prefetch: int = 4,
-) -> grain.DatasetIterator:
+) -> Loader:
     """Make an endless iterator over batches of records.
 
     Batches run on over the end of an epoch, so no record is dropped. The sequence depends on the source, `seed`,
@@ -58,13 +125,14 @@ def make_loader(
         shard_index: this host's number, usually `jax.process_index()`.
         shard_count: the number of hosts, usually `jax.process_count()`.
         num_threads: threads that read ahead; with 0, batches are made when they are asked for.
-        num_workers: worker processes; 0 reads in this process.
+        num_workers: worker processes; 0 reads in this process. They import the program's main module again, so a
+            program that sets this has its work under `if __name__ == "__main__":`.
         prefetch: batches to read ahead.
 
     Returns:
         An iterator over dicts of numpy arrays with a leading axis of batch_size / shard_count. `get_state()` returns
         its position as plain data, and `set_state` of an equally made iterator continues with the batch after it.
-        `close()` stops its threads and workers.
+        `close()` stops its threads and workers. `next` raises what the source or a transform raised.
 
     Raises:
         ValueError: if the source is empty, or a number is out of its range.
@@ -90,6 +158,6 @@ def make_loader(
         if not flags.FLAGS.is_parsed():
             flags.FLAGS.mark_as_parsed()  # Grain reads a flag of its own here, which fails outside absl's app.run
         stream = stream.mp_prefetch(
-            grain.MultiprocessingOptions(num_workers=num_workers, per_worker_buffer_size=prefetch)
+            grain.MultiprocessingOptions(num_workers=num_workers, per_worker_buffer_size=prefetch), _start_worker
         )
-    return iter(stream)
+    return Loader(iter(stream))
