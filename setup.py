@@ -25,8 +25,8 @@ TRAIN = [
     "tqdm>=4.66",
 ]
 ODE = ["diffrax>=0.7"]
-EMOJI = ["resvg-py>=0.3"]
-TFDS = ["tensorflow-datasets>=4.9.10"]
+EMOJI = ["resvg-py>=0.5"]
+TFDS = ["tensorflow-datasets>=4.9.10", "importlib_resources>=6"]  # which it imports without requiring it
 TEST = [
     *TRAIN,
     *ODE,
