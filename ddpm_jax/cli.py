@@ -36,6 +36,7 @@ FAILURE = 1
 PACKAGE = str(Path(__file__).parent) + os.sep
 # Errors that are written for users, by module: one whose module was never imported cannot have been raised.
 ERRORS = {
+    "ddpm_jax.data.preparing.part": ("PrepareError",),
     "ddpm_jax.interop.table": ("ConvertError",),
     "ddpm_jax.errors": ("LoadError",),
     "ddpm_jax.storage.checkpoint": ("CheckpointError", "WorkdirInUse"),

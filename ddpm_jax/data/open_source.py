@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from ddpm_jax.data.array_record import ArrayRecordSource
+from ddpm_jax.data.emoji.source import EmojiSource
 from ddpm_jax.data.image_folder import ImageFolder
 from ddpm_jax.data.record_format import MANIFEST
 from ddpm_jax.data.webdataset import WebDatasetSource
 from ddpm_jax.types import Source
 
-TFDS = "tfds:"
+TFDS, EMOJI = "tfds:", "emoji:"
 
 
 def open_source(spec: str | os.PathLike, **options: Any) -> Source:
@@ -21,6 +22,7 @@ def open_source(spec: str | os.PathLike, **options: Any) -> Source:
         spec: one of
 
             - "tfds:NAME", or the directory of a built data set of TFDS (it has dataset_info.json): `TFDSSource`
+            - "emoji:DIRECTORY", with the packages of the emoji: `EmojiSource`
             - a directory with manifest.json, as `python -m ddpm_jax.prepare` writes it: `ArrayRecordSource`
             - a tar file, a pattern of tar files, or a directory of tar files: `WebDatasetSource`
             - any other directory: `ImageFolder`
@@ -34,6 +36,8 @@ def open_source(spec: str | os.PathLike, **options: Any) -> Source:
     path = Path(text).expanduser()
     if text.startswith(TFDS):
         return _tfds(text.removeprefix(TFDS), options)
+    if text.startswith(EMOJI):
+        return EmojiSource(Path(text.removeprefix(EMOJI)).expanduser(), **options)
     if path.is_dir():
         if (path / MANIFEST).exists():
             return ArrayRecordSource(path, **options)
@@ -47,7 +51,8 @@ def open_source(spec: str | os.PathLike, **options: Any) -> Source:
     if path.exists():
         raise ValueError(f"{spec} is neither a directory nor a .tar file; give a folder of images, or prepared data")
     raise ValueError(
-        f"{spec} does not exist; give a folder of images, a directory of prepared data, .tar files or {TFDS}NAME"
+        f"{spec} does not exist; give a folder of images, a directory of prepared data, .tar files, {TFDS}NAME or "
+        f"{EMOJI}DIRECTORY"
     )
 
 

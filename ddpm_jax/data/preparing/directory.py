@@ -26,6 +26,8 @@ from ddpm_jax.data.source import file_sha256
 from ddpm_jax.temporary import temporary_path
 
 SKIPPED = "skipped.jsonl"
+UNUSED = "not used"
+DECODED = ".decoded"
 _PARTS, _OPTIONS = "parts", "options.json"
 
 
@@ -59,6 +61,10 @@ class Directory:
         """Return where the shard of a part is written."""
         return self._parts / _shard_name(number)
 
+    def decoded_path(self, number: int) -> Path:
+        """Return where the shard of a part is written before it is embedded."""
+        return self._parts / f"{number:05d}{DECODED}"
+
     def part_path(self, number: int) -> Path:
         """Return where the outcome of a part is written."""
         return self._parts / f"{number:05d}.json"
@@ -83,13 +89,16 @@ class Directory:
     def remove_unfinished(self, numbers: Sequence[int]) -> None:
         """Remove what a killed run of the parts with these numbers has left."""
         mine = {f"{number:05d}" for number in numbers}
-        for file in self._parts.glob(".*"):
-            if file.name[1:].partition(".")[0] in mine:
+        for file in self._parts.iterdir():
+            unfinished = file.name.startswith(".") or file.suffix == DECODED
+            if unfinished and file.name.lstrip(".").partition(".")[0] in mine:
                 file.unlink(missing_ok=True)
 
-    def write_skipped(self, parts: Sequence[Part]) -> None:
-        """Write the list of skipped records, whole or not at all."""
-        lines = [json.dumps(entry, ensure_ascii=False) for part in parts for entry in part.skipped]
+    def write_skipped(self, parts: Sequence[Part], unused: Sequence[str]) -> None:
+        """Write the list of skipped records and of what is no record, whole or not at all."""
+        entries = [entry for part in parts for entry in part.skipped]
+        entries += [{"index": None, "reason": UNUSED, "message": name} for name in unused]
+        lines = [json.dumps(entry, ensure_ascii=False) for entry in entries]
         target = self.path / SKIPPED
         with temporary_path(target.with_name(f".{SKIPPED}.{os.getpid()}")) as unfinished:
             unfinished.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8", errors="surrogateescape")
@@ -99,6 +108,7 @@ class Directory:
         self,
         *,
         class_names: Sequence[str] | None,
+        unused: Sequence[str],
         provenance: Mapping[str, Any],
         licences: Mapping[str, str],
         keep_duplicates: bool,
@@ -114,7 +124,7 @@ class Directory:
         parts = [load_part(self.part_path(number)) for number in range(self.count)]
         if not keep_duplicates:
             remove_duplicates(parts)
-        self.write_skipped(parts)
+        self.write_skipped(parts, unused)
         check(parts, self.path)
         fields = _common_fields(parts)
         shards = []
@@ -125,7 +135,7 @@ class Directory:
             raise PrepareError(f"no record was kept: {in_words(parts)}; see {self.path / SKIPPED}")
         for name, text in licences.items():
             (self.path / name).write_text(text, encoding="utf-8")
-        provenance = {**provenance, "prepare": self.description, "skipped": counted(parts)}
+        provenance = {**provenance, "prepare": self.description, "skipped": counted(parts), "unused": len(unused)}
         write_manifest(self.path, shards, fields, class_names=class_names, provenance=provenance)
         self.remove_parts()
         return read_manifest(self.path)

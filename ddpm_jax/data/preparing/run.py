@@ -12,7 +12,7 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
-from ddpm_jax.data.preparing.directory import SKIPPED, Directory, counted, remove_duplicates, in_words
+from ddpm_jax.data.preparing.directory import SKIPPED, Directory, counted, in_words, remove_duplicates
 from ddpm_jax.data.preparing.embed import Embedder, embed_part
 from ddpm_jax.data.preparing.part import Options, Part, PrepareError, load_part, save_part, write_part
 from ddpm_jax.data.record_format import read_manifest
@@ -34,6 +34,7 @@ class Summary:
         shards: likewise.
         bytes: likewise.
         skipped: {reason: number of records}.
+        unused: the number of files and rows of metadata that belong to no record.
     """
 
     complete: bool
@@ -41,6 +42,7 @@ class Summary:
     shards: int
     bytes: int
     skipped: dict[str, int]
+    unused: int
 
 
 def prepare(
@@ -97,20 +99,21 @@ def prepare(
         limit = _Limit(max_skipped, length, options)
         job = _Job(source, directory, options, workers, tuple(embedders), limit, progress)
         mine = range(process_index, count, process_count)
-        with directory.lock(f"process {process_index}"):
+        with directory.lock(f"process-{process_index}"):
             parts = job.write(mine)
         complete = _complete(directory, source, options, max_skipped, provenance or {})
         if not complete:
             shards = [part.shard for part in parts if part.shard]
-            return _summary(False, shards, counted(parts))
+            return _summary(False, shards, counted(parts), 0)
     directory.remove_parts()
     manifest = read_manifest(directory.path)
-    return _summary(True, manifest["shards"], manifest["provenance"]["skipped"])
+    provenance = manifest["provenance"]
+    return _summary(True, manifest["shards"], provenance["skipped"], provenance["unused"])
 
 
-def _summary(complete: bool, shards: Sequence[Mapping[str, Any]], skipped: dict[str, int]) -> Summary:
+def _summary(complete: bool, shards: Sequence[Mapping[str, Any]], skipped: dict[str, int], unused: int) -> Summary:
     records, size = (sum(shard[name] for shard in shards) for name in ("records", "bytes"))
-    return Summary(complete, records, len(shards), size, skipped)
+    return Summary(complete, records, len(shards), size, skipped, unused)
 
 
 def _complete(
@@ -118,7 +121,7 @@ def _complete(
 ) -> bool:
     """Complete the data set if all parts are there; return whether it is complete."""
     try:
-        with directory.lock("the last process", wait=True):
+        with directory.lock("completion", wait=True):
             if directory.is_complete:
                 return True
             if not all(directory.part_path(number).exists() for number in range(directory.count)):
@@ -126,6 +129,7 @@ def _complete(
             licences = source.licences() if hasattr(source, "licences") else {}
             directory.complete(
                 class_names=getattr(source, "class_names", None),
+                unused=_unused(source),
                 provenance=provenance,
                 licences=licences,
                 keep_duplicates=options.keep_duplicates,
@@ -135,6 +139,12 @@ def _complete(
         if not directory.is_complete:  # another process has not completed it
             raise
     return True
+
+
+def _unused(source: Source) -> list[str]:
+    """Return what a source has found and not made a record of."""
+    names = ("ignored", "rows_without_image", "samples_without_image")
+    return [entry for name in names for entry in getattr(source, name, ())]
 
 
 class _Limit:
@@ -209,7 +219,7 @@ class _Job:
         """Say what was skipped until the limit was passed."""
         if not self.options.keep_duplicates:
             remove_duplicates(parts)
-        self.directory.write_skipped(parts)
+        self.directory.write_skipped(parts, _unused(self.source))
         self.limit.check(parts, self.directory.path)
 
     def _embed(self, number: int, part: Part) -> Part:
@@ -219,8 +229,7 @@ class _Job:
 
     def _decoded(self, number: int) -> Path:
         """Return where workers write the shard of a part."""
-        path = self.directory.shard_path(number)
-        return path.with_name(f".{number:05d}.decoded") if self.embedders else path
+        return self.directory.decoded_path(number) if self.embedders else self.directory.shard_path(number)
 
     def _parts(self, numbers: Sequence[int], done: Callable[[int], None]) -> Iterator[tuple[int, Part]]:
         """Yield the parts with these numbers, as they are ready."""
