@@ -9,6 +9,7 @@ from ddpm_jax import cli
 # isort: split
 import ast
 import os
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -111,7 +112,11 @@ def _open(spec: str, options: Mapping[str, Any]) -> Any:
             return open_source(spec, **{"check": False, **options})
         except TypeError:  # sources whose records are all complete have no such option
             return open_source(spec, **options)
-    except (ValueError, TypeError) as error:
+    except TypeError as error:
+        unknown = re.match(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", str(error))
+        reason = f"{unknown[1]} has no option {unknown[2]}" if unknown else str(error)
+        raise cli.UsageError(f"--source={spec}: {reason}") from error
+    except ValueError as error:
         raise cli.UsageError(f"--source={spec}: {error}") from error
 
 
@@ -164,7 +169,7 @@ def _show(summary: Any) -> None:
         listed = f"; {_OUT.value}/skipped.jsonl names them" if summary.complete else ""
         cli.show(f"skipped {sum(summary.skipped.values())}: {reasons}{listed}")
     if summary.unused:
-        cli.show(f"not used {summary.unused} files or rows without an image, which skipped.jsonl names as well")
+        cli.show(f"not used: {summary.unused} files or rows that belong to no image; skipped.jsonl names them too")
 
 
 if __name__ == "__main__":

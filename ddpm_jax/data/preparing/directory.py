@@ -1,7 +1,7 @@
 """The directory of a prepared data set while it is written: what is there, whose it is, and how it is completed.
 
 OUT/parts/options.json         what is prepared, and how: another run continues only the same
-OUT/parts/00012.array_record   the shard of a part, before duplicates of other parts are removed
+OUT/parts/00012.array_record   the shard of a part, with duplicates
 OUT/parts/00012.json           what became of the part's records; the part is complete when this is there
 OUT/00012.array_record         the final shard
 OUT/skipped.jsonl              every record that was skipped, and why
@@ -20,13 +20,14 @@ from typing import Any
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 
 from ddpm_jax.data.array_record import write_shard
-from ddpm_jax.data.preparing.part import DUPLICATE, REASONS, Part, PrepareError, duplicate, load_part
+from ddpm_jax.data.preparing.part import NO_CAPTION, TOO_SMALL, UNREADABLE, Part, PrepareError, load_part
 from ddpm_jax.data.record_format import MANIFEST, decode_record, read_manifest, write_manifest
 from ddpm_jax.data.source import file_sha256
 from ddpm_jax.temporary import temporary_path
 
 SKIPPED = "skipped.jsonl"
-UNUSED = "not used"
+DUPLICATE, UNUSED = "duplicate", "not used"
+REASONS = (UNREADABLE, TOO_SMALL, NO_CAPTION, DUPLICATE)
 DECODED = ".decoded"
 _PARTS, _OPTIONS = "parts", "options.json"
 
@@ -205,7 +206,7 @@ class Directory:
 
 
 def remove_duplicates(parts: Sequence[Part]) -> None:
-    """Skip every record whose pixels are those of a record of an earlier part."""
+    """Skip every record whose pixels are those of an earlier record."""
     first: dict[str, int] = {}
     for part in parts:
         for index, digest, _ in part.kept:
@@ -214,7 +215,7 @@ def remove_duplicates(parts: Sequence[Part]) -> None:
     for part in parts:
         for index, digest, key in part.kept:
             if first[digest] != index:
-                message = duplicate(key, names[digest])
+                message = f"{key}: has the pixels of {names[digest]}"
                 part.skipped.append({"index": index, "reason": DUPLICATE, "message": message})
         part.kept = [entry for entry in part.kept if first[entry[1]] == entry[0]]
         part.skipped.sort(key=lambda entry: entry["index"])

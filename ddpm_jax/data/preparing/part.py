@@ -18,7 +18,7 @@ from ddpm_jax.data.array_record import write_shard
 from ddpm_jax.data.decode import encode_png
 from ddpm_jax.data.record_format import record_fields
 from ddpm_jax.data.source import CaptionError, RecordError
-from ddpm_jax.data.transforms import as_image, resize_center_crop
+from ddpm_jax.data.transforms import CenterCrop, as_image
 from ddpm_jax.extras import needs_extra
 from ddpm_jax.temporary import temporary_path
 from ddpm_jax.types import Source
@@ -26,8 +26,7 @@ from ddpm_jax.types import Source
 with needs_extra("train"):
     from PIL import Image
 
-UNREADABLE, TOO_SMALL, NO_CAPTION, DUPLICATE = "unreadable", "too small", "no caption", "duplicate"
-REASONS = (UNREADABLE, TOO_SMALL, NO_CAPTION, DUPLICATE)
+UNREADABLE, TOO_SMALL, NO_CAPTION = "unreadable", "too small", "no caption"
 FORMATS = ("png", "webp", "jpeg")
 _DIGEST_BYTES = 16  # of pixels; two of 10^9 different images have the same with a probability of 10^-21
 
@@ -41,7 +40,7 @@ class Options:
     """What a prepared data set depends on besides its source.
 
     Attributes:
-        size: side of the images in pixels: the shorter side is resized to it, and the central square cut out.
+        size: side of the images in pixels; they are resized and cropped by `data.transforms.CenterCrop`.
         min_side: images with a shorter side than this are skipped; None is `size`, 1 skips none.
         format: "png" and "webp" keep every pixel; "jpeg" does not.
         quality: of JPEG, in [1, 100].
@@ -164,25 +163,22 @@ def _prepared(
     source: Source, begin: int, end: int, options: Options, part: Part, done: Callable[[int], None]
 ) -> Iterator[dict[str, Any]]:
     """Yield the records to keep, and note in the part what became of each."""
-    seen: dict[str, str] = {}
     for index in range(begin, end):
         try:
             record, digest = _prepare(source, index, options)
-            key = str(record.get("key", f"record {index}"))
-            # Duplicates in other parts are found when all parts are there.
-            if digest in seen and not options.keep_duplicates:
-                raise _Skip(DUPLICATE, duplicate(key, seen[digest]))
-            seen[digest] = key
-            part.kept.append((index, digest, key))
+            part.kept.append((index, digest, str(record.get("key", f"record {index}"))))
             yield record
         except _Skip as skip:
             part.skipped.append({"index": index, "reason": skip.reason, "message": str(skip)})
         done(1)
 
 
-def duplicate(key: str, other: str) -> str:
-    """Return what is said of a duplicate."""
-    return f"{key}: has the pixels of {other}"
+def _is_utf8(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # bytes that Python keeps as lone surrogates
+        return False
+    return True
 
 
 def _prepare(source: Source, index: int, options: Options) -> tuple[dict[str, Any], str]:
@@ -202,10 +198,13 @@ def _prepare(source: Source, index: int, options: Options) -> tuple[dict[str, An
         raise _Skip(UNREADABLE, f"{key}: the image {error}") from None
     if "caption" in record and not str(record["caption"]).strip():
         raise _Skip(NO_CAPTION, f"{key}: the caption is empty")
+    for name, value in record.items():
+        if isinstance(value, str) and not _is_utf8(value):
+            raise _Skip(UNREADABLE, f"{key}: {name} is not UTF-8")
     height, width = image.shape[:2]
     least = options.min_side or options.size
     if min(height, width) < least:
-        raise _Skip(TOO_SMALL, f"{key}: has {width} x {height} pixels, less than {least}")
+        raise _Skip(TOO_SMALL, f"{key}: has {width} x {height} pixels, and the shorter side must have {least}")
     digest = hashlib.sha256(f"{height} {width} ".encode() + image.tobytes()).digest()[:_DIGEST_BYTES].hex()
-    small = resize_center_crop(image, options.size)[0]
-    return record | {"image": encode_image(small, options)}, digest
+    small = CenterCrop(options.size)({"image": image})["image"]
+    return record | {"image": encode_image(np.ascontiguousarray(small), options)}, digest

@@ -148,7 +148,7 @@ def _unused(source: Source) -> list[str]:
 
 
 class _Limit:
-    """Counts what is skipped, duplicates among parts included, and stops above the limit."""
+    """Counts what is skipped, duplicates included, and stops above the limit."""
 
     def __init__(self, most: int | float, length: int, options: Options):
         self.given, self._length, self._options = most, length, options
