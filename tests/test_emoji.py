@@ -8,10 +8,12 @@ import tarfile
 
 import numpy as np
 import pytest
+import tensorflow_datasets as tfds
 from PIL import Image
 
 from ddpm_jax.data.decode import DecodeError
 from ddpm_jax.data.emoji import records
+from ddpm_jax.data.emoji.emoji_dataset_builder import Builder
 from ddpm_jax.data.emoji.packages import NAMES, STYLES, EmojiError
 from ddpm_jax.data.emoji.records import Concept, Emoji, read_emoji, render, render_svg, split_of
 from ddpm_jax.data.emoji.source import EmojiSource
@@ -180,7 +182,6 @@ def test_openmoji_without_resvg_names_the_extra(packages, monkeypatch):
 
 
 def test_svg_is_rendered_at_the_size_asked_for(packages):
-    pytest.importorskip("resvg_py")
     source = EmojiSource(packages, styles="openmoji", svg_size=8)
     assert source[0]["image"].shape == (8, 8, 3)
     assert (source[0]["image"][:4] == (0, 255, 0)).all() and (source[0]["image"][4:] == 255).all()
@@ -197,7 +198,6 @@ def test_svg_is_rendered_at_the_size_asked_for(packages):
     ],
 )
 def test_svg_that_refers_to_files_is_refused(data):
-    pytest.importorskip("resvg_py")
     with pytest.raises(DecodeError, match="refers to other files"):
         render_svg(data, 8)
 
@@ -261,10 +261,6 @@ def test_package_that_unpacks_to_gigabytes_is_refused(packages, tmp_path, monkey
 
 
 def test_tfds_builder_has_the_same_records(packages, tmp_path):
-    pytest.importorskip("resvg_py")
-    tfds = pytest.importorskip("tensorflow_datasets")
-    from ddpm_jax.data.emoji.emoji_dataset_builder import Builder
-
     builder = Builder(data_dir=tmp_path, file_format="array_record")
     builder.download_and_prepare(download_config=tfds.download.DownloadConfig(manual_dir=packages))
     assert builder.name == "emoji" and "CC BY-SA 4.0" in (builder.data_path / "NOTICE.txt").read_text()
