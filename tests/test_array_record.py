@@ -1,7 +1,9 @@
 """Prepared data sets: what is written is read, and what is damaged is named."""
 
 import json
+import os
 import pickle
+import resource
 import shutil
 
 import msgpack
@@ -145,6 +147,25 @@ def test_damaged_shards_are_named(copy):
     shard.unlink()
     with pytest.raises(ValueError, match="00001.array_record is missing"):
         ArrayRecordSource(copy)
+
+
+def test_many_shards_may_be_open(tmp_path, monkeypatch):
+    write_array_record(tmp_path, ({"index": number} for number in range(60)), shard_records=1)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    used = len(os.listdir("/proc/self/fd"))
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (used + 20, hard))
+        source = ArrayRecordSource(tmp_path)
+        assert [record["index"] for record in source] == list(range(60))
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (60 + 256, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (used + 80, hard))
+        assert pickle.loads(pickle.dumps(source))[59] == {"index": 59}
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (60 + 256, hard)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: (64, 300))
+    with pytest.raises(ValueError, match="60 shards need as many open files, of which the system allows 300"):
+        ArrayRecordSource(tmp_path)
 
 
 def written_by_hand(path, data, fields):

@@ -76,10 +76,15 @@ class ArrayRecordSource:
             if size != shard["bytes"]:
                 found = "is missing" if size is None else f"has {size} bytes, the manifest says {shard['bytes']}"
                 raise ValueError(f"{file} {found}")
+        _allow_open_files(len(self._shards))
         self._ends = list(itertools.accumulate(shard["records"] for shard in self._shards))
         self._records = ArrayRecordDataSource(
             [_Part(str(self._root / shard["name"]), shard["records"]) for shard in self._shards if shard["records"]]
         )
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        _allow_open_files(len(self._shards))  # of a worker process
 
     def __len__(self) -> int:
         return self._ends[-1]
@@ -201,6 +206,27 @@ def write_shard(
         entry["sha256"] = file_sha256(unfinished)
         os.replace(unfinished, path)
     return entry
+
+
+def _allow_open_files(count: int) -> None:
+    """Raise this process's limit of open files where it is too low for shards, which all stay open.
+
+    Raises:
+        ValueError: if the system does not allow it.
+    """
+    try:
+        import resource
+    except ImportError:  # not on Windows, which has no such limit
+        return
+    needed = count + 256  # for everything else
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft >= needed or soft == resource.RLIM_INFINITY:
+        return
+    if hard < needed and hard != resource.RLIM_INFINITY:
+        raise ValueError(
+            f"{count} shards need as many open files, of which the system allows {hard}; use larger shards"
+        )
+    resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
 
 @dataclasses.dataclass(frozen=True)
