@@ -9,10 +9,12 @@ import jax
 import numpy as np
 import test_interop_karlo as karlo
 import test_interop_stable_diffusion as stable_diffusion
+from image_files import pixels, write
 from random_networks import fast_jit
 from random_weights import random_weights
 from safetensors.numpy import save_file
 
+from ddpm_jax.data.loader import make_loader
 from ddpm_jax.data.tokenizer import ClipTokenizer
 from ddpm_jax.pipelines import karlo as karlo_pipeline
 from ddpm_jax.pipelines import stable_diffusion as stable_diffusion_pipeline
@@ -108,6 +110,19 @@ def test_links_and_images_exist():
     for page in PAGES:
         for target in re.findall(r"\]\(([^)#:]+)\)", (ROOT / page).read_text()):
             assert (ROOT / page).parent.joinpath(target).exists(), (page, target)
+
+
+def test_the_data(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for number, image in enumerate(pixels(20, low=40, high=90)):
+        write(f"photos/{('cat', 'dog')[number % 2]}/{number:03d}.png", image)
+    names = run("docs/data.md")
+    assert len(names["train"]) == 18 and len(names["validation"]) == 2 and names["source"].class_names == ("cat", "dog")
+    assert names["batch"]["image"].shape == (8, 64, 64, 3) and names["batch"]["label"].dtype == np.int32
+    assert len(names["prepared"]) == 20 and set(names["prepared"][3]) == {"image", "label"}
+    assert names["digits"][13]["label"] == 3 and names["digits"][13]["image"].shape == (28, 28, 3)
+    batch = next(make_loader(names["Squares"](), batch_size=8, seed=0))
+    assert batch["image"].shape == (8, 64, 64, 3) and batch["label"].dtype == np.int32
 
 
 def test_no_page_with_python_blocks_is_forgotten():
