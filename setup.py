@@ -48,7 +48,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["ddpm_jax", "ddpm_jax.*"]),
-    package_data={"ddpm_jax": ["data/*.txt.gz", "weights/*.safetensors"]},
+    package_data={"ddpm_jax": ["data/*.txt.gz", "weights/*/pipeline.json", "weights/*/*/model.*"]},
     install_requires=["jax>=0.8.0", "flax>=0.10.0", "numpy>=1.26"],
     extras_require={
         "train": TRAIN,

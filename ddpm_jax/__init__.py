@@ -1,6 +1,7 @@
 """Diffusion models in JAX: pure functions over arrays, a network seen only as a callable.
 
 Importing this package loads jax, flax and numpy; data, training and pipelines are imported from their own modules.
+`load`, which opens models and pipelines, is imported when it is used.
 """
 
 import signal as _signal
@@ -49,6 +50,7 @@ __all__ = [
     "drop",
     "example_keys",
     "linear_betas",
+    "load",
     "make_process",
     "min_snr",
     "predict",
@@ -61,3 +63,12 @@ __all__ = [
     "target",
     "vlb_terms",
 ]
+
+
+def __getattr__(name: str) -> object:
+    """Import `load` when it is used."""
+    if name == "load":
+        from ddpm_jax.pipelines import load
+
+        return load
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

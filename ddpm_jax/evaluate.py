@@ -1,7 +1,8 @@
 """Measure faithfulness: `python -m ddpm_jax.evaluate --workdir DIR [--num_captions 512] [--compare]`.
 
-Prints a table and writes faithfulness.json and samples.png into the workdir (or --out). With --compare it also answers
-"why a prior?": the same decoder given the caption alone, the text embedding, the prior's and the true image embedding.
+Prints how faithful images are to captions of captioned shapes, and writes faithfulness.json and samples.png into the
+workdir (or --out). With --compare it also answers "why a prior?": the same decoder given the caption alone, the
+text embedding, the prior's and the true image embedding.
 """
 
 from pathlib import Path
@@ -13,18 +14,16 @@ from absl import flags
 
 FLAGS = flags.FlagValues()
 _WORKDIR = flags.DEFINE_string(
-    "workdir", None, "Workdir of a training run, or a weights file; bundled weights if none.", flag_values=FLAGS
+    "workdir", None, "Workdir of a training run; the bundled pipeline if none.", flag_values=FLAGS
 )
 _OUT = flags.DEFINE_string(
     "out", None, "Directory for the results; the workdir if it is one. Created if missing.", flag_values=FLAGS
 )
-_NUM = flags.DEFINE_integer(
-    "num_captions", None, "Captions a row; that of the config if none.", lower_bound=1, flag_values=FLAGS
-)
+_NUM = flags.DEFINE_integer("num_captions", 512, "Captions a row.", lower_bound=1, flag_values=FLAGS)
 _SEED = flags.DEFINE_integer(
     "seed",
-    None,
-    "Seed of captions and random numbers; that of the config if none.",
+    1,
+    "Seed of captions and random numbers.",
     lower_bound=0,
     upper_bound=cli.MAX_SEED,
     flag_values=FLAGS,
@@ -35,8 +34,7 @@ _COMPARE = flags.DEFINE_bool("compare", False, 'Also measure "why a prior?".', f
 def main() -> None:
     """Run the program."""
     cli.check_exists(_WORKDIR.value, what="--workdir")
-    is_file = _WORKDIR.value is None or Path(_WORKDIR.value).is_file()
-    if is_file and not _OUT.value:
+    if _WORKDIR.value is None and not _OUT.value:
         raise cli.UsageError("--out is needed, a directory for the results")
     out = Path(_OUT.value or _WORKDIR.value)
     if _OUT.value or out.is_dir():
@@ -47,14 +45,12 @@ def main() -> None:
     cli.use_cpu_devices()
     pipeline = load(_WORKDIR.value)
     if not isinstance(pipeline, UnCLIP):
-        raise cli.UsageError(f"--workdir={_WORKDIR.value} was converted; only pipelines of ddpm_jax.train are measured")
-    settings = pipeline.config["evaluation"]
-    num = _NUM.value or settings["num_captions"]
-    seed = settings["seed"] if _SEED.value is None else _SEED.value
+        raise cli.UsageError(f"--workdir={_WORKDIR.value} holds no UnCLIP, and only that is measured on captions")
     out.mkdir(parents=True, exist_ok=True)
-    report.write_faithfulness(pipeline, out, num_captions=num, seed=seed, show=cli.show)
+    how = {"num_captions": _NUM.value, "seed": _SEED.value, "show": cli.show}
+    report.write_faithfulness(pipeline, out, **how)
     if _COMPARE.value:
-        report.write_comparison(pipeline, out, num_captions=num, seed=seed, show=cli.show)
+        report.write_comparison(pipeline, out, **how)
 
 
 if __name__ == "__main__":

@@ -1,87 +1,203 @@
-"""Draw pictures for prompts: `python -m ddpm_jax.sample --prompt "a small red star" --out grid.png [--workdir DIR]`.
+"""Sample images: `python -m ddpm_jax.sample --prompt "a small red star" --out grid.png [--workdir DIR]`.
 
-Without a workdir the small weights that the package carries are used.
+Without a workdir the small pipeline that the package carries is used. Captions are given as --prompt; a pipeline
+without captions takes --label, --num_images or both. Options of the sampler are for the main stage (the decoder of
+captioned pipelines, the base of the others); an option of any stage is --<stage>_<option>, such as --prior_steps=50,
+--upsampler_sampler=dpm_solver or --decoder_scale=3.
 """
 
 from ddpm_jax import cli
 
 # isort: split
+import dataclasses
+import re
+import sys
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 from absl import flags
 
+from ddpm_jax.diffusion.sampling import SAMPLERS, Sampling
+
 FLAGS = flags.FlagValues()
-_PROMPT = flags.DEFINE_multi_string("prompt", None, "What to draw; may be repeated.", flag_values=FLAGS)
+_PROMPT = flags.DEFINE_multi_string("prompt", None, "What to show; may be repeated.", flag_values=FLAGS)
+_NEGATIVE = flags.DEFINE_multi_string(
+    "negative_prompt", None, "What guidance leads away from: one, or one for each prompt.", flag_values=FLAGS
+)
+_LABEL = flags.DEFINE_multi_string("label", None, "A class, by name or index; may be repeated.", flag_values=FLAGS)
+_NUM_IMAGES = flags.DEFINE_integer(
+    "num_images", None, "Number of images of a pipeline without captions.", lower_bound=1, flag_values=FLAGS
+)
+_COUNT = flags.DEFINE_integer("count", 1, "Images a prompt or label.", lower_bound=1, flag_values=FLAGS)
 _OUT = flags.DEFINE_string("out", None, "PNG file to write.", flag_values=FLAGS)
 _WORKDIR = flags.DEFINE_string(
     "workdir",
     None,
-    "Workdir of a training run, directory of ddpm_jax.convert, or weights file; bundled weights if none.",
+    "Workdir of a training run, or directory of ddpm_jax.convert; the bundled pipeline if none.",
     flag_values=FLAGS,
 )
 _SEED = flags.DEFINE_integer(
     "seed", 0, "Seed of all random numbers.", lower_bound=0, upper_bound=cli.MAX_SEED, flag_values=FLAGS
 )
-_COUNT = flags.DEFINE_integer("count", 1, "Pictures a prompt.", lower_bound=1, flag_values=FLAGS)
-_SCALE = cli.define_finite(
-    "scale", None, "Guidance scale of the decoder; that of the config if none.", flag_values=FLAGS
+_START = flags.DEFINE_integer(
+    "start", 0, "Index of the first image, to sample one of a larger set again.", lower_bound=0, flag_values=FLAGS
 )
-_PRIOR_SCALE = cli.define_finite(
-    "prior_scale", None, "Guidance scale of the prior; that of the config if none.", flag_values=FLAGS
-)
-_COLUMNS = flags.DEFINE_integer("columns", None, "Pictures a row.", lower_bound=1, flag_values=FLAGS)
+_BATCH = flags.DEFINE_integer("batch_size", None, "Images at a time.", lower_bound=1, flag_values=FLAGS)
+_COLUMNS = flags.DEFINE_integer("columns", None, "Images a row.", lower_bound=1, flag_values=FLAGS)
 _RAW = flags.DEFINE_bool("raw_weights", False, "Use raw instead of averaged weights of a workdir.", flag_values=FLAGS)
+_HELP = {
+    "sampler": "Sampler of the main stage.",
+    "steps": 'Its steps: a number, a spec like "ddim25" or "10,10,3,2,2", or timesteps.',
+    "order": "Of dpm_solver and unipc: 1, 2 or 3.",
+    "sde": "Add noise in dpm_solver.",
+    "corrector_steps": "Of predictor_corrector.",
+    "eta": "Noise of ddim, from 0 to 1.",
+    "churn": "Noise of heun.",
+    "snr": "Of the corrector of predictor_corrector.",
+    "scale": "Scale of classifier-free guidance; 1 does not guide.",
+    "rescale": "Rescaling of guidance, from 0 to 1.",
+    "classifier_scale": "Scale of classifier guidance; 0 does not guide.",
+    "threshold": "Bound of estimates of clean images.",
+    "quantile": "Dynamic threshold: quantile of the estimates' sizes, up to 1.",
+}
+OPTIONS = tuple(field.name for field in dataclasses.fields(Sampling))
+
+
+def _define(name: str, option: str, help: str) -> None:
+    """Define the flag of an option of a sampler."""
+    if option == "sampler":
+        flags.DEFINE_enum(name, None, list(SAMPLERS), help, flag_values=FLAGS)
+    elif option == "steps":
+        flags.DEFINE_string(name, None, help, flag_values=FLAGS)
+    elif option in ("order", "corrector_steps"):
+        flags.DEFINE_integer(name, None, help, flag_values=FLAGS)
+    elif option == "sde":
+        flags.DEFINE_bool(name, None, help, flag_values=FLAGS)
+    else:
+        cli.define_finite(name, None, help, flag_values=FLAGS)
+
+
+for _option in OPTIONS:
+    _define(_option, _option, _HELP[_option])
+
+
+def define_stage_flags(arguments: Sequence[str]) -> None:
+    """Define the flags --<stage>_<option> that stand in a command line; stages have any names."""
+    for word in arguments:
+        match = re.match(r"--?(?:no)?([A-Za-z]\w*?)_(" + "|".join((*OPTIONS, "noise_level")) + r")(=|$)", word)
+        name = match and f"{match[1]}_{match[2]}"
+        if name and name not in FLAGS:
+            _define(name, match[2], f"Option {match[2]} of the stage {match[1]}.")
 
 
 def main() -> None:
     """Run the program."""
-    if not _PROMPT.value or not _OUT.value:
-        raise cli.UsageError("--prompt and --out are needed")
+    if not _OUT.value:
+        raise cli.UsageError("--out is needed, a PNG file to write")
     if not _OUT.value.lower().endswith(".png"):
         raise cli.UsageError(f"--out={_OUT.value} must end in .png")
     # Wrong flags are reported before the weights are loaded.
     cli.check_exists(_WORKDIR.value, what="--workdir")
-    texts = [cli.as_utf8(prompt, what="--prompt") for prompt in _PROMPT.value]
+    texts = [cli.as_utf8(prompt, what="--prompt") for prompt in _PROMPT.value or ()]
     cli.check_can_write(_OUT.value, what="--out")
-    from ddpm_jax.data import image_grid as pictures
-    from ddpm_jax.parallel.mesh import make_local_mesh
-    from ddpm_jax.pipelines import UnCLIP, load
-    from ddpm_jax.pipelines.weights import read_tokenizer
+    from ddpm_jax.data import image_grid
+    from ddpm_jax.pipelines.directory import load, read_tokenizer
+    from ddpm_jax.pipelines.request import NotFiniteError
     from ddpm_jax.progress import progress_bar
-    from ddpm_jax.storage import model_directory as converted
 
-    # The empty caption is the unconditional one of released pipelines; those trained here have none.
-    allow_empty = _WORKDIR.value is not None and converted.is_model_directory(_WORKDIR.value)
-    _check_prompts(texts, read_tokenizer(_WORKDIR.value), allow_empty)
+    if texts:
+        _check_prompts(texts, read_tokenizer(_WORKDIR.value))
     cli.use_cpu_devices()
     pipeline = load(_WORKDIR.value, ema=not _RAW.value)
+    given, captions = _request(pipeline, texts)
+    count = len(captions)
+    with progress_bar(count, description="sample", unit="image") as bar:
+        try:
+            images = pipeline.generate(**given, **_how(pipeline, count), report=bar.update)
+        except NotFiniteError:
+            raise
+        except ValueError as error:
+            raise cli.UsageError(str(error)) from error
+    grid = image_grid.grid(_shown(images), captions if any(captions) else None, columns=_COLUMNS.value)
+    image_grid.save_png(_OUT.value, grid)
+    height, width = images.shape[1:3]
+    cli.show(f"wrote {_OUT.value}: {len(images)} images of {height} x {width} pixels")
+
+
+def _request(pipeline: Any, prompts: list[str]) -> tuple[dict[str, Any], list[str]]:
+    """Return what to generate, as arguments of `generate`, and a caption for each image."""
+    from ddpm_jax.pipelines import Cascade
+
+    where = "the bundled pipeline" if _WORKDIR.value is None else f"--workdir={_WORKDIR.value}"
     if not hasattr(pipeline, "generate"):
-        raise cli.UsageError(f"--workdir={_WORKDIR.value} holds {pipeline.family} alone, which draws no captions")
-    if _PRIOR_SCALE.value is not None and not hasattr(pipeline, "prior"):
-        raise cli.UsageError(f"--prior_scale={_PRIOR_SCALE.value}: {_WORKDIR.value} has no prior")
-    prompts = [prompt for prompt in texts for _ in range(_COUNT.value)]
-    options = {"decoder_scale": _SCALE.value, "prior_scale": _PRIOR_SCALE.value}
-    options = {name: value for name, value in options.items() if value is not None}
-    if isinstance(pipeline, UnCLIP):
-        options["mesh"] = make_local_mesh(at_most=len(prompts))
-    with progress_bar(len(prompts), description="sample", unit="image") as bar:
-        images = pipeline.generate(prompts, seed=_SEED.value, report=bar.update, **options)
-    pictures.save_png(_OUT.value, pictures.grid(images, prompts, columns=_COLUMNS.value))
-    size = pipeline.image_size
-    cli.show(f"wrote {_OUT.value}: {len(images)} pictures of {size} x {size} pixels")
+        name = type(getattr(pipeline, "network", pipeline)).__name__
+        raise cli.UsageError(f"{where} holds a {name} alone, which generates no images")
+    captioned = not isinstance(pipeline, Cascade)
+    wrong = ("label", "num_images") if captioned else ("prompt", "negative_prompt")
+    for name in wrong:
+        if FLAGS[name].value is not None:
+            takes = "--prompt" if captioned else "--label and --num_images"
+            raise cli.UsageError(f"--{name} is not used: {where} is a {type(pipeline).__name__}, which takes {takes}")
+    if captioned:
+        if not prompts:
+            raise cli.UsageError(f"--prompt is needed: {where} generates images of captions")
+        captions = [prompt for prompt in prompts for _ in range(_COUNT.value)]
+        negative = _NEGATIVE.value and [cli.as_utf8(text, what="--negative_prompt") for text in _NEGATIVE.value]
+        if negative and len(negative) > 1:
+            if len(negative) != len(prompts):
+                raise cli.UsageError(
+                    f"--negative_prompt is given {len(negative)} times; give one, or one for each of "
+                    f"{len(prompts)} prompts"
+                )
+            negative = [text for text in negative for _ in range(_COUNT.value)]
+        return {"prompts": captions, "negative_prompts": negative or None}, captions
+    labels = [int(text) if re.fullmatch(r"\d+", text) else text for text in _LABEL.value or ()]
+    if len(labels) == 1 and _NUM_IMAGES.value is not None:
+        labels *= _NUM_IMAGES.value
+    labels = [label for label in labels for _ in range(_COUNT.value)]
+    count = len(labels) or (_NUM_IMAGES.value or 1) * _COUNT.value
+    if labels and _NUM_IMAGES.value is not None and len(_LABEL.value) > 1:
+        raise cli.UsageError("--num_images is for one --label; give --count images for each of several labels")
+    return {"num_images": count, "labels": labels or None}, [str(label) for label in labels] or [""] * count
 
 
-def _check_prompts(prompts: list[str], tokenizer: Any, allow_empty: bool) -> None:
+def _how(pipeline: Any, count: int) -> dict[str, Any]:
+    """Return the other arguments of `generate`."""
+    from ddpm_jax.parallel.mesh import make_local_mesh
+    from ddpm_jax.pipelines import Cascade, UnCLIP
+
+    how: dict[str, Any] = {"seed": _SEED.value, "start": _START.value}
+    if isinstance(pipeline, (UnCLIP, Cascade)):
+        how |= {"mesh": make_local_mesh(at_most=count), "batch_size": min(pipeline.batch_size, count)}
+    if _BATCH.value is not None:
+        how["batch_size"] = _BATCH.value
+    fields = (*OPTIONS, "noise_level")
+    for name in FLAGS:
+        if name in fields or name.endswith(tuple(f"_{field}" for field in fields)):
+            value = FLAGS[name].value
+            how |= {} if value is None else {name: value}
+    return how
+
+
+def _shown(images: np.ndarray) -> np.ndarray:
+    """Return images of one or three channels as uint8[N, H, W, 3]."""
+    if images.shape[-1] not in (1, 3):
+        raise cli.UsageError(f"images of {images.shape[-1]} channels cannot be written as PNG; call generate in Python")
+    return np.repeat(images, 3, axis=-1) if images.shape[-1] == 1 else images
+
+
+def _check_prompts(prompts: list[str], tokenizer: Any) -> None:
     """Raise UsageError for the first prompt that the tokenizer refuses."""
     for number, prompt in enumerate(prompts, 1):
         which = f' "{prompt}"' + (f" ({number} of {len(prompts)})" if len(prompts) > 1 else "")
         try:
-            empty = not prompt.strip() or (tokenizer is not None and not tokenizer.ids(prompt))
+            if tokenizer is not None:
+                tokenizer.ids(prompt)
         except ValueError as error:
             raise cli.UsageError(f"--prompt{which}: {error}") from error
-        if empty and not allow_empty:
-            raise cli.UsageError(f"--prompt{which} is empty; say what to show, in at least one word")
 
 
 if __name__ == "__main__":
+    define_stage_flags(sys.argv[1:])
     cli.run(main, FLAGS)

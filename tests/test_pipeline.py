@@ -1,31 +1,29 @@
-"""The whole pipeline with random parameters: what a picture depends on, errors, and weights files."""
+"""unCLIP with random parameters: what an image depends on, how many programs it takes, errors, and directories."""
 
-import dataclasses
-import functools
-import importlib.util
+import gc
 import json
-from pathlib import Path
+import weakref
 
 import flax.traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import safetensors
 from PIL import Image
-from random_networks import fast_jit, normal, random_params
-from safetensors.numpy import save_file as save_arrays
+from random_networks import fast_jit, normal
+from tiny_pipelines import HIGH, LENGTH, LOW, SIZE, decoder, other, upsampler, zeros
+from tiny_pipelines import unclip as tiny
 
 import ddpm_jax
-from ddpm_jax import build, cli
-from ddpm_jax.diffusion.process import make_process
-from ddpm_jax.diffusion.schedules import cosine_betas
+from ddpm_jax import cli
+from ddpm_jax.diffusion.sampling import Sampling
 from ddpm_jax.models.clip import CLIP, normalize
 from ddpm_jax.parallel.mesh import make_mesh
-from ddpm_jax.pipelines import LoadError, UnCLIP, load, save_file, stages, unclip
+from ddpm_jax.pipelines import LoadError, UnCLIP, load, save, unclip
 from ddpm_jax.pipelines.request import NotFiniteError
-from ddpm_jax.pipelines.weights import RUN_FILE, read_run
-from ddpm_jax.train import plain
+from ddpm_jax.storage.fingerprint import tree_fingerprint
+from ddpm_jax.storage.metadata import freeze, thaw
+from ddpm_jax.types import to_float, to_uint8
 
 PROMPTS = [
     "a small red circle",
@@ -39,45 +37,8 @@ PROMPTS = [
 ]
 
 
-@functools.cache
-def smoke_config():
-    spec = importlib.util.spec_from_file_location("shapes", Path(__file__).parents[1] / "configs" / "shapes.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    config = plain(module.get_config("smoke").to_dict())
-    # One level each: compiling is what takes the time here.
-    config["decoder"] |= {"channel_mult": [1], "num_res_blocks": 1, "attention_resolutions": [4]}
-    config["upsampler"] |= {"channel_mult": [1], "num_res_blocks": 1}
-    return config
-
-
-def zeros(*shape, dtype=np.float32):
-    return np.zeros(shape, dtype)
-
-
-@functools.cache
 def pipeline():
-    """The pipeline of the smoke config, every parameter random."""
-    config = smoke_config()
-    tokenizer = build.make_tokenizer(config)
-    words, length, d = tokenizer.vocab_size, config["text"]["length"], config["clip"]["embed_dim"]
-    size, up, t = config["clip"]["image_size"], config["upsampler"], zeros(1, dtype=np.int32)
-    tokens, mask = zeros(1, length, dtype=np.int32), np.ones((1, length), bool)
-    hidden, low = zeros(1, length, config["clip"]["text"]["width"]), config["decoder"]["image_size"]
-    clip, decoder = build.make_clip(config, words), build.make_decoder(config, words)
-    text = (zeros(1, d), hidden, mask)
-    params = {
-        "clip": random_params(clip.init, zeros(1, size, size, 3), tokens, mask),
-        "prior": random_params(build.make_prior(config, words).init, zeros(1, d), t, *text),
-        "decoder": random_params(decoder.init, zeros(1, low, low, 3), t, zeros(1, d), zeros(1, d), tokens, mask),
-        "upsampler": random_params(
-            build.make_upsampler(config).init,
-            zeros(1, up["image_size"], up["image_size"], 3),
-            t,
-            zeros(1, low, low, 3),
-        ),
-    }
-    return UnCLIP.from_config(config, params, tokenizer.to_config())
+    return tiny()
 
 
 @pytest.fixture(autouse=True)
@@ -85,42 +46,34 @@ def _quick_compiler(monkeypatch):
     monkeypatch.setattr(unclip, "_generate", _generate)
 
 
-_generate = fast_jit(unclip._generate.__wrapped__, static_argnums=0)
+_generate = fast_jit(unclip._generate.__wrapped__, static_argnames=("embedding", "use_text", "low_res"))
 
 
 def with_params(**changed):
     """The same pipeline around other parameters; one compiled program serves both."""
-    p = pipeline()
-
-    def generate(*args, **options):
-        original = dict(p.params)
-        object.__setattr__(p, "params", original | changed)
-        try:
-            return p.generate(*args, **options)
-        finally:
-            object.__setattr__(p, "params", original)
-
-    return generate
+    own = changed.pop("upsampler", params_of("upsampler"))
+    models = {role: getattr(pipeline(), role).replace(params=params) for role, params in changed.items()}
+    return pipeline().replace(upsamplers=(pipeline().upsamplers[0].replace(params=own),), **models).generate
 
 
-def other(tree):
-    return jax.tree.map(lambda leaf: leaf + 0.5, tree)
+def params_of(part):
+    return (pipeline().upsamplers[0] if part == "upsampler" else getattr(pipeline(), part)).params
 
 
-# -- What a picture depends on ----------------------------------------------------------------------------------------
+# -- What an image depends on ----------------------------------------------------------------------------------------
 
 
-def test_generate_returns_one_picture_for_every_prompt():
+def test_generate_returns_one_image_for_every_prompt():
     counts = []
     out = pipeline().generate(PROMPTS[:5], batch_size=3, report=counts.append)
-    assert out.dtype == np.uint8 and out.shape == (5, 64, 64, 3) and pipeline().image_size == 64
+    assert out.dtype == np.uint8 and out.shape == (5, HIGH, HIGH, 3) and pipeline().image_size == HIGH
     assert counts == [3, 2]
     assert out.std() > 5
     # Same prompt, another index: other noise.
     assert (out[0] != out[3]).any()
 
 
-def test_a_picture_does_not_depend_on_the_batch_size():
+def test_an_image_does_not_depend_on_the_batch_size():
     """Up to one grey level: matrix products of another size add in another order."""
     whole = pipeline().generate(PROMPTS, batch_size=8).astype(int)
     for size in (1, 3):
@@ -130,26 +83,26 @@ def test_a_picture_does_not_depend_on_the_batch_size():
     assert np.abs(pipeline().generate(PROMPTS[:3]).astype(int) - whole[:3]).max() <= 1
 
 
-def test_a_picture_does_not_depend_on_the_number_of_devices(monkeypatch):
+def test_an_image_does_not_depend_on_the_number_of_devices(monkeypatch):
     """Up to one grey level, as with the batch size; three prompts on two devices fill a batch of four."""
     how = {"batch_size": 3, "embedding": "image", "images": images(n=3)}
     one = pipeline().generate(PROMPTS[:3], **how).astype(int)
     mesh, seen, generate = make_mesh({"data": 2}, devices=jax.devices()[:2]), [], unclip._generate
 
-    def watch(options, params, *arrays):
-        seen.extend(arrays)
-        return generate(options, params, *arrays)
+    def watch(pipeline, seed, *arrays, **options):
+        seen.extend(array for array in arrays if array is not None)
+        return generate(pipeline, seed, *arrays, **options)
 
     monkeypatch.setattr(unclip, "_generate", watch)
     two = pipeline().generate(PROMPTS[:3], mesh=mesh, **how).astype(int)
     assert one.shape == two.shape and np.abs(one - two).max() <= 1
-    assert len(seen) == 4
+    assert len(seen) == 5  # indices, tokens, mask, whether there are words, images
     for array in seen:
         assert array.shape[0] == 4 and len(array.sharding.device_set) == 2
         assert array.sharding.shard_shape(array.shape)[0] == 2
 
 
-def test_a_picture_does_not_depend_on_the_other_prompts_but_on_its_own_and_the_seed():
+def test_an_image_does_not_depend_on_the_other_prompts_but_on_its_own_and_the_seed():
     ours = pipeline().generate(PROMPTS, batch_size=8)
     theirs = pipeline().generate([PROMPTS[0], *reversed(PROMPTS[1:])], batch_size=8)
     np.testing.assert_array_equal(ours[0], theirs[0])
@@ -160,7 +113,7 @@ def test_a_picture_does_not_depend_on_the_other_prompts_but_on_its_own_and_the_s
 
 
 def images(seed=0, n=8):
-    size = smoke_config()["clip"]["image_size"]
+    size = SIZE
     return np.random.default_rng(seed).integers(0, 256, (n, size, size, 3)).astype(np.uint8)
 
 
@@ -170,8 +123,8 @@ def draw(embedding, *, prompts=PROMPTS, seed=0, **options):
 
 
 def test_images_and_options_may_have_any_type():
-    """The same picture for the same numbers, whatever holds them."""
-    size = smoke_config()["clip"]["image_size"]
+    """The same image for the same numbers, whatever holds them."""
+    size = SIZE
     wide = np.random.default_rng(0).integers(0, 256, (8, size, 2 * size, 3)).astype(np.uint8)
     middle = wide[:, :, size // 2 : size // 2 + size]
     plain = pipeline().generate(
@@ -186,11 +139,11 @@ def test_images_and_options_may_have_any_type():
 
 @pytest.mark.parametrize("part", ["clip", "prior", "decoder", "upsampler"])
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_numbers_that_are_not_finite_are_no_picture(part, value):
-    """The last bias of a stage is replaced; a threshold would make an ordinary picture of infinity."""
+def test_numbers_that_are_not_finite_are_no_image(part, value):
+    """The last bias of a stage is replaced; a threshold would make an ordinary image of infinity."""
     place = {"clip": ("text_projection", "kernel"), "prior": ("out", "bias")}
     place |= dict.fromkeys(("decoder", "upsampler"), ("unet", "out_conv", "bias"))
-    tree = flax.traverse_util.flatten_dict(dict(pipeline().params[part]))
+    tree = flax.traverse_util.flatten_dict(dict(params_of(part)))
     name = ("params", *place[part])
     tree[name] = tree[name].at[0].set(value)
     generate = with_params(**{part: flax.traverse_util.unflatten_dict(tree)})
@@ -201,11 +154,11 @@ def test_numbers_that_are_not_finite_are_no_picture(part, value):
     assert cli._sentence(caught.value) == str(caught.value)  # what the commands print
 
 
-def test_low_res_is_the_decoders_picture():
-    assert draw("text").shape == (8, 16, 16, 3)
+def test_low_res_is_the_decoders_image():
+    assert draw("text").shape == (8, LOW, LOW, 3)
 
 
-def test_every_embedding_gives_another_picture():
+def test_every_embedding_gives_another_image():
     drawn = {name: draw(name) for name in unclip.EMBEDDINGS}
     names = sorted(drawn)
     for i, a in enumerate(names):
@@ -222,21 +175,21 @@ def test_without_text_only_the_embedding_matters():
 
 
 def test_without_an_embedding_the_prior_and_clips_image_tower_have_no_influence():
-    params = pipeline().params
+    clip_params, prior_params, decoder_params = map(params_of, ("clip", "prior", "decoder"))
     tower = ("vision", "image_projection")
-    clip = {"params": params["clip"]["params"] | {name: other(params["clip"]["params"][name]) for name in tower}}
-    generate = with_params(prior=other(params["prior"]), clip=clip)
+    clip = {"params": clip_params["params"] | {name: other(clip_params["params"][name]) for name in tower}}
+    generate = with_params(prior=other(prior_params), clip=clip)
     options = {"batch_size": 8, "embedding": "none", "low_res": True}
     np.testing.assert_array_equal(draw("none"), generate(PROMPTS, **options))
-    # The same change does reach a picture that is made from a picture, or by the prior.
+    # The same change does reach a image that is made from a image, or by the prior.
     assert (draw("image") != generate(PROMPTS, images=images(), **options | {"embedding": "image"})).any()
     assert (draw("prior") != generate(PROMPTS, **options | {"embedding": "prior"})).any()
     # The caption reaches the decoder by a text encoder of its own, and CLIP's text tower by the text embedding alone.
-    text_tower = {"params": params["clip"]["params"] | {"text": other(params["clip"]["params"]["text"])}}
+    text_tower = {"params": clip_params["params"] | {"text": other(clip_params["params"]["text"])}}
     np.testing.assert_array_equal(draw("none"), with_params(clip=text_tower)(PROMPTS, **options))
     assert (draw("text") != with_params(clip=text_tower)(PROMPTS, **options | {"embedding": "text"})).any()
     for part in ("text_encoder", "words"):
-        changed = {"params": params["decoder"]["params"] | {part: other(params["decoder"]["params"][part])}}
+        changed = {"params": decoder_params["params"] | {part: other(decoder_params["params"][part])}}
         assert (draw("none") != with_params(decoder=changed)(PROMPTS, **options)).any(), part
 
 
@@ -246,11 +199,10 @@ def test_guidance_scales_reach_their_stage():
     assert (base != draw("prior", prior_scale=3.0)).any()
 
 
-def test_the_upsampler_starts_from_the_decoders_picture():
-    params = pipeline().params
+def test_the_upsampler_starts_from_the_decoders_image():
     large = pipeline().generate(PROMPTS, batch_size=8)
-    assert (large != with_params(upsampler=other(params["upsampler"]))(PROMPTS, batch_size=8)).any()
-    assert (large != with_params(decoder=other(params["decoder"]))(PROMPTS, batch_size=8)).any()
+    assert (large != with_params(upsampler=other(params_of("upsampler")))(PROMPTS, batch_size=8)).any()
+    assert (large != with_params(decoder=other(params_of("decoder")))(PROMPTS, batch_size=8)).any()
 
 
 # -- Stages -----------------------------------------------------------------------------------------------------------
@@ -259,18 +211,25 @@ def test_the_upsampler_starts_from_the_decoders_picture():
 class Echo:
     """A prior that says the embedding of the caption plus a part of the noise that it sees."""
 
+    text_encoder = None
+
     def apply(self, params, zt, t, z_text, hidden, mask, keep):
         return 2.0 * z_text + zt
 
 
-def test_of_several_draws_the_one_nearest_to_the_caption_is_kept():
+def test_of_several_embeddings_the_one_nearest_to_the_caption_is_taken():
     n, d = 6, 4
-    text = stages.Text(normalize(normal(0, n, d)), normal(1, n, 2, d), np.ones((n, 2), bool))
-    keys = jax.random.split(jax.random.key(0), n)
-    process, sampling = make_process(cosine_betas(20)), stages.Sampling("2", 0.0)
-    options = {"sampling": sampling, "embed_scale": 2.0}
+    text = unclip.Text(normalize(normal(0, n, d)), normal(1, n, 2, d), np.ones((n, 2), bool))
+    keys, metadata = jax.random.split(jax.random.key(0), n), thaw(pipeline().prior.metadata)
+    metadata["embedding"]["scale"] = 2.0
+    echo = pipeline().prior.replace(network=Echo(), metadata=freeze(metadata))
     one, four = (
-        np.asarray(stages.draw_embedding(Echo(), {}, process, text, keys, candidates=c, **options)) for c in (1, 4)
+        np.asarray(
+            pipeline()
+            .replace(prior=echo, candidates=count, sampling={"prior": Sampling("ddim", 2)})
+            .sample_embedding(text, zeros(n, 2, dtype=np.int32), keys)
+        )
+        for count in (1, 4)
     )
     for z in (one, four):
         np.testing.assert_allclose(np.linalg.norm(z, axis=1), 1.0, atol=1e-6)
@@ -278,25 +237,118 @@ def test_of_several_draws_the_one_nearest_to_the_caption_is_kept():
     assert (after >= before - 1e-6).all() and after.mean() > before.mean()
 
 
-def test_pictures_survive_the_way_to_floats_and_back():
+def test_images_survive_the_way_to_floats_and_back():
     levels = np.arange(256, dtype=np.uint8)
-    floats = np.asarray(stages.to_float(levels))
+    floats = np.asarray(to_float(levels))
     assert floats.min() == -1.0 and floats.max() == 1.0
-    np.testing.assert_array_equal(stages.to_uint8(floats), levels)
-    np.testing.assert_array_equal(stages.to_uint8(np.float32([-3.0, 3.0])), [0, 255])
+    np.testing.assert_array_equal(to_uint8(floats), levels)
+    np.testing.assert_array_equal(to_uint8(np.float32([-3.0, 3.0])), [0, 255])
     with pytest.raises(ValueError, match="^images 1, 2 have values that are not finite"):
-        stages.to_uint8(np.float32([[0.0], [np.nan], [np.inf]]))
+        to_uint8(np.float32([[0.0], [np.nan], [np.inf]]))
 
 
 def test_encoders_return_unit_vectors():
     p = pipeline()
-    tokens, mask = p.tokenizer(PROMPTS[:2], p.config["text"]["length"])
-    z_text = fast_jit(lambda params: stages.encode_text(p.clip, params, tokens, mask).z)(p.params["clip"])
-    pixels = stages.to_float(images(n=2))
-    z_image = fast_jit(lambda params: stages.encode_image(p.clip, params, pixels))(p.params["clip"])
-    direct = fast_jit(lambda params: p.clip.apply(params, pixels, method=CLIP.encode_image))(p.params["clip"])
+    tokens, mask = p.tokenizer(PROMPTS[:2], LENGTH)
+    p = p.replace(tokenizer=None)
+    z_text = fast_jit(lambda p: p.encode_text(tokens, mask).z)(p)
+    pixels = to_float(images(n=2))
+    z_image = fast_jit(lambda p: p.encode_image(pixels))(p)
+    direct = fast_jit(lambda clip: clip.apply(pixels, method=CLIP.encode_image))(p.clip)
     np.testing.assert_allclose(np.linalg.norm(z_text, axis=1), 1.0, atol=1e-6)
     np.testing.assert_allclose(z_image, direct / np.linalg.norm(direct, axis=1, keepdims=True), atol=1e-5)
+
+
+def test_any_number_of_upsamplers():
+    """Each enlarges what the one before it returns."""
+    none, one, two = (tiny(count).generate(PROMPTS[:1], batch_size=1) for count in (0, 1, 2))
+    assert (none.shape, one.shape, two.shape) == ((1, 8, 8, 3), (1, 16, 16, 3), (1, 32, 32, 3))
+    first, second = tiny(2).upsamplers
+    first = first.replace(params=other(first.params))
+    assert (two != tiny(2).replace(upsamplers=(first, second)).generate(PROMPTS[:1], batch_size=1)).any()
+
+
+def test_models_that_do_not_fit_are_one_sentence():
+    wrong = lambda model, **metadata: model.replace(metadata=freeze(thaw(model.metadata) | metadata))  # noqa: E731
+    for changes, message in (
+        ({"prior": decoder()}, "prior must be a DiffusionPrior, got a Decoder"),
+        ({"decoder": wrong(decoder(), image_size=4)}, "upsampler enlarges images of size 8, and decoder returns size"),
+        ({"upsamplers": (upsampler(),) * 2}, r"names=\('upsampler',\) must be one for each of the 2 upsamplers"),
+        ({"clip": wrong(pipeline().clip, length=12)}, "length 12 by clip's metadata, and prior reads 24 tokens"),
+        ({"clip": wrong(pipeline().clip, tokenizer={"kind": "compact", "vocab": ["a"]})}, "the tokenizer has 4 ids"),
+        ({"prior": wrong(pipeline().prior, embedding=None)}, "the metadata of prior lacks 'embedding'"),
+        ({"sampling": {"base": Sampling()}}, "sampling has no stage 'base'; there are prior, decoder, upsampler"),
+        ({"sampling": {"prior": Sampling("ddim", 2000)}}, "prior_steps=2000"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            pipeline().replace(tokenizer=None, **changes).checked()
+
+
+# -- Programs ---------------------------------------------------------------------------------------------------------
+
+
+def test_numbers_seeds_and_counts_need_no_new_program():
+    """A program has a batch size, and guidance or none; batches of one finish what is less than half a batch."""
+    options = {"batch_size": 8, "low_res": True, "embedding": "none"}
+    pipeline().generate(PROMPTS, **options)
+    pipeline().generate(PROMPTS[:1], **options)
+    before = _generate._cache_size()
+    for count, changes in enumerate(
+        ({"seed": 3}, {"scale": jnp.float32(2.0), "start": 7}, {"scale": np.float64(3.0)}, {"threshold": 2}), 3
+    ):
+        pipeline().generate(PROMPTS[:count], **options, **changes)
+    copy = jax.tree.map(lambda leaf: leaf, pipeline())  # as one that was loaded again
+    copy.generate(PROMPTS, **options)
+    assert _generate._cache_size() == before
+
+
+def test_a_deleted_pipeline_leaves_memory():
+    def use():
+        copy = pipeline().replace(prior=pipeline().prior.replace(params=other(pipeline().prior.params)))
+        copy.generate(PROMPTS[:1], batch_size=1, low_res=True, embedding="none")
+        return weakref.ref(jax.tree.leaves(copy.prior.params)[0])
+
+    leaf = use()
+    gc.collect()
+    assert leaf() is None
+
+
+# -- Prompts ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_empty_prompt_drops_the_condition():
+    """As if the network were asked for its null condition: nothing of the tokens' parameters reaches the image."""
+    ours = draw("none", prompts=[""] * 8)
+    params = params_of("decoder")
+    words = {name: other(params["params"][name]) for name in ("words", "text_encoder")}
+    changed = with_params(decoder={"params": params["params"] | words})
+    np.testing.assert_array_equal(ours, changed([""] * 8, batch_size=8, embedding="none", low_res=True))
+    assert (ours != draw("none")).any()
+    mixed = draw("prior", prompts=["", *PROMPTS[1:]])
+    np.testing.assert_array_equal(mixed[1:], draw("prior")[1:])
+    np.testing.assert_array_equal(mixed[0], draw("prior", prompts=[" ."] * 8)[0])
+
+
+def test_negative_prompts_take_the_place_of_the_null_condition():
+    plain = draw("prior", prior_scale=2.0)
+    np.testing.assert_array_equal(plain, draw("prior", prior_scale=2.0, negative_prompts=""))
+    one = draw("prior", prior_scale=2.0, negative_prompts="a blue star")
+    assert (one != plain).any((1, 2, 3)).all()
+    listed = draw("prior", prior_scale=2.0, negative_prompts=["a blue star"] * 7 + [""])
+    np.testing.assert_array_equal(listed, np.concatenate([one[:7], plain[7:]]))
+
+
+def test_start_samples_one_image_of_a_larger_batch_again():
+    whole = pipeline().generate(PROMPTS, batch_size=8).astype(int)
+    for i in (2, 5):
+        again = pipeline().generate(PROMPTS[i : i + 1], start=i, batch_size=8).astype(int)
+        assert np.abs(again - whole[i : i + 1]).max() <= 1
+        assert (pipeline().generate(PROMPTS[i : i + 1], batch_size=8) != whole[i]).any()
+
+
+def test_samplers_can_be_chosen_for_every_stage():
+    options = {"sampler": "dpm_solver", "order": 2, "quantile": 0.9, "prior_sampler": "unipc", "prior_steps": 3}
+    assert (draw("prior", **options) != draw("prior")).any((1, 2, 3)).all()
 
 
 # -- Errors -----------------------------------------------------------------------------------------------------------
@@ -306,7 +358,6 @@ def test_encoders_return_unit_vectors():
     "prompts,options,message",
     [
         ([], {}, "prompts must hold at least one caption"),
-        (["a red circle", " "], {}, "the text is empty"),
         (["a red circel"], {}, '"circel" is not in the vocabulary; the nearest known word is "circle"'),
         (["a red circle"], {"embedding": "clip"}, "embedding='clip' must be one of prior, text, image, none"),
         (["a red circle"], {"embedding": "image"}, 'images are needed for embedding="image"'),
@@ -327,6 +378,21 @@ def test_encoders_return_unit_vectors():
         (["a red circle"], {"seed": 2**32}, "seed=4294967296 must be at most 4294967295"),
         (["a red circle"], {"decoder_scale": float("nan")}, "decoder_scale=nan must be a finite number"),
         (["a red circle"], {"batch_size": 0}, "batch_size=0 must be at least 1"),
+        (["a red circle"], {"batch_size": 2**40}, "batch_size=1099511627776 must be at most 65536"),
+        (["a red circle"], {"start": -1}, "start=-1 must be at least 0"),
+        (["a red circle"], {"decoder_scle": 2.0}, "there is no option 'decoder_scle', did you mean 'decoder_scale'?"),
+        (["a red circle"], {"scale": 2.0, "decoder_scale": 2.0}, "scale and decoder_scale are the same option"),
+        (["a red circle"], {"upsampler_scale": 2.0}, "upsampler_scale=2.0 needs a network with a null condition"),
+        (["a red circle"], {"classifier_scale": 2.0}, "classifier_scale=2.0 needs a classifier"),
+        (["a red circle"], {"prior_order": 2}, "prior_order=2 is no option of sampler='ancestral'"),
+        (["a red circle"], {"prior_steps": "ddim999"}, 'prior_steps="ddim999" is impossible'),
+        (["a red circle"], {"upsampler_noise_level": 2.0}, "upsampler_noise_level=2.0 must be in [0, 1]"),
+        (
+            ["a red circle"],
+            {"negative_prompts": ["a", "a"]},
+            "must be one caption or one for each of 1 prompts, got 2",
+        ),
+        (["a red circle"], {"negative_prompts": "a catt"}, "negative_prompts[0] = 'a catt': the word"),
     ],
 )
 def test_generate_names_what_is_wrong(prompts, options, message):
@@ -336,66 +402,55 @@ def test_generate_names_what_is_wrong(prompts, options, message):
 
 
 def test_generate_refuses_one_string():
-    with pytest.raises(TypeError, match="put it into a list"):
+    with pytest.raises(ValueError, match="put it into a list"):
         pipeline().generate("a red circle")
 
 
 def test_a_prompt_too_long_is_cut_with_a_warning():
     with pytest.warns(UserWarning, match="cut to 24"):
         cut = draw("image", use_text=False, prompts=["a red circle " * 200, *PROMPTS[1:]])
-    assert cut.shape == (8, 16, 16, 3)
+    assert cut.shape == (8, LOW, LOW, 3)
 
 
-# -- Files ------------------------------------------------------------------------------------------------------------
+# -- Directories ------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
-def weights(tmp_path_factory):
-    path = tmp_path_factory.mktemp("weights") / "tiny.safetensors"
-    save_file(pipeline(), path)
+def directory(tmp_path_factory):
+    path = tmp_path_factory.mktemp("pipelines") / "tiny"
+    save(pipeline(), path, dtype=np.float16)
     return path
 
 
-def read(path):
-    with safetensors.safe_open(str(path), framework="numpy") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
-
-
-def test_a_weights_file_comes_back_rounded_to_half_precision(weights):
-    ours, theirs = pipeline(), load(weights)
-    assert theirs.config == ours.config and theirs.tokenizer.to_config() == ours.tokenizer.to_config()
-    assert jax.tree.structure(dict(ours.params)) == jax.tree.structure(dict(theirs.params))
-    for a, b in zip(jax.tree.leaves(ours.params), jax.tree.leaves(theirs.params), strict=True):
+def test_a_pipeline_comes_back_rounded_to_half_precision(directory):
+    ours, theirs = pipeline(), load(directory)
+    assert isinstance(theirs, UnCLIP) and theirs.tokenizer.to_config() == ours.tokenizer.to_config()
+    assert jax.tree.structure(ours.replace(tokenizer=None)) == jax.tree.structure(theirs.replace(tokenizer=None))
+    for a, b in zip(jax.tree.leaves(ours.models), jax.tree.leaves(theirs.models), strict=True):
         assert b.dtype == np.float32 and b.shape == a.shape
         np.testing.assert_allclose(b, a, rtol=2**-11, atol=2**-25)
-    assert dataclasses.replace(theirs, params=ours.params).sampling == ours.sampling
-    assert [entry.name for entry in weights.parent.iterdir()] == [weights.name]
-
-
-def test_a_weights_file_says_what_it_holds(weights):
-    arrays, meta = read(weights)
-    assert all(array.dtype == np.float16 for array in arrays.values())
-    assert {name.split("/")[0] for name in arrays} == set(build.STAGES)
-    assert meta["version"] == ddpm_jax.__version__
-    assert json.loads(meta["config"]) == pipeline().config
-    assert json.loads(meta["tokenizer"]) == pipeline().tokenizer.to_config()
+    assert theirs.sampling == ours.sampling and (theirs.candidates, theirs.batch_size) == (1, 8)
+    assert [entry.name for entry in directory.parent.iterdir()] == [directory.name]
+    assert {entry.name for entry in directory.iterdir()} == {"pipeline.json", "clip", "prior", "decoder", "upsampler"}
 
 
 def test_full_precision_comes_back_bit_for_bit(tmp_path):
-    save_file(pipeline(), tmp_path / "w.safetensors", dtype=np.float32)
-    for a, b in zip(
-        jax.tree.leaves(pipeline().params), jax.tree.leaves(load(tmp_path / "w.safetensors").params), strict=True
-    ):
+    save(tiny(2), tmp_path / "w")
+    back = load(tmp_path / "w")
+    for a, b in zip(jax.tree.leaves(tiny(2).models), jax.tree.leaves(back.models), strict=True):
         np.testing.assert_array_equal(a, b)
+    assert back.names == ("up_16", "up_32") and back.image_size == 32
+    with pytest.raises(FileExistsError, match="exists already"):
+        save(tiny(2), tmp_path / "w")
 
 
-@pytest.mark.filterwarnings("ignore:overflow encountered")
-def test_weights_too_large_for_half_precision_are_refused_and_nothing_is_written(tmp_path):
-    params = dict(pipeline().params)
-    params["prior"] = jax.tree.map(lambda leaf: leaf + 1e6, params["prior"])
-    with pytest.raises(ValueError, match=r"^prior/.* has values that float16 cannot hold"):
-        save_file(dataclasses.replace(pipeline(), params=params), tmp_path / "w.safetensors")
+def test_parameters_too_large_for_half_precision_are_refused_and_nothing_is_written(tmp_path):
+    large = pipeline().prior.replace(params=jax.tree.map(lambda leaf: leaf + 1e6, pipeline().prior.params))
+    with pytest.raises(ValueError, match="has values that float16 cannot hold"):
+        save(pipeline().replace(prior=large), tmp_path / "w", dtype=np.float16)
     assert not list(tmp_path.iterdir())
+    with pytest.raises(TypeError, match="must be a Model, UnCLIP or Cascade, got a dict"):
+        save({}, tmp_path / "w")
 
 
 def refuse(path, *words):
@@ -406,66 +461,97 @@ def refuse(path, *words):
     assert all(word in message for word in words), message
 
 
-def test_a_file_that_is_not_a_pipeline_is_one_sentence(weights, tmp_path):
-    refuse(tmp_path / "missing.safetensors", "does not exist")
-    bad = tmp_path / "bad.safetensors"
-    bad.write_text("these are not weights, but a text that is long enough to be mistaken for a header")
-    refuse(bad, "cannot be read")
-    bad.write_bytes(b"")
-    refuse(bad, "cannot be read")
-    whole = weights.read_bytes()
-    for size in (100, len(whole) // 2, len(whole) - 1):
-        bad.write_bytes(whole[:size])
-        refuse(bad, "cannot be read")
-    save_arrays({"a": zeros(2)}, str(bad))
-    refuse(bad, "is not a weights file of this package")
+def test_what_is_no_pipeline_is_one_sentence(tmp_path):
+    refuse(tmp_path / "missing", "does not exist")
+    (tmp_path / "file").write_text("x")
+    refuse(tmp_path / "file", "is a file; give a directory")
+    (tmp_path / "a").mkdir()
+    refuse(tmp_path / "a", "holds neither a pipeline (pipeline.json) nor a model (model.json)")
+    for text in ("{", "[]", '"text"', "\xff", "[" * 10**5, ""):
+        (tmp_path / "a" / "pipeline.json").write_text(text, encoding="latin-1")
+        refuse(tmp_path / "a", "pipeline.json")
 
 
-def test_a_file_without_a_stage_or_with_another_config_is_one_sentence(weights, tmp_path):
-    arrays, meta = read(weights)
-    bad = tmp_path / "bad.safetensors"
-    save_arrays({name: a for name, a in arrays.items() if not name.startswith("prior/")}, str(bad), metadata=meta)
-    refuse(bad, "lacks the stage prior")
-    save_arrays(arrays, str(bad), metadata=meta | {"config": "{"})
-    refuse(bad, "cannot be read")
-    save_arrays(arrays, str(bad), metadata=meta | {"config": '{"text": {}}'})
-    refuse(bad, "config")
-    save_arrays(arrays, str(bad), metadata=meta | {"tokenizer": "[]"})
-    refuse(bad)
-    save_arrays(arrays, str(bad), metadata={name: text for name, text in meta.items() if name != "config"})
-    refuse(bad, "cannot be read")
+WRONG = [
+    ("format", "ddpm_jax pipeline 9", "has the format 'ddpm_jax pipeline 9'"),
+    ("version", -1, "version=-1 must be a version"),
+    ("class", "os.system", "class='os.system' must be one of 'UnCLIP', 'Cascade'"),
+    ("class", "Cascade", "models has no part 'clip'; it has base, classifier, upsamplers"),
+    ("models", {"clip": "clip"}, "models lacks 'prior', which UnCLIP needs"),
+    ("models.clip", 3, "models.clip=3 must be the directory of a model"),
+    ("models.clip", "missing", "missing is not a model directory of this package"),
+    ("models.prior", "decoder", "prior must be a DiffusionPrior, got a Decoder"),
+    ("models.upsamplers", "up", "models.upsamplers='up' must be a list"),
+    ("models.upsamplers", ["a"] * 10**5, "must be a list of at most 16 directories"),
+    ("models.upsamplers", ["../x y"], "must be directories with different names"),
+    ("sampling.prior.steps", 10**9, "prior_steps=1000000000"),
+    ("sampling.prior.steps", -1, "sampling.prior.steps=-1 must be at least 1"),
+    ("sampling.prior.steps", "exotic", "prior_steps='exotic'"),
+    ("sampling.decoder.scale", float("nan"), "sampling.decoder.scale=nan must be a finite number"),
+    ("sampling.decoder.scale", 1e30, "sampling.decoder.scale=1e+30 must be in [-1e+06, 1e+06]"),
+    ("sampling.decoder.threshold", -1.0, "sampling.decoder.threshold=-1.0 must be in (0, 1e+06]"),
+    ("sampling.decoder.eta", -0.5, "sampling.decoder.eta=-0.5 must be in [0, 1]"),
+    ("sampling.decoder.sampler", "magic", "sampling.decoder.sampler='magic' must be one of"),
+    ("sampling.decoder.speed", 1, "sampling.decoder has no option 'speed'"),
+    ("sampling.prior", {"scale": 3.0, "order": 2}, "order=2 is no option of sampler='ancestral'"),
+    ("sampling.base", {}, "sampling has no part 'base'; it has prior, decoder, upsampler"),
+    ("options.candidates", 10**9, "options.candidates=1000000000 must be an integer in [1, 1000]"),
+    ("options.candidates", 0, "options.candidates=0 must be an integer"),
+    ("options.batch_size", -3, "options.batch_size=-3 must be an integer"),
+    ("options.speed", 1, "options has no part 'speed'"),
+    ("options.noise_levels", {"upsampler": 3}, "options.noise_levels.upsampler=3 must be a number in [0, 1]"),
+    ("more", 1, "has no field 'more' in this version"),
+]
 
 
-def test_parameters_of_another_shape_are_named(weights, tmp_path):
-    arrays, meta = read(weights)
-    bad = tmp_path / "bad.safetensors"
-    arrays["clip/params/text_projection/kernel"] = zeros(3, 3, dtype=np.float16)
-    save_arrays(arrays, str(bad), metadata=meta)
-    with pytest.raises(ValueError, match="the parameters do not fit the networks.*kernel") as caught:
-        load(bad).generate(["a red circle"])
-    assert "\n" not in str(caught.value)
+def changed(value, path, new):
+    first, _, rest = path.partition(".")
+    return value | {first: changed(value[first], rest, new) if rest else new}
 
 
-def test_a_directory_that_is_not_a_run_is_one_sentence(tmp_path):
-    with pytest.raises(LoadError, match="does not exist"):
-        read_run(tmp_path / "missing")
-    refuse(tmp_path, "holds no training run")
-    for text in ("{", "[]", '{"config": {}}', '"text"', "\xff"):
-        (tmp_path / RUN_FILE).write_text(text, encoding="latin-1")
-        refuse(tmp_path, "cannot be read as a training run")
+def linked(directory, place):
+    """Return a copy of a directory whose models are links, and what its pipeline.json says."""
+    place.mkdir(exist_ok=True)
+    for entry in directory.iterdir():
+        if entry.is_dir():
+            (place / entry.name).symlink_to(entry)
+    return json.loads((directory / "pipeline.json").read_text())
 
 
-def test_a_run_without_a_trained_stage_names_it(tmp_path):
-    p = pipeline()
-    run = {"version": ddpm_jax.__version__, "config": p.config, "tokenizer": p.tokenizer.to_config()}
-    (tmp_path / RUN_FILE).write_text(json.dumps(run))
-    assert read_run(tmp_path) == run
-    refuse(tmp_path, "stage clip")
+@pytest.mark.parametrize("path,value,message", WRONG, ids=[f"{path}={value!r:.20}" for path, value, _ in WRONG])
+def test_a_wrong_field_is_one_sentence_that_names_it(directory, tmp_path, path, value, message):
+    described = linked(directory, tmp_path)
+    (tmp_path / "pipeline.json").write_text(json.dumps(changed(described, path, value)))
+    refuse(tmp_path, message)
 
 
-def test_the_bundled_weights_draw():
-    pipeline = load()
+def test_a_clip_that_the_other_stages_were_not_trained_with_is_refused(tmp_path):
+    """By name, and whatever the precision on disk; the averages and not the raw parameters count."""
+    needs = {"clip": tree_fingerprint(pipeline().clip.params)}
+    trained = pipeline().prior.replace(metadata=freeze(thaw(pipeline().prior.metadata) | {"needs": needs}))
+    for dtype in (np.float32, np.float16):
+        save(pipeline().replace(prior=trained), tmp_path / np.dtype(dtype).name, dtype=dtype)
+        load(tmp_path / np.dtype(dtype).name)
+    place = tmp_path / "float32"
+    described = json.loads((place / "prior" / "model.json").read_text())
+    described["metadata"]["needs"]["clip"] = "0" * 64
+    (place / "prior" / "model.json").write_text(json.dumps(described))
+    refuse(place, "prior of", "was trained with another clip than the one in", "train prior again")
+
+
+def test_a_clip_of_another_format_is_not_answered_with_train_prior_again(directory, tmp_path):
+    described = linked(directory, tmp_path)
+    (tmp_path / "clip").unlink()
+    (tmp_path / "clip").mkdir()
+    model = json.loads((directory / "clip" / "model.json").read_text())
+    (tmp_path / "clip" / "model.json").write_text(json.dumps(model | {"format": "ddpm_jax model 9"}))
+    (tmp_path / "pipeline.json").write_text(json.dumps(described))
+    refuse(tmp_path, "has the format 'ddpm_jax model 9'", "open it with the version of ddpm_jax that wrote it")
+
+
+def test_the_bundled_pipeline_generates():
+    pipeline = ddpm_jax.load()
     images = pipeline.generate(["a small red star in the center on white"], low_res=True)
-    size = pipeline.config["decoder"]["image_size"]
+    size = pipeline.decoder.metadata["image_size"]
     assert images.shape == (1, size, size, 3)
     assert images[0, 0].mean() > 200  # the background is what even an early state follows

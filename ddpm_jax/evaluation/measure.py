@@ -1,4 +1,4 @@
-"""Faithfulness of a pipeline to captions that state everything, one picture a caption, none chosen."""
+"""Faithfulness of a pipeline to captions that state everything, one image a caption, uncurated."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from ddpm_jax import build
+from ddpm_jax.data.shapes.scenes import ShapesSource
 from ddpm_jax.evaluation import faithfulness
 from ddpm_jax.pipelines.unclip import UnCLIP
 from ddpm_jax.progress import progress_bar
@@ -38,24 +38,22 @@ def measure(
     progress: bool = True,
     **how: Any,
 ) -> dict[str, Any]:
-    """Draw a picture for each of a split's captions and read it back.
+    """Sample an image for each of a split's captions and read it back.
 
     Args:
-        pipeline: what draws.
-        split: of the captioned shapes, see `data.shapes.ShapesSource`.
+        pipeline: that knows captions of captioned shapes.
+        split: of the captioned shapes, see `data.shapes.scenes.ShapesSource`.
         num_captions: N.
         seed: of captions and noise.
         progress: True shows a bar on stderr.
-        **how: options of `UnCLIP.generate`; embedding="image" takes the embedding of the true picture.
+        **how: options of `UnCLIP.generate`; embedding="image" takes the embedding of the true image.
 
     Returns:
         The result of `faithfulness.score`, and "captions" and "images" uint8[N, R, R, 3].
     """
     if num_captions < 1:
         raise ValueError(f"num_captions={num_captions} must be at least 1")
-    size = pipeline.config["clip"]["image_size"]
-    source = build.make_source(pipeline.config, resolution=size, split=split, seed=seed)
-    source.length = max(source.length, num_captions)
+    source = ShapesSource(seed, pipeline.clip.network.vision.image_size, split)
     records = [source[i] for i in range(num_captions)]
     captions = [record["caption"] for record in records]
     if how.get("embedding") == "image":

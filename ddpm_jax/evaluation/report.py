@@ -1,16 +1,19 @@
-"""What a finished run leaves to look at: a captioned grid of pictures and the faithfulness table."""
+"""What a finished run leaves to look at: a grid of images, and the faithfulness table."""
 
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
-from ddpm_jax.data import image_grid as pictures
+from ddpm_jax.data import image_grid
 from ddpm_jax.evaluation import faithfulness, measure
 from ddpm_jax.parallel.mesh import make_local_mesh
+from ddpm_jax.pipelines.cascade import Cascade
 from ddpm_jax.pipelines.unclip import UnCLIP
-from ddpm_jax.training.run import write_json
+from ddpm_jax.progress import progress_bar
+from ddpm_jax.storage.json_file import write_json
 
 
 def write_faithfulness(
@@ -65,8 +68,38 @@ def write_comparison(
     return table
 
 
+def write_samples(
+    pipeline: Cascade,
+    directory: Path,
+    *,
+    num_images: int = 16,
+    seed: int = 0,
+    progress: bool = True,
+    show: Callable[[str], Any] | None = None,
+) -> None:
+    """Write samples.png, a grid of images, uncurated; of a class-conditional pipeline the classes in turn.
+
+    show: called with a sentence that says what was written.
+    """
+    known, labels = pipeline.labels, None
+    if known is not None:
+        labels = [i % known["num_classes"] for i in range(num_images)]
+    hidden = not progress or jax.process_index() != 0
+    with progress_bar(num_images, description="sample", unit="image", shown=not hidden) as bar:
+        mesh = make_local_mesh(at_most=num_images)
+        images = pipeline.generate(num_images, labels=labels, seed=seed, mesh=mesh, report=bar.update)
+    if jax.process_index() != 0:
+        return
+    names = None if known is None else known.get("names")
+    captions = [names[label] for label in labels] if names and labels else None
+    images = np.repeat(images, 3, axis=-1) if images.shape[-1] == 1 else images
+    image_grid.save_png(directory / "samples.png", image_grid.grid(images, captions))
+    if show is not None:
+        show(f"wrote {directory / 'samples.png'}: {num_images} images")
+
+
 def save_grid(path: Path, results: dict[str, dict[str, Any]], *, per_result: int, label_rows: bool = False) -> None:
-    """Write the first pictures of each result, a row each, with their captions, or with the result's name."""
+    """Write the first images of each result, a row each, with their captions, or with the result's name."""
     if jax.process_index() != 0:
         return
     images, captions = [], []
@@ -74,4 +107,4 @@ def save_grid(path: Path, results: dict[str, dict[str, Any]], *, per_result: int
         count = min(per_result, len(result["images"]))
         images += list(result["images"][:count])
         captions += [name] * count if label_rows else result["captions"][:count]
-    pictures.save_png(path, pictures.grid(images, captions, columns=count))
+    image_grid.save_png(path, image_grid.grid(images, captions, columns=count))

@@ -1,7 +1,10 @@
 """Whole pipelines: load one, and generate."""
 
+from ddpm_jax.errors import LoadError
+from ddpm_jax.pipelines.cascade import Cascade
+from ddpm_jax.pipelines.description import PipelineDescription
+from ddpm_jax.pipelines.directory import load, save
 from ddpm_jax.pipelines.request import NotFiniteError
 from ddpm_jax.pipelines.unclip import UnCLIP
-from ddpm_jax.pipelines.weights import LoadError, load, save_file
 
-__all__ = ["LoadError", "NotFiniteError", "UnCLIP", "load", "save_file"]
+__all__ = ["Cascade", "LoadError", "NotFiniteError", "PipelineDescription", "UnCLIP", "load", "save"]

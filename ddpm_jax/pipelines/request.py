@@ -3,20 +3,31 @@
 An option may be a Python number, a NumPy scalar, or a NumPy or JAX array without axes.
 """
 
+import dataclasses
+import difflib
+import functools
 import math
 import numbers
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from ddpm_jax.data.tokenizer import Tokenizer
+from ddpm_jax.diffusion.diffusion import Diffusion
 from ddpm_jax.diffusion.process import GaussianProcess, respace
+from ddpm_jax.diffusion.sampling import Sampling, as_steps
+from ddpm_jax.diffusion.schedules import respaced_timesteps
+from ddpm_jax.parallel.mesh import DATA_AXIS, data_sharding, replicated
 
 Steps = int | str | Sequence[int]
 """A number of steps, a spec of `schedules.respaced_timesteps`, or the timesteps themselves, increasing."""
+
+MOST_IMAGES = 2**31 - 1  # indices of images are int32
+MOST_AT_A_TIME = 2**16
+FIELDS = tuple(field.name for field in dataclasses.fields(Sampling))
 
 
 def as_int(name: str, value: Any, *, least: int, most: int | None = None) -> int:
@@ -44,6 +55,21 @@ def as_seed(value: Any) -> int:
     return as_int("seed", value, least=0, most=2**32 - 1)
 
 
+def image_indices(start: Any, count: int) -> np.ndarray:
+    """Return the indices of images start .. start + count - 1, int32[count].
+
+    Raises:
+        ValueError: if start is not an integer in its range.
+    """
+    return as_int("start", start, least=0, most=MOST_IMAGES - count) + np.arange(count, dtype=np.int32)
+
+
+def image_keys(seed: jax.Array, index: jax.Array) -> jax.Array:
+    """Return the keys of images, as `samplers.example_keys` makes them; seed: uint32[]; index: int32[B]."""
+    key = jax.random.key(seed, impl="threefry2x32")
+    return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, index)
+
+
 def as_float(name: str, value: Any, *, least: float = -math.inf, most: float = math.inf) -> float:
     """Return a real option as a Python float.
 
@@ -58,27 +84,6 @@ def as_float(name: str, value: Any, *, least: float = -math.inf, most: float = m
     return float(value)
 
 
-def as_steps(name: str, value: Any) -> int | str | tuple[int, ...]:
-    """Return a `Steps` option in the form that means the same and can be hashed: "25" and np.int64(25) become 25.
-
-    Raises:
-        ValueError: if value is none.
-    """
-    value, given = _plain(name, value), value
-    if isinstance(value, str):
-        text = re.sub(r"\s*,\s*", ",", value.strip())
-        return int(text) if text.isdecimal() else text
-    if isinstance(value, numbers.Integral) and not isinstance(value, bool):
-        return int(value)
-    if isinstance(value, Iterable) and not isinstance(value, (bytes, Mapping, set)):
-        found = [_plain(name, step) for step in value]
-        if found and all(isinstance(step, numbers.Integral) and not isinstance(step, bool) for step in found):
-            return tuple(map(int, found))
-    raise ValueError(
-        f'{name}={given!r} must be a number of steps, a string like "25" or "ddim25", or increasing timesteps'
-    )
-
-
 def respaced(process: GaussianProcess, name: str, steps: Steps) -> GaussianProcess:
     """Return `respace(process, steps)`; errors name the option.
 
@@ -89,6 +94,156 @@ def respaced(process: GaussianProcess, name: str, steps: Steps) -> GaussianProce
         return respace(process, as_steps(name, steps))
     except ValueError as error:
         raise ValueError(str(error).replace("spec=", f"{name}=", 1)) from None
+
+
+def check_steps(name: str, sampling: Sampling, diffusion: Diffusion) -> None:
+    """Raise ValueError, naming the option, if a process has no such steps."""
+    try:
+        respaced_timesteps(diffusion.num_steps, sampling.steps)
+    except ValueError as error:
+        raise ValueError(str(error).replace("spec=", f"{name}=", 1)) from None
+
+
+def on_mesh(mesh: Mesh | None, models: Any) -> tuple[Any, Callable[[Any], Any], int]:
+    """Place models for the devices that share each batch.
+
+    Args:
+        mesh: with an axis "data"; None is one device.
+        models: a tree of arrays.
+
+    Returns:
+        The tree, with a copy on every device; what places arrays [B, ...] or None; and the number of devices.
+    """
+    if mesh is None:
+        return models, lambda array: array, 1
+    place = functools.partial(jax.device_put, device=data_sharding(mesh))
+    return jax.device_put(models, replicated(mesh)), place, mesh.shape[DATA_AXIS]
+
+
+def stage_samplings(
+    defaults: Mapping[str, Sampling],
+    options: Mapping[str, Any],
+    *,
+    main: str = "decoder",
+    guided: Collection[str] = (),
+    classified: Collection[str] = (),
+) -> dict[str, Sampling]:
+    """Return how each stage is sampled.
+
+    Args:
+        defaults: of each stage.
+        options: the fields of `Sampling` by the names <stage>_<field>, and <field> alone for the main stage; None takes
+            the default.
+        main: the main stage.
+        guided: the stages that have a null condition, for the options scale and rescale.
+        classified: the stages that have a classifier, for the option classifier_scale.
+
+    Raises:
+        ValueError: if an option is unknown, given twice or out of its range, or its stage cannot use it.
+    """
+    found: dict[str, dict[str, Any]] = {stage: {} for stage in defaults}
+    plain: set[str] = set()
+    for name, value in options.items():
+        stage, field = (main, name) if name in FIELDS else _stage_and_field(name, tuple(defaults))
+        if value is None:
+            continue
+        if field in found[stage]:
+            raise ValueError(f"{field} and {main}_{field} are the same option; give one of them")
+        found[stage][field] = value
+        plain |= {field} if name == field else set()
+    samplings = {}
+    for stage, given in found.items():
+        prefix = "" if stage == main and plain else f"{stage}_"
+        samplings[stage] = defaults[stage].with_options(prefix, **given)
+        _check_usable(samplings[stage], prefix, stage in guided, stage in classified)
+    return samplings
+
+
+def _stage_and_field(name: str, stages: Sequence[str]) -> tuple[str, str]:
+    known = {f"{stage}_{field}": (stage, field) for stage in stages for field in FIELDS}
+    if name in known:
+        return known[name]
+    near = difflib.get_close_matches(name, [*known, *FIELDS], 1)
+    raise ValueError(
+        f"there is no option {name!r}{f', did you mean {near[0]!r}?' if near else ';'} options are <stage>_<name> with "
+        f"the stages {', '.join(stages)} and the names {', '.join(FIELDS)}"
+    )
+
+
+def _check_usable(sampling: Sampling, prefix: str, guided: bool, classified: bool) -> None:
+    """Raise ValueError if a stage is to be sampled by what a pipeline does not have."""
+    needs = {"churn": "a network that receives sigma as its time"}
+    if not classified:
+        needs["classifier_scale"] = "a classifier"
+    if not guided:
+        needs |= dict.fromkeys(("scale", "rescale"), "a network with a null condition")
+    for field, what in needs.items():
+        if (value := getattr(sampling, field)) is not None:
+            raise ValueError(f"{prefix}{field}={value} needs {what}, which this stage does not have")
+    if sampling.sampler == "analytic":
+        raise ValueError(f"{prefix}sampler='analytic' needs the network's second moments, which are not stored")
+
+
+def batches(count: int, batch_size: int, unit: int = 1) -> Iterator[tuple[np.ndarray, int]]:
+    """Yield the rows of every batch and how many of them are new; batches have two sizes, batch_size and unit.
+
+    Programs are compiled for a batch size, so that any count needs two at most. What is left after whole batches is
+    taken by the unit if it is at most half a batch, and otherwise filled up with copies of its last row: no more rows
+    are computed than twice those that are wanted.
+
+    Args:
+        count: of the examples.
+        batch_size: a multiple of unit.
+        unit: the smallest batch, 1 or the number of devices that share each batch.
+    """
+    whole = count - count % batch_size
+    rest = count - whole
+    small = [unit] * -(-rest // unit)
+    sizes = [batch_size] * (whole // batch_size) + ([batch_size] if 2 * rest > batch_size else small)
+    start = 0
+    for size in sizes:
+        yield np.minimum(np.arange(start, start + size), count - 1), min(size, count - start)
+        start += size
+
+
+def in_batches(
+    run: Callable[..., tuple[jax.Array, Sequence[jax.Array]]],
+    arrays: Sequence[Any],
+    *,
+    batch_size: Any,
+    stages: Sequence[str],
+    report: Callable[[int], None] | None = None,
+    name: str = "prompts",
+    unit: int = 1,
+) -> np.ndarray:
+    """Run a compiled program over all examples, in `batches`.
+
+    Args:
+        run: takes the same rows of every array, and returns images [B, ...] and bool[B] for each stage, whether all
+            that it returned is finite.
+        arrays: each [N, ...], or None.
+        batch_size: examples at a time.
+        stages: their names, in the order in which they run.
+        report: called with the number of images each time some are done.
+        name: of the argument that the examples are from.
+        unit: the smallest batch; batch_size is rounded up to a multiple of it.
+
+    Returns:
+        The images of all examples, [N, ...].
+
+    Raises:
+        ValueError: if batch_size is not an integer in its range.
+        NotFiniteError: if a stage returned NaN or infinity.
+    """
+    batch_size, done = as_int("batch_size", batch_size, least=1, most=MOST_AT_A_TIME), []
+    count = next(len(array) for array in arrays if array is not None)
+    for rows, new in batches(count, -(-batch_size // unit) * unit, unit):
+        images, finite_of = run(*(None if array is None else array[rows] for array in arrays))
+        check_finite(stages, finite_of, rows, name)
+        done.append(np.asarray(images)[:new])
+        if report is not None:
+            report(new)
+    return np.concatenate(done)
 
 
 def as_prompts(prompts: Iterable[str]) -> list[str]:
@@ -138,6 +293,75 @@ def tokenize(
             raise ValueError(f"{name}[{number}] = {shown!r}: {error}") from None
     tokens, masks = zip(*rows, strict=True)
     return np.concatenate(tokens), np.concatenate(masks)
+
+
+def negative_tokens(
+    tokenizer: Tokenizer, negative_prompts: str | Iterable[str] | None, count: int, length: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return tokens int32[count, L] and mask bool[count, L] of the captions that guidance leads away from.
+
+    Args:
+        tokenizer: encodes them.
+        negative_prompts: one caption for all prompts, or one for each; None is the unconditional caption "".
+        count: the number of prompts.
+        length: L.
+
+    Raises:
+        ValueError: if they are none of these; and as the tokenizer, where the message names the caption.
+    """
+    one = negative_prompts is None or isinstance(negative_prompts, str)
+    if not one and (not isinstance(negative_prompts, Iterable) or isinstance(negative_prompts, (bytes, Mapping))):
+        raise ValueError(f"negative_prompts must be a caption or a sequence of captions, got {negative_prompts!r}")
+    texts = [negative_prompts or ""] if one else list(negative_prompts)
+    for number, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise ValueError(f"negative_prompts[{number}] must be a string, got {text!r}")
+    if len(texts) not in (1, count):
+        raise ValueError(f"negative_prompts must be one caption or one for each of {count} prompts, got {len(texts)}")
+    encoded = tokenize(tokenizer, texts, length, name="negative_prompts", allow_empty=True)
+    tokens, mask = (np.broadcast_to(array, (count, length)) for array in encoded)
+    return tokens, mask
+
+
+def as_labels(labels: Any, num_classes: int, names: Sequence[str] | None, count: int | None) -> np.ndarray:
+    """Return labels as int32[N], -1 for the null class.
+
+    Args:
+        labels: one label for all images, or one for each: an index in [0, num_classes), a name, or None.
+        num_classes: K.
+        names: of the classes, or None.
+        count: N; by default the number of labels, or 1.
+
+    Raises:
+        ValueError: if a label is none of these, or there is not one for each image.
+    """
+    one = labels is None or isinstance(labels, (str, numbers.Integral)) or getattr(labels, "ndim", None) == 0
+    if not one and (not isinstance(labels, Iterable) or isinstance(labels, (bytes, Mapping))):
+        raise ValueError(f"labels={labels!r:.60} must be a label, or a sequence with one for each image")
+    given = [labels] if one else list(labels)
+    if not given:
+        raise ValueError("labels must hold at least one label")
+    found = [_label(f"labels[{i}]" if not one else "labels", x, num_classes, names) for i, x in enumerate(given)]
+    found *= count if one and count is not None else 1
+    if count is not None and len(found) != count:
+        raise ValueError(f"labels must be one for each of {count} images, got {len(found)}")
+    return np.array(found, np.int32)
+
+
+def _label(where: str, label: Any, num_classes: int, names: Sequence[str] | None) -> int:
+    label, given = _plain(where, label), label
+    if label is None:
+        return -1
+    if isinstance(label, str):
+        if label in (names or ()):
+            return list(names).index(label)
+        if not names:
+            raise ValueError(f"{where}={label!r:.60}: the classes have no names; give an index below {num_classes}")
+        near = difflib.get_close_matches(label, names, 1, cutoff=0.0)[0]
+        raise ValueError(f"{where}={label!r:.60} is none of the {num_classes} classes; did you mean {near!r}?")
+    if isinstance(label, bool) or not isinstance(label, numbers.Integral) or not 0 <= label < num_classes:
+        raise ValueError(f"{where}={given!r:.60} must be the index of a class, in [0, {num_classes}), or its name")
+    return int(label)
 
 
 class NotFiniteError(ValueError):

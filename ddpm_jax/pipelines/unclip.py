@@ -1,163 +1,333 @@
-"""unCLIP as one object: captions in, pictures out (DALL-E 2, Ramesh et al. 2022)."""
+"""unCLIP as one object: captions in, images out (DALL-E 2, Ramesh et al. 2022)."""
 
-import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Literal
 
 import flax.errors
+import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from ddpm_jax import build
 from ddpm_jax.data.tokenizer import Tokenizer, tokenizer_from_config
 from ddpm_jax.data.transforms import resize_center_crop
-from ddpm_jax.diffusion.process import GaussianProcess
-from ddpm_jax.diffusion.samplers import example_keys
+from ddpm_jax.diffusion.samplers import RecordedNoise
 from ddpm_jax.diffusion.samplers.noise import transition_keys
-from ddpm_jax.models.clip import CLIP
+from ddpm_jax.diffusion.sampling import Sampling, sample_with
+from ddpm_jax.models.clip import CLIP, normalize
 from ddpm_jax.models.decoder import Decoder
 from ddpm_jax.models.prior import DiffusionPrior
-from ddpm_jax.models.upsampler import Upsampler
-from ddpm_jax.parallel.mesh import DATA_AXIS, data_sharding, replicated
-from ddpm_jax.pipelines import stages
-from ddpm_jax.pipelines.request import as_float, as_int, as_prompts, as_seed, check_finite, tokenize
-from ddpm_jax.pipelines.stages import Sampling, Text, finite
+from ddpm_jax.pipelines.request import (
+    as_prompts,
+    as_seed,
+    check_steps,
+    image_indices,
+    image_keys,
+    in_batches,
+    negative_tokens,
+    on_mesh,
+    stage_samplings,
+    tokenize,
+)
+from ddpm_jax.pipelines.stages import Text, finite
+from ddpm_jax.pipelines.upsampling import IMAGES, check_upsamplers, default_names, image_size_of, noise_levels, upsample
+from ddpm_jax.storage.metadata import thaw
+from ddpm_jax.storage.model_directory import Model
+from ddpm_jax.types import to_float, to_uint8
 
 Embedding = Literal["prior", "text", "image", "none"]
 EMBEDDINGS = ("prior", "text", "image", "none")
-STAGES = ("CLIP model", "prior", "decoder", "upsampler")
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class UnCLIP:
-    """Networks, their processes and parameters, and how to sample them.
+def _static(default: Any) -> Any:
+    return flax.struct.field(pytree_node=False, default=default)
 
-    Make one with `UnCLIP.from_config`, or with `pipelines.load`. `params` has an entry for each stage.
+
+class UnCLIP(flax.struct.PyTreeNode):
+    """The models and how they are sampled; a tree of arrays, so that it can be an argument of a jitted function.
+
+    `ddpm_jax.load` opens one, `ddpm_jax.pipelines.save` writes it.
+
+    Attributes:
+        clip: a `CLIP`; its metadata has "tokenizer" and "length", the number of tokens of a caption.
+        prior: a `DiffusionPrior`; its metadata has "diffusion" and "embedding" with the scale that it works at.
+        decoder: a `Decoder`; its metadata has "diffusion" and "image_size".
+        upsamplers: any number of `Upsampler`s, smallest images first; metadata "diffusion" and "image_size".
+        sampling: how each stage is sampled: "prior", "decoder", and each of the upsamplers by its name.
+        noise_levels: of the noise that is added to the images that upsamplers enlarge, by their names; those of their
+            metadata, or 0, by default.
+        names: of the upsamplers, as options of `generate` and keys of `sampling` have them; "upsampler" for one and
+            "upsampler_1", ... for several by default.
+        tokenizer: reads captions.
+        candidates: embeddings that are sampled for a caption, of which the one nearest to it is taken.
+        batch_size: images at a time, unless `generate` is given another number.
     """
 
-    clip: CLIP
-    prior: DiffusionPrior
-    decoder: Decoder
-    upsampler: Upsampler
-    processes: Mapping[str, GaussianProcess]
-    sampling: Mapping[str, Sampling]
-    params: Mapping[str, Any]
-    tokenizer: Tokenizer
-    config: Mapping[str, Any]
-
-    @classmethod
-    def from_config(
-        cls, config: Mapping[str, Any], params: Mapping[str, Any], tokenizer: Mapping[str, Any]
-    ) -> "UnCLIP":
-        """Build the pipeline that a run's config describes, around its parameters.
-
-        Args:
-            config: the resolved config.
-            params: parameters of each stage.
-            tokenizer: what `Tokenizer.to_config` returned when the run began.
-        """
-        words = tokenizer_from_config(tokenizer)
-        diffusion = build.STAGES[1:]
-        return cls(
-            clip=build.make_clip(config, words.vocab_size),
-            prior=build.make_prior(config, words.vocab_size),
-            decoder=build.make_decoder(config, words.vocab_size),
-            upsampler=build.make_upsampler(config),
-            processes={stage: build.make_stage_process(config[stage]) for stage in diffusion},
-            sampling={stage: build.make_sampling(config, stage) for stage in diffusion},
-            params=params,
-            tokenizer=words,
-            config=config,
-        )
+    clip: Model
+    prior: Model
+    decoder: Model
+    upsamplers: tuple[Model, ...] = ()
+    sampling: Mapping[str, Sampling] = flax.struct.field(default_factory=dict)
+    noise_levels: Mapping[str, float] = flax.struct.field(default_factory=dict)
+    names: tuple[str, ...] = _static(())
+    tokenizer: Tokenizer | None = _static(None)
+    candidates: int = _static(2)
+    batch_size: int = _static(64)
 
     @property
     def image_size(self) -> int:
-        """Side of the pictures that `generate` returns, in pixels."""
-        return self.config["upsampler"]["image_size"]
+        """Height and width of the images that `generate` returns, in pixels."""
+        return image_size_of((self.decoder, *self.upsamplers)[-1])
+
+    def checked(self) -> "UnCLIP":
+        """Return the pipeline with all defaults filled in.
+
+        Raises:
+            ValueError: if the models do not fit each other.
+        """
+        for role, kind in {"clip": CLIP, "prior": DiffusionPrior, "decoder": Decoder}.items():
+            if not isinstance(getattr(self, role).network, kind):
+                raise ValueError(
+                    f"{role} must be a {kind.__name__}, got a {type(getattr(self, role).network).__name__}"
+                )
+        clip, metadata = self.clip.network, self.clip.metadata
+        widths = {role: getattr(self, role).network.embed_dim for role in ("clip", "prior", "decoder")}
+        if len(set(widths.values())) > 1:
+            found = ", ".join(f"{role} has {width}" for role, width in widths.items())
+            raise ValueError(f"the models are for embeddings of different sizes (embed_dim): {found}")
+        for name in ("tokenizer", "length"):
+            if name not in metadata:
+                raise ValueError(f"the metadata of clip lacks {name!r}")
+        tokenizer = self.tokenizer or tokenizer_from_config(thaw(metadata["tokenizer"]))
+        length, known = metadata["length"], clip.text.vocab_size
+        if tokenizer.vocab_size != known:
+            raise ValueError(f"the tokenizer has {tokenizer.vocab_size} ids, and clip's text tower {known}")
+        for role, context in {"clip": clip.text.context, "prior": self.prior.network.context}.items():
+            if length > context or (role == "prior" and length != context):
+                raise ValueError(f"captions have length {length} by clip's metadata, and {role} reads {context} tokens")
+        if not self.prior.metadata.get("embedding"):
+            raise ValueError("the metadata of prior lacks 'embedding', the scale that it works at")
+        names = self.names or default_names(len(self.upsamplers))
+        check_upsamplers(self.decoder, self.upsamplers, names, "decoder")
+        default = {"prior": Sampling("ancestral", 64), **dict.fromkeys(("decoder", *names), IMAGES)}
+        unknown = sorted(set(self.sampling) - set(default))
+        if unknown:
+            raise ValueError(f"sampling has no stage {unknown[0]!r}; there are {', '.join(default)}")
+        sampling = {stage: self.sampling.get(stage, how).checked(f"{stage}_") for stage, how in default.items()}
+        levels, _ = noise_levels(dict(zip(names, self.upsamplers)), self.noise_levels, {})
+        pipeline = self.replace(tokenizer=tokenizer, sampling=sampling, noise_levels=levels, names=names)
+        for stage, model in pipeline._diffusions().items():
+            check_steps(f"{stage}_steps", sampling[stage], model.diffusion)
+        return pipeline
+
+    @property
+    def models(self) -> dict[str, Model]:
+        """The models but for the upsamplers, by role."""
+        return {"clip": self.clip, "prior": self.prior, "decoder": self.decoder}
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What pipeline.json says besides models and sampling."""
+        levels = {"noise_levels": dict(self.noise_levels)} if self.noise_levels else {}
+        return {"candidates": self.candidates, "batch_size": self.batch_size, **levels}
+
+    def _diffusions(self) -> dict[str, Model]:
+        return {"prior": self.prior, "decoder": self.decoder, **dict(zip(self.names, self.upsamplers))}
 
     def generate(
         self,
         prompts: Iterable[str],
         *,
+        negative_prompts: str | Iterable[str] | None = None,
         seed: int = 0,
+        start: int = 0,
         embedding: Embedding = "prior",
         images: Any = None,
         use_text: bool = True,
-        prior_scale: float | None = None,
-        decoder_scale: float | None = None,
-        batch_size: int | None = None,
         low_res: bool = False,
+        batch_size: int | None = None,
         mesh: Mesh | None = None,
         report: Callable[[int], None] | None = None,
+        **options: Any,
     ) -> np.ndarray:
-        """Draw one picture for every prompt.
+        """Sample one image for every prompt.
 
-        Picture i depends on seed, i and prompt i; on the devices, the batch size and so the number of prompts only as
-        float32 rounding does, which is one grey level at the most where it shows.
+        Image i depends only on the seed, i and prompt i; on the devices and the batch size as float32 rounding does,
+        which is one grey level at most where it shows. A program is compiled for a batch size, the samplers and their
+        numbers of steps, once; other scales, etas, thresholds, seeds and numbers of prompts run the same program.
 
         Args:
-            prompts: captions, none of them empty; one too long is cut, with a warning.
+            prompts: captions, of which "" is the unconditional one; one too long is cut, with a warning.
+            negative_prompts: captions that guidance leads away from, one for all prompts or one for each; the null
+                conditions that the networks were trained with by default.
             seed: seed of all random numbers, in [0, 2**32).
+            start: i of the first prompt. generate(["c"], start=2) is image 2 of generate(["a", "b", "c", "d"]).
             embedding: what the decoder is given as image embedding: the "prior"'s, the CLIP "text" embedding, the true
                 embedding of `images` ("image"), or the null embedding ("none").
             images: N images, for embedding="image", as `data.transforms.as_images` takes them; those of another size
                 than CLIP's are resized and cropped by `data.transforms.resize_center_crop`.
             use_text: whether the decoder is given the caption.
-            prior_scale: guidance scale of the prior; the config's by default.
-            decoder_scale: guidance scale of the decoder; the config's by default.
-            batch_size: pictures at a time; the config's by default. A multiple of the mesh's devices at least as large.
-            low_res: True returns the decoder's pictures, not enlarged.
-            mesh: devices of this process that share each batch, with an axis "data"; one device if none.
-            report: called with the number of pictures each time some are done.
+            low_res: True returns the decoder's images, not upsampled.
+            batch_size: images at a time. What is left over after whole batches is taken one by one if it is at most
+                half a batch, and otherwise filled up.
+            mesh: devices of this process that share each batch, with an axis "data"; one device by default.
+            report: called with the number of images each time some are done.
+            options: the fields of `diffusion.sampling.Sampling` of a stage by the names <stage>_<field>, such as
+                prior_scale, decoder_steps and upsampler_sampler, and <field> alone for the decoder; and
+                <upsampler>_noise_level.
 
         Returns:
             uint8[N, R, R, 3].
 
         Raises:
-            ValueError: if there is no prompt, one is empty or has an unknown word, an argument does not fit, or the
-                parameters do not fit the config.
+            ValueError: if there is no prompt, one has an unknown word, an argument does not fit, or the parameters do
+                not fit the networks.
             NotFiniteError: if a network returned NaN or infinity.
-            TypeError: if `prompts` is one string.
         """
-        prompts, images = _check_request(prompts, embedding, images, self.clip.vision.image_size)
-        scales = {"prior": prior_scale, "decoder": decoder_scale}
-        scales = {k: None if v is None else as_float(f"{k}_scale", v) for k, v in scales.items()}
-        size = self.config["sample"]["batch_size"] if batch_size is None else as_int("batch_size", batch_size, least=1)
-        size = min(size, len(prompts))
-        keys = example_keys(jax.random.key(as_seed(seed), impl="threefry2x32"), len(prompts))
-        tokens, mask = tokenize(self.tokenizer, prompts, self.config["text"]["length"], allow_empty=False)
-        params, place = self.params, jnp.asarray
-        if mesh is not None:
-            devices = mesh.shape[DATA_AXIS]
-            size = -(-size // devices) * devices
-            params = jax.device_put(params, replicated(mesh))
-            place = functools.partial(jax.device_put, device=data_sharding(mesh))
-        options = _Options(self, embedding, use_text, low_res, tuple(sorted(scales.items())))
-        done = []
-        for rows in _batches(len(prompts), size):
-            picture = None if images is None else place(images[rows])
+        prompts, images = _check_request(prompts, embedding, images, self.clip.network.vision.image_size)
+        pipeline = self.checked()
+        models = pipeline._diffusions()
+        levels, options = noise_levels(dict(zip(pipeline.names, self.upsamplers)), pipeline.noise_levels, options)
+        sampling = stage_samplings(pipeline.sampling, options, guided=("prior", "decoder"))
+        for stage, how in sampling.items():
+            check_steps(f"{stage}_steps", how, models[stage].diffusion)
+        length = self.clip.metadata["length"]
+        tokens, mask = tokenize(pipeline.tokenizer, prompts, length, allow_empty=True)
+        keep = np.array([bool(pipeline.tokenizer.ids(text)) for text in prompts])
+        negative = (None, None, None)
+        if negative_prompts is not None:
+            negative = _negative(pipeline.tokenizer, negative_prompts, len(prompts), length)
+        names = () if low_res else pipeline.names
+        # Without the tokenizer, which the compiled program would keep alive.
+        pipeline = pipeline.replace(sampling=sampling, noise_levels=levels, tokenizer=None, batch_size=0)
+        pipeline, place, unit = on_mesh(mesh, pipeline)
+        how = {"embedding": embedding, "use_text": bool(use_text), "low_res": bool(low_res)}
+
+        def run(*arrays: Any) -> tuple[jax.Array, tuple[jax.Array, ...]]:
             try:
-                given = map(place, (tokens[rows], mask[rows], keys[rows]))
-                out, finite_of = _generate(options, params, *given, picture)
+                return _generate(pipeline, np.uint32(as_seed(seed)), *map(place, arrays), **how)
             except flax.errors.FlaxError as error:
                 reason = str(error).partition(" (http")[0]
-                raise ValueError(
-                    f"the parameters do not fit the networks that the config describes: {reason}"
-                ) from error
-            check_finite(STAGES, finite_of, rows)
-            fresh = min(len(prompts) - size * len(done), size)
-            done.append(np.asarray(out)[:fresh])
-            if report is not None:
-                report(fresh)
-        return np.concatenate(done)
+                raise ValueError(f"the parameters do not fit the networks: {reason}") from error
 
-    def sampling_of(self, stage: str, scale: float | None) -> Sampling:
-        """Return how a stage is sampled, with another guidance scale if one is given."""
-        sampling = self.sampling[stage]
-        return sampling if scale is None else dataclasses.replace(sampling, scale=scale)
+        return in_batches(
+            run,
+            (image_indices(start, len(prompts)), tokens, mask, keep, *negative, images),
+            batch_size=self.batch_size if batch_size is None else batch_size,
+            stages=("CLIP model", "prior", "decoder", *names),
+            report=report,
+            unit=unit,
+        )
+
+    # ---- Stages, as pure functions of arrays -------------------------------------------------------------------------
+
+    def encode_text(self, tokens: jax.Array, mask: jax.Array) -> Text:
+        """Run CLIP's text tower. tokens: int32[B, L]; mask: bool[B, L], True at real tokens."""
+        z, hidden = self.clip.apply(tokens, mask, method=CLIP.encode_text)
+        return Text(normalize(z), hidden, mask)
+
+    def encode_image(self, images: jax.Array) -> jax.Array:
+        """Run CLIP's image tower on float32[B, S, S, 3] in [-1, 1]. Returns unit vectors, float32[B, D]."""
+        return normalize(self.clip.apply(images, method=CLIP.encode_image))
+
+    def sample_embedding(
+        self,
+        text: Text,
+        tokens: jax.Array,
+        keys: jax.Array | RecordedNoise,
+        *,
+        keep: jax.Array | None = None,
+        negative: tuple[Text, jax.Array, jax.Array] | None = None,
+    ) -> jax.Array:
+        """Sample CLIP image embeddings for captions (DALL-E 2, section 2.2).
+
+        Of `candidates` samples for each caption the one with the largest z_text . z_image is returned.
+
+        Args:
+            text: of the captions, from `encode_text`.
+            tokens: int32[B, L].
+            keys: [B].
+            keep: bool[B], False samples without the caption.
+            negative: (text, tokens, keep) of what guidance leads away from; the null condition by default.
+
+        Returns:
+            Unit vectors, float32[B, D].
+        """
+        model, scale = self.prior, self.prior.metadata["embedding"]["scale"]
+        keep = jnp.ones(len(tokens), bool) if keep is None else keep
+        condition = lambda text, tokens, keep: (  # noqa: E731
+            lambda zt, t: model.apply(zt, t, text.z, _read_by(model, text, tokens), text.mask, keep)
+        )
+        null = condition(text, tokens, jnp.zeros_like(keep)) if negative is None else condition(*negative)
+
+        def one(number: int) -> jax.Array:
+            own, shape = transition_keys(keys, number), text.z.shape[1:]
+            z = sample_with(
+                self.sampling["prior"], model.diffusion, condition(text, tokens, keep), own, shape, null=null
+            )
+            return normalize(z / scale)
+
+        found = jnp.stack([one(i) for i in range(self.candidates)])
+        nearness = jnp.where(keep[None], jnp.einsum("nbd,bd->nb", found, text.z), 0.0)
+        return jnp.take_along_axis(found, jnp.argmax(nearness, axis=0)[None, :, None], axis=0)[0]
+
+    def decode(
+        self,
+        z_image: jax.Array,
+        text: Text,
+        tokens: jax.Array,
+        keys: jax.Array | RecordedNoise,
+        *,
+        keep_image: jax.Array | None = None,
+        keep_text: jax.Array | None = None,
+        negative: tuple[Text, jax.Array, jax.Array] | None = None,
+    ) -> jax.Array:
+        """Sample images of embeddings and captions (DALL-E 2, section 2.1).
+
+        Args:
+            z_image: unit vectors, float32[B, D].
+            text: of the captions, from `encode_text`.
+            tokens: int32[B, L].
+            keys: [B].
+            keep_image: bool[B], False gives the null embedding.
+            keep_text: bool[B], False drops the caption.
+            negative: (text, tokens, keep) of what guidance leads away from, with the null embedding; both conditions
+                are dropped together by default.
+
+        Returns:
+            float32[B, R, R, 3] in [-1, 1].
+        """
+        model, nothing = self.decoder, jnp.zeros(len(tokens), bool)
+        size = model.metadata["image_size"]
+        condition = lambda text, tokens, keep_image, keep_text: (  # noqa: E731
+            lambda xt, t: model.apply(
+                xt, t, z_image, text.z, _read_by(model, text, tokens), text.mask, keep_image, keep_text
+            )
+        )
+        null = condition(text, tokens, nothing, nothing)
+        if negative is not None:
+            null = condition(negative[0], negative[1], nothing, negative[2])
+        return sample_with(
+            self.sampling["decoder"],
+            model.diffusion,
+            condition(text, tokens, keep_image, keep_text),
+            keys,
+            (size, size, model.metadata.get("channels", 3)),
+            null=null,
+        )
+
+
+def _read_by(model: Model, text: Text, tokens: jax.Array) -> jax.Array:
+    """Return a caption as a network reads it: token ids, if it has a text encoder of its own."""
+    return text.hidden if model.network.text_encoder is None else tokens
+
+
+def _negative(tokenizer: Tokenizer, given: Any, count: int, length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return tokens, mask and whether there are any, of the captions that guidance leads away from."""
+    tokens, mask = negative_tokens(tokenizer, given, count, length)
+    return tokens, mask, mask.sum(1) > 2
 
 
 def _check_request(
@@ -166,8 +336,6 @@ def _check_request(
     """Return the prompts, and the images as uint8[N, size, size, 3]."""
     if embedding not in EMBEDDINGS:
         raise ValueError(f"{embedding=} must be one of {', '.join(EMBEDDINGS)}")
-    if isinstance(prompts, str):
-        raise TypeError("prompts must be a sequence of captions, got one string; put it into a list")
     prompts = as_prompts(prompts)
     if (embedding == "image") != (images is not None):
         raise ValueError('images are needed for embedding="image", and only then')
@@ -179,91 +347,56 @@ def _check_request(
     return prompts, images
 
 
-def _batches(count: int, size: int) -> Iterator[np.ndarray]:
-    """Yield rows of every batch; the last repeats the last row, so that all batches have one shape."""
-    for start in range(0, count, size):
-        yield np.minimum(np.arange(start, start + size), count - 1)
-
-
-class _Options(NamedTuple):
-    """What the compiled program depends on besides the shapes of its arguments."""
-
-    pipeline: UnCLIP
-    embedding: Embedding
-    use_text: bool
-    low_res: bool
-    scales: tuple[tuple[str, float | None], ...]
-
-
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(jax.jit, static_argnames=("embedding", "use_text", "low_res"))
 def _generate(
-    options: _Options,
-    params: Mapping[str, Any],
+    pipeline: UnCLIP,
+    seed: jax.Array,
+    index: jax.Array,
     tokens: jax.Array,
     mask: jax.Array,
-    keys: jax.Array,
+    keep: jax.Array,
+    negative_tokens: jax.Array | None,
+    negative_mask: jax.Array | None,
+    negative_keep: jax.Array | None,
     images: jax.Array | None,
+    *,
+    embedding: Embedding,
+    use_text: bool,
+    low_res: bool,
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
     """Run all stages for one batch.
 
     Returns:
-        The images, uint8[B, R, R, 3], and bool[B] for each of `STAGES`: whether all that it returned is finite.
+        The images, uint8[B, R, R, 3], and bool[B] for each stage: whether all that it returned is finite.
     """
-    p, scales = options.pipeline, dict(options.scales)
-    config = p.config
-    text = stages.encode_text(p.clip, params["clip"], tokens, mask)
-    stage_keys = [transition_keys(keys, n) for n in range(3)]
-    everything, nothing = jnp.ones(len(tokens), bool), jnp.zeros(len(tokens), bool)
-    if options.embedding == "prior":
-        z_image = stages.draw_embedding(
-            p.prior,
-            params["prior"],
-            p.processes["prior"],
-            _for_network(text, tokens, p.prior),
-            stage_keys[0],
-            sampling=p.sampling_of("prior", scales["prior"]),
-            embed_scale=config["prior"]["embed_scale"],
-            candidates=config["sample"]["prior"]["candidates"],
-        )
-    elif options.embedding == "image":
-        z_image = stages.encode_image(p.clip, params["clip"], stages.to_float(images))
+    keys, everything = image_keys(seed, index), jnp.ones(len(tokens), bool)
+    text = pipeline.encode_text(tokens, mask)
+    negative = None
+    if negative_tokens is not None:
+        negative = (pipeline.encode_text(negative_tokens, negative_mask), negative_tokens, negative_keep)
+    keep_image = everything
+    if embedding == "prior":
+        z_image = pipeline.sample_embedding(text, tokens, transition_keys(keys, 0), keep=keep, negative=negative)
+    elif embedding == "image":
+        z_image = pipeline.encode_image(to_float(images))
     else:
-        z_image = text.z
-    decoder = config["decoder"]
-    pictures = stages.draw_image(
-        p.decoder,
-        params["decoder"],
-        p.processes["decoder"],
+        z_image, keep_image = text.z, keep if embedding == "text" else ~everything
+    out = pipeline.decode(
         z_image,
-        _for_network(text, tokens, p.decoder),
-        stage_keys[1],
-        size=decoder["image_size"],
-        sampling=p.sampling_of("decoder", scales["decoder"]),
-        kind=decoder["kind"],
-        variance=decoder["variance"],
-        keep_image=nothing if options.embedding == "none" else everything,
-        keep_text=everything if options.use_text else nothing,
+        text,
+        tokens,
+        transition_keys(keys, 1),
+        keep_image=keep_image,
+        keep_text=keep if use_text else ~everything,
+        negative=negative,
     )
-    encoded = everything if options.embedding == "none" else finite(text.z) & finite(text.hidden)
-    drawn = finite(z_image) if options.embedding == "prior" else everything
-    if options.embedding == "image":
+    encoded = everything if embedding == "none" else finite(text.z) & finite(text.hidden)
+    if embedding == "image":
         encoded &= finite(z_image)
-    finite_of = (encoded, drawn, finite(pictures))
-    if not options.low_res:
-        up = config["upsampler"]
-        pictures = stages.upsample(
-            p.upsampler,
-            params["upsampler"],
-            p.processes["upsampler"],
-            pictures,
-            stage_keys[2],
-            size=up["image_size"],
-            sampling=p.sampling["upsampler"],
-            kind=up["kind"],
-        )
-    return stages.to_uint8(pictures), (*finite_of, finite(pictures))
-
-
-def _for_network(text: Text, tokens: jax.Array, network: Any) -> Text:
-    """Give token ids to a network that has a text encoder of its own."""
-    return text if network.text_encoder is None else text.replace(hidden=tokens)
+    finite_of = [encoded, finite(z_image) if embedding == "prior" else everything, finite(out)]
+    for number, (name, model) in enumerate(zip(pipeline.names, pipeline.upsamplers), 2):
+        if not low_res:
+            own, level = transition_keys(keys, number), pipeline.noise_levels.get(name)
+            out = upsample(model, pipeline.sampling[name], out, own, noise_level=level)
+            finite_of.append(finite(out))
+    return to_uint8(out), tuple(finite_of)

@@ -4,105 +4,26 @@ A weights file is safetensors: arrays named <stage>/<module>/.../<parameter>, an
 the tokenizer and the version, so that loading needs no flags. Reading it runs no code from it.
 """
 
-import json
 import os
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import flax.traverse_util
-import jax.numpy as jnp
-import numpy as np
-
-import ddpm_jax
 from ddpm_jax import build
-from ddpm_jax.data.tokenizer import Tokenizer, tokenizer_from_config
+from ddpm_jax.data.tokenizer import tokenizer_from_config
+from ddpm_jax.diffusion.sampling import Sampling
 from ddpm_jax.errors import LoadError
-from ddpm_jax.extras import needs_extra
 from ddpm_jax.pipelines.unclip import UnCLIP
-from ddpm_jax.storage.json_file import parse_json, read_json
-from ddpm_jax.storage.tensor_file import ReadError, read_tensors
-from ddpm_jax.storage.tensors import Tensors
-from ddpm_jax.temporary import temporary_path
+from ddpm_jax.storage.json_file import read_json
+from ddpm_jax.storage.metadata import freeze
+from ddpm_jax.storage.model_directory import Model
 
 FORMAT = "ddpm_jax unclip 1"
 RUN_FILE = "run.json"
 # In the config of a stage's checkpoint: the fingerprint of the CLIP that the stage was trained with.
 CLIP_WEIGHTS = "clip_weights"
 _BUNDLED = resources.files("ddpm_jax") / "weights" / "shapes.safetensors"
-
-
-def load(path: str | os.PathLike | None = None, *, ema: bool = True) -> Any:
-    """Load a pipeline: `UnCLIP`, or what was converted (`Karlo`, `StableDiffusion`, or `converted.Converted` networks).
-
-    Args:
-        path: a workdir of `ddpm_jax.train`, a directory of `ddpm_jax.convert`, a weights file, or None for the weights
-            that the package carries.
-        ema: for a workdir, True takes the averaged parameters and False the raw ones; of CLIP always the average, with
-            which the other stages were trained.
-
-    Raises:
-        LoadError: if there is nothing to load there, or it cannot be read.
-    """
-    if path is None:
-        with resources.as_file(_BUNDLED) as file:
-            return load_file(file)
-    path = Path(path)
-    if (path / "model.json").is_file():
-        return load_converted(path)
-    if path.is_dir():
-        return load_run(path, ema=ema)
-    if not path.exists():
-        raise LoadError(_missing(path))
-    return load_file(path)
-
-
-def _missing(path: Path) -> str:
-    return f"{path} does not exist; give the workdir of a training run or a weights file"
-
-
-def read_tokenizer(path: str | os.PathLike | None = None) -> Tokenizer | None:
-    """Read the tokenizer of what `load` would load, without the weights; None if it has none.
-
-    Raises:
-        LoadError: if there is nothing to load there, or it cannot be read.
-    """
-    if path is None:
-        with resources.as_file(_BUNDLED) as file:
-            return read_tokenizer(file)
-    path = Path(path)
-    if (path / "model.json").is_file():
-        from ddpm_jax.storage.model_directory import read_description
-
-        try:
-            config = read_description(path).get("metadata", {}).get("tokenizer")
-        except (ReadError, AttributeError) as error:
-            raise LoadError(str(error)) from error
-    elif path.is_dir():
-        config = read_run(path)["tokenizer"]
-    elif not path.exists():
-        raise LoadError(_missing(path))
-    else:
-        config = _read_file(path)[2]
-    try:
-        return None if config is None else tokenizer_from_config(config)
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise LoadError(f"the tokenizer of {path} cannot be read: {error}") from error
-
-
-def load_converted(path: str | os.PathLike) -> Any:
-    """Load what `ddpm_jax.convert` wrote."""
-    # Here and not above: it knows every network of every family.
-    from ddpm_jax.interop.families import pipeline_of
-    from ddpm_jax.storage import model_directory as converted
-
-    try:
-        return pipeline_of(converted.load(path))
-    except ReadError as error:
-        raise LoadError(str(error)) from error
-    except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
-        raise LoadError(f"{path} does not fit this version: {type(error).__name__}: {error}") from error
 
 
 def read_run(workdir: str | os.PathLike) -> dict[str, Any]:
@@ -152,36 +73,9 @@ def load_run(workdir: str | os.PathLike, *, ema: bool = True) -> UnCLIP:
     return _assemble(workdir, run["config"], params, run["tokenizer"])
 
 
-def load_file(path: str | os.PathLike) -> UnCLIP:
-    """Load a weights file; parameters become float32."""
-    tensors, config, tokenizer = _read_file(path)
-    flat = {name: jnp.asarray(array, jnp.float32) for name, array in tensors.items()}
-    params = flax.traverse_util.unflatten_dict(flat, sep="/")
-    missing = [stage for stage in build.STAGES if stage not in params]
-    if missing:
-        raise LoadError(f"weights file {path} lacks the stage {missing[0]}")
-    return _assemble(path, config, params, tokenizer)
-
-
-def _read_file(path: str | os.PathLike) -> tuple[Tensors, Any, Any]:
-    """Return the mapped arrays of a weights file, its config and its tokenizer's."""
-    try:
-        tensors = read_tensors(path)
-    except ReadError as error:
-        raise LoadError(str(error)) from None
-    meta = tensors.metadata
-    if meta.get("format") != FORMAT:
-        raise LoadError(f"{path} is not a weights file of this package (format {meta.get('format')!r})")
-    try:
-        config, tokenizer = (parse_json(meta[name].encode()) for name in ("config", "tokenizer"))
-    except (ValueError, KeyError) as error:
-        raise LoadError(f"weights file {path} cannot be read: {error}") from None
-    return tensors, config, tokenizer
-
-
 def _assemble(place: str | os.PathLike, config: Any, params: Mapping[str, Any], tokenizer: Any) -> UnCLIP:
     try:
-        return UnCLIP.from_config(config, params, tokenizer)
+        return from_config(config, params, tokenizer)
     except (KeyError, TypeError, AttributeError) as error:
         raise LoadError(
             f"{place} was made by another version of this package: its config does not fit ({type(error).__name__}: "
@@ -189,27 +83,64 @@ def _assemble(place: str | os.PathLike, config: Any, params: Mapping[str, Any], 
         ) from error
 
 
-def save_file(pipeline: UnCLIP, path: str | os.PathLike, *, dtype: Any = np.float16) -> None:
-    """Write a pipeline's parameters, config and tokenizer to one file, whole or not at all."""
-    with needs_extra("train"):
-        from safetensors.numpy import save_file as save
-
-    flat = flax.traverse_util.flatten_dict(dict(pipeline.params), sep="/")
-    arrays = {name: np.array(array, dtype, order="C") for name, array in flat.items()}
-    overflow = [name for name, array in arrays.items() if not np.isfinite(array).all()]
-    if overflow:
-        raise ValueError(f"{overflow[0]} has values that {np.dtype(dtype).name} cannot hold")
-    meta: Mapping[str, str] = {
-        "format": FORMAT,
-        "version": ddpm_jax.__version__,
-        "config": json.dumps(pipeline.config),
-        "tokenizer": json.dumps(pipeline.tokenizer.to_config()),
+def from_config(config: Mapping[str, Any], params: Mapping[str, Any], tokenizer: Mapping[str, Any]) -> UnCLIP:
+    """Build the pipeline that a run's config describes, around its parameters."""
+    words = tokenizer_from_config(tokenizer)
+    length, sizes = config["text"]["length"], {}
+    diffusion = {
+        stage: {"schedule": config[stage]["schedule"], "num_steps": config[stage]["diffusion_steps"]}
+        for stage in build.STAGES[1:]
     }
-    path = Path(path)
-    with temporary_path(path.with_name(path.name + ".tmp")) as new:
-        save(arrays, str(new), metadata=dict(meta))
-        # safetensors makes its files private; this one gets the rights that any new file would have.
-        mask = os.umask(0)
-        os.umask(mask)
-        new.chmod(0o666 & ~mask)
-        os.replace(new, path)
+    diffusion["prior"]["prediction"] = "x0"
+    diffusion["decoder"] |= {"prediction": config["decoder"]["kind"], "variance": config["decoder"]["variance"]}
+    diffusion["upsampler"]["prediction"] = config["upsampler"]["kind"]
+    sizes = {stage: {"image_size": config[stage]["image_size"], "channels": 3} for stage in ("decoder", "upsampler")}
+    caption = lambda stage: {"length": length, "own_tokens": config[stage]["text_encoder"] is not None}
+    metadata = {
+        "clip": {"tokenizer": words.to_config(), "length": length, "image_size": config["clip"]["image_size"]},
+        "prior": {
+            "diffusion": diffusion["prior"],
+            "embedding": {"scale": config["prior"]["embed_scale"], "size": config["clip"]["embed_dim"]},
+            "conditions": ["caption"],
+            "caption": caption("prior"),
+        },
+        "decoder": sizes["decoder"]
+        | {
+            "diffusion": diffusion["decoder"],
+            "conditions": ["image_embedding", "caption"],
+            "image_embedding": {},
+            "caption": caption("decoder"),
+        },
+        "upsampler": sizes["upsampler"]
+        | {
+            "diffusion": diffusion["upsampler"],
+            "conditions": ["low_resolution"],
+            "low_resolution": {"size": config["upsampler"]["low_size"], "noise_level_input": False},
+        },
+    }
+    networks = {
+        "clip": build.make_clip(config, words.vocab_size),
+        "prior": build.make_prior(config, words.vocab_size),
+        "decoder": build.make_decoder(config, words.vocab_size),
+        "upsampler": build.make_upsampler(config),
+    }
+    models = {stage: Model(params[stage], networks[stage], freeze(metadata[stage])) for stage in build.STAGES}
+    sampling = {}
+    for stage in build.STAGES[1:]:
+        how = config["sample"][stage]
+        sampling[stage] = Sampling(
+            "ancestral" if how["eta"] is None else "ddim",
+            how["steps"],
+            eta=how["eta"],
+            scale=how["scale"],
+            threshold=None if stage == "prior" else 1.0,
+        ).checked()
+    return UnCLIP(
+        clip=models["clip"],
+        prior=models["prior"],
+        decoder=models["decoder"],
+        upsamplers=(models["upsampler"],),
+        sampling=sampling,
+        candidates=config["sample"]["prior"]["candidates"],
+        batch_size=config["sample"]["batch_size"],
+    ).checked()

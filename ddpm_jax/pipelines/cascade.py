@@ -1,0 +1,323 @@
+"""A cascade: images from noise or from class labels, enlarged by any number of upsamplers.
+
+One model alone is DDPM (Ho et al. 2020); with a classifier it is guided diffusion (Dhariwal and Nichol 2021), with
+upsamplers cascaded diffusion (Ho et al. 2022) and SR3.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.errors
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from ddpm_jax.diffusion.samplers import RecordedNoise
+from ddpm_jax.diffusion.samplers.noise import transition_keys
+from ddpm_jax.diffusion.sampling import Sampling, sample_with
+from ddpm_jax.pipelines.request import (
+    as_int,
+    as_labels,
+    as_seed,
+    check_steps,
+    image_indices,
+    image_keys,
+    in_batches,
+    on_mesh,
+    stage_samplings,
+)
+from ddpm_jax.pipelines.stages import finite
+from ddpm_jax.pipelines.upsampling import (
+    IMAGES,
+    check_upsamplers,
+    default_names,
+    image_size_of,
+    noise_levels,
+    upsample,
+)
+from ddpm_jax.storage.model_directory import Model
+from ddpm_jax.types import to_uint8
+
+_CONDITIONS = ("labels", "low_resolution")
+
+
+def _static(default: Any) -> Any:
+    return flax.struct.field(pytree_node=False, default=default)
+
+
+class Cascade(flax.struct.PyTreeNode):
+    """The models and how they are sampled; a tree of arrays, so that it can be an argument of a jitted function.
+
+    `ddpm_jax.load` opens one, `ddpm_jax.pipelines.save` writes it.
+
+    Attributes:
+        base: a network (xt, t) or (xt, t, y); its metadata has "diffusion", "image_size", and "labels" if it is
+            class-conditional.
+        upsamplers: any number of `Upsampler`s, smallest images first; metadata "diffusion", "image_size" and
+            "low_resolution", and "labels" if they are class-conditional.
+        classifier: a network (xt, t) -> logits of classes of noised images, for `classifier_scale`; or None.
+        sampling: how each stage is sampled: "base", and each of the upsamplers by its name.
+        noise_levels: of the noise that is added to the images that upsamplers enlarge, by their names; those of their
+            metadata, or 0, by default.
+        names: of the upsamplers, as options of `generate` and keys of `sampling` have them; "upsampler" for one and
+            "upsampler_1", ... for several by default.
+        batch_size: images at a time, unless `generate` is given another number.
+    """
+
+    base: Model
+    upsamplers: tuple[Model, ...] = ()
+    classifier: Model | None = None
+    sampling: Mapping[str, Sampling] = flax.struct.field(default_factory=dict)
+    noise_levels: Mapping[str, float] = flax.struct.field(default_factory=dict)
+    names: tuple[str, ...] = _static(())
+    batch_size: int = _static(16)
+
+    @property
+    def image_size(self) -> int:
+        """Height and width of the images that `generate` returns, in pixels."""
+        return image_size_of((self.base, *self.upsamplers)[-1])
+
+    @property
+    def models(self) -> dict[str, Model]:
+        """The models but for the upsamplers, by role."""
+        return {"base": self.base} | ({} if self.classifier is None else {"classifier": self.classifier})
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What pipeline.json says besides models and sampling."""
+        levels = {"noise_levels": dict(self.noise_levels)} if self.noise_levels else {}
+        return {"batch_size": self.batch_size, **levels}
+
+    @property
+    def labels(self) -> Mapping[str, Any] | None:
+        """What is known of the classes: "num_classes", "null" and "names"; None if no model has any."""
+        for model in (self.base, self.classifier, *self.upsamplers):
+            if model is not None and "labels" in model.metadata:
+                return model.metadata["labels"]
+        return None
+
+    def checked(self) -> "Cascade":
+        """Return the pipeline with all defaults filled in.
+
+        Raises:
+            ValueError: if the models do not fit each other.
+        """
+        names = self.names or default_names(len(self.upsamplers))
+        check_upsamplers(self.base, self.upsamplers, names, "base")
+        diffusions = {"base": self.base, **dict(zip(names, self.upsamplers))}
+        for name, model in diffusions.items():
+            odd = [condition for condition in model.metadata.get("conditions", ()) if condition not in _CONDITIONS]
+            if odd:
+                raise ValueError(f"{name} is conditioned on {odd[0]}, which a Cascade does not have")
+            if "low_resolution" in model.metadata.get("conditions", ()) and name == "base":
+                raise ValueError("base is an upsampler: it is conditioned on low_resolution")
+        counts = {
+            name: model.metadata["labels"]["num_classes"]
+            for name, model in (self.models | diffusions).items()
+            if "labels" in model.metadata
+        }
+        if len(set(counts.values())) > 1:
+            raise ValueError("the models have different numbers of classes: " + _listed(counts))
+        if self.classifier is not None:
+            if "labels" not in self.classifier.metadata:
+                raise ValueError("the metadata of classifier lacks 'labels'")
+            if image_size_of(self.classifier) != image_size_of(self.base):
+                sizes = {role: image_size_of(model) for role, model in self.models.items()}
+                raise ValueError("base and classifier are for images of different sizes: " + _listed(sizes))
+            processes = [(m.diffusion.schedule, m.diffusion.num_steps) for m in self.models.values()]
+            if processes[0] != processes[1]:
+                raise ValueError("base and classifier were trained with different noise processes")
+        unknown = sorted(set(self.sampling) - set(diffusions))
+        if unknown:
+            raise ValueError(f"sampling has no stage {unknown[0]!r}; there are {', '.join(diffusions)}")
+        sampling = {stage: self.sampling.get(stage, IMAGES).checked(f"{stage}_") for stage in diffusions}
+        for stage, model in diffusions.items():
+            check_steps(f"{stage}_steps", sampling[stage], model.diffusion)
+        levels, _ = noise_levels(dict(zip(names, self.upsamplers)), self.noise_levels, {})
+        return self.replace(names=names, sampling=sampling, noise_levels=levels)
+
+    def generate(
+        self,
+        num_images: int | None = None,
+        *,
+        labels: Any = None,
+        seed: int = 0,
+        start: int = 0,
+        low_res: bool = False,
+        batch_size: int | None = None,
+        mesh: Mesh | None = None,
+        report: Callable[[int], None] | None = None,
+        **options: Any,
+    ) -> np.ndarray:
+        """Sample images.
+
+        Image i depends only on the seed, i and label i; on the devices and the batch size as float32 rounding does. A
+        program is compiled for a batch size, the samplers and their numbers of steps, once; other scales, etas,
+        thresholds, seeds and numbers of images run the same program.
+
+        Args:
+            num_images: N; the number of labels by default, or 1.
+            labels: of a class-conditional model: one for each image, or one for all: the index of a class in
+                [0, num_classes), its name, or None for the null class. All are the null class by default, if there is
+                one.
+            seed: seed of all random numbers, in [0, 2**32).
+            start: index of the first image. generate(1, start=2) is image 2 of generate(4).
+            low_res: True returns the base's images, not upsampled.
+            batch_size: images at a time. What is left over after whole batches is taken one by one if it is at most
+                half a batch, and otherwise filled up.
+            mesh: devices of this process that share each batch, with an axis "data"; one device by default.
+            report: called with the number of images each time some are done.
+            options: the fields of `diffusion.sampling.Sampling` for the base, such as sampler, steps, scale and
+                classifier_scale; with the prefix <upsampler>_ for an upsampler; and <upsampler>_noise_level.
+
+        Returns:
+            uint8[N, R, R, C].
+
+        Raises:
+            ValueError: if an argument does not fit, or the parameters do not fit the networks.
+            NotFiniteError: if a network returned NaN or infinity.
+        """
+        pipeline = self.checked()
+        stages = {"base": self.base, **dict(zip(pipeline.names, self.upsamplers))}
+        labels, count = self._labels(labels, num_images)
+        levels, options = noise_levels({name: stages[name] for name in pipeline.names}, pipeline.noise_levels, options)
+        sampling = stage_samplings(
+            pipeline.sampling,
+            options,
+            main="base",
+            guided=[name for name, model in stages.items() if _null(model) is not None],
+            classified=("base",) if self.classifier is not None else (),
+        )
+        for stage, how in sampling.items():
+            check_steps(f"{stage}_steps", how, stages[stage].diffusion)
+        if sampling["base"].classifier_scale is not None and (labels is None or (labels < 0).any()):
+            raise ValueError(
+                f"classifier_scale={sampling['base'].classifier_scale} needs the label of every image, which the "
+                "classifier guides to"
+            )
+        pipeline, place, unit = on_mesh(mesh, pipeline.replace(sampling=sampling, noise_levels=levels, batch_size=0))
+
+        def run(*arrays: Any) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+            program = _generate_low if low_res else _generate
+            try:
+                return program(pipeline, np.uint32(as_seed(seed)), *map(place, arrays))
+            except flax.errors.FlaxError as error:
+                reason = str(error).partition(" (http")[0]
+                raise ValueError(f"the parameters do not fit the networks: {reason}") from error
+
+        return in_batches(
+            run,
+            (image_indices(start, count), labels),
+            batch_size=self.batch_size if batch_size is None else batch_size,
+            stages=("base", *(() if low_res else pipeline.names)),
+            report=report,
+            name="images",
+            unit=unit,
+        )
+
+    def _labels(self, labels: Any, num_images: int | None) -> tuple[np.ndarray | None, int]:
+        """Return the labels, int32[N], -1 for the null class, or None; and N."""
+        known = self.labels
+        count = None if num_images is None else as_int("num_images", num_images, least=1)
+        if known is None:
+            if labels is not None:
+                raise ValueError(f"labels={labels!r:.60}: no model of this pipeline has classes")
+            return None, 1 if count is None else count
+        found = as_labels(labels, known["num_classes"], known.get("names"), count)
+        for name, model in {"base": self.base, **dict(zip(self.names, self.upsamplers))}.items():
+            if "labels" in model.metadata.get("conditions", ()) and _null(model) is None and (found < 0).any():
+                raise ValueError(
+                    f"labels is needed: {name} is class-conditional, and was trained without a null class; give one of "
+                    f"{known['num_classes']} classes for each image"
+                )
+        return found, len(found)
+
+    def sample_base(self, keys: jax.Array | RecordedNoise, labels: jax.Array | None = None) -> jax.Array:
+        """Sample images of the base.
+
+        Args:
+            keys: [B].
+            labels: int32[B], -1 for the null class.
+
+        Returns:
+            float32[B, R, R, C].
+        """
+        model, size, log_prob = self.base, image_size_of(self.base), None
+        if self.classifier is not None and labels is not None:
+            log_prob = lambda xt, t: _log_prob(self.classifier, xt, t, labels)  # noqa: E731
+        inputs, null = _label_inputs(model, labels)
+        return sample_with(
+            self.sampling["base"],
+            model.diffusion,
+            lambda xt, t: model.apply(xt, t, **inputs),
+            keys,
+            (size, size, model.metadata.get("channels", 3)),
+            null=None if null is None else lambda xt, t: model.apply(xt, t, **null),
+            log_prob=log_prob,
+        )
+
+
+def _null(model: Model) -> int | None:
+    """Return the index of a model's null class."""
+    if "labels" not in model.metadata.get("conditions", ()):
+        return None
+    return model.metadata.get("labels", {}).get("null")
+
+
+def _label_inputs(model: Model, labels: jax.Array | None) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """Return what a network is given for labels, and for the null class if it has one."""
+    if "labels" not in model.metadata.get("conditions", ()):
+        return {}, None
+    null = _null(model)
+    if null is None:
+        return {"y": labels}, None
+    return {"y": jnp.where(labels < 0, null, labels)}, {"y": jnp.full_like(labels, null)}
+
+
+def _log_prob(classifier: Model, xt: jax.Array, t: jax.Array, labels: jax.Array) -> jax.Array:
+    """Return log p(label | xt, t), float32[B]."""
+    log_probs = jax.nn.log_softmax(classifier.apply(xt, t).astype(jnp.float32))
+    return jnp.take_along_axis(log_probs, labels[:, None], axis=1)[:, 0]
+
+
+def _listed(values: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} has {value}" for name, value in values.items())
+
+
+def _run(
+    pipeline: Cascade, seed: jax.Array, index: jax.Array, labels: jax.Array | None, low_res: bool
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    """Run all stages for one batch.
+
+    Returns:
+        The images, uint8[B, R, R, C], and bool[B] for each stage: whether all that it returned is finite.
+    """
+    keys = image_keys(seed, index)
+    out = pipeline.sample_base(transition_keys(keys, 0), labels)
+    finite_of = [finite(out)]
+    for number, (name, model) in enumerate(zip(pipeline.names, pipeline.upsamplers), 1):
+        if not low_res:
+            inputs, null = _label_inputs(model, labels)
+            out = upsample(
+                model,
+                pipeline.sampling[name],
+                out,
+                transition_keys(keys, number),
+                noise_level=pipeline.noise_levels.get(name),
+                conditions=inputs,
+                null=null,
+            )
+            finite_of.append(finite(out))
+    return to_uint8(out), tuple(finite_of)
+
+
+@jax.jit
+def _generate(pipeline: Cascade, seed: jax.Array, index: jax.Array, labels: jax.Array | None) -> tuple:
+    return _run(pipeline, seed, index, labels, low_res=False)
+
+
+@jax.jit
+def _generate_low(pipeline: Cascade, seed: jax.Array, index: jax.Array, labels: jax.Array | None) -> tuple:
+    return _run(pipeline, seed, index, labels, low_res=True)

@@ -1,0 +1,127 @@
+"""Upsamplers, any number of them in a row, which several pipelines end with."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ddpm_jax.diffusion.samplers import RecordedNoise
+from ddpm_jax.diffusion.samplers.noise import per_example_normal, transition_keys
+from ddpm_jax.diffusion.sampling import Sampling, sample_with
+from ddpm_jax.pipelines.request import as_float
+from ddpm_jax.storage.model_directory import Model
+
+IMAGES = Sampling("ancestral", 250, threshold=1.0)  # the default: estimates of x0 are clipped to the range of images
+_NOISE = 2**20  # of the keys of an example: beyond the sampler's transitions
+
+
+def image_size_of(model: Model) -> int:
+    """Return the height and width of the images that a model samples.
+
+    Raises:
+        ValueError: if its metadata does not say it.
+    """
+    if "image_size" not in model.metadata:
+        raise ValueError(f"the metadata of a {type(model.network).__name__} lacks 'image_size'")
+    return model.metadata["image_size"]
+
+
+def default_names(count: int) -> tuple[str, ...]:
+    """Return the names of upsamplers that were given none."""
+    return ("upsampler",) * count if count < 2 else tuple(f"upsampler_{n + 1}" for n in range(count))
+
+
+def check_upsamplers(base: Model, upsamplers: Sequence[Model], names: Sequence[str], first: str) -> None:
+    """Check that every upsampler enlarges what the stage before it returns.
+
+    Args:
+        base: the stage before the first.
+        upsamplers: smallest images first.
+        names: one for each.
+        first: the name of `base`.
+
+    Raises:
+        ValueError: if there is not one name for each, or the sizes or channels do not fit.
+    """
+    if len(names) != len(upsamplers) or len(set(names)) != len(names):
+        raise ValueError(f"names={tuple(names)} must be one for each of the {len(upsamplers)} upsamplers")
+    before, name_before = base, first
+    for name, model in zip(names, upsamplers):
+        size, low = image_size_of(model), image_size_of(before)
+        wanted = model.metadata.get("low_resolution", {}).get("size", low)
+        if wanted != low:
+            raise ValueError(f"{name} enlarges images of size {wanted}, and {name_before} returns size {low}")
+        if size % low:
+            raise ValueError(f"{name} returns images of size {size}, no multiple of size {low} of {name_before}")
+        before, name_before = model, name
+
+
+def noise_levels(
+    models: Mapping[str, Model], defaults: Mapping[str, float], options: Mapping[str, Any]
+) -> tuple[dict[str, float], dict[str, Any]]:
+    """Return the levels of noise on the images that upsamplers enlarge, and the options that are left.
+
+    Args:
+        models: the upsamplers by name.
+        defaults: levels by name; those in the metadata, or 0, for what is absent.
+        options: of a request; NAME_noise_level are taken.
+
+    Raises:
+        ValueError: if a level is larger than any that the upsampler was trained with.
+    """
+    levels, options = {}, dict(options)
+    for name, model in models.items():
+        low, option = model.metadata.get("low_resolution", {}), f"{name}_noise_level"
+        given = options.pop(option, None)
+        level = defaults.get(name, low.get("sampling_noise_level", 0.0)) if given is None else given
+        level = as_float(option, level, least=0.0, most=1.0)
+        trained = low.get("noise")
+        if trained is not None and level > trained:
+            raise ValueError(f"{option}={level} must be at most {trained}, the largest level {name} was trained with")
+        if level or low.get("noise_level_input", False):
+            levels[name] = level
+    return levels, options
+
+
+def upsample(
+    model: Model,
+    sampling: Sampling,
+    images: jax.Array,
+    keys: jax.Array | RecordedNoise,
+    *,
+    noise_level: float | jax.Array | None = None,
+    conditions: Mapping[str, Any] | None = None,
+    null: Mapping[str, Any] | None = None,
+) -> jax.Array:
+    """Enlarge images (SR3; cascaded diffusion, Ho et al. 2022).
+
+    Args:
+        model: an upsampler; its metadata has "diffusion" and "image_size", and "low_resolution" if it was trained with
+            noise on its low-resolution images.
+        sampling: how.
+        images: float32[B, h, w, C] in [-1, 1].
+        keys: [B].
+        noise_level: standard deviation of the noise that is added to the images, in [0, 1]; None adds none.
+        conditions: other inputs of the network by name.
+        null: the same inputs for the unconditional branch of guidance, if it has one.
+
+    Returns:
+        float32[B, R, R, C].
+    """
+    low, inputs = model.metadata.get("low_resolution", {}), {"low_res": images, **(conditions or {})}
+    if low.get("noise_level_input", False):
+        inputs["noise_level"] = jnp.full(len(images), 0.0 if noise_level is None else noise_level, jnp.float32)
+    if noise_level is not None:
+        # As in training (`training.tasks.conditions.LowResolution`).
+        clean = jnp.sqrt(1.0 - jnp.square(noise_level)) * images if low.get("variance_preserving", False) else images
+        inputs["low_res"] = clean + noise_level * per_example_normal(transition_keys(keys, _NOISE), images)
+    size = image_size_of(model)
+    return sample_with(
+        sampling,
+        model.diffusion,
+        lambda xt, t: model.apply(xt, t, **inputs),
+        keys,
+        (size, size, images.shape[-1]),
+        null=None if null is None else lambda xt, t: model.apply(xt, t, **(inputs | dict(null))),
+    )
