@@ -1,8 +1,9 @@
 """The training loader: an endless, shuffled, resumable stream of batches, on Grain.
 
-The stream is one fixed sequence of records x[0], x[1], ...: epoch after epoch of the source, each shuffled anew from
-the seed. Global batch b is x[b B], ..., x[(b + 1) B - 1]; host h of H reads the h-th of its H equal blocks and nothing
-else. So the concatenation of the hosts' batches in host order is the same batch for every number of hosts.
+The stream is one fixed sequence of records x[0], x[1], ...: epoch after epoch of the source, each with its own
+permutation from the seed. Global batch b is x[b B], ..., x[(b + 1) B - 1]; host h of H reads the h-th of its H equal
+blocks and nothing else. So the concatenation of the hosts' batches in host order is the same batch for every number of
+hosts.
 """
 
 import atexit
@@ -145,11 +146,7 @@ def make_loader(
         raise ValueError(f"seed must lie in [0, 2**32), got {seed}.")
     if len(source) < 1:
         raise ValueError("source must have at least one record.")
-    records = grain.MapDataset.source(source).seed(seed).shuffle().repeat()
-    # The transforms come before the split into hosts, so that a random one sees the record's global position.
-    for transform in transforms:
-        is_random = hasattr(transform, "random_map")
-        records = records.random_map(transform.random_map) if is_random else records.map(transform)
+    records = _transformed(grain.MapDataset.source(source).seed(seed).shuffle().repeat(), transforms)
     batches = _HostBlocks(records, batch_size, shard_index, shard_count).batch(batch_size // shard_count)
     threads = 0 if num_workers else num_threads
     reading = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=prefetch if threads else 0)
@@ -157,7 +154,14 @@ def make_loader(
     if num_workers:
         if not flags.FLAGS.is_parsed():
             flags.FLAGS.mark_as_parsed()  # Grain reads a flag of its own here, which fails outside absl's app.run
-        stream = stream.mp_prefetch(
-            grain.MultiprocessingOptions(num_workers=num_workers, per_worker_buffer_size=prefetch), _start_worker
-        )
+        options = grain.MultiprocessingOptions(num_workers=num_workers, per_worker_buffer_size=prefetch)
+        stream = stream.mp_prefetch(options, _start_worker)
     return Loader(iter(stream))
+
+
+def _transformed(records: grain.MapDataset, transforms: Sequence[Any]) -> grain.MapDataset:
+    """Apply the transforms before the split into hosts, so that a random one sees the record's global position."""
+    for transform in transforms:
+        is_random = hasattr(transform, "random_map")
+        records = records.random_map(transform.random_map) if is_random else records.map(transform)
+    return records

@@ -36,31 +36,31 @@ class TarIndex:
 
 
 def open_index(path: Path, directory: Path | None = None) -> TarIndex:
-    """Return the index of a tar file: the one that was kept, if it is right, or a new one, which is then kept.
+    """Return the index of a tar file: the stored one, if it is valid, or a new one, which is then stored.
 
-    An index is right if the tar file has the size, time of modification and headers that it was made from. A new one
-    reads the whole file once.
+    An index is valid if the tar file has the size, time of modification and headers that it was made from. Making one
+    reads the whole file.
 
     Args:
         path: of the tar file.
-        directory: where the index NAME.index.json is kept; None for beside the tar file.
+        directory: where the index NAME.index.json is stored; None for beside the tar file.
 
     Raises:
         ValueError: if the file is not an uncompressed, complete tar file.
     """
-    kept = (directory or path.parent) / f"{path.name}.index.json"
-    index = _read(kept)
-    if index is not None and _is_right(index, path):
+    stored = (directory or path.parent) / f"{path.name}.index.json"
+    index = _read(stored)
+    if index is not None and _is_valid(index, path):
         return index
     index = make_index(path)
     try:
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        with temporary_path(kept.with_name(f".{kept.name}.{os.getpid()}")) as unfinished:
+        stored.parent.mkdir(parents=True, exist_ok=True)
+        with temporary_path(stored.with_name(f".{stored.name}.{os.getpid()}")) as unfinished:
             unfinished.write_text(_text(index))
-            os.replace(unfinished, kept)
+            os.replace(unfinished, stored)
     except OSError as error:
         warnings.warn(
-            f"the index of {path.name} is made again next time, since {kept} cannot be written "
+            f"the index of {path.name} is made again next time, since {stored} cannot be written "
             f"({error.strerror or error}); give another index_directory",
             stacklevel=2,
         )
@@ -113,7 +113,7 @@ def _hash_headers(file: BinaryIO, members: Iterable[tuple[str, int, int]]) -> st
     return digest.hexdigest()
 
 
-def _is_right(index: TarIndex, path: Path) -> bool:
+def _is_valid(index: TarIndex, path: Path) -> bool:
     status = path.stat()
     if (status.st_size, status.st_mtime_ns) != (index.size, index.modified):
         return False

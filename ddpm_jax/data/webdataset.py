@@ -30,15 +30,15 @@ class WebDatasetSource:
     str (from .txt, or "caption" or "text" in .json), "label": int32 (from .cls, an integer), and for each NAME.npy the
     array NAME. Other members are not read.
 
-    An index of each shard, NAME.tar.index.json, is made by reading the shard once, and kept. It is made again when the
-    shard has changed: its size, time of modification, or the headers of its members.
+    An index of each shard, NAME.tar.index.json, is made by reading the shard once, and stored. It is made again when
+    the shard has changed: its size, time of modification, or the headers of its members.
 
     Args:
         path: a tar file, a directory of tar files, or a pattern: "train-*.tar", "train-{0000..0099}.tar".
         captions: "txt", "json", or None for none; "auto" takes .txt where the first sample has it, then .json.
         check: whether to refuse shards where a sample has no caption (of .txt), or no image. If False, such a caption
             raises CaptionError when it is read, and such samples are named in `samples_without_image`.
-        index_directory: where to keep indices; None for beside the shards.
+        index_directory: where to store indices; None for beside the shards.
         background: a colour for transparent parts, red, green and blue in [0, 255].
         max_pixels: a larger image is not decoded.
 
