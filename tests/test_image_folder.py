@@ -13,7 +13,7 @@ from image_files import encoded, pixels, write
 
 from ddpm_jax.data.decode import DecodeError, decode_image
 from ddpm_jax.data.image_folder import ImageFolder
-from ddpm_jax.data.source import CaptionError
+from ddpm_jax.data.source import CaptionError, RecordError
 
 IMAGES = pixels(6)
 
@@ -208,6 +208,8 @@ def test_broken_images_are_named(folder):
     files[4].unlink()
     with pytest.raises(DecodeError, match=f"{files[4]}: cannot be read: No such file"):
         source[3]
+    with pytest.raises(RecordError, match=f"{files[4]}: cannot be read: No such file"):
+        source.fingerprint()
     with pytest.raises(DecodeError, match=r"dog/5\.png: the image has .* pixels, more than max_pixels=9"):
         ImageFolder(folder, max_pixels=9)[3]
 

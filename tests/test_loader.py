@@ -3,6 +3,7 @@ import pickle
 import numpy as np
 import pytest
 
+from ddpm_jax.data.arrays import ArraySource
 from ddpm_jax.data.loader import make_loader
 from ddpm_jax.data.shapes.captions import VOCABULARY
 from ddpm_jax.data.shapes.scenes import ShapesSource
@@ -132,6 +133,22 @@ def test_average_down_takes_the_mean_of_every_block():
     np.testing.assert_array_equal(AverageDown(1)(record)["image"], image)
     with pytest.raises(ValueError, match="factor=5 must divide the image's 8 x 12 pixels"):
         AverageDown(5)(record)
+
+
+def test_records_that_do_not_fit_together_are_named():
+    images = [np.zeros((8 + (number == 5), 9, 3), np.uint8) for number in range(6)]
+    message = r"image must have the same shape in all records; it is \(.*, 9, 3\) in one record and .*; add CenterCrop"
+    with pytest.raises(ValueError, match=message):
+        next(make_loader(ArraySource(images), batch_size=6, seed=0))
+
+    class Uneven(Numbers):
+        def __getitem__(self, index):
+            return {"key": f"k{index}", "a" if index else "b": index}
+
+    with pytest.raises(
+        ValueError, match=r"the same fields; the record 'k\d' has \w, key, the record 'k\d' has \w, key"
+    ):
+        next(make_loader(Uneven(3), batch_size=3, seed=0))
 
 
 @pytest.mark.parametrize(

@@ -147,7 +147,8 @@ def make_loader(
     if len(source) < 1:
         raise ValueError("source must have at least one record.")
     records = _transformed(grain.MapDataset.source(source).seed(seed).shuffle().repeat(), transforms)
-    batches = _HostBlocks(records, batch_size, shard_index, shard_count).batch(batch_size // shard_count)
+    batches = _HostBlocks(records, batch_size, shard_index, shard_count)
+    batches = batches.batch(batch_size // shard_count, batch_fn=_stacked)
     threads = 0 if num_workers else num_threads
     reading = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=prefetch if threads else 0)
     stream = batches.to_iter_dataset(reading)
@@ -165,3 +166,26 @@ def _transformed(records: grain.MapDataset, transforms: Sequence[Any]) -> grain.
         is_random = hasattr(transform, "random_map")
         records = records.random_map(transform.random_map) if is_random else records.map(transform)
     return records
+
+
+def _stacked(records: Sequence[dict]) -> dict[str, np.ndarray]:
+    """Return the records of a batch as one, or say which of them differs."""
+    first = records[0]
+    for record in records:
+        if set(record) != set(first):
+            raise ValueError(
+                f"all records must have the same fields; {_name(first)} has {', '.join(sorted(first))}, "
+                f"{_name(record)} has {', '.join(sorted(record))}"
+            )
+        for name, value in record.items():
+            if np.shape(value) != np.shape(first[name]):
+                hint = "; add CenterCrop(size) or RandomCrop(size) to the transforms" if name == "image" else ""
+                raise ValueError(
+                    f"{name} must have the same shape in all records; it is {np.shape(first[name])} in {_name(first)} "
+                    f"and {np.shape(value)} in {_name(record)}{hint}"
+                )
+    return {name: np.stack([np.asarray(record[name]) for record in records]) for name in first}
+
+
+def _name(record: dict) -> str:
+    return f"the record {record['key']!r}" if "key" in record else "one record"

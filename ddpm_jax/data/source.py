@@ -64,14 +64,21 @@ class Fingerprint:
             self._hash.update(np.ascontiguousarray(rows[begin : begin + step]).data)
 
     def add_file(self, path: str | os.PathLike) -> None:
-        """Add the size of a file and its first and last 64 KiB; all of it, if it has at most 128 KiB."""
-        with open(path, "rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            self.add(size)
-            self._add_bytes(file.read(min(size, 2 * ENDS) if size <= 2 * ENDS else ENDS))
-            if size > 2 * ENDS:
-                file.seek(size - ENDS)
-                self._add_bytes(file.read(ENDS))
+        """Add the size of a file and its first and last 64 KiB; all of it, if it has at most 128 KiB.
+
+        Raises:
+            RecordError: if it cannot be read.
+        """
+        try:
+            with open(path, "rb") as file:
+                size = os.fstat(file.fileno()).st_size
+                self.add(size)
+                self._add_bytes(file.read(size if size <= 2 * ENDS else ENDS))
+                if size > 2 * ENDS:
+                    file.seek(size - ENDS)
+                    self._add_bytes(file.read(ENDS))
+        except OSError as error:
+            raise RecordError(f"{path}: cannot be read: {error.strerror or error}") from None
 
     def hexdigest(self) -> str:
         """Return the hash as 64 hexadecimal digits."""
