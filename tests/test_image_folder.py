@@ -223,6 +223,8 @@ def test_broken_images_are_named(folder):
         ({"captions": "txt"}, "6 of 6 images have no caption"),
         ({"label_column": "kind"}, "has no value in the metadata's column kind"),
         ({"background": "white"}, "background must be three integers"),
+        ({"max_pixels": 0}, "max_pixels must be a positive integer, got 0"),
+        ({"max_pixels": "1e6"}, "max_pixels must be a positive integer, got '1e6'"),
     ],
 )
 def test_wrong_arguments(folder, options, message):

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, SupportsIndex
 
-from ddpm_jax.data.decode import MAX_PIXELS, DecodeError, decode_image
+from ddpm_jax.data.decode import MAX_PIXELS, DecodeError, Decoder
 from ddpm_jax.data.record_format import (
     MANIFEST,
     decode_record,
@@ -17,7 +17,7 @@ from ddpm_jax.data.record_format import (
     write_manifest,
 )
 from ddpm_jax.data.source import Fingerprint, RecordError, check_index, file_sha256
-from ddpm_jax.data.transforms import WHITE, check_colour
+from ddpm_jax.data.transforms import WHITE
 from ddpm_jax.extras import needs_extra
 from ddpm_jax.temporary import temporary_path
 
@@ -60,8 +60,7 @@ class ArrayRecordSource:
         max_pixels: int = MAX_PIXELS,
     ):
         self._root = Path(path).absolute()
-        self._background = check_colour("background", background)
-        self._max_pixels = max_pixels
+        self._decoder = Decoder(background, max_pixels)
         manifest = read_manifest(path)
         for name in fields or ():
             if name not in manifest["fields"]:
@@ -100,7 +99,7 @@ class ArrayRecordSource:
         record = self.encoded(index)
         try:
             if "image" in self.fields:
-                image = decode_image(record["image"], background=self._background, max_pixels=self._max_pixels)
+                image = self._decoder(record["image"])
                 record["image"] = image
         except DecodeError as error:
             named = f" ({record['key']})" if "key" in record else ""
@@ -125,7 +124,7 @@ class ArrayRecordSource:
         The shards are not read; `verify` compares them with the manifest.
         """
         mark = Fingerprint("array_record 1")
-        mark.add(self._background, self.class_names, self.fields)
+        mark.add(self._decoder.background, self.class_names, self.fields)
         mark.add([[shard["records"], shard["sha256"]] for shard in self._shards])
         return mark.hexdigest()
 

@@ -1,12 +1,13 @@
 """From the bytes of an image file to pixels: JPEG, PNG, WebP and GIF, always as RGB in 8 bits."""
 
+import dataclasses
 import io
 from collections.abc import Sequence
 
 import numpy as np
 
 from ddpm_jax.data.source import RecordError
-from ddpm_jax.data.transforms import WHITE, as_image
+from ddpm_jax.data.transforms import WHITE, as_image, check_colour
 from ddpm_jax.extras import needs_extra
 
 with needs_extra("train"):
@@ -58,6 +59,23 @@ def decode_image(data: bytes, *, background: Sequence[int] = WHITE, max_pixels: 
         return as_image(image, background=background)
     except ValueError as error:
         raise DecodeError(f"the image {error}") from None
+
+
+@dataclasses.dataclass(frozen=True)
+class Decoder:
+    """`decode_image` with its options, which are checked when it is made."""
+
+    background: Sequence[int] = WHITE
+    max_pixels: int = MAX_PIXELS
+
+    def __post_init__(self):
+        object.__setattr__(self, "background", check_colour("background", self.background))
+        if not isinstance(self.max_pixels, int) or self.max_pixels < 1:
+            raise ValueError(f"max_pixels must be a positive integer, got {self.max_pixels!r}")
+
+    def __call__(self, data: bytes) -> np.ndarray:
+        """Return uint8[H, W, 3] of the bytes of an image file; raise DecodeError if that is not possible."""
+        return decode_image(data, background=self.background, max_pixels=self.max_pixels)
 
 
 def encode_png(image: np.ndarray) -> bytes:

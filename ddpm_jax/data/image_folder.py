@@ -10,9 +10,9 @@ from typing import Any, SupportsIndex
 
 import numpy as np
 
-from ddpm_jax.data.decode import MAX_PIXELS, DecodeError, decode_image
+from ddpm_jax.data.decode import MAX_PIXELS, DecodeError, Decoder
 from ddpm_jax.data.source import CaptionError, Fingerprint, check_index, read_text
-from ddpm_jax.data.transforms import WHITE, check_colour
+from ddpm_jax.data.transforms import WHITE
 
 EXTENSIONS = (".gif", ".jpeg", ".jpg", ".png", ".webp")
 METADATA = ("metadata.csv", "metadata.jsonl")
@@ -68,8 +68,7 @@ class ImageFolder:
         if labels not in ("auto", True, False):
             raise ValueError(f"labels must be 'auto', True or False, got {labels!r}")
         self._root = Path(path).absolute()
-        self._background = check_colour("background", background)
-        self._max_pixels = max_pixels
+        self._decoder = Decoder(background, max_pixels)
         if not self._root.is_dir():
             raise ValueError(f"{path} is not a folder")
         names = sorted(_files(self._root))
@@ -99,7 +98,7 @@ class ImageFolder:
         key = self._keys[index]
         path = self._root / key
         try:
-            image = decode_image(path.read_bytes(), background=self._background, max_pixels=self._max_pixels)
+            image = self._decoder(path.read_bytes())
         except DecodeError as error:
             raise DecodeError(f"{path}: {error}") from None
         except OSError as error:
@@ -118,7 +117,7 @@ class ImageFolder:
         covered as a whole. Where the folder is, and when files were changed, has no influence.
         """
         mark = Fingerprint("image_folder 1")
-        mark.add(self._background, self.class_names, self._labels, self._captions, self._keys)
+        mark.add(self._decoder.background, self.class_names, self._labels, self._captions, self._keys)
         for key in self._keys:
             mark.add_file(self._root / key)
             if self._texts is not None:

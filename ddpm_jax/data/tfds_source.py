@@ -9,9 +9,9 @@ from typing import Any, SupportsIndex
 
 import numpy as np
 
-from ddpm_jax.data.decode import MAX_PIXELS, DecodeError, decode_image
+from ddpm_jax.data.decode import MAX_PIXELS, DecodeError, Decoder
 from ddpm_jax.data.source import Fingerprint, RecordError, check_index, decode_text
-from ddpm_jax.data.transforms import WHITE, check_colour
+from ddpm_jax.data.transforms import WHITE
 from ddpm_jax.extras import needs_extra
 
 CAPTIONS = ("caption", "text")
@@ -61,8 +61,7 @@ class TFDSSource:
         with needs_extra("tfds"):
             import tensorflow_datasets as tfds
 
-        self._background = check_colour("background", background)
-        self._max_pixels = max_pixels
+        self._decoder = Decoder(background, max_pixels)
         self._directory = _built(tfds, name, data_dir, download)
         self._split = split
         info = tfds.builder_from_directory(self._directory).info
@@ -102,7 +101,7 @@ class TFDSSource:
         except Exception as error:  # the reader's errors are not documented
             raise RecordError(f"{where}: cannot be read: {error}") from None
         try:
-            image = decode_image(values[self._image], background=self._background, max_pixels=self._max_pixels)
+            image = self._decoder(values[self._image])
         except DecodeError as error:
             raise DecodeError(f"{where}: {error}") from None
         record: dict[str, Any] = {"image": image}
@@ -126,7 +125,11 @@ class TFDSSource:
         Of each file the size and the first and last 64 KiB are read; its end holds the places of all records.
         """
         mark = Fingerprint("tfds 1")
-        mark.add(self._background, self.class_names, [self._image, self._caption, self._label, self._key, self._arrays])
+        mark.add(
+            self._decoder.background,
+            self.class_names,
+            [self._image, self._caption, self._label, self._key, self._arrays],
+        )
         mark.add_file(self._directory / "features.json")
         for name, skip, take in self._parts:
             mark.add(skip, take)

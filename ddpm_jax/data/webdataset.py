@@ -12,10 +12,10 @@ from typing import Any, SupportsIndex
 
 import numpy as np
 
-from ddpm_jax.data.decode import MAX_PIXELS, decode_image
+from ddpm_jax.data.decode import MAX_PIXELS, Decoder
 from ddpm_jax.data.source import CaptionError, Fingerprint, RecordError, check_index, decode_text
 from ddpm_jax.data.tar_index import TarIndex, open_index
-from ddpm_jax.data.transforms import WHITE, check_colour
+from ddpm_jax.data.transforms import WHITE
 
 IMAGES = ("gif", "jpeg", "jpg", "png", "webp")
 JSON_CAPTIONS = ("caption", "text")
@@ -65,8 +65,7 @@ class WebDatasetSource:
     ):
         if captions not in ("auto", "txt", "json", None):
             raise ValueError(f"captions must be 'auto', 'txt', 'json' or None, got {captions!r}")
-        self._background = check_colour("background", background)
-        self._max_pixels = max_pixels
+        self._decoder = Decoder(background, max_pixels)
         self._shards = [Path(name).absolute() for name in find_shards(path)]
         directory = None if index_directory is None else Path(index_directory)
         self._samples, self._contents, without = _Samples(), [], []
@@ -116,7 +115,7 @@ class WebDatasetSource:
         The contents are those of the time when the index was made; see the class for when it is made again.
         """
         mark = Fingerprint("webdataset 1")
-        mark.add(self._background, self._contents, self._fields)
+        mark.add(self._decoder.background, self._contents, self._fields)
         return mark.hexdigest()
 
     def __repr__(self) -> str:
@@ -141,7 +140,7 @@ class WebDatasetSource:
         self._fields = ["image", *([captions] if captions else []), *(["cls"] if "cls" in has else []), *self._arrays]
 
     def _record(self, key: str, data: dict[str, bytes]) -> dict[str, Any]:
-        image = decode_image(data["image"], background=self._background, max_pixels=self._max_pixels)
+        image = self._decoder(data["image"])
         record: dict[str, Any] = {"image": image}
         if self._captions is not None:
             record["caption"] = _caption(data.get(self._captions), self._captions)
