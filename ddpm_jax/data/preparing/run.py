@@ -1,27 +1,20 @@
 """Prepare a data set: parts are written by worker processes, embedded, and completed."""
 
-import concurrent.futures
 import dataclasses
-import multiprocessing
 import os
-import pickle
-import signal
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
 from ddpm_jax.data.preparing.directory import SKIPPED, Directory, counted, in_words, remove_duplicates
 from ddpm_jax.data.preparing.embed import Embedder, embed_part
 from ddpm_jax.data.preparing.part import Options, Part, PrepareError, load_part, save_part, write_part
+from ddpm_jax.data.preparing.workers import write_parts
 from ddpm_jax.data.record_format import read_manifest
 from ddpm_jax.progress import progress_bar
-from ddpm_jax.temporary import remove_temporary_paths
 from ddpm_jax.types import Source
 
 MAX_SKIPPED = 0.1
-_POLL_SECONDS = 0.5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -238,81 +231,4 @@ class _Job:
             for number, (begin, end, path) in tasks.items():
                 yield number, write_part(self.source, begin, end, path, self.options, done)
             return
-        yield from _in_workers(self.source, self.options, tasks, min(self.workers, len(numbers)), done)
-
-
-# ---- Worker processes ------------------------------------------------------------------------------------------------
-
-
-class _Stopped(Exception):
-    """The main process needs no more parts."""
-
-
-@dataclasses.dataclass
-class _Worker:
-    """What a worker process has from the start."""
-
-    source: Source
-    options: Options
-    count: Any
-    stop: Any
-
-    def done(self, number: int) -> None:
-        """Count a record for the progress bar of the main process."""
-        with self.count.get_lock():
-            self.count.value += number
-        if self.stop.is_set():
-            raise _Stopped
-
-
-_worker: _Worker
-
-
-def _in_workers(
-    source: Source,
-    options: Options,
-    tasks: Mapping[int, tuple[int, int, Path]],
-    workers: int,
-    done: Callable[[int], None],
-) -> Iterator[tuple[int, Part]]:
-    # Started from nothing: a copy of this process would share the locks of JAX's threads.
-    context = multiprocessing.get_context("spawn")
-    count, stop = context.Value("q", 0), context.Event()
-    initial = (pickle.dumps(source), options, count, stop)
-    pool = concurrent.futures.ProcessPoolExecutor(workers, context, _start_worker, initial)
-    waiting, pending, shown = list(reversed(tasks)), {}, 0
-    try:
-        while waiting or pending:
-            while waiting and len(pending) < 2 * workers:
-                number = waiting.pop()
-                pending[pool.submit(_write_part, *tasks[number])] = number
-            ready, _ = concurrent.futures.wait(pending, _POLL_SECONDS, concurrent.futures.FIRST_COMPLETED)
-            done(count.value - shown)
-            shown = count.value
-            for future in sorted(ready, key=pending.__getitem__):
-                yield pending.pop(future), future.result()
-    except BrokenProcessPool:
-        raise PrepareError("a worker process was ended, perhaps for lack of memory; fewer workers need less") from None
-    finally:
-        stop.set()
-        pool.shutdown(cancel_futures=True)
-
-
-def _start_worker(source: bytes, options: Options, count: Any, stop: Any) -> None:
-    global _worker
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    _worker = _Worker(pickle.loads(source), options, count, stop)
-
-
-def _end_with_parent() -> None:
-    """End this process when the main process ends, however it ends."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        remove_temporary_paths()
-        os._exit(1)
-
-
-def _write_part(begin: int, end: int, path: Path) -> Part:
-    return write_part(_worker.source, begin, end, path, _worker.options, _worker.done)
+        yield from write_parts(self.source, self.options, tasks, min(self.workers, len(numbers)), done)
