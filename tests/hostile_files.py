@@ -28,12 +28,15 @@ from hostile_kinds import (
 )
 
 from ddpm_jax.data.glide_tokenizer import GlideTokenizer
+from ddpm_jax.errors import LoadError
 from ddpm_jax.interop import ReadError, read_tensors
 from ddpm_jax.interop.clip import load_clip
 from ddpm_jax.interop.diffusers_layout import read_config
 from ddpm_jax.interop.table import ConvertError
-from ddpm_jax.pipelines.weights import LoadError, load_file, read_run
-from ddpm_jax.storage.model_directory import read_description
+from ddpm_jax.models.unet import UNet
+from ddpm_jax.pipelines.description import read_pipeline
+from ddpm_jax.storage.model_directory import FORMAT, open_model, read_description
+from ddpm_jax.storage.networks import describe
 
 SECONDS, MEGABYTES = 2.0, 200.0
 REFUSED = (ReadError, ConvertError, LoadError, ValueError, FileNotFoundError)
@@ -57,6 +60,19 @@ def json_case(name: str, make: Callable[[int], bytes], file: str, read: Callable
         (directory / file).write_bytes(make(size))
         (directory / "a.safetensors").write_bytes(safetensors({"a": entry()}))
         return lambda: read(directory)
+
+    return name, build
+
+
+def model_case(name: str, make: Callable[[int], bytes]) -> Case:
+    """Return the case of the parameters in a model directory."""
+
+    def build(directory: Path, size: int) -> Callable[[], object]:
+        described = {"format": FORMAT, "version": "0.1.0", "family": "ddpm_jax", "metadata": {}}
+        described |= {"networks": {"model": describe(UNet(8, 3))}, "shapes": {"model": {"a": [1]}}}
+        (directory / "model.json").write_text(json.dumps(described))
+        (directory / "model.safetensors").write_bytes(make(size))
+        return lambda: open_model(directory)
 
     return name, build
 
@@ -106,7 +122,7 @@ JSON = {
 READERS: dict[str, tuple[str, Callable[[Path], object]]] = {
     "config": ("config.json", lambda directory: read_config(directory, "", ["a"], family="Karlo")),
     "model.json": ("model.json", read_description),
-    "run.json": ("run.json", read_run),
+    "pipeline.json": ("pipeline.json", read_pipeline),
 }
 
 
@@ -148,9 +164,7 @@ def cases() -> list[Case]:
         "a config of the whole file": lambda n: safetensors({"__metadata__": {"format": "x", "config": "[" * n}}, b""),
         "a tensor twice": lambda n: safetensors(b'{"a":' + A + b',"a":' + A + b"}"),
     }
-    found += [
-        json_case(f"weights file: {name}", make, "w", lambda d: load_file(d / "w")) for name, make in weights.items()
-    ]
+    found += [model_case(f"model directory: {name}", make) for name, make in weights.items()]
     found.append(json_case("clip: a layer for each tensor", layers, "w", lambda d: load_clip(read_tensors(d / "w"))))
     found += [
         ("GLIDE's vocabulary: zeros, packed", glide(lambda n: bytes(20 * n))),
