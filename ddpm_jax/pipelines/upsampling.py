@@ -52,6 +52,8 @@ def check_upsamplers(base: Model, upsamplers: Sequence[Model], names: Sequence[s
         wanted = model.metadata.get("low_resolution", {}).get("size", low)
         if wanted != low:
             raise ValueError(f"{name} enlarges images of size {wanted}, and {name_before} returns size {low}")
+        if size == low:
+            raise ValueError(f"{name} is of size {size} as {name_before} is, and does not enlarge its images")
         if size % low:
             raise ValueError(f"{name} returns images of size {size}, no multiple of size {low} of {name_before}")
         before, name_before = model, name

@@ -1,0 +1,193 @@
+"""Cascades with random parameters: what an image depends on, labels and guidance, programs, errors, directories."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from random_networks import fast_jit
+from tiny_pipelines import CLASSES, HIGH, LOW, base, cascade, classifier, other, upsampler
+
+from ddpm_jax.diffusion.sampling import Sampling
+from ddpm_jax.pipelines import Cascade, LoadError, load, save
+from ddpm_jax.pipelines import cascade as module
+from ddpm_jax.pipelines.request import NotFiniteError
+from ddpm_jax.storage.metadata import freeze, thaw
+
+
+@pytest.fixture(autouse=True)
+def _quick_compiler(monkeypatch):
+    monkeypatch.setattr(module, "_generate", _generate)
+    monkeypatch.setattr(module, "_generate_low", _generate_low)
+
+
+_generate, _generate_low = (fast_jit(program.__wrapped__) for program in (module._generate, module._generate_low))
+
+
+def with_metadata(model, **metadata):
+    return model.replace(metadata=freeze(thaw(model.metadata) | metadata))
+
+
+def test_an_unconditional_model_alone():
+    counts, pipeline = [], cascade()
+    images = pipeline.generate(5, report=counts.append)
+    assert images.shape == (5, LOW, LOW, 3) and images.dtype == np.uint8 and counts == [4, 1]
+    assert len(np.unique(images.reshape(5, -1), axis=0)) == 5
+    np.testing.assert_array_equal(images[:4], pipeline.generate(4))
+    assert np.abs(images[3:4].astype(int) - pipeline.generate(1, start=3)).max() <= 1
+    assert (images[:4] != pipeline.generate(4, seed=1)).any((1, 2, 3)).all()
+    assert pipeline.generate().shape == (1, LOW, LOW, 3)
+
+
+def test_labels_are_indices_or_names_one_for_all_or_one_each():
+    pipeline = cascade("labels")
+    cats = pipeline.generate(4, labels="cat")
+    np.testing.assert_array_equal(cats, pipeline.generate(labels=[0] * 4))
+    np.testing.assert_array_equal(cats, pipeline.generate(4, labels=np.int64(0)))
+    np.testing.assert_array_equal(cats, pipeline.generate(labels=np.zeros(4, np.uint8)))
+    mixed = pipeline.generate(labels=["cat", 1, "owl", jnp.int32(0)])
+    assert ((mixed != cats).any((1, 2, 3)) == [False, True, True, False]).all()
+
+
+def test_guidance_leads_away_from_the_null_class():
+    """classifier_free(cond, null, scale): at 0 the unconditional model's, which None asks for too."""
+    pipeline = cascade("guided")
+    unconditional = pipeline.generate(4)
+    np.testing.assert_array_equal(unconditional, pipeline.generate(labels=[None] * 4))
+    np.testing.assert_array_equal(unconditional, pipeline.generate(4, labels=1, scale=0.0))
+    plain, guided = pipeline.generate(4, labels=1), pipeline.generate(4, labels=1, scale=3.0)
+    assert (plain != unconditional).any() and (guided != plain).any((1, 2, 3)).all()
+    np.testing.assert_array_equal(guided, pipeline.generate(4, labels=1, base_scale=jnp.float32(3.0)))
+
+
+def test_the_classifier_guides_to_the_label():
+    """Its log-probability of the label at the end is larger the larger the scale is, on average."""
+    pipeline = cascade("unconditional", guided=True)
+    plain = pipeline.generate(8, labels="dog", batch_size=8)
+    np.testing.assert_array_equal(plain, cascade().generate(8, batch_size=8))
+    logits = jax.jit(lambda x: classifier().apply(x / 127.5 - 1.0, jnp.zeros(8, int)))
+    log_prob = lambda x: jax.nn.log_softmax(logits(x))[:, 1].mean()  # noqa: E731
+    rising = [log_prob(plain.astype(np.float32))]
+    for scale in (20.0, 100.0):
+        guided = pipeline.generate(8, labels="dog", batch_size=8, classifier_scale=scale)
+        rising.append(log_prob(guided.astype(np.float32)))
+    assert rising[0] < rising[1] < rising[2], rising
+    ancestral = pipeline.generate(8, labels="dog", batch_size=8, sampler="ancestral", classifier_scale=20.0)
+    assert (ancestral != plain).any((1, 2, 3)).all()
+
+
+def test_upsamplers_enlarge_the_image_of_the_stage_before():
+    pipeline = cascade(upsamplers=1)
+    large = pipeline.generate(4)
+    assert large.shape == (4, HIGH, HIGH, 3) and pipeline.image_size == HIGH
+    np.testing.assert_array_equal(pipeline.generate(4, low_res=True), cascade().generate(4))
+    changed = pipeline.base.replace(params=other(pipeline.base.params))
+    assert (pipeline.replace(base=changed).generate(4) != large).any((1, 2, 3)).all()
+    assert (pipeline.generate(4, up_16_sampler="ancestral", up_16_steps=2) != large).any((1, 2, 3)).all()
+
+
+def test_the_noise_level_reaches_the_low_resolution_image_and_the_network():
+    sampling = {"base": Sampling("ddim", 2, threshold=1.0), "up": Sampling("ddim", 2, threshold=1.0)}
+    how = {"names": ("up",), "sampling": sampling, "batch_size": 4}
+    blind = Cascade(base(), (upsampler(noise=0.5),), **how)
+    seeing = Cascade(base(), (upsampler(noise=0.5, noise_level_input=True),), **how)
+    before = blind.generate(4)
+    assert (blind.generate(4, up_noise_level=0.25) != before).any((1, 2, 3)).all()
+    np.testing.assert_array_equal(blind.generate(4, up_noise_level=0.0), before)
+    levels = [seeing.generate(4, up_noise_level=level) for level in (0.0, 0.25, 0.5)]
+    np.testing.assert_array_equal(levels[0], seeing.generate(4))
+    assert (levels[0] != levels[1]).any() and (levels[1] != levels[2]).any()
+    np.testing.assert_array_equal(levels[1], seeing.replace(noise_levels={"up": 0.25}).generate(4))
+    with pytest.raises(ValueError, match="up_noise_level=0.75 must be at most 0.5, the largest level up was trained"):
+        seeing.generate(4, up_noise_level=0.75)
+
+
+def test_numbers_labels_seeds_and_counts_need_no_new_program():
+    pipeline = cascade("guided")
+    pipeline.generate(5, labels=1, scale=3.0)
+    before = _generate._cache_size()
+    for count, changes in enumerate(({"scale": 2.5}, {"seed": 7, "labels": 2}, {"start": 9}, {"threshold": 0.8}), 1):
+        pipeline.generate(count, **({"labels": 0, "scale": jnp.float32(1.5)} | changes))
+    assert _generate._cache_size() == before
+
+
+@pytest.mark.parametrize(
+    "kind,args,options,message",
+    [
+        ("unconditional", (0,), {}, "num_images=0 must be at least 1"),
+        ("unconditional", (2.5,), {}, "num_images=2.5 must be an integer"),
+        ("unconditional", (1,), {"labels": [0]}, "labels=[0]: no model of this pipeline has classes"),
+        ("unconditional", (1,), {"scale": 2.0}, "scale=2.0 needs a network with a null condition"),
+        ("unconditional", (1,), {"classifier_scale": 2.0}, "classifier_scale=2.0 needs a classifier"),
+        ("unconditional", (1,), {"decoder_steps": 2}, "there is no option 'decoder_steps'"),
+        ("unconditional", (1,), {"steps": 2000}, "base_steps=2000"),
+        ("unconditional", (1,), {"order": 2}, "order=2 is no option of sampler='ddim'"),
+        ("labels", (1,), {}, "labels is needed: base is class-conditional, and was trained without a null class"),
+        ("labels", (), {"labels": []}, "labels must hold at least one label"),
+        ("labels", (3,), {"labels": [0, 1]}, "labels must be one for each of 3 images, got 2"),
+        ("labels", (1,), {"labels": CLASSES}, "labels=3 must be the index of a class, in [0, 3), or its name"),
+        ("labels", (), {"labels": [0, -1]}, "labels[1]=-1 must be the index of a class"),
+        ("labels", (), {"labels": [True]}, "labels[0]=True must be the index of a class"),
+        ("labels", (), {"labels": ["cat", "dgo"]}, "labels[1]='dgo' is none of the 3 classes; did you mean 'dog'?"),
+        ("labels", (), {"labels": 0, "seed": -1}, "seed=-1 must be at least 0"),
+    ],
+)
+def test_generate_names_what_is_wrong(kind, args, options, message):
+    with pytest.raises(ValueError) as caught:
+        cascade(kind).generate(*args, **options)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_classifier_guidance_needs_labels():
+    with pytest.raises(ValueError, match="classifier_scale=2.0 needs the label of every image"):
+        cascade("guided", guided=True).generate(4, classifier_scale=2.0)
+
+
+def test_models_that_do_not_fit_are_one_sentence():
+    two = {"num_classes": 2, "null": None, "names": None}
+    other_process = thaw(classifier().metadata["diffusion"]) | {"num_steps": 10}
+    for pipeline, message in (
+        (Cascade(upsampler()), "base is an upsampler: it is conditioned on low_resolution"),
+        (Cascade(base(), (base(),)), "upsampler is of size 8 as base is"),
+        (
+            Cascade(with_metadata(base(), conditions=["caption"])),
+            "base is conditioned on caption, which a Cascade",
+        ),
+        (Cascade(base("labels"), classifier=with_metadata(classifier(), labels=two)), "base has 3, classifier has 2"),
+        (Cascade(base(), classifier=with_metadata(classifier(), image_size=16)), "base has 8, classifier has 16"),
+        (Cascade(base(), classifier=with_metadata(classifier(), diffusion=other_process)), "different noise processes"),
+        (Cascade(base(), sampling={"decoder": Sampling()}), "sampling has no stage 'decoder'; there are base"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            pipeline.checked()
+
+
+def test_what_is_not_finite_is_no_image():
+    params = jax.tree.map(lambda leaf: leaf * jnp.nan, base().params)
+    message = r"^the base returned values that are not finite .* images\[0\], images\[1\]"
+    with pytest.raises(NotFiniteError, match=message):
+        cascade().replace(base=base().replace(params=params)).generate(4)
+
+
+def test_a_pipeline_comes_back(tmp_path):
+    pipeline = cascade("guided", upsamplers=1, guided=True)
+    save(pipeline, tmp_path / "run")
+    back = load(tmp_path / "run")
+    assert jax.tree.structure(back) == jax.tree.structure(pipeline)
+    jax.tree.map(np.testing.assert_array_equal, back, pipeline)
+    described = json.loads((tmp_path / "run" / "pipeline.json").read_text())
+    assert described["models"] == {"base": "base", "classifier": "classifier", "upsamplers": ["up_16"]}
+    assert described["sampling"]["base"] == {"sampler": "ddim", "steps": 2, "threshold": 1.0}
+
+
+def test_the_workdir_of_one_stage_is_a_pipeline_and_its_directory_a_model(tmp_path):
+    """What a notebook trains needs no description; a stage that generates no images is a model."""
+    save(base(), tmp_path / "run" / "base")
+    pipeline, model = load(tmp_path / "run"), load(tmp_path / "run" / "base")
+    assert isinstance(pipeline, Cascade) and pipeline.sampling["base"].threshold == 1.0
+    np.testing.assert_array_equal(cascade().generate(4), pipeline.generate(4, sampler="ddim", steps=2, batch_size=4))
+    assert model.network == base().network
+    save(upsampler(), tmp_path / "run" / "up")
+    with pytest.raises(LoadError, match="it holds the models base, up, each of which can be opened alone"):
+        load(tmp_path / "run")
