@@ -132,7 +132,7 @@ def _request(pipeline: Any, prompts: list[str]) -> tuple[dict[str, Any], list[st
     where = "the bundled pipeline" if _WORKDIR.value is None else f"--workdir={_WORKDIR.value}"
     if not hasattr(pipeline, "generate"):
         name = type(getattr(pipeline, "network", pipeline)).__name__
-        raise cli.UsageError(f"{where} holds a {name} alone, which generates no images")
+        raise cli.UsageError(f"{where} holds the network {name} alone, which generates no images")
     captioned = not isinstance(pipeline, Cascade)
     wrong = ("label", "num_images") if captioned else ("prompt", "negative_prompt")
     for name in wrong:
