@@ -24,14 +24,14 @@ from ddpm_jax.data.array_record import ArrayRecordSource
 from ddpm_jax.data.arrays import ArraySource
 from ddpm_jax.data.image_folder import ImageFolder
 from ddpm_jax.data.preparing import Options, OutputError, PrepareError, prepare
-from ddpm_jax.data.transforms import CenterCrop
+from ddpm_jax.data.transforms import CLIP_MEAN, CLIP_STD, CenterCrop
 from ddpm_jax.errors import LoadError
 from ddpm_jax.models.autoencoder import Autoencoder
 from ddpm_jax.models.clip import CLIP, VisionTransformer
 from ddpm_jax.models.text_encoder import TextEncoder
 from ddpm_jax.storage.embedder import open_embedder
 from ddpm_jax.storage.metadata import freeze
-from ddpm_jax.storage.model_directory import Model, save_model
+from ddpm_jax.storage.model_directory import Model, open_model, save_model
 
 OPTIONS = Options(8, shard_records=4)
 GOOD = 12
@@ -187,10 +187,20 @@ def crash_at(monkeypatch, number):
     monkeypatch.setattr(temporary, "_remove", lambda path: None)  # nobody removes what a killed process has left
 
 
-def test_killed_at_any_moment_it_resumes_to_the_same_bytes(images, tmp_path):
+class Means:
+    """An embedder that computes the mean colour."""
+
+    fingerprint, batch_size = "means", 2
+
+    def __call__(self, images, captions):
+        return {"mean": images.mean((1, 2), dtype=np.float32)}
+
+
+@pytest.mark.parametrize("embedders", [(), (Means(),)], ids=["plain", "embedded"])
+def test_killed_at_any_moment_it_resumes_to_the_same_bytes(images, tmp_path, embedders):
     repeated = ArraySource([*images[:5], images[0], images[5]])
     options = Options(8, shard_records=3)
-    arguments = {"max_skipped": 1, "progress": False}
+    arguments = {"max_skipped": 1, "embedders": embedders, "progress": False}
     prepare(repeated, tmp_path / "whole", options, **arguments)
     expected, crashes = contents(tmp_path / "whole"), 0
     for number in range(1, 100):
@@ -205,6 +215,8 @@ def test_killed_at_any_moment_it_resumes_to_the_same_bytes(images, tmp_path):
         prepare(repeated, out, options, **arguments)
         assert contents(out) == expected, number
     assert crashes > 12
+    for record in ArrayRecordSource(out) if embedders else ():
+        np.testing.assert_allclose(record["mean"], record["image"].mean((0, 1)), rtol=1e-5)
 
 
 def test_sigkill_leaves_no_worker_and_resumes(tmp_path):
@@ -312,6 +324,8 @@ def test_a_directory_with_something_else_is_refused(source, prepared, folder, tm
             prepare(source, prepared, options, progress=False)
     with pytest.raises(OutputError, match="holds a data set with another source"):
         prepare(ArraySource(pixels(GOOD + 10)), prepared, OPTIONS, progress=False)
+    with pytest.raises(OutputError, match="another choice of models to embed with"):
+        prepare(source, prepared, OPTIONS, embedders=[Means()], progress=False)
     with pytest.raises(OutputError, match="holds other files, such as 00.png; give a new or empty directory"):
         prepare(source, folder, OPTIONS, progress=False)
     with pytest.raises(OutputError, match="is a file; give a directory"):
@@ -363,7 +377,7 @@ def test_embeddings_are_those_of_the_stored_images(images, models, tmp_path):
     records = list(ArrayRecordSource(tmp_path / "out"))
     stored = np.stack([record["image"] for record in records]) / np.float32(127.5) - 1
     clip = open_embedder(models / "clip")
-    tokens, mask = clip._tokenizer([record["caption"] for record in records], 6)
+    tokens, mask = clip._tokenizer([record["caption"] for record in records])
     params = {name: random_params(network.init, *inputs(name)) for name, network in NETWORKS.items()}
     z_image, z_text, _ = NETWORKS["clip"].apply(params["clip"], stored, tokens, mask)
     mean, std = NETWORKS["autoencoder"].apply(params["autoencoder"], stored, method=Autoencoder.encode)
@@ -371,6 +385,17 @@ def test_embeddings_are_those_of_the_stored_images(images, models, tmp_path):
         found = np.stack([record[name] for record in records])
         np.testing.assert_allclose(found, values, atol=2e-5, err_msg=name)
     assert len({z.tobytes() for z in np.asarray(z_text)}) == GOOD
+
+
+def test_a_converted_clip_gets_normalised_pixels(images, models, tmp_path):
+    model = open_model(models / "clip")
+    save_model(model.replace(family="clip", metadata=freeze({})), tmp_path / "clip")
+    stored = np.stack([CenterCrop(8)({"image": image})["image"] for image in images])
+    embeddings = open_embedder(tmp_path / "clip")(stored, ["a"] * GOOD)
+    assert set(embeddings) == {"z_image"}  # its vocabulary is not that of OpenAI's CLIP
+    z = model.apply((stored / 255 - CLIP_MEAN) / CLIP_STD, method=CLIP.encode_image)
+    expected = z / np.linalg.norm(z, axis=-1, keepdims=True)
+    np.testing.assert_allclose(embeddings["z_image"], expected, atol=2e-5)
 
 
 def test_only_a_clip_or_an_autoencoder_embeds(tmp_path):

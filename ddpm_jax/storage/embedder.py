@@ -1,7 +1,8 @@
 """Embeddings of images and captions by a network from a model directory, for prepared data sets."""
 
+import functools
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -9,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ddpm_jax.data.tokenizer import Tokenizer, tokenizer_from_config
+from ddpm_jax.data.tokenizer import ClipTokenizer, tokenizer_from_config
 from ddpm_jax.data.transforms import clip_pixels, resize_center_crop
 from ddpm_jax.errors import LoadError
 from ddpm_jax.models.autoencoder import Autoencoder
@@ -29,9 +30,23 @@ def open_embedder(path: str | os.PathLike, *, batch_size: int = 64) -> "ClipEmbe
     params = {"params": params}
     if isinstance(network, Autoencoder):
         return LatentEmbedder(network, params, batch_size)
-    tokenizer = metadata.get("tokenizer")
-    tokenizer = None if tokenizer is None or network.text is None else tokenizer_from_config(tokenizer)
-    return ClipEmbedder(network, params, batch_size, tokenizer, is_public=family != model_directory.FAMILY)
+    is_public = family != model_directory.FAMILY
+    return ClipEmbedder(network, params, batch_size, _tokenize(network, metadata, is_public), is_public=is_public)
+
+
+def _tokenize(network: CLIP, metadata: Mapping[str, Any], is_public: bool) -> Callable | None:
+    """Return captions -> (tokens, mask) of a CLIP, or None if it does not say how."""
+    config, length = metadata.get("tokenizer"), metadata.get("length", getattr(network.text, "context", None))
+    if (
+        config is None
+        and is_public
+        and network.text is not None
+        and network.text.vocab_size == ClipTokenizer.vocab_size
+    ):
+        config = ClipTokenizer().to_config()  # the public ones all have OpenAI's
+    if network.text is None or config is None or length is None:
+        return None
+    return functools.partial(tokenizer_from_config(config), length=length)
 
 
 class _Embedder:
@@ -60,16 +75,15 @@ class ClipEmbedder(_Embedder):
         network: a CLIP.
         params: as `network.apply` takes them.
         batch_size: images at a time; it is rounded up to a multiple of the devices.
-        tokenizer: of its captions.
+        tokenizer: captions -> (tokens, mask); None gives no "z_text".
         is_public: whether it was trained as OpenAI's CLIP, on normalised pixels, and not here, on [-1, 1].
     """
 
-    def __init__(self, network: CLIP, params: Any, batch_size: int, tokenizer: Tokenizer | None, *, is_public: bool):
+    def __init__(self, network: CLIP, params: Any, batch_size: int, tokenizer: Callable | None, *, is_public: bool):
         super().__init__(params, batch_size)
         self.fingerprint = f"CLIP {tree_fingerprint(params)}"
         self._tokenizer, self._is_public = tokenizer, is_public
         self._size = network.vision.image_size
-        self._length = network.text.context if tokenizer is not None else 0
         self._image = jax.jit(
             lambda params, images: (normalize(network.apply(params, images, method=CLIP.encode_image)),)
         )
@@ -83,7 +97,7 @@ class ClipEmbedder(_Embedder):
         (z_image,) = self._run(self._image, pixels)
         if captions is None or self._tokenizer is None:
             return {"z_image": z_image}
-        (z_text,) = self._run(self._text, *self._tokenizer(list(captions), self._length))
+        (z_text,) = self._run(self._text, *self._tokenizer(list(captions)))
         return {"z_image": z_image, "z_text": z_text}
 
 

@@ -29,6 +29,7 @@ SKIPPED = "skipped.jsonl"
 DUPLICATE, UNUSED = "duplicate", "not used"
 REASONS = (UNREADABLE, TOO_SMALL, NO_CAPTION, DUPLICATE)
 DECODED = ".decoded"
+_NAMES = {"source": "source", "embed": "choice of models to embed with"}
 _PARTS, _OPTIONS = "parts", "options.json"
 
 
@@ -177,7 +178,7 @@ class Directory:
         for name, value in self.description.items():
             if found.get(name) != value:
                 was, now = (json.dumps(each) for each in (found.get(name), value))
-                what = f"{name} {was}, not {now}" if len(was + now) < 80 else f"another {name}"
+                what = f"another {_NAMES[name]}" if name in _NAMES else f"{name} {was}, not {now}"
                 raise OutputError(f"{self.path} holds a data set with {what}; give another directory, or remove it")
 
     def _final_shard(self, number: int, part: Part, class_names: Sequence[str] | None) -> dict[str, Any]:
