@@ -1,6 +1,7 @@
 """Model directories: what is written comes back, and every field of a file is checked before anything is built."""
 
 import json
+import shutil
 import time
 
 import jax
@@ -115,6 +116,17 @@ def test_a_trained_stage_is_a_model(stage):
 def test_a_stage_without_a_checkpoint_is_one_sentence(tmp_path):
     write_description(tmp_path / "prior", {"model": PRIOR}, METADATA)
     with pytest.raises(LoadError, match="prior cannot be loaded: there is no checkpoint in"):
+        open_model(tmp_path / "prior")
+
+
+def test_a_checkpoint_of_another_format_is_named(stage, tmp_path):
+    """It is not answered with what helps against a damaged one."""
+    shutil.copytree(stage, tmp_path / "prior")
+    for file in (tmp_path / "prior" / "checkpoints" / "3" / "meta").iterdir():
+        if "format" in (text := file.read_text()):
+            file.write_text(json.dumps(json.loads(text) | {"format": 9}))
+    message = "prior cannot be loaded: checkpoint .* has format 9 .* this version reads format 1; use that version"
+    with pytest.raises(LoadError, match=message):
         open_model(tmp_path / "prior")
 
 

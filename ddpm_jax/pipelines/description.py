@@ -151,7 +151,8 @@ def read_pipeline(directory: str | os.PathLike) -> PipelineDescription:
     if not isinstance(described, dict) or described.get("format") != FORMAT:
         found = described.get("format") if isinstance(described, dict) else type(described).__name__
         raise ReadError(f"{path} has the format {found!r:.60}, and this version reads {FORMAT!r}")
-    check_plain(described, str(path))
+    for name, part in described.items():
+        check_plain(part, f"{path}: {name}")
     version = described.get("version")
     if not isinstance(version, str) or not re.fullmatch(r"\d{1,6}(\.\d{1,6}){0,3}[A-Za-z0-9.+-]{0,40}", version):
         raise LoadError(f"{path}: version={version!r:.60} must be a version such as {__version__!r}")

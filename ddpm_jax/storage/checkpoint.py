@@ -262,6 +262,8 @@ class Checkpoints:
                 abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), saved)
                 trees = self._read_arrays(step, {name: abstract}, documents["meta"])
                 return trees[name], documents["config"], documents["meta"]
+            except CheckpointError:
+                raise
             except Exception as error:
                 self._report(step, error)
         if steps:
@@ -274,7 +276,8 @@ class Checkpoints:
         if documents["meta"]["format"] != FORMAT:
             raise CheckpointError(
                 f"checkpoint {self.directory / str(step)} has format {documents['meta']['format']} (version "
-                f"{documents['meta']['version']}), but this version reads format {FORMAT}"
+                f"{documents['meta']['version']}), but this version reads format {FORMAT}; use that version, or train "
+                "the stage again in a new workdir"
             )
         return documents
 
