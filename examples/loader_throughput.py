@@ -6,10 +6,11 @@
 
 The same JPEG images, 512 of each size, are read from a folder, from prepared ArrayRecord and WebDataset shards, from a
 data set of TFDS and from memory, cropped, flipped at random and batched. Worker processes do all of the work; the first
-process takes the batches.
+process takes the batches. In brackets: images per second of processor time of the workers, which other programs on the
+machine disturb least (Linux only: from /proc).
 
 With --minutes, all sources are read in turn, each by one worker, and the memory of this process and of its workers is
-printed (Linux only: from /proc). What the second half needs more than the first quarter's end is the growth.
+printed. The growth is the difference of the means over the second and the last quarter of the time.
 """
 
 import argparse
@@ -114,15 +115,28 @@ def open_loader(source: Source, size: int, workers: int) -> Loader:
     return make_loader(source, batch_size=BATCH, seed=0, transforms=transforms, num_workers=workers)
 
 
-def images_per_second(source: Source, size: int, workers: int, seconds: float) -> float:
-    """Read for some seconds, after every worker has started and filled its buffer."""
+def images_per_second(source: Source, size: int, workers: int, seconds: float) -> tuple[float, float]:
+    """Read for some seconds, after all workers have started and filled their buffers.
+
+    Returns:
+        Images per second, and per second of processor time of the workers.
+    """
     with open_loader(source, size, workers) as loader:
         for _ in range(16):  # more than the buffers hold
             next(loader)
-        begin, count = time.perf_counter(), 0
+        begin, used, count = time.perf_counter(), processor_seconds(), 0
         while time.perf_counter() - begin < seconds:
             count += len(next(loader)["image"])
-        return count / (time.perf_counter() - begin)
+        return count / (time.perf_counter() - begin), count / (processor_seconds() - used)
+
+
+def processor_seconds() -> float:
+    """Return the processor time of all worker processes so far."""
+    ticks = 0
+    for child in multiprocessing.active_children():
+        fields = Path(f"/proc/{child.pid}/stat").read_text().rpartition(") ")[2].split()
+        ticks += int(fields[11]) + int(fields[12])
+    return ticks / os.sysconf("SC_CLK_TCK")
 
 
 def megabytes(pid: int | str) -> float:
@@ -170,7 +184,7 @@ def main() -> None:
         print(" " * 14 + "".join(f"{f'{size} px, {workers} w':>14}" for size, workers in columns))
         for name in args.sources:
             speeds = [images_per_second(sources[size][name], size, workers, args.seconds) for size, workers in columns]
-            print(f"{name:14}" + "".join(f"{speed:14.0f}" for speed in speeds), flush=True)
+            print(f"{name:14}" + "".join(f"{f'{speed:.0f} ({cpu:.0f})':>14}" for speed, cpu in speeds), flush=True)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from ddpm_jax.extras import needs_extra
 CLIP_MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
 CLIP_STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
 WHITE = (255, 255, 255)
+_ORIENTATION = 0x0112  # the tag of EXIF
 
 
 @dataclasses.dataclass(frozen=True)
@@ -206,7 +207,8 @@ def _pil_array(image: Any) -> np.ndarray:
     from PIL import Image, ImageOps
 
     try:
-        image = ImageOps.exif_transpose(image)
+        if image.getexif().get(_ORIENTATION, 1) != 1:  # else it would be copied
+            image = ImageOps.exif_transpose(image)
         if image.mode == "F":
             return np.asarray(image)
         if image.mode.startswith("I"):  # "I" holds 16 bits too, where Pillow read a 16-bit file
@@ -218,7 +220,8 @@ def _pil_array(image: Any) -> np.ndarray:
             if not isinstance(transparent, int):
                 return values
             return np.stack([values, np.where(values == transparent, 0, 65535).astype(np.uint16)], -1)
-        return np.asarray(image.convert("RGBA" if image.has_transparency_data else "RGB"))
+        mode = "RGBA" if image.has_transparency_data else "RGB"
+        return np.asarray(image if image.mode == mode else image.convert(mode))
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"cannot be read: {error}") from None
 
