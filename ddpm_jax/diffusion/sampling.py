@@ -4,13 +4,12 @@ import dataclasses
 import math
 import numbers
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Set
 from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from ddpm_jax.diffusion.diffusion import Diffusion
 from ddpm_jax.diffusion.guidance import classifier_free, classifier_guided, log_prob_gradient
@@ -277,7 +276,7 @@ def as_steps(name: str, value: Any) -> int | str | tuple[int, ...]:
         return int(value)
     if isinstance(value, str) and value:
         return value
-    if isinstance(value, Sequence | np.ndarray) and not isinstance(value, (bytes, str)):
+    if isinstance(value, Iterable) and not isinstance(value, (bytes, str, Mapping, Set)):
         found = [_plain(step) for step in value]
         if found and all(isinstance(step, numbers.Integral) and not isinstance(step, bool) for step in found):
             return tuple(map(int, found))

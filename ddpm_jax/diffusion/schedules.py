@@ -13,6 +13,7 @@ import numpy as np
 
 from ddpm_jax.checks import check_static
 
+SPACINGS = ("leading", "trailing", "linspace")
 MADE_IN_NUMPY = "since schedules are made in float64 by numpy"
 
 
@@ -225,6 +226,41 @@ def respaced_timesteps(num_steps: int, spec: str | int | Sequence[int]) -> list[
     if re.fullmatch(r"\d+(,\d+)*", text):
         return _sections(num_steps, [int(count) for count in text.split(",")], spec)
     raise ValueError(f'{spec=} must be like "250", "10,10,3,2,2", "ddim50", "fast27", or a list of timesteps')
+
+
+def spaced_timesteps(num_steps: int, count: int, spacing: str = "leading", offset: int = 0) -> list[int]:
+    """Choose timesteps by one of the rules of Lin et al. 2024, table 2, which schedulers of Stable Diffusion name.
+
+    "leading": offset + i (T // count); "trailing": round(T - i T / count) - 1; "linspace": evenly from 0 to T - 1,
+    rounded.
+
+    Args:
+        num_steps: T.
+        count: how many.
+        spacing: the rule.
+        offset: of "leading"; its first timestep.
+
+    Returns:
+        The timesteps in increasing order, each in [0, T).
+
+    Raises:
+        ValueError: if there are fewer timesteps, or the rule is unknown.
+    """
+    if spacing not in SPACINGS:
+        raise ValueError(f"{spacing=} must be one of {', '.join(map(repr, SPACINGS))}")
+    _check_num_steps(num_steps)
+    check_static("count", count, "since it is a shape")
+    most = num_steps - (offset if spacing == "leading" else 0)
+    if not 1 <= count <= most:
+        raise ValueError(f"{count=} must be between 1 and {most}")
+    if spacing == "trailing":
+        return [round(num_steps - i * (num_steps / count)) - 1 for i in reversed(range(count))]
+    if spacing == "linspace":
+        return [round(float(t)) for t in np.linspace(0, num_steps - 1, count)]
+    found = [offset + i * (num_steps // count) for i in range(count)]
+    if found[-1] >= num_steps:
+        raise ValueError(f"{count=} with {offset=} leads to timestep {found[-1]} of {num_steps}")
+    return found
 
 
 def left_steps_out(
