@@ -25,7 +25,7 @@ from ddpm_jax.interop.config_fields import clip_towers
 from ddpm_jax.interop.table import ConvertError
 from ddpm_jax.models.transformer import gelu, quick_gelu
 from ddpm_jax.pipelines import LoadError, load
-from ddpm_jax.pipelines.karlo import Karlo
+from ddpm_jax.pipelines.karlo import Karlo, open_karlo
 from ddpm_jax.pipelines.stable_diffusion import StableDiffusion
 from ddpm_jax.storage import model_directory as converted
 
@@ -87,14 +87,15 @@ def test_a_pipeline_of_karlo(tmp_path, capsys):
     ):
         assert line in printed.splitlines(), line
     assert (tmp_path / "ours" / "model_card.md").read_text() in printed
-    opened, ours = test_interop_karlo.karlo.open_karlo(source), load(tmp_path / "ours")
-    assert isinstance(ours, Karlo) and ours.prior_clip == 7.0 and ours.tokenizer.pad == ours.tokenizer.eot
+    opened, ours = open_karlo(source), load(tmp_path / "ours")
+    assert isinstance(ours, Karlo) and ours.tokenizer.pad == ours.tokenizer.eot
+    assert ours.sampling["prior"].threshold == 7.0
     equal(ours.params, opened.params)
     equal(ours.statistics, opened.statistics)
     for name in ("text", "image", "prior", "decoder", "upsampler", "sizes"):
         assert getattr(ours, name) == getattr(opened, name), name
-    draw = lambda karlo: karlo.replace(tokenizer=test_interop_karlo.Bytes(), prior_clip=5.0).generate(
-        ["a cat"], prior_steps="1", decoder_steps="1", upsampler_steps="1"
+    draw = lambda karlo: karlo.replace(tokenizer=test_interop_karlo.Bytes()).generate(
+        ["a cat"], prior_steps=1, prior_threshold=5.0, decoder_steps=1, upsampler_steps=1
     )
     np.testing.assert_array_equal(draw(ours), draw(opened))
     run(capsys, to="karlo", src=tmp_path / "ours", out=tmp_path / "back")
@@ -131,8 +132,8 @@ def test_stable_diffusion_draws_by_the_command(tmp_path, capsys):
 
 def test_stable_diffusion_in_one_file(tmp_path, capsys, monkeypatch):
     tensors = test_interop_latent_diffusion.write(tmp_path / "model.safetensors")
-    opened = test_interop_latent_diffusion.opened(tmp_path / "model.safetensors")
-    monkeypatch.setattr(families.latent_diffusion, "open_stable_diffusion_file", lambda *_, **__: opened)
+    opened = test_interop_latent_diffusion.read(tmp_path / "model.safetensors")
+    monkeypatch.setattr(families.latent_diffusion, "read_stable_diffusion_file", lambda *_, **__: opened)
     flags = {"src": tmp_path / "model.safetensors", "out": tmp_path / "ours"}
     assert "- kind: eps" in run(capsys, from_="stable-diffusion", **flags).splitlines()
     equal(load(tmp_path / "ours").params, opened.params)
@@ -201,12 +202,12 @@ def test_every_tower_of_a_clip_has_its_own_activation_and_heads(tmp_path):
 def test_the_original_karlo_comes_back(tmp_path, capsys, monkeypatch):
     (tmp_path / "original").mkdir()
     source = test_interop_karlo_original.write_directory(tmp_path / "original")
-    original = families.karlo_original.open_karlo_original
-    open_tiny = lambda place: original(place, **test_interop_karlo_original.SIZES)
-    monkeypatch.setattr(families.karlo_original, "open_karlo_original", open_tiny)
+    original = families.karlo_original.read_karlo_original
+    read_tiny = lambda place: original(place, **test_interop_karlo_original.SIZES)
+    monkeypatch.setattr(families.karlo_original, "read_karlo_original", read_tiny)
     run(capsys, from_="karlo", src=source, out=tmp_path / "ours")
     run(capsys, to="karlo", src=tmp_path / "ours", out=tmp_path / "back")
-    one, other = open_tiny(tmp_path / "back"), open_tiny(source)
+    one, other = read_tiny(tmp_path / "back"), read_tiny(source)
     equal(one.params, other.params)
 
 

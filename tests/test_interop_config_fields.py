@@ -34,7 +34,7 @@ def opened(path, part, **changes):
     before = file.read_text()
     file.write_text(json.dumps(json.loads(before) | changes))
     try:
-        return stable_diffusion.open_stable_diffusion(path)
+        return stable_diffusion.read_stable_diffusion(path)
     finally:
         file.write_text(before)
 
@@ -97,8 +97,8 @@ def test_the_message_has_both_sizes(path):
     ],
 )
 def test_what_means_the_same_is_read(path, part, changes):
-    pipeline = opened(path, part, **changes)
-    assert pipeline.latent_size == 8 and pipeline.text.layers == 2
+    read = opened(path, part, **changes)
+    assert read.facts["latent_size"] == 8 and read.models["text"].layers == 2
 
 
 # Of the signatures in diffusers 0.42; a pipeline of Stable Diffusion replaces steps_offset=0 by 1.
@@ -151,7 +151,7 @@ def test_the_sizes_of_karlo_are_those_of_its_weights(karlo_path, part, field, va
     file.write_text(json.dumps(json.loads(before) | {field: value}))
     try:
         with pytest.raises(ConvertError, match=f"{field}="):
-            karlo.open_karlo(karlo_path)
+            karlo.read_karlo(karlo_path)
     finally:
         file.write_text(before)
 

@@ -1,7 +1,9 @@
 """Karlo in diffusers' layout: diffusers' own outputs of networks and of whole pipelines, and the way back."""
 
+import gc
 import json
 import shutil
+import weakref
 from pathlib import Path
 
 import flax.traverse_util
@@ -10,13 +12,31 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
+from programs import live_bytes, no_compilation
 from random_networks import fast_jit
 from random_weights import random_weights
 from safetensors.numpy import save_file
 
-from ddpm_jax import RecordedNoise
+from ddpm_jax import (
+    RecordedNoise,
+    classifier_free,
+    ddim_step,
+    example_keys,
+    sample,
+    static_threshold,
+)
 from ddpm_jax.data.tokenizer import CompactTokenizer
 from ddpm_jax.data.transforms import clip_pixels
+from ddpm_jax.diffusion.samplers import (
+    dpm_solver_step,
+    heun_step,
+    plms_step,
+    predictor_corrector_step,
+    reverse_diffusion_step,
+    unipc_step,
+)
+from ddpm_jax.diffusion.sampling import Sampling
+from ddpm_jax.errors import LoadError
 from ddpm_jax.interop import ReadError, karlo
 from ddpm_jax.interop.clip import end_mask, load_clip
 from ddpm_jax.interop.families import FAMILIES, Options
@@ -26,10 +46,11 @@ from ddpm_jax.models.decoder import Decoder
 from ddpm_jax.models.unet import UNet
 from ddpm_jax.models.upsampler import Upsampler
 from ddpm_jax.pipelines import karlo as karlo_pipeline
-from ddpm_jax.pipelines.request import NotFiniteError
+from ddpm_jax.pipelines.converted import pipeline_of
+from ddpm_jax.pipelines.request import NotFiniteError, batches
 
 PEER = np.load(Path(__file__).parent / "data" / "karlo.npz")
-D = 32
+D, KEYS = 32, example_keys(jax.random.key(0), 1)
 SMALL = {"channel_mult": (1, 2), "num_res_blocks": 1, "attention_resolutions": ()}
 DECODER = Decoder(UNet(32, 6, attention_levels=(1,), head_channels=16, **SMALL), D, 40)
 UPSAMPLER = Upsampler(UNet(32, 3, attention_levels=(), scale_shift=False, mid_attention=False, **SMALL))
@@ -132,10 +153,10 @@ def recorded(which):
 @pytest.fixture(autouse=True, scope="module")
 def rounded_as_diffusers_does():
     """diffusers keeps its tables in float32, where 1 - alpha_bar of the first step is off by a thousandth."""
-    exact, f = karlo_pipeline._process, np.float32
+    exact, f = Sampling.process, np.float32
 
-    def rounded(steps):
-        process = exact(steps)
+    def rounded(self, diffusion):
+        process = exact(self, diffusion)
         at = lambda t: np.cos((t / 1000 + 0.008) / 1.008 * np.pi / 2) ** 2
         betas = np.array([min(1 - at(t + 1) / at(t), 0.999) for t in range(1000)]).astype(f)
         alpha_bar = np.cumprod(1 - betas, dtype=np.float64).astype(f)
@@ -153,9 +174,9 @@ def rounded_as_diffusers_does():
             log_betas=jnp.asarray(np.log(beta)),
         )
 
-    karlo_pipeline._process = rounded
+    Sampling.process = rounded
     yield
-    karlo_pipeline._process = exact
+    Sampling.process = exact
 
 
 def text_of(pipeline, captions):
@@ -165,15 +186,15 @@ def text_of(pipeline, captions):
 
 
 def drawn(pipeline, z_image, text, empty, noise):
-    images = pipeline.decode(z_image, text, empty, noise[0], steps="3")
-    return pipeline.upsample(images, noise[1], steps="3") / 2 + 0.5
+    images = pipeline.decode(z_image, text, empty, noise[0], steps=3)
+    return pipeline.upsample(images, noise[1], steps=3) / 2 + 0.5
 
 
 def test_the_pipeline_from_captions(pipeline):
     @fast_jit
     def run(noise):
         text, empty = text_of(pipeline, ["a cat", "a tall dog"]), text_of(pipeline, ["", ""])
-        z_image = pipeline.draw_embedding(text, empty, noise[0], steps="3")
+        z_image = pipeline.sample_embedding(text, empty, noise[0], steps=3)
         return drawn(pipeline, z_image, text, empty, noise[1:])
 
     images = run(recorded("text"))
@@ -237,28 +258,94 @@ def directory(tmp_path_factory):
 def opened(directory):
     """The pipeline of the directory, which compiles quickly."""
     compiled = karlo_pipeline._generate
-    karlo_pipeline._generate = fast_jit(compiled.__wrapped__, static_argnames="options")
-    yield karlo.open_karlo(directory, tokenizer=Bytes())
+    karlo_pipeline._generate = fast_jit(compiled.__wrapped__)
+    yield karlo_pipeline.open_karlo(directory, tokenizer=Bytes())
     karlo_pipeline._generate = compiled
 
 
-TWO = {"prior_steps": "2", "decoder_steps": "2", "upsampler_steps": "2"}
+TWO = {"prior_steps": 2, "decoder_steps": 2, "upsampler_steps": 2}
 
 
-def test_a_directory_becomes_a_pipeline(opened, pipeline):
-    for name in pipeline.params:
-        jax.tree.map(np.testing.assert_array_equal, opened.params[name], pipeline.params[name])
-    for name in ("text", "image", "prior", "decoder", "upsampler", "sizes"):
-        assert getattr(opened, name) == getattr(pipeline, name), name
-    images = opened.generate(["a cat", "a tall dog", ""], batch_size=2, **TWO)
-    assert images.shape == (3, 32, 32, 3) and images.dtype == np.uint8
-    assert np.abs(images[0].astype(int) - images[1]).mean() > 1
-    with pytest.raises(ValueError, match="there is no option 'scale'; there are prior_steps"):
-        opened.generate(["a cat"], scale=3.0)
-    with pytest.raises(ValueError, match="has no prior"):
-        opened.replace(prior=None).generate(["a cat"])
-    with pytest.raises(ValueError, match="has no image encoder"):
-        opened.replace(image=None).variations(np.zeros((1, 16, 16, 3), np.float32))
+def test_numbers_compile_nothing_new(opened):
+    """Scales, thresholds, seeds, the number of prompts and their start are arguments of one program."""
+    sample = lambda prompts, **options: opened.generate(prompts, **(TWO | options)).astype(int)
+    first, programs = sample(["a cat"]), karlo_pipeline._generate._cache_size()
+    with no_compilation():
+        for options in (
+            *(
+                {"decoder_scale": 3.0},
+                {"prior_scale": jnp.float32(2.5)},
+                {"scale": np.float64(1.5)},
+                {"seed": 2**32 - 1},
+            ),
+            *({"prior_threshold": 0.1}, {"start": 7}, {"negative_prompts": "a tall dog"}),
+        ):
+            assert np.abs(sample(["a cat"], **options) - first).max() > 1, options
+        four = sample(["a cat", "a tall dog", "", "mice"])
+        np.testing.assert_array_equal(four[:1], first)
+        np.testing.assert_array_equal(sample(["", "mice"], start=2), four[2:])
+        np.testing.assert_array_equal(sample(["a cat"], negative_prompts=[""]), first)
+        np.testing.assert_array_equal(sample(["a cat"], batch_size=4), first)
+    assert karlo_pipeline._generate._cache_size() == programs == 1
+
+
+def test_batches_have_two_sizes():
+    """Ten prompts by four, seven by four: whole batches; of the rest at most half a batch one by one."""
+    sizes = lambda count, size: [(len(rows), new) for rows, new in batches(count, size)]
+    assert sizes(10, 4) == [(4, 4), (4, 4), (1, 1), (1, 1)] and sizes(7, 4) == [(4, 4), (4, 3)]
+    assert sizes(1, 4) == sizes(1, 2**16) == [(1, 1)] and sizes(3, 4) == [(4, 3)]
+    for count in range(1, 40):
+        for size in range(1, 20):
+            found = list(batches(count, size))
+            assert {len(rows) for rows, _ in found} <= {1, size} and sum(len(rows) for rows, _ in found) <= 2 * count
+            assert [row for rows, new in found for row in rows[:new]] == list(range(count))
+            assert all(row == count - 1 for rows, new in found for row in rows[new:])
+
+
+def test_a_deleted_pipeline_is_freed(directory, opened):
+    gc.collect()
+    before, tokenizer = live_bytes(), Bytes()
+    pipeline = karlo_pipeline.open_karlo(directory, tokenizer=tokenizer)
+    with no_compilation():  # the networks are those of another pipeline
+        pipeline.generate(["a cat"], **TWO)
+    assert live_bytes() - before > 1e5
+    gone = weakref.ref(pipeline), weakref.ref(tokenizer)
+    del pipeline, tokenizer
+    gc.collect()
+    assert [ref() for ref in gone] == [None, None] and live_bytes() == before
+
+
+STEPS = {
+    "ddim": (ddim_step, {"eta": 0.5}),
+    "dpm_solver": (dpm_solver_step, {"order": 3}),
+    "heun": (heun_step, {}),
+    "plms": (plms_step, {}),
+    "predictor_corrector": (predictor_corrector_step, {"snr": 0.2}),
+    "reverse_diffusion": (reverse_diffusion_step, {}),
+    "unipc": (unipc_step, {"order": 3}),
+}
+
+
+@pytest.mark.parametrize("sampler", STEPS)
+def test_every_sampler_can_be_chosen(opened, sampler):
+    """The same embedding as by calling the sampler; of the prior, whose network is small."""
+    make, options = STEPS[sampler]
+    encode = lambda given: opened.encode_text(*map(jnp.asarray, given))
+    text, null = encode(Bytes()(["a cat"], 12)), encode(Bytes().null(12))
+
+    @fast_jit
+    def both(karlo, keys):
+        found = karlo.sample_embedding(text, null, keys, sampler=sampler, steps=4, scale=2.0, threshold=3.0, **options)
+        network = lambda text: (
+            lambda zt, t: karlo.prior.apply({"params": karlo.params["prior"]}, zt, t, text.z, text.hidden, text.mask)
+        )
+        how = {"step": make(**options), "kind": "x0", "x0_transform": static_threshold(3.0)}
+        process = Sampling(steps=4).process(karlo_pipeline.DIFFUSION["prior"])
+        x0 = sample(process, classifier_free(network(text), network(null), 2.0), keys, (D,), **how)
+        mean, std = karlo.statistics
+        return found, x0 * std[None] + mean[None]
+
+    np.testing.assert_allclose(*both(opened, KEYS), atol=1e-5)
 
 
 def test_a_network_that_returns_nan_makes_no_image(opened):
@@ -289,8 +376,8 @@ def asked(opened, monkeypatch):
     def ask(method, *args, **options):
         found = []
 
-        def spy(karlo, tokens, mask, empty, empty_mask, keys, pixels, options):
-            found.extend([pixels, options, jax.random.key_data(keys)])
+        def spy(karlo, seed, index, tokens, mask, negative, negative_mask, pixels):
+            found.extend([pixels, karlo.sampling, seed])
             raise Enough
 
         monkeypatch.setattr(karlo_pipeline, "_generate", spy)
@@ -320,8 +407,8 @@ def test_variations_take_images_in_every_form(asked, opened, form):
     pixels, options, _ = asked("variations", FORMS[form])
     np.testing.assert_array_equal(pixels, wanted)
     if form in ("uint8", "PIL"):
-        with_keys = asked("variations", FORMS[form], seed=np.int64(3), batch_size=jnp.int32(2), decoder_steps=None)
-        assert with_keys[1] == options == ()
+        other = asked("variations", FORMS[form], seed=np.int64(3), batch_size=jnp.int32(2), decoder_steps=None)
+        assert other[1] == options == karlo_pipeline.default_sampling() and other[2] == 3
 
 
 def test_the_images_that_variations_refuse(opened):
@@ -339,7 +426,7 @@ def test_the_images_that_variations_refuse(opened):
 
 def test_pixels_of_another_preprocessing(asked):
     own = np.random.default_rng(1).normal(size=(2, 16, 16, 3)).astype(np.float32)
-    np.testing.assert_array_equal(asked("variations", own, prepared=True)[0], own)
+    np.testing.assert_array_equal(asked("variations", own, prepared=True, batch_size=2)[0], own)
 
 
 def test_encode_image_prepares_what_is_no_float_array(opened):
@@ -354,20 +441,31 @@ def test_options_mean_the_same_in_every_type(asked):
     wanted = asked("generate", ["a"], prior_steps=7, decoder_scale=3.0, seed=5)[1:]
     for prior_steps in ("7", " 7", np.int64(7), jnp.int32(7), np.array(7)):
         same = {"decoder_scale": np.float32(3), "seed": np.int64(5), "prior_scale": None}
-        found = asked("generate", np.array(["a"]), prior_steps=prior_steps, **same)[1:]
-        assert found[0] == wanted[0]
-        np.testing.assert_array_equal(found[1], wanted[1])
-    for steps in ([1, 5], (1, 5), np.array([1, 5]), iter([1, 5])):
-        assert asked("generate", ["a"], decoder_steps=steps)[1] == (("decoder_steps", (1, 5)),)
+        assert asked("generate", np.array(["a"]), prior_steps=prior_steps, **same)[1:] == wanted
+    for steps in ([1, 5], (1, 5), np.array([1, 5]), iter([1, 5]), jnp.array([1, 5])):
+        assert asked("generate", ["a"], decoder_steps=steps)[1]["decoder"].steps == (1, 5)
+    assert asked("generate", ["a"], steps=[1, 5])[1]["decoder"].steps == (1, 5)
 
 
 @pytest.mark.parametrize(
     "name,value,message",
     [("prior_steps", value, "prior_steps=.* must be a number of steps") for value in (True, 2.0, [], [0.5], {3})]
     + [("upsampler_steps", "1001", "upsampler_steps=1001 asks for 1001 steps where there are only 1000")]
-    + [("decoder_steps", 0, "decoder_steps=0 must ask for at least 1 step"), ("seed", 2**40, "seed=.* at most")]
+    + [("decoder_steps", value, "decoder_steps=.* must be at least 1") for value in (0, -3)]
+    + [("seed", 2**40, "seed=.* at most"), ("start", -1, "start=-1 must be at least 0")]
+    + [("start", 2**31 - 1, "start=2147483647 must be at most 2147483646"), ("batch_size", 10**9, "batch_size=.* most")]
     + [("decoder_scale", np.nan, "decoder_scale=nan must be a finite number"), ("batch_size", 0, "at least 1")]
-    + [("prompts", ["a", None], r"prompts\[1\] must be a string, got None"), ("prompts", "a", "got one string")],
+    + [("prior_scale", 1e9, r"prior_scale=1000000000.0 must be in \["), ("scale", np.inf, "scale=inf must be a finite")]
+    + [
+        ("prior_eta", 0.5, "prior_eta=0.5 is no option of sampler='ancestral'"),
+        ("prior_sampler", "euler", "must be one"),
+    ]
+    + [("upsampler_scale", 2.0, "upsampler_scale=2.0 needs a network with a null condition")]
+    + [("classifier_scale", 2.0, "classifier_scale=2.0 needs a classifier"), ("prior_sampler", "analytic", "moments")]
+    + [("decoder_scal", 2.0, "there is no option 'decoder_scal' .did you mean 'decoder_scale'")]
+    + [("prompts", ["a", None], r"prompts\[1\] must be a string, got None"), ("prompts", "a", "got one string")]
+    + [("negative_prompts", ["a", 3], r"negative_prompts\[1\] must be a string, got 3")]
+    + [("negative_prompts", ["a", "b"], "must be one caption or one for each of 1 prompts, got 2")],
 )
 def test_wrong_options_are_refused_in_a_sentence(opened, name, value, message):
     with pytest.raises(ValueError, match=message) as caught:
@@ -375,19 +473,41 @@ def test_wrong_options_are_refused_in_a_sentence(opened, name, value, message):
     assert "\n" not in str(caught.value)
 
 
+def test_numbers_of_a_model_directory_are_checked(directory):
+    """Nothing is built of what a model.json cannot mean; the field is named."""
+    read = karlo.read_karlo(directory)
+    models, params = read.models, read.params
+    for facts, message in (
+        ({"prior_clip": -1.0}, r"metadata.prior_clip=-1.0 must be a number in \[1e-06, 1e\+06"),
+        ({"prior_clip": True}, "metadata.prior_clip=True must be a number"),
+        ({"sizes": [16, 10**9]}, r"metadata.sizes\[1\]=1000000000 must be an integer in \[1, 16384"),
+        ({"sizes": 16}, "metadata.sizes=16 must be two sizes"),
+        ({"tokenizer": None}, "metadata lacks the field tokenizer"),
+    ):
+        with pytest.raises(LoadError, match=message):
+            pipeline_of(read._replace(facts=read.facts | facts))
+    for change, message in (
+        ({"models": models | {"decoder": models["first"]}}, "networks.decoder .* must be a Decoder, got Upsampler"),
+        ({"models": {"text": models["text"]}}, "networks.decoder of a karlo pipeline must be a Decoder, got none"),
+        ({"params": params | {"statistics": {"mean": np.zeros(3)}}}, "must be a mean and a std of 32 numbers, got"),
+    ):
+        with pytest.raises(LoadError, match=message):
+            pipeline_of(read._replace(**change))
+
+
 def test_a_broken_directory_is_refused(directory, tmp_path):
     with pytest.raises(ReadError, match="it has neither prior nor image_encoder"):
-        karlo.open_karlo(tmp_path)
+        karlo.read_karlo(tmp_path)
     place = shutil.copytree(directory, tmp_path / "copy")
     (place / "super_res_last" / "diffusion_pytorch_model.safetensors").unlink()
     with pytest.raises(ReadError, match="super_res_last has no weights; they would be called diffusion_pytorch_model"):
-        karlo.open_karlo(place)
+        karlo.read_karlo(place)
     (place / "decoder" / "config.json").write_text(json.dumps({"sample_size": 16}))
     with pytest.raises(ReadError, match="is not of Karlo: it lacks block_out_channels, layers_per_block"):
-        karlo.open_karlo(place)
+        karlo.read_karlo(place)
     (place / "decoder" / "config.json").unlink()
     with pytest.raises(ReadError, match="decoder cannot be read as a part of Karlo"):
-        karlo.open_karlo(place)
+        karlo.read_karlo(place)
 
 
 @pytest.mark.parametrize(
@@ -416,7 +536,7 @@ def test_every_field_of_a_config_is_used_or_refused(directory, tmp_path, part, c
     for field, value in changes.items():
         file.write_text(json.dumps(config | {field: value}))
         with pytest.raises(ConvertError, match=f"{field}="):
-            karlo.open_karlo(place)
+            karlo.read_karlo(place)
 
 
 @pytest.mark.parametrize("changes,bound", [({}, 5.0), ({"clip_sample_range": 10}, 10.0), (None, 1.0)])
@@ -428,7 +548,7 @@ def test_the_bound_of_the_prior_is_that_of_its_scheduler(directory, tmp_path, ch
     if changes is None:
         del config["clip_sample_range"]
     file.write_text(json.dumps(config))
-    assert karlo.open_karlo(place).prior_clip == bound
+    assert karlo.read_karlo(place).facts["prior_clip"] == bound
     assert FAMILIES["karlo"].read(place, Options()).converted.facts["prior_clip"] == bound
 
 

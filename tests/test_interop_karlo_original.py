@@ -190,7 +190,7 @@ def directory(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def opened(directory):
-    return karlo_original.open_karlo_original(directory, tokenizer=Bytes(), **SIZES)
+    return pipeline.open_karlo_original(directory, tokenizer=Bytes(), **SIZES)
 
 
 def recorded(stage):
@@ -237,9 +237,9 @@ def test_the_stages_in_a_row(opened):
     def run(opened, noise):
         text = opened.encode_text(tokens, mask)
         text, empty = (jax.tree.map(lambda x, rows=rows: x[rows], text) for rows in (slice(2), slice(2, 4)))
-        z_image = opened.draw_embedding(text, empty, noise["prior"], steps="3", scale=16.0)
-        small = opened.decode(z_image, text, empty, noise["decoder"], steps="3")
-        return z_image, opened.upsample(small, noise["sr"], steps="3") / 2 + 0.5
+        z_image = opened.sample_embedding(text, empty, noise["prior"], steps=3, scale=16.0)
+        small = opened.decode(z_image, text, empty, noise["decoder"], steps=3)
+        return z_image, opened.upsample(small, noise["sr"], steps=3) / 2 + 0.5
 
     z_image, images = run(opened, noise)
     mean, std = statistics().values()
@@ -253,17 +253,18 @@ def test_the_stages_in_a_row(opened):
 def test_a_directory_becomes_a_pipeline(directory, opened, monkeypatch):
     prior = karlo_original.load_prior(weights("prior"), statistics(), heads=2)
     jax.tree.map(np.testing.assert_array_equal, opened.params["prior"], prior.params)
-    assert opened.sizes == (16, 32) and opened.prior_clip == 10.0
+    assert opened.sizes == (16, 32) and opened.sampling["prior"].threshold == 10.0
     assert set(opened.params["text"]) == {"log_scale", "text", "text_projection"}
     assert set(opened.params["image"]) == {"log_scale", "vision", "image_projection"}
-    generate = fast_jit(pipeline._generate.__wrapped__, static_argnames="options")
+    generate = fast_jit(pipeline._generate.__wrapped__)
     monkeypatch.setattr(pipeline, "_generate", generate)
-    steps = {"prior_steps": "2", "decoder_steps": "2", "upsampler_steps": "2"}
-    images = opened.generate(["a cat", "a tall dog"], batch_size=2, **steps)
+    steps = {"prior_steps": 2, "decoder_steps": 2, "upsampler_steps": 2}
+    images = opened.generate(["a cat", "a tall dog"], **steps)
     assert images.shape == (2, 32, 32, 3) and images.dtype == np.uint8
     assert np.abs(images[0].astype(int) - images[1]).mean() > 1
-    default = karlo_original.open_karlo_original(directory, prior_clip=4.0, **SIZES)
-    assert default.prior_clip == 4.0 and isinstance(default.tokenizer, ClipTokenizer) and default.tokenizer.pad == 0
+    default = pipeline.open_karlo_original(directory, prior_clip=4.0, **SIZES)
+    assert isinstance(default.tokenizer, ClipTokenizer) and default.tokenizer.pad == 0
+    assert default.sampling["prior"].threshold == 4.0
 
 
 # ---- What is refused -------------------------------------------------------------------------------------------------
@@ -283,7 +284,7 @@ def copy(directory, place, **changed):
 
 def refused(place, error, message, **options):
     with pytest.raises(error, match=message) as caught:
-        karlo_original.open_karlo_original(place, tokenizer=Bytes(), **(SIZES | options))
+        karlo_original.read_karlo_original(place, **(SIZES | options))
     assert "\n" not in str(caught.value)
 
 

@@ -11,6 +11,7 @@ from safetensors.numpy import save_file
 
 from ddpm_jax.interop import ReadError, latent_diffusion, read_tensors, stable_diffusion
 from ddpm_jax.interop.table import ConvertError, to_peer
+from ddpm_jax.pipelines.stable_diffusion import StableDiffusion, open_stable_diffusion
 
 NAMES = json.loads((Path(__file__).parent / "data" / "latent_diffusion_names.json").read_text())
 
@@ -44,9 +45,9 @@ def write(path, second=False):
     return tensors
 
 
-def opened(path, **options):
+def read(path, **options):
     unet = stable_diffusion.unet_of(parts.config(options.pop("unet", "unet1")))
-    return latent_diffusion.open_stable_diffusion_file(
+    return latent_diffusion.read_stable_diffusion_file(
         path, image_size=16, unet=unet, autoencoder=parts.AUTOENCODER, head_width=8, **options
     )
 
@@ -54,22 +55,24 @@ def opened(path, **options):
 def test_a_file_of_version_1(tmp_path):
     """It is the pipeline that the directory is, and goes back to the file's tensors."""
     tensors = write(tmp_path / "model.safetensors")
-    ours = opened(tmp_path / "model.safetensors")
-    directory = stable_diffusion.open_stable_diffusion(parts.directory(tmp_path / "directory"))
+    file = read(tmp_path / "model.safetensors")
+    ours = StableDiffusion.from_converted(file)
+    directory = open_stable_diffusion(parts.directory(tmp_path / "directory"))
     jax.tree.map(np.testing.assert_array_equal, ours.params, directory.params)
     np.testing.assert_array_equal(ours.process.betas, directory.process.betas)
     assert (ours.kind, ours.latent_size, ours.tokenizer.pad) == ("eps", 8, ours.tokenizer.eot)
     assert ours.text == directory.text
-    parts.same(latent_diffusion.export_stable_diffusion_file(ours), tensors)
+    parts.same(latent_diffusion.export_stable_diffusion_file(file), tensors)
 
 
 def test_a_file_of_version_2(tmp_path):
     """Its text encoder is open_clip's without the last layer, and its projections are dense layers."""
     tensors = write(tmp_path / "model.safetensors", second=True)
-    ours = opened(tmp_path / "model.safetensors", unet="unet2", kind="v")
-    assert (ours.kind, ours.tokenizer.pad, ours.text.layers) == ("v", 0, 1)
+    ours = read(tmp_path / "model.safetensors", unet="unet2", kind="v")
+    text = ours.models["text"]
+    assert (ours.facts["kind"], ours.facts["tokenizer"]["pad"], text.layers) == ("v", 0, 1)
     model, whole = stable_diffusion.load_text_encoder(parts.weights("text"), head_width=8, activation="gelu")
-    assert model.layers == 2 and ours.text == model.copy(layers=1)
+    assert model.layers == 2 and text == model.copy(layers=1)
     del whole["transformer"]["block_1"]
     jax.tree.map(np.testing.assert_array_equal, ours.params["text"], whole)
     back = latent_diffusion.export_stable_diffusion_file(ours)
@@ -80,7 +83,7 @@ def test_a_file_of_version_2(tmp_path):
     for name, array in back.items():
         np.testing.assert_array_equal(array, tensors[name], err_msg=name)
     save_file(back, tmp_path / "back.safetensors")
-    again = opened(tmp_path / "back.safetensors", unet="unet2", kind="v")
+    again = read(tmp_path / "back.safetensors", unet="unet2", kind="v")
     jax.tree.map(np.testing.assert_array_equal, again.params, ours.params)
 
 
@@ -94,18 +97,18 @@ def test_what_is_refused(tmp_path):
     ):
         save_file({name: np.array(array) for name, array in (tensors | change).items()}, tmp_path / "bad.safetensors")
         with pytest.raises(ConvertError, match=message):
-            opened(tmp_path / "bad.safetensors")
+            read(tmp_path / "bad.safetensors")
     save_file({"a": np.zeros(3)}, tmp_path / "other.safetensors")
     with pytest.raises(
         ConvertError, match=r"it lacks model\.diffusion_model\., first_stage_model\., cond_stage_model\."
     ):
-        opened(tmp_path / "other.safetensors")
+        read(tmp_path / "other.safetensors")
     with pytest.raises(ReadError, match="does not exist"):
-        opened(tmp_path / "none.safetensors")
+        read(tmp_path / "none.safetensors")
     with pytest.raises(ValueError, match='kind=\'x0\' must be "eps" or "v"'):
-        opened(path, kind="x0")
+        read(path, kind="x0")
     with pytest.raises(ValueError, match="image_size=500 must be a multiple of 64"):
-        latent_diffusion.open_stable_diffusion_file(path, image_size=500)
+        latent_diffusion.read_stable_diffusion_file(path, image_size=500)
 
 
 @pytest.mark.parametrize("channels,use", [(9, ", as U-Nets for inpainting do"), (5, ", as .* depth do"), (7, "")])
@@ -115,4 +118,4 @@ def test_a_file_with_other_channels_is_refused_when_it_is_opened(tmp_path, chann
     tensors[name] = np.zeros((32, channels, 3, 3), np.float32)
     save_file(tensors, tmp_path / "other.safetensors")
     with pytest.raises(ConvertError, match=f"it sees in_channels={channels} channels{use}, and supported are the 4 of"):
-        opened(tmp_path / "other.safetensors")
+        read(tmp_path / "other.safetensors")

@@ -1,6 +1,8 @@
 """Stable Diffusion in diffusers' layout: diffusers' own outputs of networks and pipelines, and the way back."""
 
+import gc
 import json
+import weakref
 from pathlib import Path
 
 import flax.traverse_util
@@ -8,19 +10,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from programs import live_bytes, no_compilation
 from random_networks import fast_jit
 from random_weights import random_weights
 from safetensors.numpy import save_file
 
-from ddpm_jax import RecordedNoise, cosine_betas, example_keys, make_process, respace, sample
+from ddpm_jax import RecordedNoise, classifier_free, cosine_betas, example_keys, make_process, respace, sample
 from ddpm_jax.data.tokenizer import ClipTokenizer, CompactTokenizer
+from ddpm_jax.diffusion.samplers import dpm_solver_step, heun_step, plms_step, unipc_step
 from ddpm_jax.diffusion.samplers.loop import initial_noise
+from ddpm_jax.errors import LoadError
 from ddpm_jax.interop import ReadError, stable_diffusion
 from ddpm_jax.interop.table import ConvertError
 from ddpm_jax.models.autoencoder import Autoencoder
 from ddpm_jax.pipelines import stable_diffusion as pipelines
+from ddpm_jax.pipelines.converted import pipeline_of
 from ddpm_jax.pipelines.request import NotFiniteError
-from ddpm_jax.pipelines.stable_diffusion import StableDiffusion
+from ddpm_jax.pipelines.stable_diffusion import StableDiffusion, open_stable_diffusion
 from ddpm_jax.types import Step
 
 PEER = np.load(Path(__file__).parent / "data" / "stable_diffusion.npz")
@@ -133,7 +139,7 @@ def test_the_pipeline(tmp_path, drawn):
     name = "unet1" if drawn == "unet1" else "unet2"
     kind = "epsilon" if name == "unet1" else "v_prediction"
     schedule = {"prediction_type": kind} | (ZERO_SNR if drawn == "zero" else {})
-    pipeline = stable_diffusion.open_stable_diffusion(directory(tmp_path, name, **schedule))
+    pipeline = open_stable_diffusion(directory(tmp_path, name, **schedule))
     assert (pipeline.image_size, pipeline.kind) == (16, "eps" if name == "unet1" else "v")
     noise = jnp.zeros((2, 6, *given("noise").shape[1:])).at[:, 0].set(given("noise"))
     process = respace(pipeline.process, pipeline.timesteps(5))
@@ -142,7 +148,7 @@ def test_the_pipeline(tmp_path, drawn):
     def draw(params, keys):
         p = pipeline.replace(params=params)
         text, nothing = p.encode_text(given("tokens")), p.encode_text(given("empty"))
-        return p.decode(p.draw_latents(process, text, nothing, keys, scale=3.0))
+        return p.decode(p.sample_latents(process, text, nothing, keys, scale=3.0))
 
     ours = draw(pipeline.params, RecordedNoise(noise)) / 2 + 0.5
     theirs = PEER[f"drawn/{drawn}"]
@@ -154,11 +160,11 @@ def test_the_pipeline(tmp_path, drawn):
 def test_timesteps_are_those_of_the_scheduler(case):
     _, spacing, offset, steps = case.split("/")
     schedule = config("scheduler") | {"timestep_spacing": spacing, "steps_offset": int(offset)}
-    pipeline = pipeline_of(stable_diffusion.process_of(schedule), **stable_diffusion.sampling_of(schedule))
+    pipeline = empty_pipeline(stable_diffusion.process_of(schedule), **stable_diffusion.sampling_of(schedule))
     assert pipeline.timesteps(int(steps)) == PEER[case][::-1].tolist()
 
 
-def pipeline_of(process, **options):
+def empty_pipeline(process, **options):
     return StableDiffusion(params={}, process=process, text=None, unet=None, autoencoder=None, **options)
 
 
@@ -222,7 +228,7 @@ def test_a_network_for_inpainting_is_refused_when_it_is_opened(tmp_path):
         path / "unet" / "diffusion_pytorch_model.safetensors",
     )
     with pytest.raises(ConvertError, match="it sees in_channels=9 channels, as U-Nets for inpainting do, and"):
-        stable_diffusion.open_stable_diffusion(path)
+        stable_diffusion.read_stable_diffusion(path)
 
 
 @pytest.fixture(scope="module")
@@ -230,25 +236,81 @@ def opened(tmp_path_factory):
     """A pipeline with a tokenizer of letters, which compiles quickly."""
     tokenizer = CompactTokenizer([chr(c) for c in range(97, 123)])
     compiled = pipelines._generate
-    pipelines._generate = fast_jit(compiled.__wrapped__, static_argnames="options")
-    yield stable_diffusion.open_stable_diffusion(directory(tmp_path_factory.mktemp("sd")), tokenizer=tokenizer)
+    pipelines._generate = fast_jit(compiled.__wrapped__)
+    yield open_stable_diffusion(directory(tmp_path_factory.mktemp("sd")), tokenizer=tokenizer)
     pipelines._generate = compiled
 
 
 def drawn(pipeline, prompts, **options):
-    return pipeline.generate(prompts, **{"steps": 2, "batch_size": 2} | options).astype(int)
+    return pipeline.generate(prompts, **{"steps": 2} | options).astype(int)
 
 
-def test_pictures_of_captions(opened):
-    """A picture does not depend on the others; a negative caption, the scale and eta say something."""
-    both = opened.generate(["a b", "c"], steps=2, batch_size=2)
+def test_images_of_captions(opened):
+    """An image does not depend on the others in its batch, and eta adds noise."""
+    both = opened.generate(["a b", "c"], steps=2)
     assert both.shape == (2, 16, 16, 3) and both.dtype == np.uint8
-    assert np.abs(drawn(opened, ["a b"], batch_size=1) - both[:1]).max() <= 1
-    for options in ({"negative": "d"}, {"decoder_scale": 1.0}, {"eta": 1.0}, {"seed": 1}):
-        assert np.abs(drawn(opened, ["a b", "c"], **options) - both).max() > 1, options
-    for kind in (np.int64, jnp.int32, np.array):
-        options = {"steps": kind(2), "batch_size": kind(2), "seed": kind(0), "decoder_scale": np.float64(7.5)}
-        np.testing.assert_array_equal(drawn(opened, np.array(["a b", "c"]), **options), both)
+    assert np.abs(drawn(opened, ["a b", "c"], batch_size=2) - both).max() <= 1
+    noisy = drawn(opened, ["a b", "c"], eta=1.0)
+    assert np.abs(noisy - both).max() > 1
+    with no_compilation():
+        assert np.abs(drawn(opened, ["a b", "c"], eta=0.5) - noisy).max() > 1
+
+
+def test_numbers_compile_nothing_new(opened):
+    """Scales, seeds, the number of prompts and their start are arguments of one program, of any numeric type."""
+    both = drawn(opened, ["a b", "c"])
+    with no_compilation():
+        for options in (
+            *({"negative_prompts": "d"}, {"decoder_scale": 3.0}, {"scale": jnp.float32(2.5)}, {"seed": 2**32 - 1}),
+            *({"start": 5}, {"seed": 1}),
+        ):
+            assert np.abs(drawn(opened, ["a b", "c"], **options) - both).max() > 1, options
+        for kind in (np.int64, jnp.int32, np.array):
+            options = {"steps": kind(2), "batch_size": kind(1), "seed": kind(0), "decoder_scale": np.float64(7.5)}
+            np.testing.assert_array_equal(drawn(opened, np.array(["a b", "c"]), **options), both)
+        four = drawn(opened, ["a b", "c", "", "d"])
+        np.testing.assert_array_equal(four[:2], both)
+        for start in range(4):
+            np.testing.assert_array_equal(drawn(opened, [["a b", "c", "", "d"][start]], start=start), four[start:][:1])
+
+
+def test_a_deleted_pipeline_is_freed(opened, tmp_path):
+    drawn(opened, ["a b"])
+    gc.collect()
+    before, tokenizer = live_bytes(), CompactTokenizer(["a"])
+    pipeline = open_stable_diffusion(directory(tmp_path), tokenizer=tokenizer)
+    with no_compilation():  # the networks are those of another pipeline
+        drawn(pipeline, ["a"])
+    assert live_bytes() - before > 1e5
+    gone = weakref.ref(pipeline), weakref.ref(tokenizer)
+    del pipeline, tokenizer
+    gc.collect()
+    assert [ref() for ref in gone] == [None, None] and live_bytes() == before
+
+
+class Linear:
+    """A network of one line, which returns NaN behind the last timestep."""
+
+    def apply(self, params, xt, t, label, context):
+        return jnp.where((t >= 0)[:, None, None, None], 0.5 * xt + context.mean((1, 2))[:, None, None, None], jnp.nan)
+
+
+@pytest.mark.parametrize("make", [dpm_solver_step, heun_step, plms_step, unipc_step])
+def test_every_sampler_can_be_chosen(opened, make):
+    """It ends at the data, also where DDIM ends at the noise of t = 0."""
+    unet = Linear()
+    pipeline, sampler = opened.replace(unet=unet, set_alpha_to_one=False), make.__name__.removesuffix("_step")
+    process, keys = respace(pipeline.process, pipeline.timesteps(3)), example_keys(jax.random.key(0), 2)
+    context = jnp.asarray(np.random.default_rng(0).normal(size=(2, 2, 12, pipeline.text.width)), jnp.float32)
+
+    @fast_jit
+    def both(keys):
+        found = pipeline.sample_latents(process, *context, keys, sampler=sampler, scale=2.0)
+        network = lambda context: lambda xt, t: unet.apply({}, xt, t, None, context)
+        guided, shape = classifier_free(network(context[0]), network(context[1]), 2.0), found.shape[1:]
+        return found, sample(process, guided, keys, shape, step=make(), x_init=initial_noise(process, keys, shape))
+
+    np.testing.assert_allclose(*both(keys), rtol=1e-4, atol=1e-4)
 
 
 def test_one_step_starts_from_noise_at_its_timestep(opened):
@@ -272,12 +334,12 @@ def test_captions_without_words_and_negative_captions(opened):
     """Guidance from the unconditional caption to itself changes nothing, so that the scale does not matter."""
     empty = drawn(opened, ["", " "], decoder_scale=1.0)
     assert np.abs(drawn(opened, iter(("", " "))) - empty).max() <= 1
-    away = [drawn(opened, ["a b", "c"], negative=text) for text in ("d", "e")]
+    away = [drawn(opened, ["a b", "c"], negative_prompts=text) for text in ("d", "e")]
     wanted = np.stack([away[0][0], away[1][1]])
-    assert np.abs(drawn(opened, ["a b", "c"], negative=("d", "e")) - wanted).max() <= 1
+    assert np.abs(drawn(opened, ["a b", "c"], negative_prompts=("d", "e")) - wanted).max() <= 1
     none = drawn(opened, ["a b", "c"])
     for negative in (None, "", [" "]):
-        np.testing.assert_array_equal(drawn(opened, ["a b", "c"], negative=negative), none)
+        np.testing.assert_array_equal(drawn(opened, ["a b", "c"], negative_prompts=negative), none)
 
 
 FOUR = [1, 251, 501, 751]  # diffusers' DDIMScheduler of version 1: 4 steps with stride 1000 // 4 and steps_offset 1
@@ -300,14 +362,20 @@ def test_steps_mean_the_same_in_every_type(opened, monkeypatch, steps, timesteps
         opened.generate(["a"], steps=jnp.int32(4) if isinstance(steps, str) and steps == "jax" else steps)
 
 
-WRONG = [("steps", value, "steps=.* must be a number of steps") for value in (True, 4.0, None, [], [1.5], {4}, b"4")]
+WRONG = [("steps", value, "steps=.* must be a number of steps") for value in (True, 4.0, [], [1.5], {4}, b"4", "")]
 WRONG += [("steps", float("nan"), "must be a number of steps"), ("steps", "4.0", "steps='4.0' must be like")]
-WRONG += [("steps", value, f"steps={value} must be between 1 and 999") for value in (0, -1, 1000)]
-WRONG += [("steps", "0", "steps=0 must be between 1 and 999"), ("steps", [7, 3], r"steps=\(7, 3\) must be strictly")]
+WRONG += [("steps", value, f"steps={value} must be at least 1") for value in (0, -1)]
+WRONG += [("steps", 1000, "steps=1000 must be between 1 and 999"), ("decoder_steps", 0, "^decoder_steps=0 must be")]
+WRONG += [("steps", "0", "steps='0' must be at least 1"), ("steps", [7, 3], r"steps=\(7, 3\) must be strictly")]
 WRONG += [("steps", [0, 1000], r"steps=\(0, 1000\) must lie in \[0, 1000\)")]
 WRONG += [("steps", [3, 7], "sampling cannot start from pure noise: the process ends at 0.8% of the steps")]
 WRONG += [("batch_size", value, "batch_size=.* must be an integer") for value in (2.0, "2", True, None)]
 WRONG += [("batch_size", 0, "batch_size=0 must be at least 1"), ("seed", -1, "seed=-1 must be at least 0")]
+WRONG += [("batch_size", 2**20, "batch_size=1048576 must be at most 65536"), ("start", 1.0, "start=1.0 must be an int")]
+WRONG += [("sampler", "euler", "sampler='euler' must be one of 'ancestral'")]
+WRONG += [("order", 2, "order=2 is no option of sampler='ddim'"), ("sampler", "analytic", "needs the network's second")]
+WRONG += [("prior_scale", 1.0, "there is no option 'prior_scale': this pipeline has the stages decoder")]
+WRONG += [("churn", 0.1, "churn=0.1 is no option of sampler='ddim'"), ("negative", "b", "no option 'negative'")]
 WRONG += [("seed", 2**32, "seed=4294967296 must be at most"), ("seed", 0.0, "seed=0.0 must be an integer")]
 WRONG += [("decoder_scale", value, "decoder_scale=.* must be a finite number") for value in (np.nan, np.inf, "7", True)]
 WRONG += [("eta", np.float32(1.5), r"eta=1.5 must be in \[0, 1\]"), ("eta", np.nan, "eta=nan must be a finite number")]
@@ -315,8 +383,9 @@ WRONG += [("prompts", "a", "prompts must be a sequence of at least one caption, 
 WRONG += [("prompts", [], "prompts must hold at least one caption"), ("prompts", 3, "prompts must be a sequence")]
 WRONG += [("prompts", ["a", 3], r"prompts\[1\] must be a string, got 3")]
 WRONG += [("prompts", ["a", "a zz"], r"prompts\[1\] = 'a zz': the word \"zz\" is not in the vocabulary")]
-WRONG += [("negative", ["b", "c"], "negative must be one caption, or one for each of the 1 prompts")]
-WRONG += [("negative", "zz", r"negative\[0\] = 'zz': the word"), ("negative", 3, "negative must be one caption")]
+WRONG += [("negative_prompts", ["b", "c"], "negative_prompts must be one caption or one for each of 1 prompts, got 2")]
+WRONG += [("negative_prompts", "zz", r"negative_prompts\[0\] = 'zz': the word")]
+WRONG += [("negative_prompts", 3, "negative_prompts must be a caption or a sequence of captions, got 3")]
 
 
 @pytest.mark.parametrize("name,value,message", WRONG)
@@ -341,15 +410,32 @@ def test_numbers_that_are_not_finite_are_no_picture(opened, value):
         pipeline = opened.replace(params=flax.traverse_util.unflatten_dict(flat | {place: broken}))
         which = r"prompts\[1\]" if stage == "text encoder" else r"prompts\[0\], prompts\[1\]"
         with pytest.raises(NotFiniteError, match=rf"^the {stage} returned values .* not finite .* for {which}:"):
-            drawn(pipeline, ["a b", "q"])
+            drawn(pipeline, ["a b", "q"], batch_size=2)
 
 
 def test_the_padding_of_the_tokenizer(tmp_path):
     path = directory(tmp_path)
-    assert stable_diffusion.open_stable_diffusion(path).tokenizer.pad == ClipTokenizer.eot
+    assert open_stable_diffusion(path).tokenizer.pad == ClipTokenizer.eot
     (path / "tokenizer").mkdir()
     (path / "tokenizer" / "special_tokens_map.json").write_text(json.dumps({"pad_token": "!"}))
-    assert stable_diffusion.open_stable_diffusion(path).tokenizer.pad == 0
+    assert open_stable_diffusion(path).tokenizer.pad == 0
+
+
+def test_numbers_of_a_model_directory_are_checked(tmp_path):
+    read = stable_diffusion.read_stable_diffusion(directory(tmp_path))
+    schedule = read.facts["schedule"]
+    for change, message in (
+        ({"latent_size": 10**9}, "metadata.latent_size=1000000000 must be an integer in"),
+        ({"latent_size": 0}, "metadata.latent_size=0 must be an integer in"),
+        ({"kind": "score"}, "metadata.kind='score' must be 'eps', 'v' or 'x0'"),
+        ({"kind": None}, "metadata lacks the field kind"),
+        ({"schedule": []}, "metadata.schedule must be an object with .* it lacks num_train_timesteps"),
+        ({"schedule": schedule | {"num_train_timesteps": 10**9}}, "num_train_timesteps=1000000000 .it must be a whole"),
+        ({"schedule": schedule | {"beta_end": -1}}, "metadata.schedule: the scheduler's betas do not fit"),
+        ({"schedule": schedule | {"steps_offset": -1}}, "metadata.schedule: .* steps_offset=-1, which must be"),
+    ):
+        with pytest.raises(LoadError, match=message):
+            pipeline_of(read._replace(facts=read.facts | change))
 
 
 def test_what_is_refused(tmp_path):
@@ -371,16 +457,16 @@ def test_what_is_refused(tmp_path):
         with pytest.raises(
             ReadError, match=f"{wanted}.config.json has {field}=.*, (where whole numbers are between 1|which must have)"
         ):
-            stable_diffusion.open_stable_diffusion(path)
+            stable_diffusion.read_stable_diffusion(path)
         (path / "unet" / "config.json").write_text(json.dumps(config("unet1")))
     (path / "vae" / "config.json").write_text(json.dumps(config("autoencoder")))
     (path / "vae" / "diffusion_pytorch_model.safetensors").unlink()
     with pytest.raises(ReadError, match="vae has no weights; they would be called diffusion_pytorch_model.safetensors"):
-        stable_diffusion.open_stable_diffusion(path)
+        stable_diffusion.read_stable_diffusion(path)
     (path / "unet" / "config.json").write_text("{}")
     (path / "vae" / "config.json").write_text("[")
     with pytest.raises(ReadError, match="vae cannot be read as a part of Stable Diffusion"):
-        stable_diffusion.open_stable_diffusion(path)
+        stable_diffusion.read_stable_diffusion(path)
 
 
 # Millions of parameters: of version 1.5's three files (facts of the released models' configs).

@@ -380,7 +380,7 @@ def test_samplers_can_be_chosen_for_every_stage():
         (["a red circle"], {"batch_size": 0}, "batch_size=0 must be at least 1"),
         (["a red circle"], {"batch_size": 2**40}, "batch_size=1099511627776 must be at most 65536"),
         (["a red circle"], {"start": -1}, "start=-1 must be at least 0"),
-        (["a red circle"], {"decoder_scle": 2.0}, "there is no option 'decoder_scle', did you mean 'decoder_scale'?"),
+        (["a red circle"], {"decoder_scle": 2.0}, "no option 'decoder_scle' (did you mean 'decoder_scale'?)"),
         (["a red circle"], {"scale": 2.0, "decoder_scale": 2.0}, "scale and decoder_scale are the same option"),
         (["a red circle"], {"upsampler_scale": 2.0}, "upsampler_scale=2.0 needs a network with a null condition"),
         (["a red circle"], {"classifier_scale": 2.0}, "classifier_scale=2.0 needs a classifier"),

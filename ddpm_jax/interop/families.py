@@ -6,10 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
 
-from ddpm_jax.data.tokenizer import Tokenizer, tokenizer_from_config
 from ddpm_jax.interop import (
     clip,
     glide,
@@ -22,11 +20,9 @@ from ddpm_jax.interop import (
     stable_diffusion,
 )
 from ddpm_jax.interop.config_fields import check_sizes, check_width, clip_towers, head_width, tower_sizes
-from ddpm_jax.interop.diffusers_layout import read_config, weights_file
+from ddpm_jax.interop.diffusers_layout import weights_file
 from ddpm_jax.interop.parts import select
 from ddpm_jax.interop.table import ConvertError
-from ddpm_jax.pipelines.karlo import Karlo
-from ddpm_jax.pipelines.stable_diffusion import StableDiffusion
 from ddpm_jax.storage.json_file import read_json
 from ddpm_jax.storage.model_directory import PEER, Converted, read_description, write_tensors
 from ddpm_jax.storage.tensor_file import ReadError, read_tensors
@@ -96,72 +92,24 @@ def peer_files(source: Path, read: list[Path]) -> dict[str, Path]:
     }  # fmt: skip
 
 
-def pipeline_of(converted: Converted, tokenizer: Tokenizer | None = None) -> Karlo | StableDiffusion | Converted:
-    """Return the pipeline that a converted checkpoint is; one network alone is returned as it is.
-
-    tokenizer: in place of the one that the facts describe.
-    """
-    facts, models, params = converted.facts, converted.models, converted.params
-    if converted.family not in ("karlo", "stable-diffusion"):
-        return converted
-    tokenizer = tokenizer_from_config(facts["tokenizer"]) if tokenizer is None else tokenizer
-    if converted.family == "stable-diffusion":
-        return StableDiffusion(
-            params=params,
-            process=stable_diffusion.process_of(facts["schedule"]),
-            tokenizer=tokenizer,
-            kind=facts["kind"],
-            latent_size=facts["latent_size"],
-            **stable_diffusion.sampling_of(facts["schedule"]),
-            **models,
-        )
-    numbers = params.get("statistics")
-    return Karlo(
-        params={name: params[name] for name in params if name != "statistics"},
-        statistics=None if numbers is None else (jnp.asarray(numbers["mean"]), jnp.asarray(numbers["std"])),
-        text=models["text"],
-        image=models.get("image"),
-        prior=models.get("prior"),
-        decoder=models["decoder"],
-        upsampler=models["first"],
-        tokenizer=tokenizer,
-        sizes=tuple(facts["sizes"]),
-        prior_clip=facts["prior_clip"],
-    )
-
-
 # ---- Pipelines -------------------------------------------------------------------------------------------------------
 
 
 def _read_karlo(source: Path, options: Options) -> Read:
     _needs_directory(source, "karlo")
     original = any(source.glob(karlo_original.FILES["decoder"]))
-    opened = karlo_original.open_karlo_original(source) if original else karlo.open_karlo(source)
-    prior_clip = opened.prior_clip if options.prior_clip is None else options.prior_clip
-    models = {"text": opened.text, "image": opened.image, "prior": opened.prior, "decoder": opened.decoder}
-    models |= {"first": opened.upsampler, "last": opened.upsampler}
-    models = {name: model for name, model in models.items() if model is not None}
-    params = dict(opened.params)
-    if opened.statistics is not None:
-        mean, std = opened.statistics
-        params["statistics"] = {"mean": np.asarray(mean), "std": np.asarray(std)}
-    facts = {
-        "layout": "original" if original else "diffusers",
-        "sizes": list(opened.sizes),
-        "prior_clip": prior_clip,
-        "tokenizer": opened.tokenizer.to_config(),
-    }
+    read = karlo_original.read_karlo_original(source) if original else karlo.read_karlo(source)
+    if options.prior_clip is not None:
+        read.facts["prior_clip"] = options.prior_clip
     assumed = {
-        "prior_clip": prior_clip,
+        "prior_clip": read.facts["prior_clip"],
         "schedules": "cosine, 1000 steps; the decoder's variance is learned, the others' fixed small",
-        "padding of captions": facts["tokenizer"]["pad"],
+        "padding of captions": read.facts["tokenizer"]["pad"],
     }
     if original:
         assumed["widths of heads"] = "64 in the prior, the decoder and CLIP"
-        files = list(karlo_original.find_files(source).values())
-    else:
-        files = _weights(source, list(karlo.FIELDS))
-    return Read(Converted("karlo", models, params, facts), assumed, files)
+        return Read(read, assumed, list(karlo_original.find_files(source).values()))
+    return Read(read, assumed, _weights(source, list(karlo.FIELDS)))
 
 
 def _write_karlo(converted: Converted, out: Path) -> None:
@@ -203,57 +151,28 @@ def _write_karlo_original(converted: Converted, out: Path) -> None:
 
 
 def _read_stable_diffusion(source: Path, options: Options) -> Read:
-    if not source.is_dir():
-        return _read_stable_diffusion_file(source, options)
-    opened = stable_diffusion.open_stable_diffusion(source)
-    schedule = read_config(
-        source,
-        "scheduler",
-        stable_diffusion.FIELDS["scheduler"],
-        family="Stable Diffusion",
-        name="scheduler_config.json",
+    if source.is_dir():
+        read = stable_diffusion.read_stable_diffusion(source)
+        assumed = {
+            "sampler": "DDIM, whatever the scheduler's name, at its timesteps",
+            "padding of captions": read.facts["tokenizer"]["pad"],
+        }
+        return Read(read, assumed, _weights(source, ["text_encoder", "unet", "vae"]))
+    read = latent_diffusion.read_stable_diffusion_file(
+        source, kind=options.kind, image_size=options.image_size, part=options.part
     )
-    facts = {
-        "layout": "diffusers",
-        "kind": opened.kind,
-        "latent_size": opened.latent_size,
-        "schedule": schedule,
-        "linear_projection": bool(read_json(source / "unet" / "config.json").get("use_linear_projection", False)),
-        "tokenizer": opened.tokenizer.to_config(),
-    }
-    models = {"text": opened.text, "unet": opened.unet, "autoencoder": opened.autoencoder}
     assumed = {
-        "sampler": "DDIM, whatever the scheduler's name, at its timesteps",
-        "padding of captions": facts["tokenizer"]["pad"],
-    }
-    files = _weights(source, ["text_encoder", "unet", "vae"])
-    return Read(Converted("stable-diffusion", models, dict(opened.params), facts), assumed, files)
-
-
-def _read_stable_diffusion_file(source: Path, options: Options) -> Read:
-    how = {"kind": options.kind, "image_size": options.image_size, "part": options.part}
-    opened = latent_diffusion.open_stable_diffusion_file(source, **how)
-    facts = {
-        "layout": "original",
-        "kind": opened.kind,
-        "latent_size": opened.latent_size,
-        "schedule": latent_diffusion.SCHEDULE,
-        "tokenizer": opened.tokenizer.to_config(),
-    }
-    models = {"text": opened.text, "unet": opened.unet, "autoencoder": opened.autoencoder}
-    assumed = {
-        "kind": opened.kind,
+        "kind": options.kind,
         "image_size": options.image_size,
         "schedule": latent_diffusion.SCHEDULE,
         "averages": "left out, if the file has them" if options.part is None else f"of {options.part}",
     }
-    return Read(Converted("stable-diffusion", models, dict(opened.params), facts), assumed, [source])
+    return Read(read, assumed, [source])
 
 
 def _write_stable_diffusion(converted: Converted, out: Path) -> None:
     if converted.facts["layout"] == "original":
-        pipeline = pipeline_of(converted)
-        write_tensors(out, "model", latent_diffusion.export_stable_diffusion_file(pipeline), whole=True)
+        write_tensors(out, "model", latent_diffusion.export_stable_diffusion_file(converted), whole=True)
         return
     models, params = converted.models, converted.params
     linear = converted.facts["linear_projection"]

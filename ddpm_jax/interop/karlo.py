@@ -18,7 +18,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ddpm_jax.data.tokenizer import ClipTokenizer, Tokenizer
 from ddpm_jax.interop import config_fields
 from ddpm_jax.interop.clip import LoadedCLIP, load_clip
 from ddpm_jax.interop.config_fields import (
@@ -51,7 +50,7 @@ from ddpm_jax.models.prior import DiffusionPrior
 from ddpm_jax.models.transformer import gelu
 from ddpm_jax.models.unet import UNet
 from ddpm_jax.models.upsampler import Upsampler
-from ddpm_jax.pipelines.karlo import Karlo
+from ddpm_jax.storage.model_directory import Converted
 from ddpm_jax.storage.tensor_file import ReadError
 
 STATISTICS = ("clip_mean", "clip_std")
@@ -79,18 +78,20 @@ KNOWN = {
 _PLAIN = {"ResnetDownsampleBlock2D": "ResnetUpsampleBlock2D"}
 
 
-def open_karlo(directory: str | Path, *, tokenizer: Tokenizer | None = None, dtype: Any = jnp.float32) -> Karlo:
-    """Make a pipeline of a directory in diffusers' layout, such as a copy of kakaobrain/karlo-v1-alpha.
+def read_karlo(directory: str | Path, *, dtype: Any = jnp.float32) -> Converted:
+    """Read a directory in diffusers' layout, such as a copy of kakaobrain/karlo-v1-alpha.
+
+    `pipelines.karlo.open_karlo` makes a pipeline of it.
 
     Args:
         directory: with the parts prior (captions) or image_encoder (variations), and text_encoder, text_proj, decoder,
             super_res_first and super_res_last; each has a config.json and its weights, safetensors or PyTorch's.
-        tokenizer: CLIP's, padded with the end token, by default.
         dtype: in which the networks compute; parameters are float32.
 
     Returns:
-        `pipelines.karlo.Karlo`, whose `generate` draws captions and whose `variations` draws pictures. Its prior_clip
-        is clip_sample_range of prior_scheduler, or 5 in a directory without one.
+        the networks and their parameters: "text", "decoder", "first" and "last" (the upsamplers), and what the
+        directory has of "image" and "prior", with "statistics" of image embeddings. Its prior_clip is
+        clip_sample_range of prior_scheduler, or 5 in a directory without one.
 
     Raises:
         ReadError: if a part is missing or cannot be read.
@@ -102,23 +103,21 @@ def open_karlo(directory: str | Path, *, tokenizer: Tokenizer | None = None, dty
     has = {name: (directory / name).is_dir() for name in ("prior", "image_encoder")}
     if not any(has.values()):
         raise ReadError(f"{directory} is not a directory of Karlo: it has neither prior nor image_encoder")
-    params, prior, image = {}, None, None
     prior_clip = _check_schedulers(directory)
-    config, tensors = part("text_encoder")
-    text = _tower(config, tensors, dtype)
-    params["text"] = text.params
+    text = _tower(*part("text_encoder"), dtype)
+    models, params = {"text": text.model}, {"text": text.params}
     if has["prior"]:
-        config, tensors = part("prior")
-        prior = _prior_of(config, tensors, dtype)
-        params["prior"] = prior.params
+        prior = _prior_of(*part("prior"), dtype)
+        models["prior"], params["prior"] = prior.model, prior.params
+        params["statistics"] = {"mean": prior.mean, "std": prior.std}
     if has["image_encoder"]:
         image = _tower(*part("image_encoder"), dtype)
-        params["image"] = image.params
+        models["image"], params["image"] = image.model, image.params
         _check_processor(directory, image.model.vision.image_size)
     (config, unet), (projections, text_proj) = part("decoder"), part("text_proj")
-    decoder = _decoder_of(config, projections, text_proj, dtype)
+    models["decoder"] = _decoder_of(config, projections, text_proj, dtype)
     small = side_of(config, "decoder is not one of Karlo")
-    params["decoder"] = load_decoder(unet, text_proj, decoder, image_size=small)
+    params["decoder"] = load_decoder(unet, text_proj, models["decoder"], image_size=small)
     upsamplers = []
     for name in ("first", "last"):
         config, tensors = part(f"super_res_{name}")
@@ -126,19 +125,10 @@ def open_karlo(directory: str | Path, *, tokenizer: Tokenizer | None = None, dty
         upsamplers.append((_upsampler_of(config, dtype), large))
         if upsamplers[0] != upsamplers[-1]:
             raise ConvertError("super_res_first and super_res_last are not of one Karlo: their configs differ")
-        params[name] = load_upsampler(tensors, upsamplers[0][0], image_size=large)
-    return Karlo(
-        params=params,
-        statistics=None if prior is None else (jnp.asarray(prior.mean), jnp.asarray(prior.std)),
-        text=text.model,
-        image=None if image is None else image.model,
-        prior=None if prior is None else prior.model,
-        decoder=decoder,
-        upsampler=upsamplers[0][0],
-        tokenizer=ClipTokenizer(pad="eot") if tokenizer is None else tokenizer,
-        sizes=(small, large),
-        prior_clip=prior_clip,
-    )
+        models[name] = upsamplers[0][0]
+        params[name] = load_upsampler(tensors, models[name], image_size=large)
+    facts = {"layout": "diffusers", "sizes": [small, large], "prior_clip": prior_clip}
+    return Converted("karlo", models, params, facts | {"tokenizer": {"kind": "clip", "pad": "eot"}})
 
 
 def _part(directory: Path, name: str) -> tuple[dict[str, Any], dict[str, np.ndarray]]:

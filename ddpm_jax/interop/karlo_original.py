@@ -19,7 +19,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ddpm_jax.data.tokenizer import ClipTokenizer, Tokenizer
 from ddpm_jax.interop.clip import LoadedCLIP, load_clip
 from ddpm_jax.interop.guided import unet_table
 from ddpm_jax.interop.karlo import LoadedPrior, absent
@@ -43,7 +42,7 @@ from ddpm_jax.models.prior import DiffusionPrior
 from ddpm_jax.models.transformer import gelu
 from ddpm_jax.models.unet import UNet, check_image_size
 from ddpm_jax.models.upsampler import Upsampler
-from ddpm_jax.pipelines.karlo import Karlo
+from ddpm_jax.storage.model_directory import Converted
 from ddpm_jax.storage.tensor_file import ReadError, read_tensors
 
 FILES = {
@@ -72,24 +71,23 @@ class Loaded(NamedTuple):
     params: dict[str, Any]
 
 
-def open_karlo_original(
+def read_karlo_original(
     directory: str | Path,
     *,
-    tokenizer: Tokenizer | None = None,
     heads: int = 32,
     head_channels: int = 64,
     head_width: int | tuple[int, int] = 64,
     image_sizes: tuple[int, int] = (64, 256),
     prior_clip: float = 10.0,
     dtype: Any = jnp.float32,
-) -> Karlo:
-    """Make a pipeline of a directory with the five files of Karlo's original release, version 1.0.0 alpha.
+) -> Converted:
+    """Read a directory with the five files of Karlo's original release, version 1.0.0 alpha.
+
+    `pipelines.karlo.open_karlo_original` makes a pipeline of it.
 
     Args:
         directory: with the files that Karlo's setup.sh fetches: prior-ckpt*.ckpt, decoder-ckpt*.ckpt,
             improved-sr-ckpt*.ckpt, ViT-L-14_stats.th and ViT-L-14.pt. Sizes are read from the tensors.
-        tokenizer: CLIP's, filled up with 0 as Karlo's, by default. No network sees what stands behind the end of a
-            caption, so that another padding draws the same pictures.
         heads: of the prior's attention.
         head_channels: the width of a head in the decoder.
         head_width: the width of a head in CLIP; a pair is of the text and of the vision transformer.
@@ -98,9 +96,7 @@ def open_karlo_original(
         dtype: in which the networks compute; parameters are float32.
 
     Returns:
-        `pipelines.karlo.Karlo`, whose `generate` draws captions and whose `variations` draws pictures. The decoder's 25
-        steps are Karlo's "fast" way, decoder_steps="50" its default. For variations Karlo squeezes images to a
-        square, of which `variations` takes the middle instead (`data.transforms.clip_pixels`).
+        the networks and their parameters, by the names of `interop.karlo.read_karlo`.
 
     Raises:
         ReadError: if a file is missing, there twice, or cannot be read.
@@ -115,24 +111,20 @@ def open_karlo_original(
     decoder = load_decoder(read_tensors(files["decoder"]), image_size=small, head_channels=head_channels, dtype=dtype)
     upsamplers = load_upsamplers(read_tensors(files["upsamplers"]), image_size=large, dtype=dtype)
     _check_fit(clip.model, prior.model, decoder.model)
-    text, image = _towers(clip)
-    return Karlo(
-        params={
-            "text": text.params,
-            "image": image.params,
-            "prior": prior.params,
-            "decoder": decoder.params,
-            **upsamplers.params,
+    loaded = dict(zip(("text", "image"), _towers(clip), strict=True)) | {"prior": prior, "decoder": decoder}
+    loaded |= {name: Loaded(upsamplers.model, params) for name, params in upsamplers.params.items()}
+    return Converted(
+        "karlo",
+        {name: network.model for name, network in loaded.items()},
+        {name: network.params for name, network in loaded.items()}
+        | {"statistics": {"mean": prior.mean, "std": prior.std}},
+        {
+            "layout": "original",
+            "sizes": [small, large],
+            "prior_clip": prior_clip,
+            # Filled up with 0 as Karlo's: no network sees what stands behind the end of a caption.
+            "tokenizer": {"kind": "clip", "pad": 0},
         },
-        statistics=(jnp.asarray(prior.mean), jnp.asarray(prior.std)),
-        text=text.model,
-        image=image.model,
-        prior=prior.model,
-        decoder=decoder.model,
-        upsampler=upsamplers.model,
-        tokenizer=ClipTokenizer() if tokenizer is None else tokenizer,
-        sizes=(small, large),
-        prior_clip=prior_clip,
     )
 
 

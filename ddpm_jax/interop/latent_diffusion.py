@@ -13,7 +13,6 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from ddpm_jax.data.tokenizer import ClipTokenizer, Tokenizer
 from ddpm_jax.interop import stable_diffusion as sd
 from ddpm_jax.interop.clip import NAMES
 from ddpm_jax.interop.diffusers_layout import block_name
@@ -25,7 +24,7 @@ from ddpm_jax.models.autoencoder import Autoencoder
 from ddpm_jax.models.text_encoder import TextEncoder
 from ddpm_jax.models.transformer import gelu
 from ddpm_jax.models.unet import UNet
-from ddpm_jax.pipelines.stable_diffusion import StableDiffusion
+from ddpm_jax.storage.model_directory import Converted
 from ddpm_jax.storage.tensor_file import read_tensors
 from ddpm_jax.storage.tensors import Tensors, below, renamed
 
@@ -49,7 +48,7 @@ _RES = {
 _ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
 
 
-def open_stable_diffusion_file(
+def read_stable_diffusion_file(
     path: str | Path,
     *,
     kind: str = "eps",
@@ -57,21 +56,25 @@ def open_stable_diffusion_file(
     unet: UNet | None = None,
     autoencoder: Autoencoder | None = None,
     head_width: int = 64,
-    tokenizer: Tokenizer | None = None,
     part: str | None = None,
     dtype: Any = jnp.float32,
-) -> StableDiffusion:
-    """Make a pipeline of a file such as v1-5-pruned-emaonly.safetensors or v2-1_768-ema-pruned.ckpt.
+) -> Converted:
+    """Read a file such as v1-5-pruned-emaonly.safetensors or v2-1_768-ema-pruned.ckpt.
+
+    `pipelines.stable_diffusion.open_stable_diffusion_file` makes a pipeline of it. Captions are padded with the end
+    token (version 1) or with 0 (version 2).
 
     Args:
         path: the file. That it is of version 2, its text encoder (open_clip's) says.
         kind: what the U-Net predicts: "eps", or "v" for version 2 at 768 pixels.
-        image_size: of the pictures that it was trained on.
+        image_size: of the images that it was trained on.
         unet, autoencoder: the networks; by default the published ones of the version.
         head_width: of the text encoder's attention.
-        tokenizer: CLIP's by default, padded with the end token (version 1) or with 0 (version 2).
         part: of the file, as `read_tensors` takes it; "model_ema" for the averages of the U-Net's parameters.
         dtype: in which the networks compute; parameters are float32.
+
+    Returns:
+        the networks and their parameters, by the names of `interop.stable_diffusion.read_stable_diffusion`.
 
     Raises:
         ReadError: if the file cannot be read.
@@ -101,36 +104,34 @@ def open_stable_diffusion_file(
             _renamed(parts[AUTOENCODER], autoencoder_names(autoencoder)), autoencoder
         ),
     }  # fmt: skip
-    return StableDiffusion(
-        params=params,
-        process=sd.process_of(SCHEDULE),
-        text=text,
-        unet=unet,
-        autoencoder=autoencoder,
-        tokenizer=ClipTokenizer(pad=0 if second else "eot") if tokenizer is None else tokenizer,
-        kind=kind,
-        latent_size=image_size // autoencoder.factor,
-        **sd.sampling_of(SCHEDULE),
-    )
+    facts = {
+        "layout": "original",
+        "kind": kind,
+        "latent_size": image_size // autoencoder.factor,
+        "schedule": SCHEDULE,
+        "tokenizer": {"kind": "clip", "pad": 0 if second else "eot"},
+    }
+    return Converted("stable-diffusion", {"text": text, "unet": unet, "autoencoder": autoencoder}, params, facts)
 
 
-def export_stable_diffusion_file(pipeline: StableDiffusion) -> dict[str, np.ndarray]:
+def export_stable_diffusion_file(converted: Converted) -> dict[str, np.ndarray]:
     """Return the tensors of such a file, float32; of version 2 without the last layer and the projection of open_clip.
 
     A text encoder with quick_gelu is written as version 1 has it, another one as version 2 has it.
     """
-    params, second = pipeline.params, pipeline.text.activation is gelu
-    unet = sd.export_unet(params["unet"], pipeline.unet, linear_projection=second)
-    names = unet_names(pipeline.unet)
+    models, params = converted.models, converted.params
+    second = models["text"].activation is gelu
+    unet = sd.export_unet(params["unet"], models["unet"], linear_projection=second)
+    names = unet_names(models["unet"])
     found = {UNET + names[name]: array for name, array in unet.items()}
-    names = autoencoder_names(pipeline.autoencoder)
-    for name, array in sd.export_autoencoder(params["autoencoder"], pipeline.autoencoder).items():
+    names = autoencoder_names(models["autoencoder"])
+    for name, array in sd.export_autoencoder(params["autoencoder"], models["autoencoder"]).items():
         flat = ".attn_1." in names[name] and array.ndim == 2  # convolutions of width one there
         found[AUTOENCODER + names[name]] = array[..., None, None] if flat else array
     if second:
-        table = sd.text_encoder_table(pipeline.text.layers, "openai")
+        table = sd.text_encoder_table(models["text"].layers, "openai")
         return found | {OPEN_CLIP + name: array for name, array in to_peer(table, params["text"]).items()}
-    text = sd.export_text_encoder(params["text"], pipeline.text)
+    text = sd.export_text_encoder(params["text"], models["text"])
     return found | {TEXT + name: array for name, array in text.items()}
 
 

@@ -13,9 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ddpm_jax.data.tokenizer import ClipTokenizer, Tokenizer
 from ddpm_jax.diffusion.process import GaussianProcess, make_process
-from ddpm_jax.diffusion.schedules import linear_betas, quadratic_betas, zero_terminal_snr
+from ddpm_jax.diffusion.schedules import SPACINGS, linear_betas, quadratic_betas, zero_terminal_snr
 from ddpm_jax.interop import config_fields
 from ddpm_jax.interop.clip import ACTIVATIONS, NAMES, Dialect, clip_table
 from ddpm_jax.interop.config_fields import (
@@ -46,8 +45,8 @@ from ddpm_jax.interop.unet import walk
 from ddpm_jax.models.autoencoder import Autoencoder
 from ddpm_jax.models.text_encoder import TextEncoder
 from ddpm_jax.models.unet import UNet
-from ddpm_jax.pipelines.stable_diffusion import SPACINGS, StableDiffusion
 from ddpm_jax.storage.json_file import read_json
+from ddpm_jax.storage.model_directory import Converted
 from ddpm_jax.storage.tensor_file import ReadError
 
 POINTWISE = Layout(lambda x: x.reshape(x.shape[:2]).T, lambda x: (x.T[..., None, None],))
@@ -67,16 +66,19 @@ KINDS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
 BETAS = {"scaled_linear": quadratic_betas, "linear": linear_betas}
 
 
-def open_stable_diffusion(
-    directory: str | Path, *, tokenizer: Tokenizer | None = None, dtype: Any = jnp.float32
-) -> StableDiffusion:
-    """Make a pipeline of a directory in diffusers' layout, such as a copy of stable-diffusion-v1-5.
+def read_stable_diffusion(directory: str | Path, *, dtype: Any = jnp.float32) -> Converted:
+    """Read a directory in diffusers' layout, such as a copy of stable-diffusion-v1-5.
+
+    `pipelines.stable_diffusion.open_stable_diffusion` makes a pipeline of it.
 
     Args:
         directory: with the parts vae, unet, text_encoder and scheduler, each with its config.json
-            (scheduler_config.json) and its weights, safetensors or PyTorch's.
-        tokenizer: CLIP's by default, padded as the directory's tokenizer says: with the end token, or with id 0 ("!").
+            (scheduler_config.json) and its weights, safetensors or PyTorch's. Captions are padded as its tokenizer
+            says: with the end token, or with id 0 ("!").
         dtype: in which the networks compute; parameters are float32.
+
+    Returns:
+        the networks and their parameters: "text", "unet" and "autoencoder".
 
     Raises:
         ReadError: if a part is missing or cannot be read.
@@ -92,7 +94,7 @@ def open_stable_diffusion(
     unet_config = config_of("unet")
     unet, latent_size = unet_of(unet_config, dtype), side_of(unet_config, _NOT_UNET)
     schedule = config_of("scheduler", name="scheduler_config.json")
-    process, sampling = process_of(schedule), sampling_of(schedule)
+    process_of(schedule), sampling_of(schedule)
     # Every config is checked before the first weights are read, which takes long.
     tensors = read_weights(directory, "text_encoder")
     check_width(config, tensors, whose)
@@ -105,16 +107,18 @@ def open_stable_diffusion(
     linear = {array.ndim == 2 for name, array in tensors.items() if name.endswith(".proj_in.weight")}
     check_sizes(unet_config, {"use_linear_projection": linear == {True}} if linear else {}, _NOT_UNET)
     unet_params = load_unet(tensors, unet, context_width=text.width)
-    return StableDiffusion(
-        params={"text": text_params, "autoencoder": autoencoder_params, "unet": unet_params},
-        process=process,
-        text=text,
-        unet=unet,
-        autoencoder=autoencoder,
-        tokenizer=ClipTokenizer(pad=_padding(directory)) if tokenizer is None else tokenizer,
-        kind=KINDS[schedule.get("prediction_type", "epsilon")],
-        latent_size=latent_size,
-        **sampling,
+    return Converted(
+        "stable-diffusion",
+        {"text": text, "unet": unet, "autoencoder": autoencoder},
+        {"text": text_params, "unet": unet_params, "autoencoder": autoencoder_params},
+        {
+            "layout": "diffusers",
+            "kind": KINDS[schedule.get("prediction_type", "epsilon")],
+            "latent_size": latent_size,
+            "schedule": schedule,
+            "linear_projection": bool(unet_config.get("use_linear_projection", False)),
+            "tokenizer": {"kind": "clip", "pad": _padding(directory)},
+        },
     )
 
 

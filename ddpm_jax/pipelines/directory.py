@@ -89,8 +89,8 @@ def _open_converted(directory: Path) -> Any:
     converted = model_directory.load(directory)
     try:
         return pipeline_of(converted)
-    except LoadError:
-        raise
+    except LoadError as error:
+        raise LoadError(f"{directory / MODEL_FILE}: {error}") from None
     except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise LoadError(f"{directory} does not fit this version: {type(error).__name__}: {error}") from error
 

@@ -1,13 +1,14 @@
-"""Karlo as a pipeline: captions or pictures in, pictures out, wired as diffusers' UnCLIPPipeline is.
+"""Karlo as a pipeline: captions or images in, images out, wired as diffusers' UnCLIPPipeline is.
 
 It is the way of `pipelines.unclip` with other conventions: embeddings are not normalised (norms are part of what the
-networks read), a dropped caption is the empty one, the prior's draws are clipped and turned back by the statistics of
-image embeddings, and a second upsampler takes the last step. `interop.karlo.open_karlo` makes one of a directory.
+networks read), a dropped caption is the empty one, the prior's samples are clipped and turned back by the statistics of
+image embeddings, and a second upsampler takes the last step. `open_karlo` makes one of a directory.
 """
 
 import functools
 import warnings
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import flax.struct
@@ -15,45 +16,70 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ddpm_jax.data.tokenizer import Tokenizer
+from ddpm_jax.data.tokenizer import Tokenizer, tokenizer_from_config
 from ddpm_jax.data.transforms import clip_pixels
-from ddpm_jax.diffusion.guidance import classifier_free
-from ddpm_jax.diffusion.process import GaussianProcess, make_process
-from ddpm_jax.diffusion.samplers import ancestral_step, example_keys, sample
+from ddpm_jax.diffusion.diffusion import Diffusion
 from ddpm_jax.diffusion.samplers.noise import transition_keys
-from ddpm_jax.diffusion.schedules import cosine_betas
+from ddpm_jax.diffusion.sampling import Sampling, bounded, sample_with
+from ddpm_jax.interop.karlo import read_karlo
+from ddpm_jax.interop.karlo_original import read_karlo_original
 from ddpm_jax.models.clip import CLIP
 from ddpm_jax.models.decoder import Decoder
 from ddpm_jax.models.prior import DiffusionPrior
 from ddpm_jax.models.upsampler import Upsampler
 from ddpm_jax.pipelines.request import (
-    Steps,
-    as_float,
-    as_int,
     as_prompts,
     as_seed,
-    as_steps,
-    check_finite,
-    respaced,
+    check_steps,
+    image_indices,
+    image_keys,
+    in_batches,
+    negative_tokens,
+    stage_samplings,
     tokenize,
 )
-from ddpm_jax.pipelines.stages import Text, bounded, finite, to_uint8
+from ddpm_jax.pipelines.stages import Text, finite
+from ddpm_jax.storage.model_directory import Converted
+from ddpm_jax.types import to_uint8
 
 STAGES = ("text encoder", "image encoder", "prior", "decoder", "upsampler")
-OPTIONS = ("prior_steps", "prior_scale", "decoder_steps", "decoder_scale", "upsampler_steps")
+DIFFUSION = {
+    "prior": Diffusion("cosine", 1000, "x0"),
+    "decoder": Diffusion("cosine", 1000, "eps", "learned_range"),
+    "upsampler": Diffusion("cosine", 1000, "eps"),
+}
 
 
 def _static(**options: Any) -> Any:
     return flax.struct.field(pytree_node=False, **options)
 
 
+def default_sampling(prior_clip: float = 5.0) -> dict[str, Sampling]:
+    """Return how Karlo's stages are sampled, as its published pipeline does in its fast mode.
+
+    prior_clip: bound of what the prior predicts; 5 in diffusers, 10 in the original code.
+    """
+    return {
+        "prior": Sampling("ancestral", 25, scale=4.0, threshold=prior_clip),
+        "decoder": Sampling("ancestral", 25, scale=8.0, threshold=1.0),
+        "upsampler": Sampling("ancestral", 7, threshold=1.0),
+    }
+
+
 class Karlo(flax.struct.PyTreeNode):
     """The networks and their parameters; a tree of arrays, so that it can be an argument of a jitted function.
 
-    params: of each network by name: "text", "image", "prior", "decoder", "first", "last" (the two upsamplers).
-    statistics: the mean and the standard deviation of image embeddings, float32[D] each. image: None where there is no
-    image encoder, or no prior; then there are no variations, or no captions. sizes: of the decoder's pictures, and of
-    the upsampler's. prior_clip: what the prior predicts is clipped to +- this; 5 in diffusers, 10 in the original code.
+    Attributes:
+        params: of each network by name: "text", "image", "prior", "decoder", "first", "last" (the two upsamplers).
+        statistics: the mean and the standard deviation of image embeddings, float32[D] each.
+        sampling: how the prior, the decoder and the upsampler are sampled where `generate` is given nothing else.
+        text: CLIP's text tower.
+        image: CLIP's image tower; without it there are no variations.
+        prior: without it there are no images of captions.
+        decoder: samples images of embeddings and captions.
+        upsampler: the network of both upsamplers.
+        tokenizer: CLIP's.
+        sizes: of the decoder's images, and of the upsampler's, in pixels.
     """
 
     params: dict[str, Any]
@@ -65,11 +91,34 @@ class Karlo(flax.struct.PyTreeNode):
     upsampler: Upsampler = _static()
     tokenizer: Tokenizer | None = _static(default=None)
     sizes: tuple[int, int] = _static(default=(64, 256))
-    prior_clip: float = _static(default=5.0)
+    sampling: dict[str, Sampling] = flax.struct.field(default_factory=default_sampling)
+
+    @classmethod
+    def from_converted(cls, converted: Converted, tokenizer: Tokenizer | None = None) -> "Karlo":
+        """Make a pipeline of what `interop.karlo.read_karlo` or a directory of `ddpm_jax.convert` holds.
+
+        Args:
+            converted: networks, parameters and the numbers of the pipeline.
+            tokenizer: in place of the one that it names.
+        """
+        facts, models, params = converted.facts, converted.models, jax.device_put(converted.params)
+        numbers = params.pop("statistics", None)
+        return cls(
+            params=params,
+            statistics=None if numbers is None else (numbers["mean"], numbers["std"]),
+            text=models["text"],
+            image=models.get("image"),
+            prior=models.get("prior"),
+            decoder=models["decoder"],
+            upsampler=models["first"],
+            tokenizer=tokenizer_from_config(facts["tokenizer"]) if tokenizer is None else tokenizer,
+            sizes=tuple(facts["sizes"]),
+            sampling=default_sampling(facts["prior_clip"]),
+        )
 
     @property
     def image_size(self) -> int:
-        """Height and width of the pictures, in pixels."""
+        """Height and width of the images, in pixels."""
         return self.sizes[1]
 
     def encode_text(self, tokens: jax.Array, mask: jax.Array) -> Text:
@@ -103,84 +152,105 @@ class Karlo(flax.struct.PyTreeNode):
             )
         return self.image.apply({"params": self.params["image"]}, images, method=CLIP.encode_image)
 
-    def draw_embedding(
-        self, text: Text, empty: Text, keys: jax.Array, *, steps: Steps = "25", scale: float = 4.0
-    ) -> jax.Array:
-        """Draw image embeddings of captions; empty: the empty caption, repeated for each. Returns float32[B, D].
+    def sample_embedding(self, text: Text, null: Text, keys: jax.Array, **options: Any) -> jax.Array:
+        """Sample image embeddings of captions.
 
-        They are as CLIP's projection gives them, like those of `encode_image`: not of unit length.
+        Args:
+            text: of the captions.
+            null: of what guidance leads away from, the empty caption by default, for each.
+            keys: [B], or `RecordedNoise`.
+            options: fields of `Sampling` in place of those of the pipeline's, such as steps=50.
+
+        Returns:
+            float32[B, D], as CLIP's projection gives them, like those of `encode_image`: not of unit length.
         """
-        network = lambda text: (
-            lambda zt, t: self.prior.apply(  # noqa: E731
-                {"params": self.params["prior"]}, zt, t, text.z, text.hidden, text.mask
-            )
-        )
-        z = sample(
-            _process(as_steps("steps", steps)),
-            classifier_free(network(text), network(empty), scale),
+
+        def network(text: Text) -> Callable[..., jax.Array]:
+            params = {"params": self.params["prior"]}
+            return lambda zt, t: self.prior.apply(params, zt, t, text.z, text.hidden, text.mask)
+
+        z = sample_with(
+            self.sampling["prior"].with_options("prior_", **options),
+            DIFFUSION["prior"],
+            network(text),
             keys,
             (self.prior.embed_dim,),
-            step=ancestral_step(),
-            kind="x0",
-            x0_transform=lambda x0: bounded(x0, self.prior_clip),
+            null=network(null),
         )
         mean, std = self.statistics
         return z * std[None] + mean[None]
 
-    def decode(
-        self,
-        z_image: jax.Array,
-        text: Text,
-        empty: Text,
-        keys: jax.Array,
-        *,
-        steps: Steps = "25",
-        scale: float = 8.0,
-    ) -> jax.Array:
-        """Draw small images of embeddings and captions, float32[B, h, h, 3] in [-1, 1].
+    def decode(self, z_image: jax.Array, text: Text, null: Text, keys: jax.Array, **options: Any) -> jax.Array:
+        """Sample small images of embeddings and captions.
 
-        z_image: float32[B, D], as `encode_image` and `draw_embedding` return it.
+        Args:
+            z_image: float32[B, D], as `encode_image` and `sample_embedding` return it.
+            text: of the captions.
+            null: of what guidance leads away from, beside the null embedding.
+            keys: [B], or `RecordedNoise`.
+            options: fields of `Sampling` in place of those of the pipeline's.
+
+        Returns:
+            float32[B, h, h, 3] in [-1, 1].
         """
-        nothing = jnp.zeros(z_image.shape[0], bool)
-        network = lambda text, keep: (
-            lambda xt, t: self.decoder.apply(  # noqa: E731
-                {"params": self.params["decoder"]}, xt, t, _scaled(z_image), text.z, text.hidden, text.mask, keep
-            )
-        )
-        images = sample(
-            _process(as_steps("steps", steps)),
-            classifier_free(network(text, ~nothing), network(empty, nothing), scale),
+
+        def network(text: Text, keep: jax.Array) -> Callable[..., jax.Array]:
+            params, z = {"params": self.params["decoder"]}, _scaled(z_image)
+            return lambda xt, t: self.decoder.apply(params, xt, t, z, text.z, text.hidden, text.mask, keep)
+
+        images = sample_with(
+            self.sampling["decoder"].with_options("decoder_", **options),
+            DIFFUSION["decoder"],
+            network(text, jnp.ones(len(z_image), bool)),
             keys,
             (self.sizes[0], self.sizes[0], 3),
-            step=ancestral_step(),
-            variance="learned_range",
-            x0_transform=bounded,
+            null=network(null, jnp.zeros(len(z_image), bool)),
         )
         return bounded(images)
 
-    def upsample(self, images: jax.Array, keys: jax.Array, *, steps: Steps = "7") -> jax.Array:
-        """Enlarge pictures in [-1, 1], float32[B, h, h, 3]; the network "last" takes the last step."""
+    def upsample(self, images: jax.Array, keys: jax.Array, **options: Any) -> jax.Array:
+        """Enlarge images, float32[B, h, h, 3] in [-1, 1]; the network "last" is used at t = 0, "first" before.
+
+        keys: [B], or `RecordedNoise`. options: fields of `Sampling` in place of those of the pipeline's.
+        """
         network = lambda name, xt, t: self.upsampler.apply({"params": self.params[name]}, xt, t, images)  # noqa: E731
-        larger = sample(
-            _process(as_steps("steps", steps)),
+        larger = sample_with(
+            self.sampling["upsampler"].with_options("upsampler_", **options),
+            DIFFUSION["upsampler"],
             lambda xt, t: jax.lax.cond(t[0] == 0, lambda: network("last", xt, t), lambda: network("first", xt, t)),
             keys,
             (self.sizes[1], self.sizes[1], 3),
-            step=ancestral_step(),
-            x0_transform=bounded,
         )
         return bounded(larger)
 
-    def generate(self, prompts: Iterable[str], *, seed: int = 0, batch_size: int = 4, **options: Any) -> np.ndarray:
-        """Draw one image for every prompt.
+    def generate(
+        self,
+        prompts: Iterable[str],
+        *,
+        negative_prompts: str | Iterable[str] | None = None,
+        seed: int = 0,
+        start: int = 0,
+        batch_size: int = 1,
+        report: Callable[[int], None] | None = None,
+        **options: Any,
+    ) -> np.ndarray:
+        """Sample one image for every prompt.
+
+        Programs are compiled for a batch size, the samplers and their steps, once; other scales, thresholds, seeds and
+        numbers of prompts run the same programs. A scale of 1 is a program without the null branch.
 
         Args:
             prompts: captions, of which "" is the unconditional one; one too long is cut, with a warning.
-            seed: seed of all random numbers, in [0, 2**32); image i depends on it, i and prompt i.
-            batch_size: images at a time.
-            options: prior_steps (25), decoder_steps (25) and upsampler_steps (7), each a number of steps from the first
-                timestep to the last, a spec of `schedules.respaced_timesteps`, or the timesteps; prior_scale (4.0),
-                decoder_scale (8.0); report, called with the number of images each time some are done.
+            negative_prompts: the captions that guidance leads away from, one for all prompts or one for each; None is
+                the unconditional one, "".
+            seed: seed of all random numbers, in [0, 2**32); image i depends only on it, i and prompt i.
+            start: i of the first prompt. generate(["c"], start=2) is image 2 of generate(["a", "b", "c", "d"]).
+            batch_size: images at a time; more are faster on an accelerator. Up to half a batch that is left over is
+                taken one by one, a larger one is filled up.
+            report: called with the number of images each time some are done.
+            options: the fields of `diffusion.sampling.Sampling` of the stages "prior", "decoder" and "upsampler":
+                prior_steps (25), prior_scale (4.0), decoder_steps (25), decoder_scale (8.0), upsampler_steps (7),
+                decoder_sampler ("ancestral"), ... Without a stage, as in steps=50, they are the decoder's.
 
         Returns:
             uint8[N, R, R, 3].
@@ -190,21 +260,33 @@ class Karlo(flax.struct.PyTreeNode):
             NotFiniteError: if a network returned NaN or infinity.
         """
         if self.prior is None:
-            raise ValueError("this pipeline has no prior, which draws embeddings of captions; use variations")
-        return self._draw(as_prompts(prompts), None, seed, batch_size, **options)
+            raise ValueError("this pipeline has no prior, which samples embeddings of captions; use variations")
+        return self._sample(as_prompts(prompts), None, negative_prompts, seed, start, batch_size, report, options)
 
     def variations(
-        self, pixels: Any, *, seed: int = 0, batch_size: int = 4, prepared: bool = False, **options: Any
+        self,
+        pixels: Any,
+        *,
+        negative_prompts: str | Iterable[str] | None = None,
+        seed: int = 0,
+        start: int = 0,
+        batch_size: int = 1,
+        prepared: bool = False,
+        report: Callable[[int], None] | None = None,
+        **options: Any,
     ) -> np.ndarray:
-        """Draw other images of what images show (DALL-E 2, section 3.1, by ancestral sampling as in Karlo).
+        """Sample other images of what images show (DALL-E 2, section 3.1, by ancestral sampling as in Karlo).
 
         Args:
             pixels: N images as `data.transforms.as_images` takes them (PIL images, arrays in [0, 255], floats in
                 [0, 1], of any sizes), or what `data.transforms.clip_pixels` returned.
+            negative_prompts: as for `generate`.
             seed: as for `generate`.
+            start: as for `generate`.
             batch_size: as for `generate`.
             prepared: True embeds pixels as they are: float32[N, S, S, 3], normalised by another preprocessing, where S
                 is `pixel_size`.
+            report: as for `generate`.
             options: as for `generate`.
 
         Returns:
@@ -225,92 +307,102 @@ class Karlo(flax.struct.PyTreeNode):
             )
         if not np.isfinite(pixels).all():
             raise ValueError("pixels has values that are not finite (NaN or infinity)")
-        return self._draw([""] * len(pixels), pixels, seed, batch_size, **options)
+        return self._sample([""] * len(pixels), pixels, negative_prompts, seed, start, batch_size, report, options)
 
-    def _draw(
+    def _sample(
         self,
         prompts: list[str],
         pixels: np.ndarray | None,
+        negative_prompts: Any,
         seed: int,
+        start: int,
         batch_size: int,
-        *,
-        report: Callable[[int], None] | None = None,
-        **options: Any,
+        report: Callable[[int], None] | None,
+        options: dict[str, Any],
     ) -> np.ndarray:
         if self.tokenizer is None:
             raise ValueError("this pipeline has no tokenizer; give it one, as in karlo.replace(tokenizer=...)")
-        names, batch_size = _checked(options), as_int("batch_size", batch_size, least=1)
-        length = self.text.text.context
+        sampling, length = stage_samplings(self.sampling, options, guided=("prior", "decoder")), self.text.text.context
+        for stage, of_stage in sampling.items():
+            check_steps(f"{stage}_steps", of_stage, DIFFUSION[stage])
         tokens, mask = tokenize(self.tokenizer, prompts, length, allow_empty=True)
-        empty = self.tokenizer.null(length)
-        keys, done = example_keys(jax.random.key(as_seed(seed), impl="threefry2x32"), len(prompts)), []
-        for start in range(0, len(prompts), batch_size):
-            # The last batch repeats its last row, so that all have one shape.
-            rows = np.minimum(np.arange(start, start + min(batch_size, len(prompts))), len(prompts) - 1)
-            given = None if pixels is None else jnp.asarray(pixels[rows])
-            images, finite_of = _generate(self, tokens[rows], mask[rows], *empty, keys[rows], given, names)
-            check_finite(STAGES, finite_of, rows, "prompts" if pixels is None else "pixels")
-            done.append(np.asarray(images)[: len(prompts) - start])
-            if report is not None:
-                report(len(done[-1]))
-        return np.concatenate(done)
+        negative = negative_tokens(self.tokenizer, negative_prompts, len(prompts), length)
+        # Without the tokenizer, which the compiled program would keep alive.
+        karlo = self.replace(sampling=sampling, tokenizer=None)
+        return in_batches(
+            functools.partial(_generate, karlo, np.uint32(as_seed(seed))),
+            (image_indices(start, len(prompts)), tokens, mask, *negative, pixels),
+            batch_size=batch_size,
+            stages=STAGES,
+            report=report,
+            name="prompts" if pixels is None else "pixels",
+        )
 
 
-def _checked(options: dict[str, Any]) -> tuple[tuple[str, Any], ...]:
-    """Return the options of the stages in a form that can be hashed; None means the default."""
-    found = {}
-    for name, value in options.items():
-        if name not in OPTIONS:
-            raise ValueError(f"there is no option {name!r}; there are {', '.join(OPTIONS)}")
-        if value is not None and name.endswith("steps"):
-            found[name] = as_steps(name, value)
-            respaced(_process(1000), name, found[name])
-        elif value is not None:
-            found[name] = as_float(name, value)
-    return tuple(sorted(found.items()))
-
-
-@functools.partial(jax.jit, static_argnames="options")
+@jax.jit
 def _generate(
     karlo: Karlo,
+    seed: jax.Array,
+    index: jax.Array,
     tokens: jax.Array,
     mask: jax.Array,
-    empty: jax.Array,
-    empty_mask: jax.Array,
-    keys: jax.Array,
+    negative: jax.Array,
+    negative_mask: jax.Array,
     pixels: jax.Array | None,
-    options: tuple[tuple[str, Any], ...],
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
     """Run all stages for one batch.
 
     Returns:
         The images, uint8[B, R, R, 3], and bool[B] for each of `STAGES`: whether all that it returned is finite.
     """
-    how = {stage: {} for stage in ("prior", "decoder", "upsampler")}
-    for name, value in options:
-        stage, _, option = name.partition("_")
-        how[stage][option] = value
-    text = karlo.encode_text(tokens, mask)
-    nothing = karlo.encode_text(*(jnp.broadcast_to(x, tokens.shape) for x in (empty, empty_mask)))
+    text, null = karlo.encode_text(tokens, mask), karlo.encode_text(negative, negative_mask)
+    keys = image_keys(seed, index)
     stage_keys = [transition_keys(keys, n) for n in range(3)]
-    if pixels is None:
-        z_image = karlo.draw_embedding(text, nothing, stage_keys[0], **how["prior"])
-    else:
-        z_image = karlo.encode_image(pixels)
-    small = karlo.decode(z_image, text, nothing, stage_keys[1], **how["decoder"])
-    large = karlo.upsample(small, stage_keys[2], **how["upsampler"])
-    encoded = finite(text.z) & finite(text.hidden) & finite(nothing.z) & finite(nothing.hidden)
+    z_image = karlo.sample_embedding(text, null, stage_keys[0]) if pixels is None else karlo.encode_image(pixels)
+    small = karlo.decode(z_image, text, null, stage_keys[1])
+    large = karlo.upsample(small, stage_keys[2])
+    encoded = finite(text.z) & finite(text.hidden) & finite(null.z) & finite(null.hidden)
     of_image, unused = finite(z_image), jnp.ones_like(encoded)
     embedded = (unused, of_image) if pixels is None else (of_image, unused)
     return to_uint8(large), (encoded, *embedded, finite(small), finite(large))
 
 
-@functools.cache
-def _process(steps: int | str | tuple[int, ...]) -> GaussianProcess:
-    with jax.ensure_compile_time_eval():  # respacing needs numbers, also inside of somebody's jit
-        return respaced(make_process(cosine_betas(1000)), "steps", steps)
-
-
 def _scaled(z: jax.Array) -> jax.Array:
     """Undo what the networks multiply embeddings by, which they take to be unit vectors."""
     return z / z.shape[-1] ** 0.5
+
+
+def open_karlo(directory: str | Path, *, tokenizer: Tokenizer | None = None, dtype: Any = jnp.float32) -> Karlo:
+    """Make a pipeline of a directory in diffusers' layout, such as a copy of kakaobrain/karlo-v1-alpha.
+
+    Args:
+        directory: as `interop.karlo.read_karlo` reads it; with a prior (captions) or an image encoder (variations).
+        tokenizer: CLIP's, padded with the end token, by default.
+        dtype: in which the networks compute; parameters are float32.
+
+    Raises:
+        ReadError: if a part is missing or cannot be read.
+        ConvertError: if a part's tensors are not those of its network, or its config has a field, or a value of one,
+            that is not supported.
+    """
+    return Karlo.from_converted(read_karlo(directory, dtype=dtype), tokenizer)
+
+
+def open_karlo_original(directory: str | Path, *, tokenizer: Tokenizer | None = None, **options: Any) -> Karlo:
+    """Make a pipeline of a directory with the five files of Karlo's original release, version 1.0.0 alpha.
+
+    The decoder's 25 steps are Karlo's "fast" mode, decoder_steps="50" its default. For variations Karlo squeezes images
+    to a square, of which `variations` takes the middle instead (`data.transforms.clip_pixels`).
+
+    Args:
+        directory: as `interop.karlo_original.read_karlo_original` reads it.
+        tokenizer: CLIP's, filled up with 0 as Karlo's, by default. No network sees what stands behind the end of a
+            caption, so that another padding gives the same images.
+        options: heads, head_channels, head_width, image_sizes, prior_clip and dtype, as for `read_karlo_original`.
+
+    Raises:
+        ReadError: if a file is missing, there twice, or cannot be read.
+        ConvertError: if a file's tensors are not those of its network, or the networks do not fit each other.
+        ValueError: if a number of heads, or the width of one, does not divide a layer's width.
+    """
+    return Karlo.from_converted(read_karlo_original(directory, **options), tokenizer)

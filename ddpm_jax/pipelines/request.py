@@ -163,10 +163,12 @@ def _stage_and_field(name: str, stages: Sequence[str]) -> tuple[str, str]:
     known = {f"{stage}_{field}": (stage, field) for stage in stages for field in FIELDS}
     if name in known:
         return known[name]
-    near = difflib.get_close_matches(name, [*known, *FIELDS], 1)
+    if name.endswith(tuple(f"_{field}" for field in FIELDS)):
+        raise ValueError(f"there is no option {name!r}: this pipeline has the stages {', '.join(stages)}")
+    near = "".join(f" (did you mean {other!r}?)" for other in difflib.get_close_matches(name, [*known, *FIELDS], 1))
     raise ValueError(
-        f"there is no option {name!r}{f', did you mean {near[0]!r}?' if near else ';'} options are <stage>_<name> with "
-        f"the stages {', '.join(stages)} and the names {', '.join(FIELDS)}"
+        f"there is no option {name!r}{near}; options are <stage>_<name> with the stages {', '.join(stages)} and the "
+        f"names {', '.join(FIELDS)}"
     )
 
 

@@ -1,10 +1,11 @@
-"""Stable Diffusion as a pipeline: captions in, pictures out, by DDIM in the latents of an autoencoder.
+"""Stable Diffusion as a pipeline: captions in, images out, by DDIM in the latents of an autoencoder.
 
-`interop.stable_diffusion.open_stable_diffusion` makes one of a directory (Rombach et al. 2022, section 4.3).
+`open_stable_diffusion` makes one of a directory (Rombach et al. 2022, section 4.3).
 """
 
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import flax.struct
@@ -12,29 +13,33 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ddpm_jax.data.tokenizer import Tokenizer
+from ddpm_jax.data.tokenizer import Tokenizer, tokenizer_from_config
 from ddpm_jax.diffusion.guidance import classifier_free
 from ddpm_jax.diffusion.process import GaussianProcess
-from ddpm_jax.diffusion.samplers import Point, ddim_step, example_keys, sample
+from ddpm_jax.diffusion.samplers import Point, RecordedNoise, sample
 from ddpm_jax.diffusion.samplers.loop import check_start, initial_noise
+from ddpm_jax.diffusion.sampling import Sampling, bounded
+from ddpm_jax.diffusion.schedules import spaced_timesteps
+from ddpm_jax.interop.latent_diffusion import read_stable_diffusion_file
+from ddpm_jax.interop.stable_diffusion import process_of, read_stable_diffusion, sampling_of
 from ddpm_jax.models.autoencoder import Autoencoder
 from ddpm_jax.models.text_encoder import TextEncoder
 from ddpm_jax.models.unet import UNet
 from ddpm_jax.pipelines.request import (
-    Steps,
-    as_float,
-    as_int,
     as_prompts,
     as_seed,
-    as_steps,
-    check_finite,
+    image_indices,
+    image_keys,
+    in_batches,
+    negative_tokens,
     respaced,
+    stage_samplings,
     tokenize,
 )
-from ddpm_jax.pipelines.stages import bounded, finite, to_uint8
-from ddpm_jax.types import PredictFn, Step
+from ddpm_jax.pipelines.stages import finite
+from ddpm_jax.storage.model_directory import Converted
+from ddpm_jax.types import PredictFn, Step, to_uint8
 
-SPACINGS = ("leading", "trailing", "linspace")
 STAGES = ("text encoder", "U-Net", "autoencoder")
 
 
@@ -45,10 +50,18 @@ def _static(**options: Any) -> Any:
 class StableDiffusion(flax.struct.PyTreeNode):
     """The networks and their parameters; a tree of arrays, so that it can be an argument of a jitted function.
 
-    params: "text", "unet" and "autoencoder". kind: what the U-Net predicts, "eps" (version 1) or "v" (version 2, 768).
-    latent_size: height and width of the latents that it was trained on. timestep_spacing, steps_offset,
-    set_alpha_to_one: of the scheduler's config; see `timesteps`, and False ends the last step at the noise of t = 0 in
-    place of the predicted x0.
+    Attributes:
+        params: of each network by name: "text", "unet" and "autoencoder".
+        process: the one that the U-Net was trained with.
+        text: the text encoder.
+        unet: predicts in latents.
+        autoencoder: of images and latents.
+        tokenizer: CLIP's.
+        kind: what the U-Net predicts, "eps" (version 1) or "v" (version 2, 768).
+        latent_size: height and width of the latents that it was trained on.
+        timestep_spacing, steps_offset, set_alpha_to_one: of the scheduler's config; see `timesteps`, and False ends the
+            last step of DDIM at the noise of t = 0 in place of the predicted x0.
+        sampling: how latents are sampled where `generate` is given nothing else.
     """
 
     params: dict[str, Any]
@@ -62,47 +75,78 @@ class StableDiffusion(flax.struct.PyTreeNode):
     timestep_spacing: str = _static(default="leading")
     steps_offset: int = _static(default=1)
     set_alpha_to_one: bool = _static(default=True)
+    sampling: Sampling = flax.struct.field(default_factory=lambda: Sampling("ddim", 50, scale=7.5))
+
+    @classmethod
+    def from_converted(cls, converted: Converted, tokenizer: Tokenizer | None = None) -> "StableDiffusion":
+        """Make a pipeline of what `interop.stable_diffusion` read or a directory of `ddpm_jax.convert` holds.
+
+        Args:
+            converted: networks, parameters and the numbers of the pipeline.
+            tokenizer: in place of the one that it names.
+        """
+        facts = converted.facts
+        return cls(
+            params=jax.device_put(converted.params),
+            process=process_of(facts["schedule"]),
+            tokenizer=tokenizer_from_config(facts["tokenizer"]) if tokenizer is None else tokenizer,
+            kind=facts["kind"],
+            latent_size=facts["latent_size"],
+            **sampling_of(facts["schedule"]),
+            **converted.models,
+        )
 
     @property
     def image_size(self) -> int:
-        """Height and width of the pictures, in pixels."""
+        """Height and width of the images, in pixels."""
         return self.latent_size * self.autoencoder.factor
 
     def encode_text(self, tokens: jax.Array) -> jax.Array:
         """Return what the U-Net reads of captions, [B, L, width]; padding is read too. tokens: int32[B, L]."""
         return self.text.apply({"params": self.params["text"]}, tokens)
 
-    def draw_latents(
+    def sample_latents(
         self,
         process: GaussianProcess,
         text: jax.Array,
-        nothing: jax.Array,
-        keys: jax.Array,
-        *,
-        scale: float = 7.5,
-        eta: float = 0.0,
+        null: jax.Array,
+        keys: jax.Array | RecordedNoise,
+        **options: Any,
     ) -> jax.Array:
-        """Draw latents of captions, float32[B, h, w, C], as the U-Net sees them (multiplied by the scale).
+        """Sample latents of captions, as the U-Net sees them (multiplied by the autoencoder's scale).
 
-        process: the pipeline's, respaced; its last timestep starts from noise, whichever it is. text, nothing: of the
-        captions and of the empty one, [B, L, width].
+        Args:
+            process: the pipeline's, respaced; its last timestep starts from noise, whichever it is.
+            text: of the captions, [B, L, width].
+            null: of what guidance leads away from, [B, L, width].
+            keys: [B].
+            options: fields of `Sampling` in place of those of the pipeline's, but for steps.
+
+        Returns:
+            float32[B, h, w, C].
         """
-        network = lambda context: (
-            lambda xt, t: self.unet.apply({"params": self.params["unet"]}, xt, t, None, context)  # noqa: E731
-        )
-        shape = (self.latent_size, self.latent_size, self.autoencoder.latent_channels)
+        sampling = self.sampling.with_options(**options)
+        params, shape = {"params": self.params["unet"]}, (self.latent_size,) * 2 + (self.autoencoder.latent_channels,)
+        network = lambda context: lambda xt, t: self.unet.apply(params, xt, t, None, context)  # noqa: E731
+        denoise, step = network(text), sampling.step()
+        if sampling.scale is not None:
+            rescale = 0.0 if sampling.rescale is None else sampling.rescale
+            denoise = classifier_free(denoise, network(null), sampling.scale, rescale=rescale)
+        if sampling.sampler == "ddim" and not self.set_alpha_to_one:
+            step = _ending_at(self.process, step)
         return sample(
             process,
-            classifier_free(network(text), network(nothing), scale),
+            denoise,
             keys,
             shape,
             x_init=initial_noise(process, keys, shape),  # at whichever timestep comes first, as published pipelines
-            step=ddim_step(eta) if self.set_alpha_to_one else _ending_at(self.process, ddim_step(eta)),
+            step=step,
             kind=self.kind,
+            x0_transform=sampling.x0_transform(),
         )
 
     def decode(self, latents: jax.Array) -> jax.Array:
-        """Return the pictures of latents, float32[B, H, W, 3] in [-1, 1]."""
+        """Return the images of latents, float32[B, H, W, 3] in [-1, 1]."""
         method = Autoencoder.decode
         z = latents / self.autoencoder.scale
         return bounded(self.autoencoder.apply({"params": self.params["autoencoder"]}, z, method=method))
@@ -111,27 +155,30 @@ class StableDiffusion(flax.struct.PyTreeNode):
         self,
         prompts: Iterable[str],
         *,
+        negative_prompts: str | Iterable[str] | None = None,
         seed: int = 0,
-        negative: str | Iterable[str] | None = "",
-        steps: Steps = 50,
-        decoder_scale: float | None = None,
-        eta: float = 0.0,
+        start: int = 0,
         batch_size: int = 1,
         report: Callable[[int], None] | None = None,
+        **options: Any,
     ) -> np.ndarray:
-        """Draw one image for every prompt.
+        """Sample one image for every prompt.
+
+        A program is compiled for a batch size, a sampler and a number of steps, once; other scales, thresholds, seeds
+        and numbers of prompts run the same program. A scale of 1 is a program without the null branch.
 
         Args:
             prompts: captions, of which "" is the unconditional one; one too long is cut, with a warning.
-            seed: seed of all random numbers, in [0, 2**32); image i depends on it, i and prompt i.
-            negative: the caption that guidance leads away from: one for all prompts, or one for each; "" or None is the
-                unconditional one.
-            steps: a number of steps of DDIM, 50 or "50", taken at `timesteps(50)`; another spec of
-                `schedules.respaced_timesteps`, such as "ddim50" or "10,10,5"; or the timesteps themselves, increasing.
-            decoder_scale: of guidance, 7.5 by default.
-            eta: of DDIM, in [0, 1]; 0 draws no noise on the way, 1 as much as ancestral sampling.
-            batch_size: images at a time.
+            negative_prompts: the captions that guidance leads away from, one for all prompts or one for each; None is
+                the unconditional one, "".
+            seed: seed of all random numbers, in [0, 2**32); image i depends only on it, i and prompt i.
+            start: i of the first prompt. generate(["c"], start=2) is image 2 of generate(["a", "b", "c", "d"]).
+            batch_size: images at a time; more are faster on an accelerator. Up to half a batch that is left over is
+                taken one by one, a larger one is filled up.
             report: called with the number of images each time some are done.
+            options: the fields of `diffusion.sampling.Sampling`, also with the prefix "decoder_": sampler ("ddim"),
+                steps, scale (7.5), eta, rescale, ... steps is a number, 50 or "50", taken at `timesteps(50)`; another
+                spec of `schedules.respaced_timesteps`, such as "ddim50" or "10,10,5"; or increasing timesteps.
 
         Returns:
             uint8[N, R, R, 3].
@@ -140,65 +187,40 @@ class StableDiffusion(flax.struct.PyTreeNode):
             ValueError: if there is no prompt, or an argument does not fit.
             NotFiniteError: if a network returned NaN or infinity.
         """
-        prompts, batch_size = as_prompts(prompts), as_int("batch_size", batch_size, least=1)
+        prompts = as_prompts(prompts)
         if self.tokenizer is None:
             raise ValueError("this pipeline has no tokenizer; give it one, as in pipeline.replace(tokenizer=...)")
-        grid = self._grid(steps)
-        process = respaced(self.process, "steps", grid)
-        if not isinstance(as_steps("steps", steps), int):
+        sampling = stage_samplings({"decoder": self.sampling}, options, guided=("decoder",))["decoder"]
+        name = "decoder_steps" if "decoder_steps" in options else "steps"
+        counted = isinstance(sampling.steps, int)
+        process = respaced(self.process, name, self.timesteps(sampling.steps) if counted else sampling.steps)
+        if not counted:
             check_start(process)
-        scale = jnp.float32(7.5 if decoder_scale is None else as_float("decoder_scale", decoder_scale))
-        how = (("eta", as_float("eta", eta, least=0.0, most=1.0)),)
-        tokens, _ = tokenize(self.tokenizer, prompts, self.text.context, allow_empty=True)
-        empty = self._negative(negative, len(prompts))
-        keys, done = example_keys(jax.random.key(as_seed(seed), impl="threefry2x32"), len(prompts)), []
-        for start in range(0, len(prompts), batch_size):
-            # The last batch repeats its last row, so that all have one shape.
-            rows = np.minimum(np.arange(start, start + min(batch_size, len(prompts))), len(prompts) - 1)
-            images, finite_of = _generate(self, process, tokens[rows], empty[rows], keys[rows], scale, how)
-            check_finite(STAGES, finite_of, rows)
-            done.append(np.asarray(images)[: len(prompts) - start])
-            if report is not None:
-                report(len(done[-1]))
-        return np.concatenate(done)
-
-    def _grid(self, steps: Steps) -> str | Sequence[int]:
-        """Return the timesteps of a number of steps; a number in a string means the same."""
-        steps = as_steps("steps", steps)
-        return self.timesteps(steps) if isinstance(steps, int) else steps
-
-    def _negative(self, negative: str | Iterable[str] | None, count: int) -> np.ndarray:
-        """Return the tokens of the captions that guidance leads away from, int32[count, L]."""
-        texts = [negative or ""] if negative is None or isinstance(negative, str) else negative
-        texts = list(texts) if isinstance(texts, Iterable) else []
-        if len(texts) not in (1, count) or not all(isinstance(text, str) for text in texts):
-            raise ValueError(f"negative must be one caption, or one for each of the {count} prompts, got {negative!r}")
-        tokens, _ = tokenize(self.tokenizer, texts, self.text.context, name="negative", allow_empty=True)
-        return np.broadcast_to(tokens, (count, self.text.context))
+        length = self.text.context
+        tokens, _ = tokenize(self.tokenizer, prompts, length, allow_empty=True)
+        negative, _ = negative_tokens(self.tokenizer, negative_prompts, len(prompts), length)
+        # Without the tokenizer, which the compiled program would keep alive.
+        pipeline = self.replace(sampling=sampling, tokenizer=None)
+        return in_batches(
+            functools.partial(_generate, pipeline, process, np.uint32(as_seed(seed))),
+            (image_indices(start, len(prompts)), tokens, negative),
+            batch_size=batch_size,
+            stages=STAGES,
+            report=report,
+        )
 
     def timesteps(self, steps: int) -> list[int]:
-        """Return the timesteps that DDIM visits, increasing, by the rule `timestep_spacing` of T timesteps.
+        """Return the timesteps of a number of steps, increasing, by the rule `timestep_spacing`.
 
-        "leading": steps_offset + i (T // steps); "trailing": round(T - i T / steps) - 1; "linspace": evenly from 0 to
-        T - 1, rounded (Lin et al. 2024, table 2).
+        See `schedules.spaced_timesteps`.
 
         Raises:
             ValueError: if there are fewer timesteps, or the rule is unknown.
         """
-        total, offset = self.process.num_steps, self.steps_offset
-        if self.timestep_spacing not in SPACINGS:
-            raise ValueError(f"timestep_spacing={self.timestep_spacing!r} must be one of {', '.join(SPACINGS)}")
-        most = total - (offset if self.timestep_spacing == "leading" else 0)
-        if not 1 <= steps <= most:
-            raise ValueError(f"{steps=} must be between 1 and {most}")
-        if self.timestep_spacing == "trailing":
-            return [round(total - i * (total / steps)) - 1 for i in reversed(range(steps))]
-        if self.timestep_spacing == "linspace":
-            return [round(float(t)) for t in np.linspace(0, total - 1, steps)]
-        found = [offset + i * (total // steps) for i in range(steps)]
-        if found[-1] >= total:
-            raise ValueError(f"{steps=} with steps_offset={offset} leads to timestep {found[-1]} of {total}")
-        return found
+        try:
+            return spaced_timesteps(self.process.num_steps, steps, self.timestep_spacing, self.steps_offset)
+        except ValueError as error:
+            raise ValueError(str(error).replace("count=", "steps=", 1)) from None
 
 
 def _ending_at(process: GaussianProcess, step: Step) -> Step:
@@ -215,23 +237,56 @@ def _ending_at(process: GaussianProcess, step: Step) -> Step:
     return Step(update, step.init)
 
 
-@functools.partial(jax.jit, static_argnames="options")
+@jax.jit
 def _generate(
     pipeline: StableDiffusion,
     process: GaussianProcess,
+    seed: jax.Array,
+    index: jax.Array,
     tokens: jax.Array,
-    empty: jax.Array,
-    keys: jax.Array,
-    scale: jax.Array,
-    options: tuple[tuple[str, Any], ...],
+    negative: jax.Array,
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
     """Run all stages for one batch.
 
     Returns:
         The images, uint8[B, R, R, 3], and bool[B] for each of `STAGES`: whether all that it returned is finite.
     """
-    text = pipeline.encode_text(tokens)
-    nothing = pipeline.encode_text(empty)
-    latents = pipeline.draw_latents(process, text, nothing, keys, scale=scale, **dict(options))
+    text, null = pipeline.encode_text(tokens), pipeline.encode_text(negative)
+    latents = pipeline.sample_latents(process, text, null, image_keys(seed, index))
     images = pipeline.decode(latents)
-    return to_uint8(images), (finite(text) & finite(nothing), finite(latents), finite(images))
+    return to_uint8(images), (finite(text) & finite(null), finite(latents), finite(images))
+
+
+def open_stable_diffusion(
+    directory: str | Path, *, tokenizer: Tokenizer | None = None, dtype: Any = jnp.float32
+) -> StableDiffusion:
+    """Make a pipeline of a directory in diffusers' layout, such as a copy of stable-diffusion-v1-5.
+
+    Args:
+        directory: as `interop.stable_diffusion.read_stable_diffusion` reads it.
+        tokenizer: CLIP's by default, padded as the directory's tokenizer says.
+        dtype: in which the networks compute; parameters are float32.
+
+    Raises:
+        ReadError: if a part is missing or cannot be read.
+        ConvertError: if a part's tensors are not those of its network, or its config asks for what is not supported.
+    """
+    return StableDiffusion.from_converted(read_stable_diffusion(directory, dtype=dtype), tokenizer)
+
+
+def open_stable_diffusion_file(
+    path: str | Path, *, tokenizer: Tokenizer | None = None, **options: Any
+) -> StableDiffusion:
+    """Make a pipeline of a file such as v1-5-pruned-emaonly.safetensors or v2-1_768-ema-pruned.ckpt.
+
+    Args:
+        path: the file.
+        tokenizer: CLIP's by default, padded with the end token (version 1) or with 0 (version 2).
+        options: kind, image_size, part, dtype, ..., as for `interop.latent_diffusion.read_stable_diffusion_file`.
+
+    Raises:
+        ReadError: if the file cannot be read.
+        ConvertError: if its tensors are not those of the networks.
+        ValueError: for an unknown kind, or an image_size that the networks cannot halve.
+    """
+    return StableDiffusion.from_converted(read_stable_diffusion_file(path, **options), tokenizer)
