@@ -121,7 +121,7 @@ def test_stable_diffusion_draws_by_the_command(tmp_path, capsys):
     assert isinstance(ours, StableDiffusion) and (ours.kind, ours.image_size) == ("eps", 16)
     drawn = start("sample", "--prompt=a cat", f"--workdir={tmp_path / 'ours'}", f"--out={tmp_path / 'cat.png'}")
     status, out, err = finish(drawn)
-    assert status == 0 and "1 pictures of 16 x 16 pixels" in out, err
+    assert status == 0 and "1 images of 16 x 16 pixels" in out, err
     assert np.asarray(Image.open(tmp_path / "cat.png")).std() > 1
     run(capsys, to="stable-diffusion", src=tmp_path / "ours", out=tmp_path / "back")
     for part in ("vae", "unet"):
@@ -158,9 +158,9 @@ def test_a_clip(tmp_path, capsys, dialect):
     printed = run(capsys, **flags)
     assert "- head_width: 8 in the text tower, 16 in the image tower" in printed and "- activation: gelu" in printed
     ours = load(tmp_path / "ours")
-    assert ours.models["clip"] == load_clip(peer, head_width=(8, 16), activation="gelu").model
+    assert ours.network == load_clip(peer, head_width=(8, 16), activation="gelu").model
     pixels = np.zeros((1, 24, 24, 3), np.float32)
-    assert np.isfinite(ours.models["clip"].apply({"params": ours.params["clip"]}, pixels, method="encode_image")).all()
+    assert np.isfinite(ours.apply(pixels, method="encode_image")).all()
     run(capsys, to="clip", src=tmp_path / "ours", out=tmp_path / "back")
     same_tensors(load_file(tmp_path / "back" / "model.safetensors"), peer)
 
@@ -228,16 +228,16 @@ def test_a_network_alone(tmp_path, capsys, monkeypatch, family):
     printed = run(capsys, from_=family, src=tmp_path / "model.safetensors", out=tmp_path / "ours", model=name)
     assert len(list((tmp_path / "ours").glob("model-*-of-*.safetensors"))) > 2
     ours = load(tmp_path / "ours")
-    assert (ours.family, ours.facts["image_size"]) == (family, 16)
+    assert (ours.family, ours.metadata["image_size"]) == (family, 16)
     if family == "guided":
-        assert ours.models["model"] == test_interop_guided.MODELS["new_order"]
+        assert ours.network == test_interop_guided.MODELS["new_order"]
         assert "- new_attention_order: True" in printed
         equal(
-            ours.params["model"],
-            guided.load_guided(peer, ours.models["model"], image_size=16, new_attention_order=True),
+            ours.params["params"],
+            guided.load_guided(peer, ours.network, image_size=16, new_attention_order=True),
         )
     else:
-        equal(ours.params["model"], glide.load_glide(peer, ours.models["model"], image_size=16))
+        equal(ours.params["params"], glide.load_glide(peer, ours.network, image_size=16))
     run(capsys, to=family, src=tmp_path / "ours", out=tmp_path / "back")
     same_tensors(load_file(tmp_path / "back" / "model.safetensors"), peer)
 
@@ -251,7 +251,7 @@ def test_half_the_bytes_and_what_they_cannot_hold(tmp_path, capsys, monkeypatch)
         run(capsys, **flags, out=tmp_path / dtype, dtype=dtype)
         file = tmp_path / dtype / "model.safetensors"
         assert file.stat().st_size < 0.6 * (tmp_path / "model.safetensors").stat().st_size
-        kernel = load(tmp_path / dtype).params["model"]["in_conv"]["kernel"]
+        kernel = load(tmp_path / dtype).params["params"]["in_conv"]["kernel"]
         exact = peer["input_blocks.0.0.weight"].transpose(2, 3, 1, 0)
         assert 0 < np.abs(kernel - exact).max() < (1e-3 if dtype == "float16" else 1e-2)
     peer["out.2.bias"] = peer["out.2.bias"] + 1e6

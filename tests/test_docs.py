@@ -66,7 +66,7 @@ def test_the_checkpoints(tmp_path, monkeypatch):
     write_files(tmp_path)
     monkeypatch.chdir(tmp_path)
     for module in (karlo_pipeline, stable_diffusion_pipeline):
-        generate = fast_jit(module._generate.__wrapped__, static_argnames="options")
+        generate = fast_jit(module._generate.__wrapped__)
         monkeypatch.setattr(module, "_generate", generate)
     names = run("docs/checkpoints.md")
     assert names["z_text"].shape == (1, 24) and np.isfinite(names["z_text"]).all()
