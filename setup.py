@@ -32,6 +32,7 @@ TEST = [
     *ODE,
     *EMOJI,
     *TFDS,
+    "import-linter>=2.17",
     "matplotlib>=3.8",
     "optax>=0.2.8",
     "pytest>=8.0",
