@@ -3,7 +3,9 @@
 import json
 import shutil
 import time
+from collections.abc import Callable
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +13,7 @@ import optax
 import pytest
 from random_networks import fast_jit, normal, random_params
 
+import ddpm_jax
 from ddpm_jax.errors import LoadError
 from ddpm_jax.models.clip import CLIP, VisionTransformer
 from ddpm_jax.models.prior import DiffusionPrior
@@ -147,6 +150,28 @@ def test_every_network_can_be_described_and_checked():
         assert networks.build(json.loads(json.dumps(described))) == network
     with pytest.raises(ValueError, match="UNet.channel_mult=1j cannot be stored"):
         networks.describe(UNET.clone(channel_mult=(1, 1j)))
+
+
+class Own(nn.Module):
+    """A network that this package does not have."""
+
+    width: int = 4
+    act: Callable = nn.relu
+
+    @nn.compact
+    def __call__(self, x, t):
+        return nn.Dense(x.shape[-1])(self.act(nn.Dense(self.width)(x)))
+
+
+def test_a_network_of_the_users_own_is_given_and_not_imported(tmp_path):
+    params = Own().init(jax.random.key(0), jnp.zeros((1, 3)), None)
+    save_model(Model(params, Own()), tmp_path / "own")
+    described = json.loads((tmp_path / "own" / "model.json").read_text())["networks"]["model"]
+    assert described["class"].endswith(".Own") and described["width"] == 4 and "relu" in described["act"]["text"]
+    message = r"there is no network .*Own' in this version, .* is given as ddpm_jax.load\(path, network=...\)"
+    with pytest.raises(LoadError, match=message):
+        ddpm_jax.load(tmp_path / "own")
+    equal(ddpm_jax.load(tmp_path / "own", network=Own()).params, params)
 
 
 def test_metadata_that_cannot_be_stored_writes_nothing(tmp_path):

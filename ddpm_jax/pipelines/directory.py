@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -26,7 +27,7 @@ CLASSES: dict[str, type] = {"UnCLIP": UnCLIP, "Cascade": Cascade}
 BUNDLED = Path(__file__).parents[1] / "weights" / "shapes"
 
 
-def load(path: str | os.PathLike | None = None, *, ema: bool = True) -> Any:
+def load(path: str | os.PathLike | None = None, *, ema: bool = True, network: nn.Module | None = None) -> Any:
     """Open a model or a pipeline.
 
     Args:
@@ -35,6 +36,8 @@ def load(path: str | os.PathLike | None = None, *, ema: bool = True) -> Any:
             workdir of a single stage that generates images needs no pipeline.json: it is a `Cascade` of that stage.
         ema: True takes the averaged parameters of stages that were trained here and False the raw ones; of a model that
             other stages were trained with, such as CLIP, always the average.
+        network: of one model, in place of the one that its model.json describes; it may be of any class. Needed for a
+            network of your own, since a file does not choose what is imported.
 
     Returns:
         A pipeline (`UnCLIP`, `Cascade`, `Karlo`, `StableDiffusion`), or a `Model` if the directory holds one network.
@@ -44,11 +47,13 @@ def load(path: str | os.PathLike | None = None, *, ema: bool = True) -> Any:
     """
     directory = BUNDLED if path is None else Path(path)
     if (directory / PIPELINE_FILE).is_file():
+        if network is not None:
+            raise LoadError(f"{directory} is a pipeline of several models; give network= for the directory of one")
         return _open_pipeline(directory, read_pipeline(directory), ema)
     if (directory / MODEL_FILE).is_file():
         if read_description(directory)["family"] in PIPELINES:
             return _open_converted(directory)
-        return open_model(directory, ema=ema)
+        return open_model(directory, ema=ema, network=network)
     if not directory.exists():
         raise LoadError(f"{directory} does not exist; give the directory of a training run, a model or a pipeline")
     if not directory.is_dir():
@@ -61,7 +66,7 @@ def load(path: str | os.PathLike | None = None, *, ema: bool = True) -> Any:
         return load_run(directory, ema=ema)
     models = sorted(file.parent.name for file in directory.glob(f"*/{MODEL_FILE}"))
     if len(models) == 1:
-        model = open_model(directory / models[0], ema=ema)
+        model = open_model(directory / models[0], ema=ema, network=network)
         return Cascade(base=model).checked() if {"diffusion", "image_size"} <= set(model.metadata) else model
     hint = f"; it holds the models {', '.join(models)}, each of which can be opened alone" if models else ""
     raise LoadError(f"{directory} holds neither a pipeline ({PIPELINE_FILE}) nor a model ({MODEL_FILE}){hint}")

@@ -70,12 +70,24 @@ _NUMBERS = {"channel_mult": (1e-3, 1024.0), "dropout": (0.0, 1.0), "scale": (1e-
 def describe(network: nn.Module) -> dict[str, Any]:
     """Return a network as plain data: its class and all its fields.
 
+    A network of another class than those of this package is described for the record: it is not built from a file, and
+    fields that are not plain data become text.
+
     Raises:
-        ValueError: if a field is neither plain data, a network, an activation of this package nor a dtype.
+        ValueError: if a field of a network of this package is neither plain data, a network, an activation of this
+            package nor a dtype.
     """
-    found: dict[str, Any] = {"class": type(network).__name__}
-    for field in _fields(type(network)):
-        found[field.name] = _described(f"{type(network).__name__}.{field.name}", getattr(network, field.name))
+    kind = type(network)
+    own = NETWORKS.get(kind.__name__) is kind
+    found: dict[str, Any] = {"class": kind.__name__ if own else f"{kind.__module__}.{kind.__qualname__}"}
+    for field in _fields(kind):
+        try:
+            found[field.name] = _described(f"{kind.__name__}.{field.name}", getattr(network, field.name))
+        except ValueError:
+            if own:
+                raise
+            value = getattr(network, field.name)
+            found[field.name] = {"text": getattr(value, "__name__", type(value).__name__)}
     return found
 
 
@@ -116,7 +128,10 @@ def _build(description: Any, where: str, dtype: Any, allowed: tuple[type[nn.Modu
     name = description.get("class")
     kind = NETWORKS.get(name) if isinstance(name, str) else None
     if kind is None:
-        raise LoadError(f"{where}: there is no network {_short(name)} in this version; it has {', '.join(NETWORKS)}")
+        raise LoadError(
+            f"{where}: there is no network {_short(name)} in this version, which has {', '.join(NETWORKS)}; a network "
+            "of your own is given as ddpm_jax.load(path, network=...)"
+        )
     if kind not in allowed:
         names = " or ".join(cls.__name__ for cls in allowed)
         raise LoadError(f"{where} has the class {name}, and must be {names}")
