@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import test_interop_karlo as karlo
 import test_interop_stable_diffusion as stable_diffusion
+import tiny_pipelines
 from image_files import pixels, write
 from random_networks import fast_jit
 from random_weights import random_weights
@@ -16,6 +17,7 @@ from safetensors.numpy import save_file
 
 from ddpm_jax.data.loader import make_loader
 from ddpm_jax.data.tokenizer import ClipTokenizer
+from ddpm_jax.pipelines import cascade, directory, load, save, unclip
 from ddpm_jax.pipelines import karlo as karlo_pipeline
 from ddpm_jax.pipelines import stable_diffusion as stable_diffusion_pipeline
 
@@ -71,6 +73,22 @@ def test_the_checkpoints(tmp_path, monkeypatch):
     names = run("docs/checkpoints.md")
     assert names["z_text"].shape == (1, 24) and np.isfinite(names["z_text"]).all()
     assert names["others"].shape == (1, 32, 32, 3) and names["images"].shape == (1, 16, 16, 3)
+
+
+def test_the_pipelines(tmp_path, monkeypatch):
+    """The directories that the page names are there, of tiny networks with random weights."""
+    save(tiny_pipelines.unclip(), tmp_path / "bundled")
+    save(tiny_pipelines.cascade("labels", guided=True), tmp_path / "runs" / "adm")
+    save(tiny_pipelines.cascade(), tmp_path / "runs" / "ddpm")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(directory, "BUNDLED", tmp_path / "bundled")
+    monkeypatch.setattr(cascade, "_generate", fast_jit(cascade._generate.__wrapped__))
+    static = ("embedding", "use_text", "low_res")
+    monkeypatch.setattr(unclip, "_generate", fast_jit(unclip._generate.__wrapped__, static_argnames=static))
+    names = run("docs/pipelines.md")
+    assert names["images"].shape == names["again"].shape == (1, 16, 16, 3)
+    assert names["cats"].shape == (2, 8, 8, 3) and names["eps"].shape == (1, 8, 8, 3)
+    assert load("cascade").sampling["base"].steps == 50
 
 
 def write_files(place):
