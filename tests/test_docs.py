@@ -138,6 +138,7 @@ def test_the_data(tmp_path, monkeypatch):
     assert len(names["train"]) == 18 and len(names["validation"]) == 2 and names["source"].class_names == ("cat", "dog")
     assert names["batch"]["image"].shape == (8, 64, 64, 3) and names["batch"]["label"].dtype == np.int32
     assert len(names["prepared"]) == 20 and set(names["prepared"][3]) == {"image", "label"}
+    assert names["summary"].records == 20 and not names["summary"].skipped
     assert names["digits"][13]["label"] == 3 and names["digits"][13]["image"].shape == (28, 28, 3)
     batch = next(make_loader(names["Squares"](), batch_size=8, seed=0))
     assert batch["image"].shape == (8, 64, 64, 3) and batch["label"].dtype == np.int32

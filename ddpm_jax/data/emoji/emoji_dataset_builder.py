@@ -1,6 +1,6 @@
-"""The TFDS builder `emoji`: `tfds build ddpm_jax/data/emoji --file_format=array_record --manual_dir=DIR`.
+"""The TFDS builder `emoji`; docs/data.md has the commands that build it.
 
-The name of the module and of its class are what tensorflow-datasets looks for.
+The names of the module and of its class are what tensorflow-datasets looks for.
 """
 
 import io
@@ -37,6 +37,7 @@ class Builder(tfds.core.GeneratorBasedBuilder):
             features=tfds.features.FeaturesDict(
                 {
                     "image": tfds.features.Image(shape=(None, None, 3)),
+                    "key": tfds.features.Text(),
                     "caption": tfds.features.Text(),
                     "label": tfds.features.ClassLabel(names=list(GROUPS)),
                     "concept": tfds.features.Text(),
@@ -67,6 +68,7 @@ def example(emoji: Emoji) -> dict[str, Any]:
     """Return what tensorflow-datasets encodes; an image as the bytes of a PNG file needs no TensorFlow."""
     return {
         "image": io.BytesIO(encode_png(render(emoji))),
+        "key": emoji.key,
         "caption": emoji.caption,
         "label": emoji.concept.group,
         "concept": emoji.concept.code,
