@@ -102,14 +102,21 @@ def main() -> None:
     texts = [cli.as_utf8(prompt, what="--prompt") for prompt in _PROMPT.value or ()]
     cli.check_can_write(_OUT.value, what="--out")
     from ddpm_jax.data import image_grid
+    from ddpm_jax.pipelines.cascade import Cascade
     from ddpm_jax.pipelines.directory import load, read_tokenizer
     from ddpm_jax.pipelines.request import NotFiniteError
     from ddpm_jax.progress import progress_bar
+    from ddpm_jax.storage.model_directory import Model
 
     if texts:
         _check_prompts(texts, read_tokenizer(_WORKDIR.value))
     cli.use_cpu_devices()
     pipeline = load(_WORKDIR.value, ema=not _RAW.value)
+    if isinstance(pipeline, Model) and {"diffusion", "image_size", "conditions"} <= set(pipeline.metadata):
+        try:
+            pipeline = Cascade(base=pipeline).checked()
+        except ValueError as error:
+            raise cli.UsageError(f"--workdir={_WORKDIR.value} cannot be sampled alone: {error}") from error
     given, captions = _request(pipeline, texts)
     count = len(captions)
     with progress_bar(count, description="sample", unit="image") as bar:

@@ -24,7 +24,7 @@ from ddpm_jax.interop.clip import load_clip
 from ddpm_jax.interop.config_fields import clip_towers
 from ddpm_jax.interop.table import ConvertError
 from ddpm_jax.models.transformer import gelu, quick_gelu
-from ddpm_jax.pipelines import LoadError, load
+from ddpm_jax.pipelines import Cascade, LoadError, load
 from ddpm_jax.pipelines.karlo import Karlo, open_karlo
 from ddpm_jax.pipelines.stable_diffusion import StableDiffusion
 from ddpm_jax.storage import model_directory as converted
@@ -230,6 +230,7 @@ def test_a_network_alone(tmp_path, capsys, monkeypatch, family):
     ours = load(tmp_path / "ours")
     assert (ours.family, ours.metadata["image_size"]) == (family, 16)
     if family == "guided":
+        assert Cascade(base=ours).checked().image_size == 16 and ours.diffusion.variance == "learned_range"
         assert ours.network == test_interop_guided.MODELS["new_order"]
         assert "- new_attention_order: True" in printed
         equal(

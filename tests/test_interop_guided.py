@@ -11,10 +11,11 @@ from random_networks import fast_jit
 from random_weights import random_weights
 
 from ddpm_jax import cosine_betas, linear_betas
-from ddpm_jax.interop.guided import PUBLISHED, export_guided, guided_shapes, load_guided
+from ddpm_jax.interop.guided import PUBLISHED, export_guided, guided_shapes, load_guided, metadata_of
 from ddpm_jax.interop.table import ConvertError
 from ddpm_jax.models.adm import Classifier, ClassUNet, SuperUNet
 from ddpm_jax.models.unet import UNet
+from ddpm_jax.storage.metadata import diffusion_from
 
 PEER = np.load(Path(__file__).parent / "data" / "guided.npz")
 PROCESSES = json.loads((Path(__file__).parent / "data" / "published_sizes.json").read_text())
@@ -168,3 +169,9 @@ def test_the_published_processes_are_the_peers(name):
     assert (published.num_steps, published.rescale_timesteps) == (peer["num_steps"], peer["rescale_timesteps"])
     betas = {"linear": linear_betas, "cosine": cosine_betas}[published.schedule](published.num_steps)
     assert betas.sum() == pytest.approx(peer["sum_of_betas"], rel=1e-12)
+    metadata = metadata_of(published, published.model())
+    assert diffusion_from(metadata["diffusion"]).process.betas.sum() == pytest.approx(peer["sum_of_betas"], rel=1e-5)
+    scale = 1000 / peer["num_steps"] if peer["rescale_timesteps"] else 1.0
+    assert metadata["timestep_scale"] == scale
+    assert ("labels" in metadata["conditions"]) == ("uncond" not in name and "lsun" not in name)
+    assert ("low_resolution" in metadata["conditions"]) == ("upsample" in name)

@@ -50,6 +50,8 @@ def test_labels_and_numbers(call, places, tmp_path):  # noqa: F811
     flags = ["--label=cat", "--label=2", "--count=2", "--scale=1.5", "--classifier_scale=2", "--up_16_steps=2"]
     said, _ = sampled(call, classes, tmp_path / "c.png", *flags, "--sampler=dpm_solver", "--steps=3", "--nosde")
     assert f"4 images of {HIGH} x {HIGH}" in said
+    _, alone = sampled(call, ddpm / "base", tmp_path / "e.png", "--start=2", "--seed=4", "--sampler=ddim", "--steps=2")
+    np.testing.assert_array_equal(alone, one)
     said, _ = sampled(call, classes, tmp_path / "d.png", "--label=dog", "--num_images=3", "--up_16_sampler=ancestral")
     assert "3 images" in said
 
@@ -83,7 +85,7 @@ def test_labels_and_numbers(call, places, tmp_path):  # noqa: F811
         ("unclip", ["--prompt", A_WORD, "--upsampler_scale=2"], ["upsampler_scale=2.0 needs a network with a null"]),
         ("unclip", ["--prompt", A_WORD, "--decoder_scale=2", "--scale=2"], ["are the same option; give one of them"]),
         ("clip", ["--prompt", A_WORD], ["holds the network CLIP alone, which generates no images"]),
-        ("model", ["--num_images=2"], ["holds the network Upsampler alone, which generates no images"]),
+        ("model", ["--num_images=2"], ["cannot be sampled alone: base is an upsampler"]),
     ],
 )
 def test_what_does_not_fit_is_one_sentence(call, places, tmp_path, where, flags, parts):  # noqa: F811

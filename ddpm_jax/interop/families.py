@@ -253,7 +253,8 @@ def _read_guided(source: Path, options: Options) -> Read:
     tensors, taken = _part(file, guided.MARKS, options)
     params = guided.load_guided(tensors, model, **how)
     facts = {name: value for name, value in published._asdict().items() if name != "model"}
-    converted = Converted("guided", {"model": model}, {"model": params}, {"model": options.model} | facts)
+    metadata = {"model": options.model} | facts | guided.metadata_of(published, model)
+    converted = Converted("guided", {"model": model}, {"model": params}, metadata)
     return Read(converted, taken | {"model": options.model} | facts, files_of(file))
 
 

@@ -105,6 +105,28 @@ PUBLISHED = {
 }
 
 
+def metadata_of(published: Published, model: nn.Module) -> dict[str, Any]:
+    """Return what a pipeline has to know of a released network, as `storage.model_directory` stores it."""
+    found: dict[str, Any] = {
+        "diffusion": {
+            "schedule": published.schedule,
+            "num_steps": published.num_steps,
+            "prediction": "eps",
+            "variance": "learned_range",
+        },
+        "image_size": published.image_size,
+        "channels": 3,
+        "timestep_scale": 1000 / published.num_steps if published.rescale_timesteps else 1.0,
+    }
+    if (classes := getattr(model, "num_classes", None)) is not None:
+        found["labels"] = {"num_classes": classes, "null": None, "names": None}
+    conditions = ["labels"] if classes is not None and not isinstance(model, Classifier) else []
+    if published.low_size is not None:
+        conditions.append("low_resolution")
+        found["low_resolution"] = {"size": published.low_size}
+    return found | {"conditions": conditions}
+
+
 def load_guided(
     tensors: Mapping[str, np.ndarray], model: nn.Module, *, image_size: int, new_attention_order: bool = False
 ) -> dict[str, Any]:

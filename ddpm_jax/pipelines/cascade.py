@@ -33,6 +33,7 @@ from ddpm_jax.pipelines.upsampling import (
     IMAGES,
     check_upsamplers,
     default_names,
+    denoiser,
     image_size_of,
     noise_levels,
     upsample,
@@ -251,10 +252,10 @@ class Cascade(flax.struct.PyTreeNode):
         return sample_with(
             self.sampling["base"],
             model.diffusion,
-            lambda xt, t: model.apply(xt, t, **inputs),
+            denoiser(model, **inputs),
             keys,
             (size, size, model.metadata.get("channels", 3)),
-            null=None if null is None else lambda xt, t: model.apply(xt, t, **null),
+            null=None if null is None else denoiser(model, **null),
             log_prob=log_prob,
         )
 
@@ -278,7 +279,7 @@ def _label_inputs(model: Model, labels: jax.Array | None) -> tuple[dict[str, Any
 
 def _log_prob(classifier: Model, xt: jax.Array, t: jax.Array, labels: jax.Array) -> jax.Array:
     """Return log p(label | xt, t), float32[B]."""
-    log_probs = jax.nn.log_softmax(classifier.apply(xt, t).astype(jnp.float32))
+    log_probs = jax.nn.log_softmax(denoiser(classifier)(xt, t).astype(jnp.float32))
     return jnp.take_along_axis(log_probs, labels[:, None], axis=1)[:, 0]
 
 

@@ -11,6 +11,7 @@ from ddpm_jax.diffusion.samplers.noise import per_example_normal, transition_key
 from ddpm_jax.diffusion.sampling import Sampling, sample_with
 from ddpm_jax.pipelines.request import as_float
 from ddpm_jax.storage.model_directory import Model
+from ddpm_jax.types import Denoiser
 
 IMAGES = Sampling("ancestral", 250, threshold=1.0)  # the default: estimates of x0 are clipped to the range of images
 _NOISE = 2**20  # of the keys of an example: beyond the sampler's transitions
@@ -86,6 +87,12 @@ def noise_levels(
     return levels, options
 
 
+def denoiser(model: Model, **inputs: Any) -> Denoiser:
+    """Close a network over its conditions; improved diffusion's are given timesteps times a scale."""
+    scale = model.metadata.get("timestep_scale", 1.0)
+    return lambda xt, t: model.apply(xt, t if scale == 1.0 else scale * t, **inputs)
+
+
 def upsample(
     model: Model,
     sampling: Sampling,
@@ -122,8 +129,8 @@ def upsample(
     return sample_with(
         sampling,
         model.diffusion,
-        lambda xt, t: model.apply(xt, t, **inputs),
+        denoiser(model, **inputs),
         keys,
         (size, size, images.shape[-1]),
-        null=None if null is None else lambda xt, t: model.apply(xt, t, **(inputs | dict(null))),
+        null=None if null is None else denoiser(model, **(inputs | dict(null))),
     )

@@ -159,5 +159,6 @@ _CHECKS: dict[str, Callable[[str, Any], None]] = {
     "low_resolution": _parts(size=integer(1, _LARGEST), noise_level_input=flag, sampling_noise_level=number(0, 1)),
     "needs": _fingerprints,
     "num_steps": integer(1, 100_000),
+    "timestep_scale": number(1e-6, 1e6),
     "tokenizer": _tokenizer,
 }
