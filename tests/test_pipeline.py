@@ -16,6 +16,7 @@ from tiny_pipelines import unclip as tiny
 
 import ddpm_jax
 from ddpm_jax import cli
+from ddpm_jax.data.transforms import clip_pixels
 from ddpm_jax.diffusion.sampling import Sampling
 from ddpm_jax.models.clip import CLIP, normalize
 from ddpm_jax.parallel.mesh import make_mesh
@@ -257,6 +258,17 @@ def test_encoders_return_unit_vectors():
     direct = fast_jit(lambda clip: clip.apply(pixels, method=CLIP.encode_image))(p.clip)
     np.testing.assert_allclose(np.linalg.norm(z_text, axis=1), 1.0, atol=1e-6)
     np.testing.assert_allclose(z_image, direct / np.linalg.norm(direct, axis=1, keepdims=True), atol=1e-5)
+
+
+def test_a_public_clip_sees_normalised_pixels():
+    """As `clip_pixels` prepares images for it."""
+    public = pipeline().replace(clip=pipeline().clip.replace(family="clip"), tokenizer=None)
+    given = images(n=2)
+    ours = fast_jit(lambda p, x: p.encode_image(x))(public, to_float(given))
+    direct = fast_jit(lambda p, x: normalize(p.clip.apply(x, method=CLIP.encode_image)))(
+        public, clip_pixels(given, SIZE)
+    )
+    np.testing.assert_allclose(ours, direct, atol=1e-5)
 
 
 def test_any_number_of_upsamplers():

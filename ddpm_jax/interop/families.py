@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ddpm_jax.data.tokenizer import ClipTokenizer
 from ddpm_jax.interop import (
     clip,
     glide,
@@ -214,7 +215,12 @@ def _read_clip(source: Path, options: Options) -> Read:
         if end == 2
         else f"the first id {end}, as interop.clip.end_mask(tokens, {end}) finds it",
     }
-    facts = {"dialect": loaded.dialect}
+    facts: dict[str, Any] = {"dialect": loaded.dialect}
+    if loaded.model.vision is not None:
+        facts["image_size"] = loaded.model.vision.image_size
+    if (text := loaded.model.text) is not None and text.vocab_size == ClipTokenizer.vocab_size:
+        # All public ones have OpenAI's tokenizer, and see nothing of the padding.
+        facts |= {"tokenizer": {"kind": "clip", "pad": 0}, "length": text.context}
     return Read(Converted("clip", {"clip": loaded.model}, {"clip": loaded.params}, facts), assumed, files_of(file))
 
 
