@@ -16,7 +16,7 @@ import pytest
 from image_files import encoded, pixels, write
 from PIL import Image
 from random_networks import random_params
-from test_cli import assert_one_sentence, call  # noqa: F401 (call is a fixture)
+from test_cli import assert_one_sentence, call, small_disk  # noqa: F401 (call is a fixture)
 from tiny_run import ROOT
 
 from ddpm_jax import temporary
@@ -278,6 +278,21 @@ def test_nothing_left_is_one_sentence(tmp_path):
     assert ArrayRecordSource(tmp_path / "large")[0]["image"].shape == (64, 64, 3)
 
 
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_full_disk_is_one_sentence(call, tmp_path, workers):  # noqa: F811
+    rng = np.random.default_rng(0)
+    for number in range(4):
+        write(tmp_path / "folder" / f"{number}.png", rng.integers(0, 256, (128, 128, 3), dtype=np.uint8))
+    with small_disk(tmp_path / "disk", 150_000):
+        out = tmp_path / "disk" / "out"
+        flags = ("--source", tmp_path / "folder", "--out", out, "--size", 128, "--shard_records", 2)
+        status, _, err = call("prepare", *flags, "--workers", workers)
+        assert status == 1 and err.splitlines()[-1].startswith(f"error: {out}/parts/0000")
+        assert "No space left on device" in err and "Traceback" not in err
+        left = {path.name for path in (out / "parts").iterdir()} - {"options.json", "process-0.lock"}
+        assert left <= {"00000.array_record", "00000.json", "00001.array_record", "00001.json"}
+
+
 class Varying:
     """Records that differ in their fields, or have images that are none."""
 
@@ -289,9 +304,6 @@ class Varying:
 
     def __getitem__(self, index):
         return self.records[index]
-
-    def fingerprint(self):
-        return "varying"
 
 
 def test_records_with_bad_values(images, tmp_path):

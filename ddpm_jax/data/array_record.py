@@ -1,9 +1,11 @@
 """Prepared data sets: a directory of ArrayRecord shards and a manifest, see `ddpm_jax.data.record_format`."""
 
+import contextlib
 import dataclasses
+import errno
 import itertools
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, SupportsIndex
 
@@ -192,19 +194,36 @@ def write_shard(
         records: each a dict as `encode_record` takes it.
         fields: as `record_fields` returns them.
         class_names: names of the labels.
+
+    Raises:
+        OSError: if it cannot be written, as on a full disk.
+        ValueError: if a record is wrong.
     """
     path, count = Path(path), 0
     with temporary_path(path.with_name(f".{path.name}.{os.getpid()}")) as unfinished:
-        writer = ArrayRecordWriter(str(unfinished), WRITER_OPTIONS)
+        with _writer_errors(path):
+            writer = ArrayRecordWriter(str(unfinished), WRITER_OPTIONS)
         try:
             for count, record in enumerate(records, 1):  # noqa: B007
-                writer.write(encode_record(record, fields, class_names))
+                data = encode_record(record, fields, class_names)
+                with _writer_errors(path):
+                    writer.write(data)
         finally:
-            writer.close()
+            with _writer_errors(path):
+                writer.close()
         entry = {"name": path.name, "records": count, "bytes": unfinished.stat().st_size}
         entry["sha256"] = file_sha256(unfinished)
         os.replace(unfinished, path)
     return entry
+
+
+@contextlib.contextmanager
+def _writer_errors(path: Path) -> Iterator[None]:
+    """Turn the errors of the ArrayRecord writer into those of the system."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise OSError(errno.EIO, str(error).partition(";")[0], str(path)) from None
 
 
 def _allow_open_files(count: int) -> None:

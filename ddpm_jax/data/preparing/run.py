@@ -85,7 +85,9 @@ def prepare(
     if length < 1:
         raise ValueError("source must have at least one record")
     count = -(-length // options.shard_records)
-    description = {"version": 1, "source": source.fingerprint(), "records": length, **options.plain()}
+    # Of a source without a fingerprint only the number of records is compared when the work is resumed.
+    fingerprint = source.fingerprint() if hasattr(source, "fingerprint") else None
+    description = {"version": 1, "source": fingerprint, "records": length, **options.plain()}
     description["embed"] = [embedder.fingerprint for embedder in embedders]
     directory = Directory(out, description, count)
     if not directory.is_complete:
