@@ -6,10 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 from random_networks import fast_jit
 from tiny_pipelines import CLASSES, HIGH, LOW, base, cascade, classifier, other, upsampler
 
 from ddpm_jax.diffusion.sampling import Sampling
+from ddpm_jax.evaluation import report
 from ddpm_jax.pipelines import Cascade, LoadError, load, save
 from ddpm_jax.pipelines import cascade as module
 from ddpm_jax.pipelines.request import NotFiniteError
@@ -191,3 +193,10 @@ def test_the_workdir_of_one_stage_is_a_pipeline_and_its_directory_a_model(tmp_pa
     save(upsampler(), tmp_path / "run" / "up")
     with pytest.raises(LoadError, match="it holds the models base, up, each of which can be opened alone"):
         load(tmp_path / "run")
+
+
+def test_a_grid_of_samples_shows_the_classes_in_turn(tmp_path):
+    said = []
+    report.write_samples(cascade("labels"), tmp_path, num_images=4, progress=False, show=said.append)
+    assert said == [f"wrote {tmp_path}/samples.png: 4 images"]
+    assert np.asarray(Image.open(tmp_path / "samples.png")).std() > 5
