@@ -10,6 +10,7 @@ from PIL import Image
 from random_networks import fast_jit
 from tiny_pipelines import CLASSES, HIGH, LOW, base, cascade, classifier, other, upsampler
 
+from ddpm_jax.diffusion.samplers import example_keys
 from ddpm_jax.diffusion.sampling import Sampling
 from ddpm_jax.evaluation import report
 from ddpm_jax.pipelines import Cascade, LoadError, load, save
@@ -112,6 +113,23 @@ def test_numbers_labels_seeds_and_counts_need_no_new_program():
     for count, changes in enumerate(({"scale": 2.5}, {"seed": 7, "labels": 2}, {"start": 9}, {"threshold": 0.8}), 1):
         pipeline.generate(count, **({"labels": 0, "scale": jnp.float32(1.5)} | changes))
     assert _generate._cache_size() == before
+
+
+def test_numbers_may_be_traced_and_counts_say_that_they_may_not():
+    pipeline, keys, y = cascade("guided"), example_keys(jax.random.key(0), 2), jnp.array([0, 1])
+    sampled = lambda **how: pipeline.replace(sampling={"base": Sampling(**how)}).sample_base(keys, y)  # noqa: E731
+    scaled = lambda scale: sampled(sampler="ddim", steps=2, scale=scale, threshold=1.0)  # noqa: E731
+    swept = fast_jit(jax.vmap(scaled))(jnp.array([2.0, 3.0]))
+    np.testing.assert_allclose(swept[1], fast_jit(scaled)(3.0), atol=1e-5)
+    for make, message in (
+        (lambda v: sampled(sampler="ddim", steps=v), "^steps must be known outside of jit, since it is the length"),
+        (lambda v: Sampling("dpm_solver", 2, order=v).checked(), "^order must be known outside of jit"),
+        (lambda v: Sampling("dpm_solver", 2, sde=v).checked(), "^sde must be known outside of jit"),
+        (lambda v: pipeline.generate(labels=[0], scale=v), "^scale is traced: generate runs programs of its own"),
+        (lambda v: pipeline.generate(labels=[0], seed=v), "^seed must be a concrete value"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            jax.jit(make)(jnp.int32(2))
 
 
 @pytest.mark.parametrize(

@@ -80,6 +80,7 @@ def test_the_pipelines(tmp_path, monkeypatch):
     save(tiny_pipelines.unclip(), tmp_path / "bundled")
     save(tiny_pipelines.cascade("labels", guided=True), tmp_path / "runs" / "adm")
     save(tiny_pipelines.cascade(), tmp_path / "runs" / "ddpm")
+    save(tiny_pipelines.cascade("guided"), tmp_path / "runs" / "guided")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(directory, "BUNDLED", tmp_path / "bundled")
     monkeypatch.setattr(cascade, "_generate", fast_jit(cascade._generate.__wrapped__))
@@ -88,6 +89,7 @@ def test_the_pipelines(tmp_path, monkeypatch):
     names = run("docs/pipelines.md")
     assert names["images"].shape == names["again"].shape == (1, 16, 16, 3)
     assert names["cats"].shape == (2, 8, 8, 3) and names["eps"].shape == (1, 8, 8, 3)
+    assert len(np.unique(names["images_of_scales"].reshape(3, -1), axis=0)) == 3
     assert load("cascade").sampling["base"].steps == 50
 
 

@@ -11,6 +11,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from ddpm_jax.checks import check_static
 from ddpm_jax.diffusion.diffusion import Diffusion
 from ddpm_jax.diffusion.guidance import classifier_free, classifier_guided, log_prob_gradient
 from ddpm_jax.diffusion.process import GaussianProcess, respace
@@ -266,6 +267,7 @@ def as_steps(name: str, value: Any) -> int | str | tuple[int, ...]:
     Raises:
         ValueError: if value is neither a positive integer, a string nor a sequence of integers.
     """
+    check_static(name, value, "since it is the length of the loop")
     value, given = _plain(value), value
     if isinstance(value, str):
         text = re.sub(r"\s*,\s*", ",", value.strip())
@@ -298,6 +300,8 @@ def _plain(value: Any) -> Any:
 
 def _checked_option(shown: str, name: str, value: Any) -> Any:
     """Return a Python number, or a traced one as it is."""
+    if name == "sde" or name in _COUNTS:
+        check_static(shown, value, "since another program is compiled for it")
     if name == "sde":
         if not isinstance(value, bool):
             raise ValueError(f"{shown}={value!r} must be True or False")

@@ -147,6 +147,11 @@ def stage_samplings(
         stage, field = (main, name) if name in FIELDS else _stage_and_field(name, tuple(defaults))
         if value is None:
             continue
+        if isinstance(value, jax.core.Tracer):
+            raise ValueError(
+                f"{name} is traced: generate runs programs of its own and returns numpy arrays; inside of jit and "
+                "vmap call the stages of the pipeline (docs/pipelines.md)"
+            )
         if field in found[stage]:
             raise ValueError(f"{field} and {main}_{field} are the same option; give one of them")
         found[stage][field] = value
