@@ -1,11 +1,11 @@
-"""Checkpoints of a training run, written while it goes on, and the lock on its directory.
+"""Checkpoints of a training run, written while it goes on.
 
 A checkpoint is a directory `<step>/` that appears under its name only when it is complete. It holds
 
   params, ema_params   the two sets of parameters, so that inference reads one of them and nothing else;
-  optimizer            {"step", "opt_state"}, and "memory" if the task has one;
+  optimizer            {"step", "opt_state"}, and "extra_state" if the task has one;
   data                 the data iterator's position, one entry a process;
-  config               the resolved config, with which loading needs no flags;
+  config               what the result depends on, as plain data (`training.describe`);
   meta                 format, version, stage, step, number of parameters, a checksum of each of the trees above,
                        since the storage format notices a truncated or missing file, but not a changed bit.
 """
@@ -13,7 +13,6 @@ A checkpoint is a directory `<step>/` that appears under its name only when it i
 import base64
 import contextlib
 import errno
-import fcntl
 import json
 import os
 import shutil
@@ -29,7 +28,6 @@ from jax.experimental import multihost_utils
 
 from ddpm_jax.extras import needs_extra
 from ddpm_jax.storage.quiet import silence_storage
-from ddpm_jax.training.state import TrainState, count_parameters
 
 with needs_extra("train"):
     import orbax.checkpoint as ocp
@@ -38,23 +36,19 @@ with needs_extra("train"):
 FORMAT, SUBDIRECTORY = 1, "checkpoints"
 ARRAYS = ("params", "ema_params", "optimizer")
 DOCUMENTS = ("data", "config", "meta")
-# Fields that change how a run is watched, kept or spread over cores, not what it computes; and its length.
-NOT_COMPARED = frozenset({"log_every", "preview_every", "checkpoint_every", "keep", "tensorboard", "progress"})
-NOT_COMPARED |= {"cpu_devices", "num_steps"}
+# Fields that change how a run is watched or stored, not what it computes; and its length.
+NOT_COMPARED = frozenset({"log_every", "preview_every", "num_previews", "checkpoint_every", "max_to_keep"})
+NOT_COMPARED |= {"tensorboard", "progress", "num_workers", "num_steps", "eval_every", "eval_batches"}
 
 
 class CheckpointError(RuntimeError):
     """A checkpoint could not be written, read or used; the message is one sentence."""
 
 
-class WorkdirInUse(RuntimeError):
-    """Another run holds the directory."""
-
-
 class Restored(NamedTuple):
-    """What `Checkpoints.restore_latest` read: the state, the data iterator's position and the document `meta`."""
+    """What `Checkpoints.restore_latest` read: the trees, the data iterator's position and the document `meta`."""
 
-    state: TrainState
+    trees: dict[str, Any]
     data: Any
     meta: dict[str, Any]
 
@@ -101,14 +95,14 @@ class Checkpoints:
         entries = self.directory.iterdir() if self.directory.is_dir() else ()
         return sorted(int(entry.name) for entry in entries if entry.name.isdecimal())
 
-    def check_space(self, state: TrainState) -> None:
+    def check_space(self, trees: Mapping[str, Any]) -> None:
         """Raise `CheckpointError` when the disk has no room for the checkpoints that are to be kept.
 
         Args:
-          state: of arrays or of shapes. While one checkpoint is written the old ones are still there, so a fresh run
+          trees: of arrays or of shapes. While one checkpoint is written the old ones are still there, so a fresh run
             asks for `keep + 0.5` times the state's size, and a resumed one for that less what it already holds.
         """
-        size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+        size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(trees))
         needed = int(size * max(1.2, self._keep + 0.5 - len(self.steps())))
         available = shutil.disk_usage(self.directory).free
         if available < needed:
@@ -118,29 +112,29 @@ class Checkpoints:
             )
 
     def save(
-        self, state: TrainState, *, step: int, data: Any, config: Mapping[str, Any], version: str, stage: str
+        self, trees: Mapping[str, Any], *, step: int, data: Any, config: Mapping[str, Any], version: str, stage: str
     ) -> None:
         """Begin to write a checkpoint; the arrays are copied before this returns, so they may be donated after it.
 
         Args:
-          state: the state after `step` updates.
+          trees: "params", "ema_params" and "optimizer" after `step` updates.
           step: its name.
           data: the data iterator's `get_state()`: bytes, or anything that JSON holds.
-          config: the resolved config.
+          config: what the result depends on, as plain data.
           version: the package's version.
-          stage: the task's name.
+          stage: the stage's name.
 
         Raises:
           CheckpointError: when this checkpoint or the one before could not be written.
         """
         self.wait()
-        arrays = _arrays(state)
+        arrays = {name: trees[name] for name in ARRAYS}
         meta = {
             "format": FORMAT,
             "version": version,
             "stage": stage,
             "step": step,
-            "num_parameters": count_parameters(state.params),
+            "num_parameters": sum(leaf.size for leaf in jax.tree.leaves(arrays["params"])),
             "checksums": {name: checksum(tree) for name, tree in arrays.items()},
         }
         documents = {"data": _gather(_encode(data)), "config": _plain(config), "meta": meta}
@@ -195,7 +189,7 @@ class Checkpoints:
 
     def restore_latest(
         self,
-        abstract: TrainState,
+        abstract: Mapping[str, Any],
         *,
         config: Mapping[str, Any],
         stage: str | None = None,
@@ -207,9 +201,9 @@ class Checkpoints:
         has been read.
 
         Args:
-          abstract: shapes, dtypes and shardings of the state (`abstract_state`).
-          config: the resolved config of this run, compared with the one in the checkpoint.
-          stage: the task's name; a checkpoint of another stage is refused. None accepts any.
+          abstract: shapes, dtypes and shardings of the trees.
+          config: what this run's result depends on, compared with what is in the checkpoint.
+          stage: the stage's name; a checkpoint of another stage is refused. None accepts any.
           ignore: fields that may differ: a dotted name, a prefix of one, or its last part.
 
         Returns:
@@ -225,8 +219,8 @@ class Checkpoints:
                 documents = self._read_documents(step)
                 self._compare_stage(step, documents["meta"]["stage"], stage)
                 self._compare_config(step, documents["config"], config, ignore)
-                self._compare_structure(step, _arrays(abstract))
-                trees = self._read_arrays(step, _arrays(abstract), documents["meta"])
+                self._compare_structure(step, abstract)
+                trees = self._read_arrays(step, abstract, documents["meta"])
                 data = _decode(_local(documents["data"]))
             except CheckpointError:
                 raise
@@ -235,8 +229,7 @@ class Checkpoints:
                 unreadable.append(step)
                 continue
             self._move_aside(unreadable)
-            params, ema_params, optimizer = trees["params"], trees["ema_params"], trees["optimizer"]
-            return Restored(TrainState(params=params, ema_params=ema_params, **optimizer), data, documents["meta"])
+            return Restored(trees, data, documents["meta"])
         if unreadable:
             raise CheckpointError(f"none of the checkpoints in {self.directory} can be read (steps {unreadable})")
         return None
@@ -270,6 +263,24 @@ class Checkpoints:
             raise CheckpointError(f"none of the checkpoints in {self.directory} can be read (steps {steps})")
         raise CheckpointError(f"there is no checkpoint in {self.directory}")
 
+    def read_config(self) -> tuple[int, dict[str, Any], dict[str, Any]] | None:
+        """Return (step, config, meta) of the newest checkpoint whose documents can be read, or None."""
+        for step in reversed(self.steps()):
+            try:
+                documents = self._read_documents(step)
+            except CheckpointError:
+                raise
+            except Exception:
+                continue  # `restore_latest` reports it
+            return step, documents["config"], documents["meta"]
+        return None
+
+    def compare(self, config: Mapping[str, Any], *, ignore: Collection[str] = NOT_COMPARED) -> None:
+        """Raise `CheckpointError`, naming the fields, when the newest checkpoint was made with other settings."""
+        found = self.read_config()
+        if found is not None:
+            self._compare_config(found[0], found[1], config, ignore)
+
     def _read_documents(self, step: int) -> dict[str, Any]:
         args = ocp.args.Composite(**{name: ocp.args.JsonRestore() for name in DOCUMENTS})
         documents = dict(self._manager.restore(step, args=args).items())
@@ -281,7 +292,7 @@ class Checkpoints:
             )
         return documents
 
-    def _read_arrays(self, step: int, abstract: dict[str, Any], meta: dict[str, Any]) -> dict[str, Any]:
+    def _read_arrays(self, step: int, abstract: Mapping[str, Any], meta: dict[str, Any]) -> dict[str, Any]:
         args = {name: ocp.args.StandardRestore(tree) for name, tree in abstract.items()}
         trees = dict(self._manager.restore(step, args=ocp.args.Composite(**args)).items())
         for name, tree in trees.items():
@@ -298,11 +309,11 @@ class Checkpoints:
         differences = config_differences(saved, _plain(current), ignore=ignore)
         if differences:
             raise CheckpointError(
-                f"checkpoint {self.directory / str(step)} was made with another config: {'; '.join(differences)}; give "
-                "the same config or another workdir"
+                f"checkpoint {self.directory / str(step)} was made with other settings: {'; '.join(differences)}; give "
+                "the same settings or another workdir"
             )
 
-    def _compare_structure(self, step: int, abstract: dict[str, Any]) -> None:
+    def _compare_structure(self, step: int, abstract: Mapping[str, Any]) -> None:
         metadata = self._manager.item_metadata(step)
         for name, tree in abstract.items():
             saved, wanted = _shapes(metadata[name].tree), _shapes(tree)
@@ -398,45 +409,6 @@ def _checksum(array: jax.Array) -> jax.Array:
     for axis, size in enumerate(bits.shape):
         position = position * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
     return jnp.sum(bits * (2 * position + 1), dtype=jnp.uint32)
-
-
-@contextlib.contextmanager
-def lock_workdir(path: str | os.PathLike) -> Iterator[None]:
-    """Hold a directory for one run; the kernel lets go of it when the process ends, however it ends.
-
-    Args:
-      path: the directory; it is created.
-
-    Raises:
-      WorkdirInUse: when another run holds it.
-      CheckpointError: when it cannot be created or written.
-    """
-    path = Path(path)
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        file = open(path / ".lock", "a+")  # noqa: SIM115 (closed below, after the error of opening it is told apart)
-    except OSError as error:
-        raise CheckpointError(f"workdir {path} cannot be used: {error.strerror}") from error
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            file.seek(0)
-            pid = file.read().strip() or "unknown"
-            raise WorkdirInUse(f"workdir {path} is in use by another run (pid {pid})") from error
-        except OSError as error:
-            raise CheckpointError(f"workdir {path} cannot be locked: {error.strerror}") from error
-        # The process id only makes the message above better, so a full disk is no reason to stop here.
-        with contextlib.suppress(OSError):
-            os.ftruncate(file.fileno(), 0)
-            os.write(file.fileno(), str(os.getpid()).encode())
-        yield
-
-
-def _arrays(state: TrainState) -> dict[str, Any]:
-    optimizer = {"step": state.step, "opt_state": state.opt_state}
-    optimizer |= {} if state.memory is None else {"memory": state.memory}
-    return {"params": state.params, "ema_params": state.ema_params, "optimizer": optimizer}
 
 
 def _shapes(tree: Any) -> dict[str, str]:
