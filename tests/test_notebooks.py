@@ -26,13 +26,15 @@ def code_cells(name):
 
 @pytest.fixture
 def run():
-    """Return the names that the code cells of a notebook leave behind."""
+    """Return run(notebook, {text: what stands in its place}) -> the names that its code cells leave behind."""
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    def run(name):
+    def run(name, replaced=None):
         names = {"__name__": "notebook"}
         for number, source in enumerate(code_cells(name)):
+            for old, new in (replaced or {}).items():
+                source = source.replace(old, new)
             with jax.numpy_rank_promotion("allow"):
                 exec(compile(source, f"{name}, code cell {number}", "exec"), names)
         return names
@@ -107,3 +109,15 @@ def test_two_dimensions(run):
             assert np.quantile(nearest, 0.9) < 0.05
     assert names["fidelity"] == sorted(names["fidelity"]) and names["fidelity"][-1] > 0.99
     assert names["diversity"] == sorted(names["diversity"], reverse=True)
+
+
+def test_own_images(run, monkeypatch, tmp_path):
+    """A folder is made, a stage trains on it for a few steps, and what it leaves is loaded and sampled."""
+    monkeypatch.chdir(tmp_path)
+    names = run("own_images.ipynb", {"SIZE, STEPS, CHANNELS = 16, 300, 64": "SIZE, STEPS, CHANNELS = 16, 6, 32"})
+    assert len(names["source"]) == 200 and names["names"] == ("moon", "sun")
+    assert [row["step"] for row in names["rows"]] == list(range(1, 7))
+    assert [row["step"] for row in names["evaluated"]] == [2, 4, 6]
+    assert (tmp_path / "runs/own_images/base/previews/step_000006_ema.png").exists()
+    assert names["samples"].shape == (16, 16, 16, 3) and names["samples"].dtype == np.uint8
+    assert names["x0"].shape == (4, 16, 16, 3) and np.isfinite(names["x0"]).all()
