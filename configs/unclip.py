@@ -1,10 +1,12 @@
 """DALL-E 2 at its published size (Ramesh et al. 2022, appendix C, table 3).
 
-    python -m ddpm_jax.train --config configs/unclip.py --workdir /mnt/disk/unclip
+    python -m ddpm_jax.train --config configs/unclip.py --config.data.path=/mnt/disk/pairs --workdir /mnt/disk/unclip
 
-Hardware: a TPU pod; parameters, average and Adam moments of the decoder alone are 57 GB and the batches are those of
-the paper. It has not been run, so no result of ours is given. The variant `configs/unclip.py:smoke` runs on a laptop:
-every option as at full size, tiny networks, two steps a stage.
+`data.path` is images with captions (docs/data.md); CLIP embeddings are computed while training, or read from the
+records if `ddpm_jax.prepare --embed` put them there. Hardware: a TPU pod; parameters, average and Adam moments of the
+decoder alone are 57 GB and the batches are those of the paper. It has not been run, so no result of ours is given. The
+variant `configs/unclip.py:smoke` runs on a laptop: every option as at full size, tiny networks, two steps a stage, on
+generated shapes.
 
 Parameters in millions, by `jax.eval_shape` (held to it by tests/test_configs.py):
 
@@ -12,13 +14,10 @@ Parameters in millions, by `jax.eval_shape` (held to it by tests/test_configs.py
     CLIP                               986.3   -      the paper gives its shape only: ViT-H/16, text 24 x 1024
     diffusion prior                   1225.6   1B     24 x 2048; the paper rounds to one digit
     decoder, 64 x 64                  3564.9   3.5B   with a text encoder (24 x 2048) of 1309.9
-    upsampler, 64 -> 256               729.7   700M
-    upsampler, 256 -> 1024             282.1   300M   described by `upsampler_1024`
+    up_256, 64 -> 256                  729.7   700M
 
 What differs from the paper:
 
-- Data: captioned shapes stand in for its 250 million pictures with captions. They come at any size up to 256, so all
-  stages here have their true sizes; another source is one more name in `build.make_source`.
 - Prior: it reads the hidden states of the frozen CLIP text tower, as Karlo's does. The paper does not say what encodes
   its text; with an encoder of 24 x 2048 of its own beside it, it would have 2.5B parameters, not 1B.
 - Decoder: the CLIP text embedding is added to the time embedding, as Karlo does.
@@ -26,18 +25,46 @@ What differs from the paper:
 - Sampling: the prior has the fixed small variance, the paper an analytic one (Bao et al. 2022).
 - CLIP: no sharpness-aware minimisation. Batch size, length and schedule are ours, the optimiser is that of Radford et
   al. 2021. In all stages warm-up and gradient clipping are ours.
-- Upsampler: its 27 steps are GLIDE's "fast27"; the paper does not say which. Half of its training examples are blurred,
+- up_256: its 27 steps are GLIDE's "fast27"; the paper does not say which. Half of its training examples are blurred,
   as SR3 and its followers do; the paper does not say how many.
+- The second upsampler, 256 -> 1024, is not here.
 """
 
+import jax.numpy as jnp
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
+from ddpm_jax.data.open_source import open_source
+from ddpm_jax.data.shapes.scenes import ShapesSource
+from ddpm_jax.data.tokenizer import ClipTokenizer
+from ddpm_jax.data.transforms import CenterCrop, Copy, RandomCrop, Resize, Select, Tokenize
+from ddpm_jax.diffusion.diffusion import Diffusion
+from ddpm_jax.diffusion.sampling import sampling_from
+from ddpm_jax.models.clip import CLIP, VisionTransformer
+from ddpm_jax.models.decoder import Decoder
+from ddpm_jax.models.prior import DiffusionPrior
+from ddpm_jax.models.text_encoder import TextEncoder
+from ddpm_jax.models.unet import UNet, attention_levels
+from ddpm_jax.models.upsampler import Upsampler
+from ddpm_jax.pipelines.description import PipelineDescription
+from ddpm_jax.training import (
+    Captions,
+    ContrastiveTask,
+    DiffusionTask,
+    Embeddings,
+    ImageEmbedding,
+    Images,
+    LowResolution,
+    Stage,
+    Training,
+)
+
 VARIANTS = ("", "smoke")
+UPSAMPLERS = ("up_256",)
 
 
 def training(batch_size: int, num_steps: int, learning_rate: float, **overrides) -> dict:
-    """Return the part that every stage has."""
+    """Return the part that every stage has: the fields of `Training`."""
     return {
         "batch_size": batch_size,
         "num_steps": num_steps,
@@ -57,10 +84,23 @@ def training(batch_size: int, num_steps: int, learning_rate: float, **overrides)
         "checkpoint_every": 5_000,
         "log_every": 100,
         "preview_every": 10_000,
-        "keep": 3,
-        "dtype": "bfloat16",
-        "remat": True,
+        "max_to_keep": 3,
+        "num_workers": 0,
     } | overrides
+
+
+def upsampler(size: int, low: int, **fields) -> dict:
+    """Return the part that every upsampler has; crops are a quarter of the image's side."""
+    return {
+        "image_size": size,
+        "low_size": low,
+        "crop": size // 4,
+        "diffusion": {"schedule": "cosine", "num_steps": 1000},
+        "blur_sigma": 0.6,
+        "blur_rate": 0.5,
+        "noise": 0.0,
+        "noise_level_input": False,
+    } | fields
 
 
 def get_config(variant: str = "") -> ConfigDict:
@@ -69,86 +109,57 @@ def get_config(variant: str = "") -> ConfigDict:
         raise ValueError(f"variant must be one of {', '.join(map(repr, VARIANTS))}, got {variant!r}")
     config = ConfigDict()
     config.seed = 0
-    config.stages = ("clip", "prior", "decoder", "upsampler")
-    config.data = {"name": "shapes", "seed": 0, "num_examples": 1_000_000, "two_fraction": 0.4}
-    config.text = {"tokenizer": "clip", "length": 77}
-    config.clip = training(32_768, 600_000, 3e-4, decay="cosine", final_fraction=0.0) | {
+    config.data = {"path": ""}
+    config.text = {"length": 77}
+    config.dtype = "bfloat16"
+    config.remat = True
+    config.clip = {
         "image_size": 256,
-        "family": 1,
         "patch": 16,
         "embed_dim": 1024,
-        "vision": {"width": 1280, "layers": 32, "heads": 16, "stem": ()},
+        "vision": {"width": 1280, "layers": 32, "heads": 16},
         "text": {"width": 1024, "layers": 24, "heads": 16},
-        "activation": "gelu",
-        "weight_decay": 0.2,
-        "b2": 0.98,
-        "eps": 1e-6,
+        "training": training(
+            32_768, 600_000, 3e-4, decay="cosine", final_fraction=0.0, weight_decay=0.2, b2=0.98, eps=1e-6
+        ),
     }
-    config.prior = training(4096, 600_000, 1.1e-4, weight_decay=6e-2, b2=0.96, eps=1e-6) | {
+    config.prior = {
         "width": 2048,
         "layers": 24,
         "heads": 32,
-        "text_encoder": None,
         "embed_scale": 17.2,
-        "schedule": "cosine",
-        "diffusion_steps": 1000,
+        "diffusion": {"schedule": "cosine", "num_steps": 1000},
         "drop_text": 0.1,
-        "activation": "gelu",
+        "training": training(4096, 600_000, 1.1e-4, weight_decay=6e-2, b2=0.96, eps=1e-6),
     }
-    config.decoder = training(2048, 800_000, 1.2e-4) | {
+    config.decoder = {
         "image_size": 64,
-        "supersample": 1,
-        "channels": 512,
-        "channel_mult": (1, 2, 3, 4),
-        "num_res_blocks": 3,
+        "unet": {
+            "channels": 512,
+            "channel_mult": (1, 2, 3, 4),
+            "num_res_blocks": 3,
+            "head_channels": 64,
+            "dropout": 0.1,
+        },
         "attention_resolutions": (32, 16, 8),
-        "head_channels": 64,
-        "patch": 1,
-        "dropout": 0.1,
         "context_width": 2048,
         "image_tokens": 4,
-        "text_embedding": True,
-        "word_vectors": False,
-        "layout_channels": 0,
-        "layout_heads": 0,
-        "modulate": False,
-        "text_encoder": {"kind": "transformer", "width": 2048, "layers": 24, "heads": 32, "causal": True},
-        "schedule": "cosine",
-        "diffusion_steps": 1000,
-        "kind": "eps",
-        "objective": "hybrid",
-        "variance": "learned_range",
-        "timesteps": "uniform",
-        "weighting": None,
-        "vlb_weight": 1e-3,
+        "text_encoder": {"width": 2048, "layers": 24, "heads": 32},
+        "diffusion": {"schedule": "cosine", "num_steps": 1000},
         "drop_image": 0.1,
         "drop_text": 0.5,
+        "vlb_weight": 1e-3,
+        "training": training(2048, 800_000, 1.2e-4),
     }
-    config.upsampler = training(1024, 1_000_000, 1.2e-4) | {
-        "image_size": 256,
-        "low_size": 64,
-        "crop": 64,
-        "channels": 320,
-        "channel_mult": (1, 2, 3, 4),
-        "num_res_blocks": 3,
-        "patch": 1,
-        "dropout": 0.1,
-        "schedule": "cosine",
-        "diffusion_steps": 1000,
-        "kind": "eps",
-        "weighting": None,
-        "blur_sigma": 0.6,
-        "blur_rate": 0.5,
-        "noise": 0.0,
-        "mix_colours": False,
-    }
+    unet = {"channels": 320, "channel_mult": (1, 2, 3, 4), "num_res_blocks": 3, "dropout": 0.1}
+    config.up_256 = upsampler(256, 64, unet=unet, training=training(1024, 1_000_000, 1.2e-4))
     config.sample = {
-        "prior": {"steps": "64", "eta": placeholder(float), "scale": 1.0, "candidates": 2},
-        "decoder": {"steps": "250", "eta": placeholder(float), "scale": 1.25},
-        "upsampler": {"steps": "fast27", "eta": 0.0, "scale": 1.0},
+        "prior": {"sampler": "ancestral", "steps": "64"},
+        "candidates": 2,
+        "decoder": {"sampler": "ancestral", "steps": "250", "scale": 1.25, "threshold": 1.0},
+        "up_256": {"sampler": "ddim", "steps": "fast27", "threshold": 1.0},
         "batch_size": 64,
     }
-    config.evaluation = {"num_captions": 512, "seed": 1}
     config.tensorboard = False
     config.progress = True
     config.cpu_devices = 1
@@ -157,53 +168,164 @@ def get_config(variant: str = "") -> ConfigDict:
     return config
 
 
-def upsampler_1024() -> dict:
-    """Return the fields of the second upsampler, 256 -> 1024, for `build.make_upsampler({"upsampler": ...})`.
+def stages(config: ConfigDict) -> tuple[Stage, ...]:
+    """Return the stages."""
+    c, tokenizer = config, ClipTokenizer()
+    text, vocab_size, shared = Tokenize(tokenizer, c.text.length), tokenizer.vocab_size, precision(c)
 
-    A pipeline has one upsampler today, so no stage trains this one. The paper degrades its low-resolution pictures by
-    BSR (random blur, resizing, noise and JPEG), which is not here either; the blur of the first stands in its place.
-    The paper samples it in 15 DDIM steps.
-    """
-    return training(512, 1_000_000, 1.0e-4) | {
-        "image_size": 1024,
-        "low_size": 256,
-        "crop": 256,
-        "channels": 192,
-        "channel_mult": (1, 1, 2, 2, 4, 4),
-        "num_res_blocks": 2,
-        "patch": 1,
-        "dropout": 0.0,
-        "schedule": "linear",
-        "diffusion_steps": 1000,
-        "kind": "eps",
-        "weighting": None,
-        "blur_sigma": 0.6,
-        "blur_rate": 0.5,
-        "noise": 0.0,
-        "mix_colours": False,
-    }
+    def trained(part: ConfigDict) -> Training:
+        return Training(seed=c.seed, tensorboard=c.tensorboard, progress=c.progress, **part.training)
+
+    clip = CLIP(
+        VisionTransformer(c.clip.image_size, c.clip.patch, **c.clip.vision, **shared),
+        TextEncoder(vocab_size, c.text.length, **c.clip.text, **shared),
+        c.clip.embed_dim,
+    )
+    prior = DiffusionPrior(c.clip.embed_dim, c.text.length, c.prior.width, c.prior.layers, c.prior.heads, **shared)
+    pairs, square = source(c, c.clip.image_size), CenterCrop(c.clip.image_size)
+    return (
+        Stage(
+            name="clip",
+            task=ContrastiveTask(clip, tokenizer),
+            source=pairs,
+            transforms=(text, square, Select(("image", "tokens", "mask"))),
+            training=trained(c.clip),
+        ),
+        Stage(
+            name="prior",
+            task=DiffusionTask(
+                model=prior,
+                diffusion=Diffusion(prediction="x0", **c.prior.diffusion),
+                x0=Embeddings(c.clip.embed_dim, c.prior.embed_scale),
+                conditions=(Captions(c.text.length, drop=c.prior.drop_text),),
+            ),
+            source=pairs,
+            transforms=(text, square),
+            training=trained(c.prior),
+            needs={"clip": "clip"},
+        ),
+        Stage(
+            name="decoder",
+            task=DiffusionTask(
+                model=decoder(c, vocab_size),
+                diffusion=Diffusion(variance="learned_range", **c.decoder.diffusion),
+                x0=Images(c.decoder.image_size),
+                conditions=(
+                    ImageEmbedding(drop=c.decoder.drop_image),
+                    Captions(c.text.length, drop=c.decoder.drop_text, own_tokens=True),
+                ),
+                objective="hybrid",
+                vlb_weight=c.decoder.vlb_weight,
+                sampling=sampling_from(c.sample.decoder, name="sample.decoder"),
+            ),
+            source=pairs,
+            transforms=(text, square, Copy("image", "clip_image"), Resize(c.decoder.image_size)),
+            training=trained(c.decoder),
+            needs={"clip": "clip"},
+        ),
+        *(
+            Stage(
+                name=name,
+                task=upsampler_task(c, name),
+                source=source(c, c[name].image_size),
+                transforms=(Select(("image",)), CenterCrop(c[name].image_size), RandomCrop(c[name].crop)),
+                training=trained(c[name]),
+            )
+            for name in UPSAMPLERS
+        ),
+    )
+
+
+def source(config: ConfigDict, size: int):
+    """Return the images with captions; generated shapes are rendered at a size."""
+    if config.data.path == "shapes":
+        return ShapesSource(0, size, length=64)
+    if not config.data.path:
+        raise ValueError(
+            "data.path is needed: images with captions (a folder, prepared data, .tar files or tfds:NAME), as in "
+            "--config.data.path=/mnt/disk/pairs"
+        )
+    return open_source(config.data.path)
+
+
+def precision(config: ConfigDict) -> dict:
+    """Return the fields that all networks have."""
+    return {"dtype": jnp.dtype(config.dtype), "remat": config.remat}
+
+
+def decoder(config: ConfigDict, vocab_size: int) -> Decoder:
+    """Return the decoder, with a text encoder of its own."""
+    c, shared, own = config.decoder, precision(config), config.decoder.text_encoder
+    levels = attention_levels(c.attention_resolutions, c.image_size, len(c.unet.channel_mult))
+    return Decoder(
+        UNet(out_channels=6, attention_resolutions=(), attention_levels=levels, **c.unet, **shared),
+        config.clip.embed_dim,
+        c.context_width,
+        c.image_tokens,
+        text_embedding=True,
+        text_encoder=TextEncoder(vocab_size, config.text.length, **own, **shared, name="text_encoder"),
+        dtype=shared["dtype"],
+    )
+
+
+def upsampler_task(config: ConfigDict, name: str) -> DiffusionTask:
+    """Return the task of an upsampler: convolutions only, so that it is trained on crops."""
+    c = config[name]
+    if c.image_size % c.low_size:
+        raise ValueError(f"{name}.image_size={c.image_size} must be a multiple of {name}.low_size={c.low_size}")
+    unet = UNet(
+        out_channels=3,
+        attention_resolutions=(),
+        attention_levels=(),
+        mid_attention=False,
+        **c.unet,
+        **precision(config),
+    )
+    return DiffusionTask(
+        model=Upsampler(unet, noise_level_input=c.noise_level_input),
+        diffusion=Diffusion(**c.diffusion),
+        x0=Images(c.image_size),
+        conditions=(
+            LowResolution(
+                c.low_size,
+                c.image_size // c.low_size,
+                blur_sigma=c.blur_sigma,
+                blur_rate=c.blur_rate,
+                noise=c.noise,
+                noise_level_input=c.noise_level_input,
+            ),
+        ),
+        sampling=sampling_from(config.sample[name], name=f"sample.{name}"),
+    )
+
+
+def pipeline(config: ConfigDict) -> PipelineDescription:
+    """Return how the stages are sampled together."""
+    names = ("prior", "decoder", *UPSAMPLERS)
+    return PipelineDescription(
+        "UnCLIP",
+        models={"clip": "clip", "prior": "prior", "decoder": "decoder", "upsamplers": list(UPSAMPLERS)},
+        sampling={name: sampling_from(config.sample[name], name=f"sample.{name}") for name in names},
+        options={"candidates": config.sample.candidates, "batch_size": config.sample.batch_size},
+    )
 
 
 def smoke(config: ConfigDict) -> None:
     """Shrink everything so that all stages take seconds; every option stays as it is at full size."""
-    config.data.num_examples = 64
-    for stage in config.stages:
-        config[stage].update(
+    config.data.path = "shapes"
+    for stage in ("clip", "prior", "decoder", *UPSAMPLERS):
+        config[stage].training.update(
             num_steps=2, batch_size=8, warmup_steps=1, log_every=1, checkpoint_every=1, preview_every=2
         )
-    config.clip.update(image_size=32, embed_dim=16, vision={"width": 16, "layers": 1, "heads": 2, "stem": ()})
+    config.clip.update(image_size=32, embed_dim=16, vision={"width": 16, "layers": 1, "heads": 2})
     config.clip.update(text={"width": 16, "layers": 1, "heads": 2})
     config.prior.update(width=16, layers=1, heads=2)
-    config.decoder.update(
-        image_size=16, channels=32, channel_mult=(1, 1), num_res_blocks=1, head_channels=16, context_width=16
-    )
-    config.decoder.update(
-        attention_resolutions=(8,),
-        text_encoder={"kind": "transformer", "width": 16, "layers": 1, "heads": 2, "causal": True},
-    )
-    config.upsampler.update(image_size=64, low_size=16, crop=16, channels=32, channel_mult=(1,), num_res_blocks=1)
-    config.sample.prior.update(steps="2")
-    config.sample.decoder.update(steps="2")
-    config.sample.upsampler.update(steps="2")
+    config.decoder.update(image_size=16, context_width=16, attention_resolutions=(8,))
+    config.decoder.unet.update(channels=32, channel_mult=(1, 1), num_res_blocks=1, head_channels=16)
+    config.decoder.text_encoder.update(width=16, layers=1, heads=2)
+    for stage, low in zip(UPSAMPLERS, (16, 32), strict=False):
+        config[stage].update(low_size=low, image_size=2 * low, crop=low)
+        config[stage].unet.update(channels=32, channel_mult=(1,), num_res_blocks=1)
+        config.sample[stage].steps = "2"
+    config.sample.prior.steps = config.sample.decoder.steps = "2"
     config.sample.batch_size = 8
-    config.evaluation.num_captions = 8

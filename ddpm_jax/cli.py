@@ -8,6 +8,7 @@ import difflib
 import errno
 import importlib.util
 import logging as python_logging
+import math
 import os
 import platform
 import re
@@ -39,10 +40,10 @@ ERRORS = {
     "ddpm_jax.data.preparing.part": ("PrepareError",),
     "ddpm_jax.interop.table": ("ConvertError",),
     "ddpm_jax.errors": ("LoadError",),
-    "ddpm_jax.storage.checkpoint": ("CheckpointError", "WorkdirInUse"),
+    "ddpm_jax.storage.checkpoint": ("CheckpointError",),
+    "ddpm_jax.storage.lock": ("WorkdirInUse",),
     "ddpm_jax.training.loop": ("Interrupted", "TrainingDiverged"),
 }
-CONFIG_READERS = tuple(str(Path(PACKAGE) / name) for name in ("build.py", "train.py", "training/run.py"))
 REASONS = {
     "invalid literal for int": "is not a whole number",
     "could not convert string to float": "is not a number",
@@ -274,19 +275,85 @@ def _load_config(name: str, value: str) -> Any:
     path, colon, variant = value.partition(":")
     if not Path(path).is_file():
         raise UsageError(f"--{name}={value}: there is no file {path or 'without a name'}")
+    with _recipe_errors(path, f"--{name}={value}: "):
+        module = load_recipe(path)
+        if not hasattr(module, "get_config"):
+            raise UsageError(f"--{name}={value}: {path} has no function get_config")
+        config = module.get_config(*([variant] if colon else []))
+    if not hasattr(config, "to_dict") or not hasattr(config, "items"):
+        raise UsageError(
+            f"--{name}={value}: get_config must return an ml_collections ConfigDict, got {type(config).__name__}"
+        )
+    return config
+
+
+def load_recipe(path: str) -> Any:
+    """Return the module of a recipe: a Python file with `get_config` and `stages`."""
+    spec = importlib.util.spec_from_file_location("recipe", path)
+    if spec is None or spec.loader is None:
+        raise UsageError(f"{path} is not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def check_config_numbers(config: Any) -> None:
+    """Refuse numbers that are not finite, which pass comparisons, and seeds of which JAX would drop the higher bits.
+
+    Raises:
+        UsageError: naming the field.
+    """
+    for name, value in _fields(config):
+        leaf = name.rpartition(".")[2]
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UsageError(f"{name}={value} must be a finite number")
+        if leaf == "seed" and isinstance(value, int) and not 0 <= value <= MAX_SEED:
+            raise UsageError(f"{name}={value} must lie in [0, 2**32)")
+        if leaf == "cpu_devices" and isinstance(value, int) and value < 0:
+            raise UsageError(f"{name}={value} must be at least 0")
+
+
+def call_recipe(recipe: Any, name: str, config: Any) -> Any:
+    """Return what a function of a recipe makes of the config; None if it has no such function.
+
+    Raises:
+        UsageError: if it raises; a ValueError, such as for a number out of its range, keeps its sentence.
+    """
+    path = str(recipe.__file__)
+    if not hasattr(recipe, name):
+        if name == "stages":
+            raise UsageError(f"{path} has no function stages(config), which returns what is trained")
+        return None
+    with _recipe_errors(path, ""):
+        found = getattr(recipe, name)(config)
+    if name == "stages" and not (isinstance(found, (list, tuple)) and found and all(map(_is_stage, found))):
+        raise UsageError(f"stages(config) of {path} must return a tuple of Stage objects, got {type(found).__name__}")
+    return found
+
+
+def _is_stage(value: Any) -> bool:
+    return all(hasattr(value, name) for name in ("name", "task", "source", "training"))
+
+
+@contextlib.contextmanager
+def _recipe_errors(path: str, prefix: str) -> Iterator[None]:
+    """Turn an error of a recipe into one sentence that names the file and, for a mistake in it, the line."""
     try:
-        spec = importlib.util.spec_from_file_location(f"{name}_file", path)
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        return module.get_config(*([variant] if colon else []))
-    except ValueError as error:
-        raise UsageError(f"--{name}={value}: {error}") from error
-    except ModuleNotFoundError:
+        yield
+    except (UsageError, ModuleNotFoundError, OSError, *_own_errors()):
         raise
+    except ValueError as error:
+        raise UsageError(f"{prefix}{error}") from error
     except Exception as error:
-        line = traceback.extract_tb(error.__traceback__)[-1]
-        where = f", line {line.lineno}" if line.filename.endswith(path) else ""
+        lines = [line.lineno for line in traceback.extract_tb(error.__traceback__) if line.filename.endswith(path)]
+        where = f", line {lines[-1]}" if lines else ""
         raise UsageError(f"config file {path} does not work: {type(error).__name__}: {error}{where}") from error
+
+
+def _own_errors() -> tuple[type[Exception], ...]:
+    """Return the errors that are written for users, of the modules that were imported."""
+    found = (getattr(sys.modules[m], name) for m, names in ERRORS.items() if m in sys.modules for name in names)
+    return tuple(found)
 
 
 def _fields(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -310,7 +377,7 @@ def _nearest(name: str, fields: list[str]) -> str:
 
 def _sentence(error: Exception) -> str | None:
     """Return what to tell a user of an error, on one line; None for what only a programmer can mend."""
-    ours = tuple(getattr(sys.modules[m], name) for m, names in ERRORS.items() if m in sys.modules for name in names)
+    ours = _own_errors()
     text: str | None = None
     if isinstance(error, ModuleNotFoundError) and not (error.name or "").startswith("ddpm_jax"):
         text = f"the package {error.name} is not installed; {EXTRA}"
@@ -323,10 +390,6 @@ def _sentence(error: Exception) -> str | None:
         and _raised_here(error)
     ):
         text = str(error)
-    elif isinstance(error, KeyError) and traceback.extract_tb(error.__traceback__)[-1].filename.endswith(
-        CONFIG_READERS
-    ):
-        text = f"the config has no field {error}, which this version needs; see configs/shapes.py"
     elif "RESOURCE_EXHAUSTED" in str(error) or isinstance(error, MemoryError):
         text = f"out of memory; a smaller batch_size or a larger accumulate needs less ({error})"
     return None if text is None else " ".join(text.split())

@@ -1,8 +1,9 @@
-"""Train a pipeline: `python -m ddpm_jax.train --config configs/shapes.py --workdir DIR [--stage NAME ...]`.
+"""Train the stages of a recipe: `python -m ddpm_jax.train --config configs/shapes.py --workdir DIR [--stage NAME ...]`.
 
-All stages in order, or those named. The same command again continues where it stopped. A run of all stages ends by
-writing samples.png and faithfulness.json into the workdir and printing the faithfulness table. Any field of the config
-may be given on the command line, as in --config.decoder.batch_size=32.
+All stages in order, or those named. Re-running the command resumes. Any field of the config may be given on the command
+line, as in --config.decoder.training.batch_size=32. A recipe is a Python file with `get_config(variant)`, which returns
+the numbers, and `stages(config)`, which returns what is trained; it may have `pipeline(config)`, how the stages are
+sampled together, and `evaluate(config, pipeline, workdir, show)`, called at the end of a run of all stages.
 """
 
 import time
@@ -16,14 +17,14 @@ from ml_collections import config_flags
 
 FLAGS = flags.FlagValues()
 _CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "Config file, with a variant after a colon.", lock_config=True, flag_values=FLAGS
+    "config", None, "Recipe, with a variant after a colon.", lock_config=True, flag_values=FLAGS
 )
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run; created if missing.", flag_values=FLAGS)
 _STAGE = flags.DEFINE_multi_string(
     "stage", None, "Train this stage only; may be repeated. All stages by default.", flag_values=FLAGS
 )
 _EVALUATE = flags.DEFINE_bool(
-    "evaluate", True, "Measure faithfulness at the end of a run of all stages.", flag_values=FLAGS
+    "evaluate", True, "Evaluate at the end of a run of all stages, if the recipe says how.", flag_values=FLAGS
 )
 
 
@@ -32,26 +33,26 @@ def main() -> None:
     for name, value in (("config", _CONFIG.value), ("workdir", _WORKDIR.value)):
         if not value:
             raise cli.UsageError(f"--{name} is needed")
-    from ddpm_jax import build
-    from ddpm_jax.evaluation import report
-    from ddpm_jax.pipelines import load
-    from ddpm_jax.training.run import is_trained, run_stages
+    config = _CONFIG.value
+    cli.check_config_numbers(config)
+    cli.use_cpu_devices(config.get("cpu_devices", 0))
+    import ddpm_jax
+    from ddpm_jax.training.run import is_trained, train
 
-    config = plain(_CONFIG.value.to_dict())
-    unknown = [name for name in _STAGE.value or () if name not in config["stages"]]
+    recipe = cli.load_recipe(config_flags.get_config_filename(FLAGS["config"]).partition(":")[0])
+    stages, pipeline = cli.call_recipe(recipe, "stages", config), cli.call_recipe(recipe, "pipeline", config)
+    names = [stage.name for stage in stages]
+    unknown = [name for name in _STAGE.value or () if name not in names]
     if unknown:
-        raise cli.UsageError(
-            f"--stage={unknown[0]} is not a stage of this config, which has {', '.join(config['stages'])}"
-        )
-    cli.use_cpu_devices(config["cpu_devices"])
-    names = [name for name in config["stages"] if not _STAGE.value or name in _STAGE.value]
+        raise cli.UsageError(f"--stage={unknown[0]} is not a stage of this recipe, which has {', '.join(names)}")
+    chosen = [name for name in names if not _STAGE.value or name in _STAGE.value]
     begin = time.perf_counter()
-    run_stages(config, _WORKDIR.value, names)
-    print(f"trained {', '.join(names)} in {time.perf_counter() - begin:.0f} s", flush=True)
-    if _EVALUATE.value and not _STAGE.value and all(is_trained(config, _WORKDIR.value, name) for name in build.STAGES):
+    train(stages, _WORKDIR.value, names=chosen, pipeline=pipeline, config=plain(config.to_dict()))
+    print(f"trained {', '.join(chosen)} in {time.perf_counter() - begin:.0f} s", flush=True)
+    complete = all(is_trained(stage, _WORKDIR.value) for stage in stages)
+    if _EVALUATE.value and not _STAGE.value and complete and hasattr(recipe, "evaluate"):
         begin = time.perf_counter()
-        pipeline = load(_WORKDIR.value)
-        report.write_faithfulness(pipeline, Path(_WORKDIR.value), **config["evaluation"], show=cli.show)
+        recipe.evaluate(config, ddpm_jax.load(_WORKDIR.value), Path(_WORKDIR.value), cli.show)
         print(f"measured in {time.perf_counter() - begin:.0f} s", flush=True)
 
 

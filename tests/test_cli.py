@@ -19,7 +19,8 @@ from absl import logging as absl_logging
 from tiny_run import ROOT, train_flags
 
 from ddpm_jax import pipelines
-from ddpm_jax.storage.checkpoint import Checkpoints, lock_workdir
+from ddpm_jax.storage.checkpoint import Checkpoints
+from ddpm_jax.storage.lock import lock_workdir
 
 SMOKE = f"{ROOT / 'configs' / 'shapes.py'}:smoke"
 A_WORD = "a small red star on a white background"
@@ -103,7 +104,7 @@ def trained(with_clip, tmp_path_factory):
     """A finished run."""
     directory = shutil.copytree(with_clip, tmp_path_factory.mktemp("trained") / "run")
     # Previews too: their networks run on all devices.
-    with as_command("train", *train_flags(directory, decoder__preview_every=1)) as command:
+    with as_command("train", *train_flags(directory, decoder__training__preview_every=1)) as command:
         command()
     assert (directory / "decoder" / "previews" / "step_000002_ema.png").exists()
     return directory
@@ -115,17 +116,32 @@ def trained(with_clip, tmp_path_factory):
 @pytest.mark.parametrize(
     "flags,parts",
     [
-        (["--config.decoder.batch_sise=3"], ["no field decoder.batch_sise; did you mean decoder.batch_size?"]),
-        (["--config.decodr.batch_size=3"], ["no field decodr.batch_size; did you mean decoder.batch_size?"]),
+        (
+            ["--config.decoder.training.batch_sise=3"],
+            ["no field decoder.training.batch_sise; did you mean decoder.training.batch_size?"],
+        ),
+        (
+            ["--config.decodr.training.batch_size=3"],
+            ["no field decodr.training.batch_size; did you mean decoder.training.batch_size?"],
+        ),
         (["--config.sed=3"], ["no field sed; did you mean seed?"]),
-        (["--config.decoder.batch_size=many"], ["--config.decoder.batch_size=many is not a whole number"]),
-        (["--config.decoder.batch_size=2.5"], ["--config.decoder.batch_size=2.5 is not a whole number"]),
-        (["--config.decoder.learning_rate=fast"], ["--config.decoder.learning_rate=fast is not a number"]),
+        (
+            ["--config.decoder.training.batch_size=many"],
+            ["--config.decoder.training.batch_size=many is not a whole number"],
+        ),
+        (
+            ["--config.decoder.training.batch_size=2.5"],
+            ["--config.decoder.training.batch_size=2.5 is not a whole number"],
+        ),
+        (
+            ["--config.decoder.training.learning_rate=fast"],
+            ["--config.decoder.training.learning_rate=fast is not a number"],
+        ),
         (["--config.progress=perhaps"], ["--config.progress=perhaps is neither true nor false"]),
         (["--confg=3"], ["Unknown command line flag 'confg'"]),
         (["--nonsense", "3"], ["Unknown command line flag 'nonsense'"]),
         (["word"], ["unknown argument 'word'"]),
-        (["--stage", "encoder"], ["--stage=encoder is not a stage of this config", "clip, prior, decoder, upsampler"]),
+        (["--stage", "encoder"], ["--stage=encoder is not a stage of this recipe", "clip, prior, decoder, upsampler"]),
     ],
 )
 def test_a_wrong_flag(call, tmp_path, flags, parts):
@@ -151,61 +167,87 @@ def test_a_wrong_config_file(call, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "fields,parts",
+    "fields,status,parts",
     [
-        ({"decoder__num_steps": 0}, ["decoder.num_steps=0 must be at least 1"]),
-        ({"clip__num_steps": -3}, ["clip.num_steps=-3 must be at least 1"]),
+        ({"decoder__training__num_steps": 0}, 2, ["stage decoder: num_steps=0 must be at least 1"]),
+        ({"clip__training__num_steps": -3}, 2, ["stage clip: num_steps=-3 must be at least 1"]),
         (
-            {"decoder__image_size": 30},
-            ["decoder: image size 30 cannot be halved by this U-Net", "multiple of 4"],
+            {"decoder__unet__patch": 3},
+            1,
+            ["stage decoder cannot work: image size 16 cannot be halved by this U-Net", "multiple of 3"],
         ),
-        ({"upsampler__crop": 20}, ["upsampler: image size 20 cannot be halved"]),
-        ({"decoder__batch_size": 12}, ["decoder.batch_size=12 must be a multiple of 8 = 8 (devices)"]),
-        ({"decoder__accumulate": 3}, ["decoder.batch_size=8 must be a multiple of 24 = 8 (devices) x 3 (accumulate)"]),
-        ({"upsampler__warmup_steps": 5}, ["the config of stage upsampler cannot work: warmup_steps=5 must be between"]),
-        ({"decoder__kind": "noise"}, ["decoder: kind='noise' must be one of 'eps', 'x0', 'v'"]),
-        ({"decoder__objective": "hybrid"}, ["decoder: objective='hybrid'", "variance='learned_range'"]),
-        ({"sample__decoder__steps": "few"}, ["sample.decoder: spec='few' must be like"]),
-        ({"sample__batch_size": 0}, ["sample.batch_size=0 must be at least 1"]),
-        ({"text__tokenizer": "words"}, ["tokenizer='words' must be one of 'clip', 'compact'"]),
-        ({"seed": 2**32}, ["seed=4294967296 must lie in [0, 2**32)"]),
-        ({"evaluation__seed": -1}, ["evaluation.seed=-1 must lie in [0, 2**32)"]),
-        ({"decoder__learning_rate": "nan"}, ["decoder.learning_rate=nan must be a finite number"]),
-        ({"sample__prior__scale": "inf"}, ["sample.prior.scale=inf must be a finite number"]),
-        ({"cpu_devices": -1}, ["cpu_devices=-1 must be at least 0"]),
-        ({"decoder__supersample": 32}, ["data: resolution must lie between 16 and 256, got 512"]),
-        ({"decoder__supersample": 0}, ["decoder.supersample=0 must be at least 1"]),
+        ({"decoder__image_size": 20}, 2, ["upsampler.image_size=32 must be a multiple of decoder.image_size=20"]),
+        ({"upsampler__crop": 20}, 1, ["stage upsampler cannot work: image size 20 cannot be halved"]),
+        ({"upsampler__crop": 40}, 1, ["stage upsampler cannot work: size must be at most"]),
         (
-            {"decoder__layout_channels": 0, "decoder__layout_heads": 2, "decoder__modulate": False},
-            ["decoder: layout_heads=2 needs layout_channels and word_vectors"],
+            {"decoder__training__batch_size": 12},
+            1,
+            ["stage decoder: batch_size=12 must be a multiple of 8 = 8 (devices)"],
         ),
-        ({"decoder__layout_channels": 0, "decoder__modulate": True}, ["decoder: modulate=True needs layout_channels"]),
-        ({"decoder__text_encoder__kind": "lstm"}, ["decoder: text_encoder: kind='lstm' must be one of"]),
-        ({"decoder__text_encoder__kind": "gru", "decoder__text_encoder__causal": True}, ["causal=True must be False"]),
-        ({"prior__optimizer": "sgd"}, ["the config of stage prior cannot work: optimizer='sgd' must be"]),
-        ({"stages": "('clip','encoder')"}, ["stages contains 'encoder'; a stage is one of clip, prior"]),
+        (
+            {"decoder__training__accumulate": 4},
+            1,
+            ["decoder: batch_size=8 must be a multiple of 32 = 8 (devices) x 4 (accumulate)"],
+        ),
+        (
+            {"upsampler__training__warmup_steps": 5},
+            1,
+            ["stage upsampler cannot work: warmup_steps=5 must be between"],
+        ),
+        ({"decoder__diffusion__prediction": "noise"}, 2, ["prediction='noise' must be one of 'eps', 'x0', 'v'"]),
+        ({"decoder__diffusion__schedule": "sine"}, 2, ["schedule='sine' must be one of 'linear', 'cosine'"]),
+        ({"decoder__diffusion__num_steps": 10**9}, 2, ["num_steps=1000000000 must be between 1 and 100000"]),
+        ({"sample__decoder__steps": "few"}, 2, ["steps='few' must be like"]),
+        ({"sample__decoder__sampler": "dimm"}, 2, ["sample.decoder.sampler='dimm' must be one of", "'ddim'"]),
+        ({"sample__batch_size": 0}, 2, ["batch_size=0 must be at least 1"]),
+        ({"seed": 2**32}, 2, ["seed=4294967296 must lie in [0, 2**32)"]),
+        ({"evaluation__seed": -1}, 2, ["evaluation.seed=-1 must lie in [0, 2**32)"]),
+        ({"evaluation__num_captions": 0}, 2, ["evaluation.num_captions=0 must be at least 1"]),
+        (
+            {"decoder__training__learning_rate": "nan"},
+            2,
+            ["decoder.training.learning_rate=nan must be a finite number"],
+        ),
+        ({"sample__decoder__scale": "inf"}, 2, ["sample.decoder.scale=inf must be a finite number"]),
+        ({"cpu_devices": -1}, 2, ["cpu_devices=-1 must be at least 0"]),
+        ({"decoder__supersample": 32}, 2, ["resolution must lie between 16 and 256, got 512"]),
+        ({"decoder__supersample": 0}, 2, ["resolution must lie between 16 and 256, got 0"]),
+        ({"decoder__layout_channels": 0}, 1, ["stage decoder cannot work: layout_heads=8 needs layout_channels"]),
+        (
+            {"decoder__layout_channels": 0, "decoder__layout_heads": 0},
+            1,
+            ["stage decoder cannot work: modulate=True of the U-Net needs layout_channels"],
+        ),
+        ({"decoder__text_encoder__kind": "lstm"}, 2, ["decoder.text_encoder.kind='lstm' must be"]),
+        ({"prior__training__optimizer": "sgd"}, 1, ["stage prior cannot work: optimizer='sgd' must be"]),
+        ({"decoder__drop_image": 1.5}, 2, ["drop=1.5 must lie between 0 and 1"]),
     ],
 )
-def test_a_config_that_cannot_work_stops_before_anything_is_trained(call, tmp_path, fields, parts):
+def test_a_config_that_cannot_work_stops_before_anything_is_trained(call, tmp_path, fields, status, parts):
     workdir = tmp_path / "new"
-    assert_one_sentence(call("train", *train_flags(workdir, **fields)), 1, *parts)
+    assert_one_sentence(call("train", *train_flags(workdir, **fields)), status, *parts)
     assert not workdir.exists()
 
 
-@pytest.mark.parametrize("field", ["cpu_devices", "decoder.supersample"])
-def test_a_config_without_a_field_is_told_which(call, tmp_path, field):
-    """A config file of one's own, written for an earlier version."""
-    part, _, name = field.rpartition(".")
-    lines = (
-        "import runpy",
-        "def get_config():",
-        f"    config = runpy.run_path({SMOKE.partition(':')[0]!r})['get_config']('smoke')",
-        f"    del {'.'.join(filter(None, ('config', part)))}[{name!r}]",
-        "    return config",
-    )
-    (tmp_path / "old.py").write_text("\n".join(lines))
-    result = call("train", "--config", tmp_path / "old.py", "--workdir", tmp_path / "new")
-    assert_one_sentence(result, 1, f"the config has no field '{name}', which this version needs")
+@pytest.mark.parametrize(
+    "lines,parts",
+    [
+        (["    return {'seed': 0}"], ["get_config must return an ml_collections ConfigDict, got dict"]),
+        (["    return None"], ["get_config must return an ml_collections ConfigDict, got NoneType"]),
+        (["    return ConfigDict({'seed': 0})"], ["has no function stages(config)"]),
+        (
+            ["    return ConfigDict({'seed': 0})", "def stages(config):", "    return config"],
+            ["stages(config) of ", "must return a tuple of Stage objects, got ConfigDict"],
+        ),
+        (
+            ["    return ConfigDict({'seed': 0})", "def stages(config):", "    return config.decoder"],
+            ["odd.py does not work: AttributeError", "decoder", "line 5"],
+        ),
+    ],
+)
+def test_a_recipe_that_returns_something_else(call, tmp_path, lines, parts):
+    (tmp_path / "odd.py").write_text("\n".join(["from ml_collections import ConfigDict", "def get_config():", *lines]))
+    assert_one_sentence(call("train", "--config", tmp_path / "odd.py", "--workdir", tmp_path / "new"), 2, *parts)
     assert not (tmp_path / "new").exists()
 
 
@@ -271,14 +313,14 @@ def test_a_workdir_that_cannot_be_made(call, tmp_path):
 
 def test_a_stage_before_clip(call, tmp_path):
     result = call("train", *train_flags(tmp_path / "run"), "--stage", "prior")
-    assert_one_sentence(result, 1, "stage prior needs a trained CLIP", "train the stage clip first")
+    assert_one_sentence(result, 1, "stage prior needs a trained clip", "train the stage clip first")
     assert not (tmp_path / "run").exists()  # a refused run claims no directory
 
 
 def test_a_stage_after_half_a_clip(call, clip_run):
     shutil.rmtree(clip_run / "clip" / "checkpoints" / "2")
     result = call("train", *train_flags(clip_run), "--stage", "decoder")
-    assert_one_sentence(result, 1, "stage decoder needs a trained CLIP")
+    assert_one_sentence(result, 1, "stage decoder needs a trained clip")
 
 
 def test_an_unfinished_run_has_nothing_to_sample_from(call, clip_run, tmp_path):
@@ -291,31 +333,18 @@ def test_an_unfinished_run_has_nothing_to_sample_from(call, clip_run, tmp_path):
 
 def test_another_config(call, clip_run):
     before = listing(clip_run)
-    result = call("train", *train_flags(clip_run, clip__learning_rate=0.5))
+    result = call("train", *train_flags(clip_run, clip__training__learning_rate=0.5))
     assert_one_sentence(
-        result, 1, "holds a run of another config: clip.learning_rate is", "there and 0.5 here", "another workdir"
+        result, 1, "made with other settings: training.learning_rate is", "there and 0.5 here", "another workdir"
     )
     assert listing(clip_run) == before
 
 
-def test_a_checkpoint_of_another_config(call, clip_run, tmp_path):
-    """The directory of a stage was copied from another run."""
-    other = tmp_path / "other"
-    (other / "clip").mkdir(parents=True)
-    run = json.loads((clip_run / "run.json").read_text())
-    run["config"]["seed"] = 7
-    (other / "run.json").write_text(json.dumps(run))
-    shutil.copytree(clip_run / "clip", other / "clip", dirs_exist_ok=True)
-    result = call("train", *train_flags(other, seed=7), "--stage", "clip")
-    assert_one_sentence(result, 1, "was made with another config: seed is 0 there and 7 here")
-    result = call("sample", *sample_flags(tmp_path), "--workdir", other)
-    assert_one_sentence(result, 1, "the checkpoint of stage clip", "seed is 0 there and 7 here")
-
-
 def test_a_stage_that_has_saved_nothing_may_be_changed(call, clip_run):
-    status, _, err = call("train", *train_flags(clip_run, prior__learning_rate=0.5), "--stage", "clip")
+    status, _, err = call("train", *train_flags(clip_run, prior__training__learning_rate=0.5), "--stage", "clip")
     assert status == 0, err
-    assert json.loads((clip_run / "run.json").read_text())["config"]["prior"]["learning_rate"] == 0.5
+    config = json.loads((clip_run / "run.json").read_text())["config"]
+    assert config["prior"]["training"]["learning_rate"] == 0.5
 
 
 def test_a_stage_goes_on_with_its_own_clip_only(call, trained, tmp_path):
@@ -330,7 +359,7 @@ def test_a_stage_goes_on_with_its_own_clip_only(call, trained, tmp_path):
     result = call("sample", *sample_flags(tmp_path), "--workdir", other)
     assert_one_sentence(result, 1, "stage prior of", "was trained with another CLIP")
     status, _, err = call("train", *train_flags(other), "--stage", "prior")
-    assert status == 1 and "was made with another config: clip_weights is" in err.splitlines()[-1]
+    assert status == 1 and "was made with other settings: needs.clip is" in err.splitlines()[-1]
 
 
 def cut(checkpoint):
@@ -533,6 +562,6 @@ def test_a_finished_run(call, trained):
 
 def test_a_bug_keeps_its_traceback(call, monkeypatch, tmp_path):
     """Only what this package's own checks say is shortened: an error inside a library is for a bug report."""
-    monkeypatch.setattr("ddpm_jax.build.check_config", lambda config: logging.Formatter(style="?"))
+    monkeypatch.setattr("ddpm_jax.training.run.describe", lambda stage: logging.Formatter(style="?"))
     with pytest.raises(ValueError, match="Style must be one of"):
         call("train", *train_flags(tmp_path / "run"))

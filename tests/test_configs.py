@@ -1,6 +1,5 @@
-"""Configs: every variant is plain data, builds, and takes a step; the full-size one has the size that it documents."""
+"""Recipes: every variant is plain data and describes stages that work; full-size ones have their documented sizes."""
 
-import importlib.util
 import json
 import math
 import re
@@ -10,28 +9,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from random_networks import fast_jit, normal, random_params
+from PIL import Image
 
-from ddpm_jax import build
-from ddpm_jax.models.clip import normalize
-from ddpm_jax.pipelines import stages
+import ddpm_jax
+from ddpm_jax.cli import load_recipe
+from ddpm_jax.parallel.mesh import make_mesh
+from ddpm_jax.pipelines import PipelineDescription
+from ddpm_jax.storage.checkpoint import restore_params
 from ddpm_jax.train import plain
-from ddpm_jax.training import run
-from ddpm_jax.training.state import TrainState
-from ddpm_jax.training.step import make_train_step
-from ddpm_jax.training.tasks import ClipTask, UpsamplerTask
+from ddpm_jax.training import train
+from ddpm_jax.training.metrics import read_metrics
+from ddpm_jax.training.run import _Run
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-
-
-def load(name):
-    spec = importlib.util.spec_from_file_location(name, CONFIGS / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-FILES = {name: load(name) for name in ("shapes", "unclip")}
+FILES = {name: load_recipe(str(CONFIGS / f"{name}.py")) for name in ("shapes", "ddpm", "adm", "unclip")}
 EVERY = [(name, variant) for name, module in FILES.items() for variant in module.VARIANTS]
 
 
@@ -39,87 +30,97 @@ def count(tree):
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
 
 
-def make_tasks(config, clip_params):
-    """The tasks as a run makes them. `clip_params` may be any tree where nothing is computed."""
-    own = run._Run(config, Path("unused"), build.make_tokenizer(config))
-    return {
-        "clip": ClipTask(own.clip),
-        "prior": run._prior_task(own, clip_params),
-        "decoder": run._decoder_task(own, clip_params),
-        "upsampler": run._upsampler_task(own),
-    }
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Images with labels and captions."""
+    directory = tmp_path_factory.mktemp("images")
+    rng = np.random.default_rng(0)
+    for number in range(40):
+        path = directory / ("cats", "dogs")[number % 2] / f"{number}.png"
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (24, 20, 3), np.uint8)).save(path)
+        path.with_suffix(".txt").write_text("a red circle")
+    return directory
+
+
+def make_config(name, variant, folder):
+    config = FILES[name].get_config(variant)
+    if "path" in config.data and not config.data.path:
+        config.data.path = str(folder)
+    return config
+
+
+def abstract_params(config, recipe):
+    """Return the shapes of the parameters of every stage; nothing is computed, and everything is checked."""
+    run = _Run(recipe.stages(config), Path("unused"), make_mesh({"data": -1}, devices=jax.devices()[:1]))
+    for stage in run.stages.values():
+        run.dry_run(stage)
+    return {name: run._abstract_state(stage).params["params"] for name, stage in run.stages.items()}
 
 
 @pytest.mark.parametrize("name,variant", EVERY)
-def test_a_variant_is_plain_data_and_describes_networks_that_can_be_built(name, variant):
-    config = plain(FILES[name].get_config(variant).to_dict())
-    assert json.loads(json.dumps(config)) == config
-    build.check_config(config)
-    for stage in build.STAGES:
-        build.make_stage_optimizer(config[stage])
-    for resolution in (
-        config["clip"]["image_size"],
-        config["decoder"]["image_size"],
-        config["upsampler"]["image_size"],
-    ):
-        build.make_source(config, resolution=resolution)
+def test_a_variant_is_plain_data_and_describes_a_pipeline_of_its_stages(name, variant, folder):
+    config = make_config(name, variant, folder)
+    assert json.loads(json.dumps(plain(config.to_dict()))) == plain(config.to_dict())
+    stages, description = FILES[name].stages(config), FILES[name].pipeline(config)
+    assert isinstance(description, PipelineDescription)
+    used = [place for role in description.models.values() for place in ([role] if isinstance(role, str) else role)]
+    assert sorted(used) == sorted(stage.name for stage in stages)
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_an_unknown_variant_is_named_and_every_config_has_the_same_fields(name):
+def test_an_unknown_variant_is_named(name):
     with pytest.raises(ValueError, match="variant must be one of '', .*'huge'"):
         FILES[name].get_config("huge")
 
-    def fields(config):
-        # What may be None in one config and a part of its own in the other.
-        parts = {path: value for path, value in config.items() if path not in ("text_encoder", "weighting")}
-        return {path: fields(value) if isinstance(value, dict) else None for path, value in parts.items()}
 
-    ours, reference = fields(FILES[name].get_config().to_dict()), fields(FILES["shapes"].get_config().to_dict())
-    assert ours == reference
+@pytest.mark.parametrize("name", ["ddpm", "adm", "unclip"])
+def test_data_is_needed(name):
+    with pytest.raises(ValueError, match="data.path is needed: "):
+        FILES[name].stages(FILES[name].get_config())
 
 
-def test_word_vectors_without_a_text_encoder_are_refused_by_name():
-    config = plain(FILES["shapes"].get_config("smoke").to_dict())
-    config["decoder"]["text_encoder"] = None
-    with pytest.raises(ValueError, match="decoder: word_vectors=True needs a text_encoder"):
-        build.check_config(config)
+def test_class_conditions_need_labels(folder):
+    config = make_config("ddpm", "small", folder)
+    config.class_conditional = True
+    (stage,) = FILES["ddpm"].stages(config)
+    assert stage.task.conditions[0].names == ("cats", "dogs") and stage.task.model.num_classes == 3
+    config.data.path = "shapes"
+    with pytest.raises(ValueError, match="class_conditional=True needs labels, which shapes has not"):
+        FILES["ddpm"].stages(config)
 
 
-@pytest.mark.parametrize("name", ["unclip"])  # test_cli.py trains the other one
-def test_smoke_takes_a_train_step_of_every_stage(name):
-    config = plain(FILES[name].get_config("smoke").to_dict())
-    for task in make_tasks(config, {}).values():
-        jax.eval_shape(task.init, jax.random.key(0))
-    # One level of one block for the step itself: compiling is what takes the time.
-    for stage in ("decoder", "upsampler"):
-        config[stage] |= {"channel_mult": [1], "num_res_blocks": 1}
-    config["decoder"]["attention_resolutions"] = [config["decoder"]["image_size"] // config["decoder"]["patch"]]
-    tokenizer = build.make_tokenizer(config)
-    rng = np.random.default_rng(0)
-    tokens, mask = tokenizer(["a red circle", "a blue star"], config["text"]["length"])
-    picture = lambda size: rng.integers(0, 256, (2, size, size, 3)).astype(np.uint8)
-    text = {"tokens": tokens, "mask": mask}
-    tasks = make_tasks(config, random_params(make_tasks(config, {})["clip"].init))
-    images = picture(config["clip"]["image_size"])
-    embeddings = {name: normalize(normal(1, 2, config["clip"]["embed_dim"])) for name in ("z_image", "z_text")}
-    batches = {
-        "clip": text | {"image": images},
-        "prior": text | embeddings,
-        "decoder": text | embeddings | {"image": picture(config["decoder"]["image_size"])},
-        "upsampler": {"image": picture(config["upsampler"]["crop"])},
+def millions(text):
+    return float(text) * 1e6
+
+
+def test_ddpm_has_the_published_sizes(folder):
+    """35,746,307 and 113,673,219: the paper rounds them to 35.7M and 114M."""
+    rows = dict(re.findall(r"configs/ddpm.py:?(\w*) +\d+ x \d+, ([\d.]+)M", FILES["ddpm"].__doc__))
+    sizes = {
+        variant: count(abstract_params(make_config("ddpm", variant, folder), FILES["ddpm"])["base"])
+        for variant in ("", "256", "small")
     }
-    for stage, task in tasks.items():
-        tx, schedule = build.make_stage_optimizer(config[stage])
-        params = random_params(task.init)
+    assert (sizes[""], sizes["256"]) == (35_746_307, 113_673_219)
+    assert set(rows) == set(sizes)
+    for variant, size in sizes.items():
+        assert abs(size - millions(rows[variant])) <= 0.5 * (1e6 if variant == "256" else 1e5), variant
 
-        def train_once(params, batch, key, task=task, tx=tx, schedule=schedule):
-            batch = batch if task.frozen is None else task.prepare(task.frozen, batch)
-            state = TrainState(jnp.zeros((), jnp.int32), params, params, tx.init(params))
-            return make_train_step(task, tx, ema_decay=0.9, schedule=schedule)(state, batch, key)[1]
 
-        metrics = fast_jit(train_once)(params, batches[stage], jax.random.key(1))
-        assert metrics["finite"] and metrics["grad_norm"] > 0, stage
+def test_adm_has_the_published_sizes(folder):
+    rows = re.findall(r"configs/adm.py:?(\w*) +.*?: ([\d.]+)M and ([\d.]+)M", FILES["adm"].__doc__)
+    assert [row[0] for row in rows] == ["", "small"]
+    for variant, base, classifier in rows:
+        config = make_config("adm", variant, folder)
+        if not variant:  # ImageNet's classes
+            config.base.drop_label = 0.0
+        sizes = {name: count(tree) for name, tree in abstract_params(config, FILES["adm"]).items()}
+        accuracy = 0.5e6 if not variant else 0.05e6
+        if not variant:  # the folder has 2 classes and ImageNet 1000: a vector of each in the base, and in the head
+            sizes["base"] += 998 * 4 * 192
+            sizes["classifier"] += 998 * (512 + 1)
+        assert abs(sizes["base"] - millions(base)) <= accuracy
+        assert abs(sizes["classifier"] - millions(classifier)) <= accuracy
 
 
 def documented():
@@ -132,51 +133,86 @@ def documented():
     }
 
 
-def test_the_full_size_config_has_the_parameters_that_its_docstring_says_and_the_papers():
-    module = FILES["unclip"]
-    config = plain(module.get_config().to_dict())
-    assert build.make_tokenizer(config).vocab_size == 49408
-    tasks = make_tasks(config, {})
-    fields = module.upsampler_1024()
-    tasks["second"] = UpsamplerTask(
-        build.make_upsampler({"upsampler": fields}),
-        build.make_stage_process(fields),
-        sampling=stages.Sampling("15", 0.0),
-        **{name: fields[name] for name in ("image_size", "low_size", "kind", "blur_sigma", "blur_rate", "noise")},
-    )
-    shapes = {name: jax.eval_shape(task.init, jax.random.key(0)) for name, task in tasks.items()}
-    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(shapes))
-    sizes = {name: count(tree) for name, tree in shapes.items()}
+@pytest.fixture(scope="module")
+def unclip(folder):
+    return abstract_params(make_config("unclip", "", folder), FILES["unclip"])
+
+
+def test_the_full_size_config_has_the_parameters_that_its_docstring_says_and_the_papers(unclip):
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(unclip))
     rows = {
-        "CLIP": sizes["clip"],
-        "diffusion prior": sizes["prior"],
-        "decoder, 64 x 64": sizes["decoder"],
-        "upsampler, 64 -> 256": sizes["upsampler"],
-        "upsampler, 256 -> 1024": sizes["second"],
+        "CLIP": unclip["clip"],
+        "diffusion prior": unclip["prior"],
+        "decoder, 64 x 64": unclip["decoder"],
     }
     table = documented()
+    rows |= {row: unclip[row.partition(",")[0]] for row in table if row.startswith("up_")}
+    assert len(rows) == len(unclip)
     assert set(table) == set(rows)
-    for name, size in rows.items():
+    for name, tree in rows.items():
         here, paper = table[name]
-        assert abs(size - here) <= 0.05e6, name
+        assert abs(count(tree) - here) <= 0.05e6, name
         if name == "diffusion prior":
-            assert round(size / 1e9) == 1  # all that "1B" says
+            assert round(count(tree) / 1e9) == 1  # all that "1B" says
         elif paper is not None:
-            assert abs(size / paper - 1) < 0.15, name
-    assert f"{count(shapes['decoder']['params']['text_encoder']) / 1e6:.1f}" in module.__doc__
+            assert abs(count(tree) / paper - 1) < 0.15, name
+    assert f"{count(unclip['decoder']['text_encoder']) / 1e6:.1f}" in FILES["unclip"].__doc__
 
 
-def test_the_full_size_transformers_have_the_parameters_of_their_closed_form():
+def test_the_full_size_transformers_have_the_parameters_of_their_closed_form(unclip):
     """A pre-norm block of width w has 12 w^2 + 13 w: qkv, out, two layers of the MLP with biases, two norms."""
-    config = plain(FILES["unclip"].get_config().to_dict())
     block = lambda w: 12 * w * w + 13 * w
     tower = lambda w, n: 49408 * w + 77 * w + n * block(w) + 2 * w
-    shapes = jax.eval_shape(ClipTask(build.make_clip(config, 49408)).init, jax.random.key(0))["params"]
+    shapes = unclip["clip"]
     assert count(shapes["text"]) == tower(1024, 24)
     positions = (256 // 16) ** 2 + 1
     # patches without bias, class token, positions, norms before and after the blocks
     assert count(shapes["vision"]) == (3 * 16 * 16 + 1 + positions) * 1280 + 4 * 1280 + 32 * block(1280)
     assert count(shapes["image_projection"]) + count(shapes["text_projection"]) == (1280 + 1024) * 1024
-    prior = jax.eval_shape(make_tasks(config, {})["prior"].init, jax.random.key(0))["params"]
-    assert count(prior["transformer"]) == 24 * block(2048)
-    assert prior["position"].shape == (77 + 4, 2048)
+    assert count(unclip["prior"]["transformer"]) == 24 * block(2048)
+    assert unclip["prior"]["position"].shape == (77 + 4, 2048)
+
+
+def test_smoke_of_unclip_trains_every_stage(tmp_path):
+    """test_cli.py trains configs/shapes.py."""
+    config = FILES["unclip"].get_config("smoke")
+    config.progress = False
+    for stage in ("clip", "prior", "decoder", *FILES["unclip"].UPSAMPLERS):
+        config[stage].training.update(num_steps=1, preview_every=0)
+    # One level for the step itself: compiling is what takes the time.
+    config.decoder.unet.channel_mult = (1,)
+    config.decoder.attention_resolutions = (16,)
+    stages = FILES["unclip"].stages(config)
+    train(stages, tmp_path / "run", pipeline=FILES["unclip"].pipeline(config))
+    for stage in stages:
+        (row,) = read_metrics(tmp_path / "run" / stage.name)
+        assert np.isfinite(row["loss"]) and row["grad_norm"] > 0, stage.name
+    pipeline = ddpm_jax.load(tmp_path / "run")
+    sizes = [model.metadata["image_size"] for model in (pipeline.decoder, *pipeline.upsamplers)]
+    assert sizes == [16 * 2**i for i in range(len(sizes))] and pipeline.image_size == sizes[-1]
+
+
+def test_smoke_of_ddpm_continues_bit_for_bit(tmp_path):
+    config = FILES["ddpm"].get_config("smoke")
+    config.training.update(progress=False, preview_every=0, eval_every=0)
+    (stage,) = FILES["ddpm"].stages(config)
+    train(stage, tmp_path / "whole")
+    config.training.num_steps = 1
+    train(FILES["ddpm"].stages(config), tmp_path / "parts")
+    train(stage, tmp_path / "parts")
+    whole, parts = (restore_params(tmp_path / name / "base", step=2)[0] for name in ("whole", "parts"))
+    for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(parts), strict=True):
+        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+
+
+def test_smoke_of_adm_is_sampled_with_its_classifier(tmp_path):
+    config = FILES["adm"].get_config("smoke")
+    config.progress = False
+    config.base.training.preview_every = 0
+    train(FILES["adm"].stages(config), tmp_path / "run", pipeline=FILES["adm"].pipeline(config))
+    assert "accuracy" in read_metrics(tmp_path / "run" / "classifier")[0]
+    assert np.isfinite(read_metrics(tmp_path / "run" / "classifier")[-1]["eval_loss"])
+    pipeline = ddpm_jax.load(tmp_path / "run")
+    images = [pipeline.generate(labels=[0, 2], classifier_scale=scale) for scale in (0.0, 1.0, 50.0)]
+    assert images[0].shape == (2, 16, 16, 3) and images[0].dtype == np.uint8
+    assert (images[0] != images[2]).any()

@@ -22,7 +22,7 @@ STEPS, EVERY = 60, 15
 
 
 def command(workdir, *flags):
-    logged = {f"{stage}__log_every": 1 for stage in STAGES}
+    logged = {f"{stage}__training__log_every": 1 for stage in STAGES}
     return [*train_flags(workdir, num_steps=STEPS, checkpoint_every=EVERY, **logged), *flags]
 
 

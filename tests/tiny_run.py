@@ -12,16 +12,15 @@ STAGES = ("clip", "prior", "decoder", "upsampler")
 FIELDS = {
     "data.num_examples": 16,
     "clip.patch": 32,
-    "clip.batch_size": 32,
+    "clip.training.batch_size": 32,
     "decoder.image_size": 16,
-    "decoder.channel_mult": "(1,)",
+    "decoder.unet.channel_mult": "(1,)",
     "decoder.attention_resolutions": "()",
-    "upsampler.low_size": 16,
     "upsampler.image_size": 32,
     "upsampler.crop": 32,
-    "upsampler.channel_mult": "(1,)",
-    "prior.optimizer": "adamw",  # Muon, which takes long to compile, is left to CLIP and the decoder
-    "upsampler.optimizer": "adamw",
+    "upsampler.unet.channel_mult": "(1,)",
+    "prior.training.optimizer": "adamw",  # Muon, which takes long to compile, is left to CLIP and the decoder
+    "upsampler.training.optimizer": "adamw",
     "sample.prior.steps": "1",
     "sample.decoder.steps": "1",
     "sample.upsampler.steps": "1",
@@ -34,7 +33,7 @@ FIELDS = {
 def train_flags(workdir, *, num_steps=2, checkpoint_every=1, **fields):
     """Return the flags of `ddpm_jax.train`; fields of the config may be given with __ for the dots."""
     steps = {"num_steps": num_steps, "checkpoint_every": checkpoint_every, "preview_every": 0}
-    values = FIELDS | {f"{stage}.{name}": value for stage in STAGES for name, value in steps.items()}
+    values = FIELDS | {f"{stage}.training.{name}": value for stage in STAGES for name, value in steps.items()}
     values |= {name.replace("__", "."): value for name, value in fields.items()}
     config = ["--config", str(ROOT / "configs" / "shapes.py") + ":smoke", "--workdir", str(workdir)]
     return config + [f"--config.{name}={value}" for name, value in values.items()]

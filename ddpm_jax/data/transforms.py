@@ -62,6 +62,17 @@ class Select:
 Keep = Select  # the name before it was Select
 
 
+@dataclasses.dataclass(frozen=True)
+class Copy:
+    """Add the entry `source` under a second name, e.g. for a transform that changes one of the two."""
+
+    source: str
+    name: str
+
+    def __call__(self, record: dict) -> dict:
+        return record | {self.name: record[self.source]}
+
+
 def as_images(images: Any) -> list[np.ndarray]:
     """Convert images in the forms that users have them in to 8-bit RGB.
 

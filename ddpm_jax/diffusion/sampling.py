@@ -150,8 +150,12 @@ class Sampling:
         Raises:
             ValueError: if the process has no such steps.
         """
-        with jax.ensure_compile_time_eval():
-            return respace(diffusion.process, as_steps("steps", self.steps))
+        steps = as_steps("steps", self.steps)
+        try:
+            with jax.ensure_compile_time_eval():
+                return respace(diffusion.process, steps)
+        except ValueError as error:
+            raise ValueError(str(error).replace("spec=", "steps=", 1)) from None
 
     def step(self, guide: Any = None, moments: jax.Array | None = None) -> Step:
         """Return the sampler's step.

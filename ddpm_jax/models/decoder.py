@@ -62,6 +62,8 @@ class Decoder(nn.Module):
         keeps all. Returns float32[B, H, W, unet.out_channels].
         """
         check_layout(self.layout_heads, self.layout_channels, self.word_vectors)
+        if self.unet.modulate and not self.layout_channels:
+            raise ValueError("modulate=True of the U-Net needs layout_channels, got layout_channels=0")
         b = xt.shape[0]
         keep_image = jnp.ones(b, bool) if keep_image is None else keep_image
         keep_text = jnp.ones(b, bool) if keep_text is None else keep_text

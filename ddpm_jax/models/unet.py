@@ -198,6 +198,22 @@ def levels_of_resolutions(resolutions: Sequence[int], size: int, levels: int) ->
     return tuple(level for level in range(levels) if size >> level in resolutions)
 
 
+def attention_levels(resolutions: Sequence[int], size: int, levels: int) -> tuple[int, ...]:
+    """Return the levels that have attention, see `levels_of_resolutions`.
+
+    Raises:
+        ValueError: if no level has one of the resolutions.
+    """
+    heights = [size >> level for level in range(levels)]
+    for resolution in resolutions:
+        if resolution not in heights:
+            raise ValueError(
+                f"attention_resolutions has {resolution}, and the levels' feature maps have heights "
+                f"{', '.join(map(str, heights))}"
+            )
+    return levels_of_resolutions(resolutions, size, levels)
+
+
 def check_image_size(size: int, patch: int, levels: int) -> None:
     """Raise ValueError unless `size` is a multiple of patch * 2^(levels - 1)."""
     unit = patch * 2 ** (levels - 1)

@@ -60,10 +60,6 @@ def load(path: str | os.PathLike | None = None, *, ema: bool = True, network: nn
         raise LoadError(
             f"{directory} is a file; give a directory, such as python -m ddpm_jax.convert makes of a checkpoint"
         )
-    if (directory / "run.json").is_file() and (directory / "clip" / "checkpoints").is_dir():
-        from ddpm_jax.pipelines.weights import load_run  # until training writes model.json
-
-        return load_run(directory, ema=ema)
     models = sorted(file.parent.name for file in directory.glob(f"*/{MODEL_FILE}"))
     if len(models) == 1:
         model = open_model(directory / models[0], ema=ema, network=network)

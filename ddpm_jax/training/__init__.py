@@ -1,1 +1,30 @@
-"""One training loop for every stage: state, optimizer, step, checkpoints, metrics, previews."""
+"""Training: stages, tasks and the one loop. `train(stage, workdir)` is all that a notebook needs."""
+
+from ddpm_jax.training.run import train
+from ddpm_jax.training.stage import Stage, Training
+from ddpm_jax.training.tasks import (
+    Captions,
+    ClassifierTask,
+    ContrastiveTask,
+    DiffusionTask,
+    Embeddings,
+    ImageEmbedding,
+    Images,
+    Labels,
+    LowResolution,
+)
+
+__all__ = [
+    "Captions",
+    "ClassifierTask",
+    "ContrastiveTask",
+    "DiffusionTask",
+    "Embeddings",
+    "ImageEmbedding",
+    "Images",
+    "Labels",
+    "LowResolution",
+    "Stage",
+    "Training",
+    "train",
+]

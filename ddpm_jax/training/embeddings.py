@@ -1,6 +1,8 @@
 """CLIP embeddings of a data set, computed once and shared by the stages that are conditioned on them."""
 
+import dataclasses
 import errno
+import functools
 import json
 import os
 import shutil
@@ -12,16 +14,91 @@ import jax
 import numpy as np
 
 from ddpm_jax.extras import needs_extra
+from ddpm_jax.models.clip import CLIP, normalize
+from ddpm_jax.parallel.mesh import DATA_AXIS, data_sharding, make_local_mesh, replicated
 from ddpm_jax.progress import progress_bar
 from ddpm_jax.storage.fingerprint import tree_fingerprint
 from ddpm_jax.temporary import temporary_path
-from ddpm_jax.types import Source
+from ddpm_jax.training.describe import describe
+from ddpm_jax.types import Source, to_float
 
 with needs_extra("train"):
     from absl import logging
 
 __all__ = ["EmbeddedSource", "cached_embeddings", "tree_fingerprint"]
 NAMES = ("z_image", "z_text")
+
+
+@dataclasses.dataclass(frozen=True)
+class Embedded:
+    """A source of a `Stage` whose records get CLIP embeddings, computed once before the stage is trained.
+
+    The records also have "z_image" and "z_text", float32[D], of unit length.
+
+    Attributes:
+        source: the records of the stage.
+        read: the same records in the form that CLIP reads; those of `source` by default. For other resolutions.
+        transforms: bring a record of `read` to "image" uint8[S, S, 3], "tokens" int32[L] and "mask" bool[L].
+        role: of the frozen CLIP among the stage's needs.
+        batch_size: of the embedding.
+    """
+
+    source: Source
+    transforms: tuple[Callable[[dict], dict], ...]
+    read: Source | None = None
+    role: str = "clip"
+    batch_size: int = 256
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: SupportsIndex) -> dict[str, Any]:
+        raise TypeError("the embeddings are not computed yet; `compute` returns the source that has them")
+
+    def fingerprint(self) -> str:
+        """Return a text that differs if the records differ."""
+        return json.dumps({"records": describe(self.source), "embedded": self._mark()}, sort_keys=True)
+
+    def _mark(self) -> dict[str, Any]:
+        # The first transforms of the record decide what CLIP reads; `source` does not.
+        return {"source": describe(self.source if self.read is None else self.read), "by": describe(self.transforms)}
+
+    def example(self, models: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the first record, with zeros for embeddings."""
+        z = np.zeros(models[self.role].network.embed_dim, np.float32)
+        return dict(self.source[0]) | dict.fromkeys(NAMES, z)
+
+    def compute(self, models: Mapping[str, Any], directory: Path, *, progress: bool = True) -> "EmbeddedSource":
+        """Return the source with its embeddings, read from `directory` or computed and written there."""
+        clip, mesh = models[self.role], make_local_mesh()
+        params = jax.device_put(clip.params, replicated(mesh))
+        embed = jax.jit(functools.partial(_embed, clip.network))
+        cache = cached_embeddings(
+            directory,
+            self.source if self.read is None else self.read,
+            (*self.transforms, _Select(("image", "tokens", "mask"))),
+            lambda batch: embed(params, jax.device_put(batch, data_sharding(mesh))),
+            fingerprint={"clip": tree_fingerprint(clip.params), **self._mark()},
+            batch_size=-(-self.batch_size // mesh.shape[DATA_AXIS]) * mesh.shape[DATA_AXIS],
+            progress=progress,
+        )
+        return EmbeddedSource(self.source, cache)
+
+
+class _Select:
+    """Keep some entries of a record."""
+
+    def __init__(self, names: tuple[str, ...]):
+        self.names = names
+
+    def __call__(self, record: dict) -> dict:
+        return {name: record[name] for name in self.names}
+
+
+def _embed(clip: CLIP, params: Any, batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    z_text, _ = clip.apply(params, batch["tokens"], batch["mask"], method=CLIP.encode_text)
+    z_image = clip.apply(params, to_float(batch["image"]), method=CLIP.encode_image)
+    return normalize(z_image), normalize(z_text)
 
 
 class EmbeddedSource:
@@ -36,8 +113,10 @@ class EmbeddedSource:
     def __len__(self) -> int:
         return len(self.source)
 
-    def __repr__(self) -> str:
-        return f"EmbeddedSource({self.source!r})"
+    def fingerprint(self) -> str:
+        """Return a text that differs if the records differ."""
+        arrays = {name: describe(np.asarray(array)) for name, array in self.embeddings.items()}
+        return json.dumps({"records": describe(self.source), "embeddings": arrays}, sort_keys=True)
 
     def __getitem__(self, index: SupportsIndex) -> dict[str, Any]:
         index = index.__index__()

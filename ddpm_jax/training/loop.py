@@ -9,18 +9,19 @@ import contextlib
 import functools
 import os
 import signal as signals
+import sys
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from ddpm_jax.data import image_grid as pictures
+from ddpm_jax.data import image_grid
 from ddpm_jax.extras import needs_extra
 from ddpm_jax.parallel.mesh import data_sharding, replicated, shard_batch
 from ddpm_jax.progress import progress_bar
@@ -64,10 +65,12 @@ class Interrupted(RuntimeError):
         self.signum = signum
 
 
-def train(
+def fit(
     task: Task,
     loader: Loader,
     *,
+    name: str,
+    example: Mapping[str, Any],
     workdir: str | os.PathLike,
     num_steps: int,
     tx: optax.GradientTransformation,
@@ -76,13 +79,16 @@ def train(
     ema_decay: float,
     config: Mapping[str, Any],
     version: str,
+    frozen: Any = None,
     schedule: optax.Schedule | None = None,
     ema_warmup: bool = True,
     accumulate: int = 1,
     checkpoint_every: int = 1000,
     log_every: int = 50,
     preview_every: int = 0,
-    keep: int = 2,
+    eval_every: int = 0,
+    eval_batches: Callable[[], Iterable[Mapping[str, np.ndarray]]] | None = None,
+    max_to_keep: int = 2,
     ignore: Collection[str] = NOT_COMPARED,
     items_per_step: int | None = None,
     tensorboard: bool = False,
@@ -91,23 +97,30 @@ def train(
     """Train one stage, from its newest checkpoint when there is one.
 
     Args:
-      task: what is trained. `task.frozen` is a tree of arrays or None; when it is not None,
-        `task.prepare(frozen, batch)` runs under its own jit before each step.
+      task: what is trained.
       loader: gives batches whose arrays share a leading axis; put where the checkpoint says before the first batch.
+      name: of the stage, kept in every checkpoint.
+      example: a batch of the form of the loader's, of any number of examples: previews are of them, and their shapes
+        are those that the network is made for.
       workdir: the stage's directory: checkpoints/, previews/, metrics.jsonl.
       num_steps: updates in all, at least 1; a stage that has made them already is returned as it was saved.
       tx, schedule: from `make_optimizer`; the schedule is only logged.
       mesh: where it runs.
       seed: of the parameters and of all noise.
       ema_decay, ema_warmup, accumulate: see `make_train_step`.
-      config: the resolved config, kept in every checkpoint; a run with another one is refused.
+      config: what the result depends on, plain data, kept in every checkpoint; a run with another one is refused.
       version: the package's version, kept in every checkpoint.
+      frozen: a tree with models whose parameters are not trained; when it is not None, `task.prepare(frozen, batch)`
+        runs under its own jit before each step.
       checkpoint_every, log_every: in steps, at least 1; the last step does both.
-      preview_every: in steps; 0 for never. The last step makes one too. `task.preview(params, key)` gets raw and
-        averaged parameters and the same key each time, so its noise is the same from preview to preview.
-      keep: how many checkpoints stay.
+      preview_every: in steps; 0 for never. The last step makes one too. `task.preview(params, batch, key)` gets
+        raw and averaged parameters and the same key each time, so its noise is the same from preview to preview.
+      eval_every: in steps; 0 for never. The last step evaluates too.
+      eval_batches: gives the held-out batches of an evaluation, the same each time. Their mean loss, by
+        `task.eval_loss` if there is one, is logged as "eval_loss", and "eval_loss_ema" with the averaged parameters.
+      max_to_keep: how many checkpoints stay.
       ignore: fields of the config that may differ, see `Checkpoints.restore_latest`.
-      items_per_step: pictures a step, for the rate; the leading axis of the batch by default.
+      items_per_step: images a step, for the rate; the leading axis of the batch by default.
       tensorboard: True also writes event files.
       progress: True shows a bar on stderr.
 
@@ -123,26 +136,31 @@ def train(
       OSError: when metrics or previews cannot be written.
     """
     _check_numbers(num_steps, checkpoint_every, log_every, preview_every)
+    if eval_every < 0 or (eval_every and eval_batches is None):
+        raise ValueError(f"{eval_every=} must be 0 (never), or more with eval_batches")
     step_fn = make_train_step(
         task, tx, ema_decay=ema_decay, ema_warmup=ema_warmup, accumulate=accumulate, schedule=schedule
     )
     init_key, train_key, preview_key = jax.random.split(jax.device_put(jax.random.key(seed), replicated(mesh)), 3)
 
     with contextlib.ExitStack() as stack:
-        checkpoints = stack.enter_context(contextlib.closing(Checkpoints(workdir, keep=keep)))
+        checkpoints = stack.enter_context(contextlib.closing(Checkpoints(workdir, keep=max_to_keep)))
+        run = _Run(task, name, checkpoints, mesh, frozen)
 
         # ---- State: the newest checkpoint's, or a new one ------------------------------------------------------------
-        state, start = _restore_or_create(task, tx, loader, checkpoints, init_key, mesh, config, ignore)
-        if not _needs_steps(task, checkpoints, start, num_steps, state):
+        state, start = _restore_or_create(run, tx, loader, init_key, example, config, ignore)
+        if not _needs_steps(run, start, num_steps, state):
             return state
 
         # ---- Programs: frozen networks, and the step -----------------------------------------------------------------
-        prepare = _make_prepare(task, mesh)
+        prepare = _make_prepare(task, mesh, frozen)
         batch = prepare(_next_batch(loader, start, mesh))
         update, new_window, flops = _compile(step_fn, state, batch, train_key, mesh, accumulate)
+        evaluate = _make_evaluate(run, prepare, eval_batches) if eval_every else None
+        shown = _prepare_example(run, example) if preview_every else None
         items = items_per_step or jax.tree.leaves(batch)[0].shape[0]
         report = _Report(
-            task.name, Path(workdir), start, num_steps, items=items, flops=flops, tensorboard=tensorboard, bar=progress
+            name, Path(workdir), start, num_steps, items=items, flops=flops, tensorboard=tensorboard, bar=progress
         )
         stack.enter_context(report)
 
@@ -156,27 +174,30 @@ def train(
                 in_flight.popleft().block_until_ready()
 
             last = step == num_steps
-            log = last or step % log_every == 0
+            evaluated = eval_every > 0 and (last or step % eval_every == 0)
+            log = last or evaluated or step % log_every == 0
             checkpoint = last or step % checkpoint_every == 0 or stop.signum is not None
             preview = preview_every > 0 and (last or step % preview_every == 0)
             if log or checkpoint or preview:
-                means = _read_window(window, step, task, checkpoints)
+                means = _read_window(window, step, run)
             report.tick()
             if log:
                 checkpoints.check()
-                report.write(step, means)
+                with report.pause():
+                    held_out = evaluate(state, preview_key) if evaluated else {}
+                report.write(step, means, held_out)
                 window = new_window()
             if checkpoint:
                 data = loader.get_state()
-                checkpoints.save(state, step=step, data=data, config=config, version=version, stage=task.name)
+                checkpoints.save(state.trees(), step=step, data=data, config=config, version=version, stage=name)
             if preview:
                 try:
-                    report.preview(step, task, state, preview_key)
+                    report.preview(step, task, state, shown, preview_key)
                 except FloatingPointError as error:
-                    raise TrainingDiverged(_bad_preview(task, step, checkpoints, error)) from error
+                    raise TrainingDiverged(_bad_preview(run, step, error)) from error
             if checkpoint and stop.signum is not None:
                 checkpoints.wait()
-                raise Interrupted(_interruption(task, stop.signum, step, num_steps, checkpoints), stop.signum)
+                raise Interrupted(_interruption(run, stop.signum, step, num_steps), stop.signum)
             if not last:
                 batch = prepare(_next_batch(loader, step, mesh))
         checkpoints.wait()
@@ -191,46 +212,59 @@ def _check_numbers(num_steps: int, checkpoint_every: int, log_every: int, previe
         raise ValueError(f"{preview_every=} must be 0 (never) or more")
 
 
+class _Run(NamedTuple):
+    """What the steps of a run share."""
+
+    task: Task
+    name: str
+    checkpoints: Checkpoints
+    mesh: Mesh
+    frozen: Any
+
+    def last_checkpoint(self, what: str = "the last checkpoint") -> str:
+        """Wait for the checkpoint that is being written, and say which is the newest."""
+        self.checkpoints.wait()
+        steps = self.checkpoints.steps()
+        return f"{what} is {self.checkpoints.directory / str(steps[-1])}" if steps else "none was saved"
+
+
 def _restore_or_create(
-    task: Task,
+    run: _Run,
     tx: optax.GradientTransformation,
     loader: Loader,
-    checkpoints: Checkpoints,
     key: jax.Array,
-    mesh: Mesh,
+    example: Mapping[str, Any],
     config: Mapping[str, Any],
     ignore: Collection[str],
 ) -> tuple[TrainState, int]:
     """Return the state to continue from and its step, with the loader at the batch that comes next."""
-    abstract = abstract_state(task, tx, key, mesh)
-    restored = checkpoints.restore_latest(abstract, config=config, stage=task.name, ignore=ignore)
+    prepared = example if run.frozen is None else jax.eval_shape(run.task.prepare, run.frozen, example)
+    abstract = abstract_state(run.task, tx, key, run.mesh, prepared)
+    restored = run.checkpoints.restore_latest(abstract.trees(), config=config, stage=run.name, ignore=ignore)
     if restored is None:
-        return create_state(task, tx, key, mesh), 0
+        return create_state(run.task, tx, key, run.mesh, prepared), 0
     loader.set_state(restored.data)
-    return restored.state, restored.meta["step"]
+    return TrainState.from_trees(restored.trees), restored.meta["step"]
 
 
-def _needs_steps(task: Task, checkpoints: Checkpoints, start: int, num_steps: int, state: TrainState) -> bool:
+def _needs_steps(run: _Run, start: int, num_steps: int, state: TrainState) -> bool:
     """Return whether there is something left to do; raise when more was done than is asked for, or the disk is full."""
     if start > num_steps:
-        raise CheckpointError(f"{task.name}: the checkpoint is of step {start}, and {num_steps=} is less")
+        raise CheckpointError(f"{run.name}: the checkpoint is of step {start}, and {num_steps=} is less")
     if start > 0:
-        logging.info("%s: %s after step %d", task.name, "is finished" if start == num_steps else "continues", start)
+        logging.info("%s: %s after step %d", run.name, "is finished" if start == num_steps else "continues", start)
     if start < num_steps:
-        checkpoints.check_space(state)
+        run.checkpoints.check_space(state.trees())
     return start < num_steps
 
 
-def _interruption(task: Task, signum: int, step: int, num_steps: int, checkpoints: Checkpoints) -> str:
-    name, saved = signals.Signals(signum).name, checkpoints.directory / str(step)
-    return f"{task.name}: stopped by {name} after step {step} of {num_steps}; the same command continues from {saved}"
+def _interruption(run: _Run, signum: int, step: int, num_steps: int) -> str:
+    name, saved = signals.Signals(signum).name, run.checkpoints.directory / str(step)
+    return f"{run.name}: stopped by {name} after step {step} of {num_steps}; the same command continues from {saved}"
 
 
-def _bad_preview(task: Task, step: int, checkpoints: Checkpoints, error: FloatingPointError) -> str:
-    checkpoints.wait()
-    steps = checkpoints.steps()
-    last = f"the last checkpoint is {checkpoints.directory / str(steps[-1])}" if steps else "none was saved"
-    return f"{task.name}: the preview of step {step} failed: {error}; {last}"
+def _bad_preview(run: _Run, step: int, error: FloatingPointError) -> str:
+    return f"{run.name}: the preview of step {step} failed: {error}; {run.last_checkpoint()}"
 
 
 def _next_batch(loader: Loader, step: int, mesh: Mesh) -> Any:
@@ -240,15 +274,41 @@ def _next_batch(loader: Loader, step: int, mesh: Mesh) -> Any:
         raise ValueError(f"the loader ended after step {step}; it must be endless") from None
 
 
-def _make_prepare(task: Task, mesh: Mesh) -> Callable[[Any], Any]:
+def _make_prepare(task: Task, mesh: Mesh, frozen: Any) -> Callable[[Any], Any]:
     """Return the function that runs the task's frozen networks on a sharded batch."""
-    frozen = task.frozen
     if frozen is None:
         return lambda batch: batch
     place, split = replicated(mesh), data_sharding(mesh)
     # The weights are an argument: closed over, they would be constants of the program.
     frozen = jax.device_put(frozen, place)
     return functools.partial(jax.jit(task.prepare, in_shardings=(place, split), out_shardings=split), frozen)
+
+
+def _prepare_example(run: _Run, example: Mapping[str, Any]) -> Any:
+    """Return the prepared example on the host: the previews run wherever the state of the task is."""
+    return example if run.frozen is None else jax.device_get(jax.jit(run.task.prepare)(run.frozen, example))
+
+
+def _make_evaluate(
+    run: _Run, prepare: Callable[[Any], Any], eval_batches: Callable[[], Iterable[Mapping[str, np.ndarray]]]
+) -> Callable[[TrainState, jax.Array], dict[str, float]]:
+    """Return the function that computes the mean loss of held-out batches with both sets of parameters."""
+    loss = getattr(run.task, "eval_loss", run.task.loss)
+    place, split = replicated(run.mesh), data_sharding(run.mesh)
+
+    @functools.partial(jax.jit, in_shardings=(place, split, place), out_shardings=place)
+    def mean_loss(params: Any, batch: Any, key: jax.Array) -> jax.Array:
+        return jnp.mean(loss(params, batch, key)[0], dtype=jnp.float32)
+
+    def evaluate(state: TrainState, key: jax.Array) -> dict[str, float]:
+        found: dict[str, list[jax.Array]] = {"eval_loss": [], "eval_loss_ema": []}
+        for number, batch in enumerate(eval_batches()):
+            prepared, own = prepare(shard_batch(batch, run.mesh)), jax.random.fold_in(key, number)
+            found["eval_loss"].append(mean_loss(state.params, prepared, own))
+            found["eval_loss_ema"].append(mean_loss(state.ema_params, prepared, own))
+        return {name: float(np.mean(jax.device_get(values))) for name, values in found.items()}
+
+    return evaluate
 
 
 def _compile(
@@ -291,21 +351,16 @@ def _compile(
     return lowered.compile(), new_window, step_flops(lowered, accumulate=accumulate)
 
 
-def _read_window(window: Any, step: int, task: Task, checkpoints: Checkpoints) -> dict[str, float]:
+def _read_window(window: Any, step: int, run: _Run) -> dict[str, float]:
     """Return the means over the window that ends with `step`; raise when one of its steps was not finite."""
     values = jax.tree.map(float, jax.device_get(window))
     count, good = int(values["count"]), int(values["good"])
     if good < count:
-        checkpoints.wait()
-        steps = checkpoints.steps()
-        good_one = (
-            f"the last good checkpoint is {checkpoints.directory / str(steps[-1])}" if steps else "none was saved"
-        )
         loss, grad_norm = values["bad"]["loss"], values["bad"]["grad_norm"]
         raise TrainingDiverged(
-            f"{task.name}: step {step - count + good + 1} is not finite (loss {loss:.4g}, gradient norm "
-            f"{grad_norm:.4g}) and training stopped; {good_one}; try a lower learning rate, a longer warm-up or a "
-            "smaller clip_norm"
+            f"{run.name}: step {step - count + good + 1} is not finite (loss {loss:.4g}, gradient norm "
+            f"{grad_norm:.4g}) and training stopped; {run.last_checkpoint('the last good checkpoint')}; try a lower "
+            "learning rate, a longer warm-up or a smaller clip_norm"
         )
     return {name: value / count for name, value in values["sums"].items()}
 
@@ -325,11 +380,12 @@ class _Report:
         tensorboard: bool,
         bar: bool,
     ):
-        self._workdir, self._items, self._flops = workdir, items, flops
+        self._name, self._workdir, self._items, self._flops = name, workdir, items, flops
         self._writer = MetricWriter(workdir, start_step=start, tensorboard=tensorboard)
         shown = bar and jax.process_index() == 0
         self._bar = progress_bar(num_steps, description=name, unit="step", initial=start, shown=shown)
         self._loss: float | None = None
+        self._eval_loss: float | None = None
         self._begin, self._steps = time.perf_counter(), 0
 
     def __enter__(self) -> "_Report":
@@ -339,34 +395,52 @@ class _Report:
         self._bar.close()
         self._writer.close()
 
+    @contextlib.contextmanager
+    def pause(self) -> Iterator[None]:
+        """Leave the time of what runs inside out of the rates."""
+        begin = time.perf_counter()
+        yield
+        self._begin += time.perf_counter() - begin
+
     def tick(self) -> None:
         """Count one step."""
         self._steps += 1
         self._bar.update()
 
-    def write(self, step: int, means: dict[str, float]) -> None:
-        """Log the means over the steps since the last call, with their rates."""
+    def write(self, step: int, means: dict[str, float], evaluated: dict[str, float]) -> None:
+        """Log the means over the steps since the last call, with their rates, and an evaluation."""
         now = time.perf_counter()
         rate = self._steps / max(now - self._begin, 1e-9)
         rates = {"steps_per_second": rate, "images_per_second": rate * self._items}
         if self._flops is not None:
             rates["flops_per_second"] = rate * self._flops
-        self._writer.write(step, means | rates)
+        self._writer.write(step, means | evaluated | rates)
         self._loss = means["loss"] if self._loss is None else 0.8 * self._loss + 0.2 * means["loss"]
-        speed = [f"loss {self._loss:.4g}", f"{rates['images_per_second']:.4g} images/s"]
+        self._eval_loss = evaluated.get("eval_loss_ema", self._eval_loss)
+        held_out = [] if self._eval_loss is None else [f"held-out {self._eval_loss:.4g}"]
+        speed = [f"loss {self._loss:.4g}", *held_out, f"{rates['images_per_second']:.4g} images/s"]
         if self._flops is not None:
             speed.append(format_flops(rates["flops_per_second"]))
         self._bar.set_postfix_str(", ".join(speed), refresh=False)
         self._begin, self._steps = now, 0
 
-    def preview(self, step: int, task: Task, state: TrainState, key: jax.Array) -> None:
+    def preview(self, step: int, task: Task, state: TrainState, batch: Any, key: jax.Array) -> None:
         """Write previews/step_<step>_{raw,ema}.png; the time they take does not count in the rates."""
-        begin = time.perf_counter()
         for name, params in {"raw": state.params, "ema": state.ema_params}.items():
-            images = task.preview(params, key)
+            with self.pause():
+                images = task.preview(params, batch, key)
             if images is None or jax.process_index() != 0:
                 continue
-            image = pictures.grid(images)
-            pictures.save_png(self._workdir / "previews" / f"step_{step:06d}_{name}.png", image)
+            image = image_grid.grid(images)
+            image_grid.save_png(self._workdir / "previews" / f"step_{step:06d}_{name}.png", image)
             self._writer.write_images(step, {f"preview_{name}": np.asarray(image)})
-        self._begin += time.perf_counter() - begin
+            if name == "ema":
+                _show_inline(image, f"{self._name}, step {step}")
+
+
+def _show_inline(image: Any, title: str) -> None:
+    """Show an image below the cell of a notebook; elsewhere do nothing."""
+    ipython = sys.modules.get("IPython")
+    shell = ipython.get_ipython() if ipython is not None else None
+    if shell is not None and hasattr(shell, "kernel"):
+        sys.modules["IPython.display"].display(title, image)

@@ -1,323 +1,382 @@
-"""A whole run: the stages of a pipeline, one after the other, in one working directory.
+"""Training stages in a working directory, one after the other.
 
-workdir/run.json              the resolved config, the tokenizer, the version
-workdir/<stage>/              checkpoints/, previews/, metrics.jsonl
-workdir/embeddings/           CLIP embeddings of the data set, computed once
+workdir/run.json              the version, and the config if the stages were made from one
+workdir/<stage>/              model.json, checkpoints/, previews/, metrics.jsonl
+workdir/embeddings/           CLIP embeddings of a data set, computed once
+workdir/pipeline.json         how the stages are sampled together, if the caller says so
 """
 
 import contextlib
-import json
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
-import ddpm_jax
-from ddpm_jax import build
 from ddpm_jax.data.loader import make_loader
-from ddpm_jax.data.shapes.hard_negatives import Families
-from ddpm_jax.data.tokenizer import Tokenizer
-from ddpm_jax.data.transforms import AverageDown, Keep, RandomCrop, Tokenize
-from ddpm_jax.parallel.mesh import DATA_AXIS, data_sharding, make_local_mesh, make_mesh, replicated
-from ddpm_jax.pipelines import stages
-from ddpm_jax.pipelines.weights import CLIP_WEIGHTS, RUN_FILE, LoadError, read_run
-from ddpm_jax.storage.checkpoint import NOT_COMPARED, SUBDIRECTORY, config_differences, lock_workdir, restore_params
-from ddpm_jax.temporary import temporary_path
-from ddpm_jax.training.embeddings import EmbeddedSource, cached_embeddings, tree_fingerprint
-from ddpm_jax.training.loop import train
+from ddpm_jax.errors import LoadError
+from ddpm_jax.parallel.mesh import DATA_AXIS, make_mesh
+from ddpm_jax.storage.checkpoint import SUBDIRECTORY, Checkpoints, restore_params
+from ddpm_jax.storage.fingerprint import tree_fingerprint
+from ddpm_jax.storage.json_file import read_json, write_json
+from ddpm_jax.storage.lock import lock_workdir
+from ddpm_jax.storage.metadata import freeze
+from ddpm_jax.storage.model_directory import Model, open_model, write_description
+from ddpm_jax.training.describe import describe
+from ddpm_jax.training.loop import fit
+from ddpm_jax.training.optimizer import make_optimizer
+from ddpm_jax.training.stage import Stage, apply_transforms
 from ddpm_jax.training.state import abstract_state
-from ddpm_jax.training.tasks import ClipTask, DecoderTask, PriorTask, UpsamplerTask
-from ddpm_jax.types import Source, Task
+from ddpm_jax.types import Source
+from ddpm_jax.version import __version__
 
-NUM_PREVIEWS = 16
-_NEED_CLIP = ("prior", "decoder")
-_DECODER_LOSS = ("kind", "objective", "variance", "vlb_weight", "timesteps", "drop_image", "drop_text")
-_UPSAMPLER_LOSS = ("image_size", "low_size", "kind", "blur_sigma", "blur_rate", "noise", "mix_colours")
+RUN_FILE, EMBEDDINGS = "run.json", "embeddings"
+_OPTIMIZER = (
+    "learning_rate",
+    "warmup_steps",
+    "decay",
+    "final_fraction",
+    "b1",
+    "b2",
+    "eps",
+    "weight_decay",
+    "clip_norm",
+)
+_OPTIMIZER += ("optimizer", "muon_learning_rate")
+_LOOP = ("num_steps", "seed", "ema_decay", "accumulate", "checkpoint_every", "log_every", "preview_every", "eval_every")
+_LOOP += ("max_to_keep", "tensorboard", "progress")
 
 
-def run_stages(config: Mapping[str, Any], workdir: str | os.PathLike, names: Sequence[str]) -> None:
-    """Train stages in the order of the config; finished ones are skipped, an unfinished one continues.
+def train(
+    stages: Stage | Sequence[Stage],
+    workdir: str | os.PathLike,
+    *,
+    names: Sequence[str] | None = None,
+    pipeline: Any = None,
+    config: Mapping[str, Any] | None = None,
+    mesh: Mesh | None = None,
+) -> None:
+    """Train stages in their order; finished ones are skipped, an unfinished one resumes.
+
+    Before anything is computed, every stage is traced without numbers, so that what cannot work is refused at once.
+    `ddpm_jax.load(workdir)` then gives the pipeline, and `ddpm_jax.load(workdir / stage.name)` one network.
+
+        stage = Stage(name="base", task=DiffusionTask(...), source=ArraySource(images), training=Training(...))
+        train(stage, "runs/own")
+        images = ddpm_jax.load("runs/own").generate(16)
 
     Args:
-        config: the resolved config, plain dicts.
-        workdir: created if missing; must be empty or hold a run with this config.
-        names: the stages to train.
+        stages: one stage, or several, each after those it needs.
+        workdir: created if missing; must be empty or hold a run.
+        names: the stages to train; all by default.
+        pipeline: how the stages are sampled together, a `pipelines.PipelineDescription`; written to pipeline.json.
+        config: what the stages were made from, plain data, for the record.
+        mesh: devices along "data"; all of them by default.
 
     Raises:
-        ValueError: if the config cannot work or a stage needs another one that has not been trained.
-        LoadError: if the directory is foreign.
-        CheckpointError, TrainingDiverged, Interrupted, WorkdirInUse: see `training.loop` and `training.checkpoint`.
+        ValueError: if a stage cannot work, or needs another one that has not been trained.
+        LoadError: if the directory is foreign, or a model that is needed cannot be loaded.
+        CheckpointError: if a checkpoint cannot be written, read or used, or was made with other settings.
+        TrainingDiverged, Interrupted: see `training.loop.fit`.
+        WorkdirInUse: if another run holds the directory.
     """
-    build.check_config(config)
-    workdir = Path(workdir)
-    # Before the lock too, which would leave its file in a directory that is not ours.
-    run = _Run(config, workdir, build.make_tokenizer(config))
-    _check_workdir(run)
-    for i, name in enumerate(names):
-        if name in _NEED_CLIP and "clip" not in names[:i] and not is_trained(config, workdir, "clip"):
-            raise ValueError(f"stage {name} needs a trained CLIP in {workdir}; train the stage clip first")
-    if not (workdir / RUN_FILE).exists() or read_run(workdir)["config"] != json.loads(json.dumps(config)):
-        _rehearse(run)
+    stages = (stages,) if isinstance(stages, Stage) else tuple(stages)
+    run = _Run(stages, Path(workdir), make_mesh({"data": -1}) if mesh is None else mesh)
+    chosen = [run.stages[name] for name in run.check_names(names)]
+    # Before the lock, which would leave its file in a directory that is not ours.
+    _check_workdir(run.workdir)
+    for stage in chosen:
+        run.dry_run(stage)
     # On a shared disk the first process holds the directory for all of them.
-    with lock_workdir(workdir) if jax.process_index() == 0 else contextlib.nullcontext():
-        _check_workdir(run)
-        run.claim()
-        for name in names:
-            run.start(name)
+    with lock_workdir(run.workdir) if jax.process_index() == 0 else contextlib.nullcontext():
+        _check_workdir(run.workdir)
+        if jax.process_index() == 0:
+            document = {"version": __version__, "stages": list(run.stages), "config": config}
+            write_json(run.workdir / RUN_FILE, document)
+            if pipeline is not None:
+                pipeline.write(run.workdir)
+        for stage in chosen:
+            run.train(stage)
 
 
-def is_trained(config: Mapping[str, Any], workdir: str | os.PathLike, stage: str) -> bool:
+def is_trained(stage: Stage, workdir: str | os.PathLike) -> bool:
     """Return whether a stage has a checkpoint of its last step."""
-    return (Path(workdir) / stage / SUBDIRECTORY / str(config[stage]["num_steps"])).is_dir()
+    return (Path(workdir) / stage.name / SUBDIRECTORY / str(stage.training.num_steps)).is_dir()
 
 
 class _Run:
-    """What the stages of one run share."""
+    """The stages of one run, and the models that they need."""
 
-    def __init__(self, config: Mapping[str, Any], workdir: Path, tokenizer: Tokenizer):
-        self.config, self.workdir, self.tokenizer = config, workdir, tokenizer
-        self.clip = build.make_clip(config, tokenizer.vocab_size)
+    def __init__(self, stages: Sequence[Stage], workdir: Path, mesh: Mesh):
+        if not stages:
+            raise ValueError("there is no stage to train")
+        self.stages = {stage.name: stage for stage in stages}
+        if len(self.stages) != len(stages):
+            twice = next(name for name in self.stages if sum(stage.name == name for stage in stages) > 1)
+            raise ValueError(f"two stages have the name {twice!r}; each needs a directory of its own")
+        self.workdir, self.mesh = workdir, mesh
+        self._models: dict[str, Model] = {}
+        self._fingerprints: dict[str, str] = {}
+        self._abstract: dict[str, Any] = {}
 
-    def claim(self) -> None:
-        """Write run.json."""
-        run = {"version": ddpm_jax.__version__, "config": self.config, "tokenizer": self.tokenizer.to_config()}
-        write_json(self.workdir / RUN_FILE, run)
+    def check_names(self, names: Sequence[str] | None) -> list[str]:
+        """Return the stages to train, in order; raise ValueError for one that is unknown or lacks what it needs."""
+        names = list(self.stages) if names is None else list(names)
+        for name in names:
+            if name not in self.stages:
+                raise ValueError(f"there is no stage {name!r}; there are {', '.join(self.stages)}")
+        names = [name for name in self.stages if name in names]
+        order = list(self.stages)
+        for i, name in enumerate(names):
+            for role, needed in self.stages[name].needs.items():
+                if needed not in self.stages:
+                    if not os.path.isdir(needed):
+                        known = ", ".join(order[: order.index(name)]) or "none"
+                        raise ValueError(
+                            f"stage {name} needs {needed!r} as {role}, which is neither an earlier stage ({known}) nor "
+                            "a model directory"
+                        )
+                elif order.index(needed) >= order.index(name):
+                    raise ValueError(f"stage {name} needs {needed} as {role}, which must come before it")
+                elif needed not in names[:i] and not is_trained(self.stages[needed], self.workdir):
+                    raise ValueError(
+                        f"stage {name} needs a trained {needed} in {self.workdir}; train the stage {needed} first"
+                    )
+        return names
 
-    def start(self, stage: str) -> None:
-        """Train a stage, or find it finished."""
-        _STAGES[stage](self)
+    # ---- Models that a stage needs -----------------------------------------------------------------------------------
 
-    def tokenize(self) -> Tokenize:
-        """Return the transform that reads captions."""
-        return Tokenize(self.tokenizer, self.config["text"]["length"])
+    def models(self, stage: Stage) -> dict[str, Model]:
+        """Return the models that a stage needs, by role, with the averaged parameters."""
+        return {role: self._model(needed) for role, needed in stage.needs.items()}
 
-    def clip_params(self) -> Any:
-        """Return CLIP's averaged parameters."""
-        params, _ = restore_params(self.workdir / "clip", step=self.config["clip"]["num_steps"])
-        return params
+    def _model(self, needed: str) -> Model:
+        if needed not in self._models:
+            if needed in self.stages:
+                stage = self.stages[needed]
+                params, _ = restore_params(self.workdir / needed, step=stage.training.num_steps)
+                self._models[needed] = Model(params, stage.task.model, freeze(stage.task.metadata()))
+            else:
+                self._models[needed] = open_model(needed)
+        return self._models[needed]
 
-    def train(self, task: Task, source: Source, transforms: Sequence[Any], **made_with: str) -> None:
-        """Train one stage; `made_with` is kept with its config, so that a stage never goes on with other weights."""
-        config, name = self.config, task.name
-        stage = config[name]
-        mesh = make_mesh({"data": -1})
-        loader = make_loader(
+    def _abstract_models(self, stage: Stage) -> dict[str, Model]:
+        """Return the same with shapes in place of parameters that may not be there yet."""
+        found = {}
+        for role, needed in stage.needs.items():
+            if needed in self.stages:
+                other = self.stages[needed]
+                params = self._abstract_state(other).params
+                found[role] = Model(params, other.task.model, freeze(other.task.metadata()))
+            else:
+                found[role] = self._model(needed)
+        return found
+
+    def fingerprints(self, stage: Stage) -> dict[str, str]:
+        """Return the hash of the parameters of each model that a stage needs."""
+        for needed in stage.needs.values():
+            if needed not in self._fingerprints:
+                self._fingerprints[needed] = tree_fingerprint(self._model(needed).params)
+        return {role: self._fingerprints[needed] for role, needed in stage.needs.items()}
+
+    # ---- Before anything is trained ----------------------------------------------------------------------------------
+
+    def dry_run(self, stage: Stage) -> None:
+        """Raise ValueError for what would stop a stage only after those before it have been trained."""
+        training = stage.training
+        parts = {"devices": self.mesh.shape[DATA_AXIS], "accumulate": training.accumulate}
+        parts["examples of a record"] = stage.examples_per_record
+        unit = math.prod(parts.values())
+        if training.batch_size % unit:
+            product = " x ".join(f"{count} ({what})" for what, count in parts.items() if count > 1)
+            raise ValueError(
+                f"stage {stage.name}: batch_size={training.batch_size} must be a multiple of {unit} = {product}"
+            )
+        try:
+            _make_optimizer(stage, None)
+            self._abstract_state(stage)
+            if stage.eval_source is not None:
+                self._prepared(stage, stage.eval_source)
+        except KeyError as error:
+            raise ValueError(f"stage {stage.name}: {_missing(stage, error)}") from error
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"stage {stage.name} cannot work: {error}") from error
+        self._compare(stage)
+
+    def _compare(self, stage: Stage) -> None:
+        """Raise CheckpointError for a checkpoint of other settings; models that are needed are compared later."""
+        directory = self.workdir / stage.name
+        if (directory / SUBDIRECTORY).is_dir():
+            checkpoints = Checkpoints(directory, read_only=True)
+            with contextlib.closing(checkpoints):
+                found = checkpoints.read_config()
+                if found is not None:
+                    needs = found[1].get("needs", {})
+                    checkpoints.compare(_description(stage, needs if needs.keys() == stage.needs.keys() else {}))
+
+    def _prepared(self, stage: Stage, source: Source) -> Any:
+        """Return the shapes of a prepared batch of one record."""
+        models = self._abstract_models(stage)
+        example = _stack([_example_record(stage, models, source)])
+        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), example)
+        return jax.eval_shape(stage.task.prepare, models, shapes) if models else shapes
+
+    def _abstract_state(self, stage: Stage) -> Any:
+        if stage.name not in self._abstract:
+            tx, _ = _make_optimizer(stage, None)
+            prepared = self._prepared(stage, stage.source)
+            self._abstract[stage.name] = abstract_state(stage.task, tx, jax.random.key(0), self.mesh, prepared)
+        return self._abstract[stage.name]
+
+    # ---- Training ----------------------------------------------------------------------------------------------------
+
+    def train(self, stage: Stage) -> None:
+        """Train one stage, or find it finished."""
+        training, directory = stage.training, self.workdir / stage.name
+        models = self.models(stage)
+        needs = self.fingerprints(stage)
+        description = _description(stage, needs)
+        self._describe_model(stage, needs)
+        source, eval_source = (self._computed(each, models, training) for each in (stage.source, stage.eval_source))
+        tx, schedule = _make_optimizer(stage, self.mesh)
+        options = {name: getattr(training, name) for name in _LOOP}
+        loader = self._loader(stage, source)
+        with contextlib.ExitStack() as stack:
+            if hasattr(loader, "close"):
+                stack.callback(loader.close)
+            fit(
+                stage.task,
+                loader,
+                name=stage.name,
+                example=_example(stage, source),
+                workdir=directory,
+                tx=tx,
+                schedule=schedule,
+                mesh=self.mesh,
+                config=description,
+                version=__version__,
+                frozen=models or None,
+                eval_batches=None if eval_source is None else lambda: self._eval_batches(stage, eval_source),
+                items_per_step=training.batch_size,
+                **options,
+            )
+
+    def _computed(self, source: Source | None, models: Mapping[str, Model], training: Any) -> Source | None:
+        compute = getattr(source, "compute", None)
+        return source if compute is None else compute(models, self.workdir / EMBEDDINGS, progress=training.progress)
+
+    def _describe_model(self, stage: Stage, needs: Mapping[str, str]) -> None:
+        """Write model.json, if the task has a network of this package's form."""
+        network, metadata = getattr(stage.task, "model", None), getattr(stage.task, "metadata", None)
+        if network is None or metadata is None or jax.process_index() != 0:
+            return
+        found = metadata() | ({"needs": dict(needs)} if needs else {})
+        write_description(self.workdir / stage.name, {"model": network}, found)
+
+    def _loader(self, stage: Stage, source: Source, **options: Any) -> Any:
+        return make_loader(
             source,
-            batch_size=stage["batch_size"] // stage.get("family", 1),
-            seed=config["seed"],
-            transforms=transforms,
+            batch_size=stage.training.batch_size // stage.examples_per_record,
+            seed=stage.training.seed,
+            transforms=(*stage.transforms, _without_text),
             shard_index=jax.process_index(),
             shard_count=jax.process_count(),
-        )
-        tx, schedule = build.make_stage_optimizer(stage, mesh)
-        kept = {field: config[field] for field in ("seed", *build.DEPENDS[name], name)} | made_with
-        train(
-            task,
-            loader,
-            workdir=self.workdir / name,
-            num_steps=stage["num_steps"],
-            tx=tx,
-            schedule=schedule,
-            mesh=mesh,
-            seed=config["seed"],
-            ema_decay=stage["ema_decay"],
-            accumulate=stage["accumulate"],
-            checkpoint_every=stage["checkpoint_every"],
-            log_every=stage["log_every"],
-            preview_every=stage["preview_every"],
-            keep=stage["keep"],
-            config=kept,
-            version=ddpm_jax.__version__,
-            tensorboard=config["tensorboard"],
-            progress=config["progress"],
-            items_per_step=stage["batch_size"],
+            **({"num_workers": stage.training.num_workers} | options),
         )
 
-    def embedded(self, source: Source, clip_params: Any) -> EmbeddedSource:
-        """Return the source with its CLIP embeddings, computed when they are not there yet."""
-        embed, mesh = jax.jit(self._embed), make_local_mesh()
-        clip_params = jax.device_put(clip_params, replicated(mesh))
-        cache = cached_embeddings(
-            self.workdir / "embeddings",
-            source,
-            (self.tokenize(), Keep(("image", "tokens", "mask"))),
-            lambda batch: embed(clip_params, jax.device_put(batch, data_sharding(mesh))),
-            fingerprint={"clip": tree_fingerprint(clip_params), "source": repr(source)},
-            batch_size=-(-256 // mesh.shape[DATA_AXIS]) * mesh.shape[DATA_AXIS],
-            progress=self.config["progress"],
-        )
-        return EmbeddedSource(source, cache)
-
-    def _embed(self, params: Any, batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        images = stages.to_float(batch["image"])
-        text = stages.encode_text(self.clip, params, batch["tokens"], batch["mask"])
-        return stages.encode_image(self.clip, params, images), text.z
-
-    def previews(self, source: Source, transforms: Sequence[Callable], task: Any) -> dict[str, np.ndarray]:
-        """Return a prepared batch of the first records."""
-        records = []
-        for i in range(min(NUM_PREVIEWS, len(source))):
-            record = source[i]
-            for transform in transforms:
-                record = transform(record)
-            records.append(record)
-        batch = {name: np.stack([record[name] for record in records]) for name in records[0]}
-        # On the host: the previews run wherever the state of the task is.
-        return jax.device_get(task.prepare(task.frozen, batch)) if task.frozen is not None else batch
-
-
-def _train_clip(run: _Run) -> None:
-    config = run.config["clip"]
-    source = Families(build.make_source(run.config, resolution=config["image_size"]), config["family"])
-    run.train(ClipTask(run.clip), source, (run.tokenize(), Keep(("image", "tokens", "mask"))))
-
-
-def _prior_task(run: _Run, clip_params: Any) -> PriorTask:
-    config = run.config["prior"]
-    return PriorTask(
-        build.make_prior(run.config, run.tokenizer.vocab_size),
-        run.clip,
-        None if config["text_encoder"] else clip_params,
-        build.make_stage_process(config),
-        embed_scale=config["embed_scale"],
-        drop_text=config["drop_text"],
-    )
-
-
-def _train_prior(run: _Run) -> None:
-    params = run.clip_params()
-    source = run.embedded(build.make_source(run.config, resolution=run.config["clip"]["image_size"]), params)
-    transforms = (run.tokenize(), Keep(("tokens", "mask", "z_image", "z_text")))
-    run.train(_prior_task(run, params), source, transforms, **{CLIP_WEIGHTS: tree_fingerprint(params)})
-
-
-def _decoder_task(run: _Run, clip_params: Any) -> DecoderTask:
-    config = run.config["decoder"]
-    return DecoderTask(
-        build.make_decoder(run.config, run.tokenizer.vocab_size),
-        run.clip,
-        None if config["text_encoder"] else clip_params,
-        build.make_stage_process(config),
-        image_size=config["image_size"],
-        sampling=build.make_sampling(run.config, "decoder"),
-        weighting=build.make_weighting(config),
-        **{name: config[name] for name in _DECODER_LOSS},
-    )
-
-
-def _train_decoder(run: _Run) -> None:
-    config = run.config["decoder"]
-    params = run.clip_params()
-    clip_source = build.make_source(run.config, resolution=run.config["clip"]["image_size"])
-    cache = run.embedded(clip_source, params).embeddings
-    scale = config["supersample"]
-    source = EmbeddedSource(build.make_source(run.config, resolution=config["image_size"] * scale), cache)
-    shrink = () if scale == 1 else (AverageDown(scale),)
-    transforms = (run.tokenize(), Keep(("image", "tokens", "mask", "z_image", "z_text")), *shrink)
-    task = _decoder_task(run, params)
-    task.preview_batch = run.previews(source, transforms, task)
-    run.train(task, source, transforms, **{CLIP_WEIGHTS: tree_fingerprint(params)})
-
-
-def _upsampler_task(run: _Run) -> UpsamplerTask:
-    config = run.config["upsampler"]
-    return UpsamplerTask(
-        build.make_upsampler(run.config),
-        build.make_stage_process(config),
-        sampling=build.make_sampling(run.config, "upsampler"),
-        weighting=build.make_weighting(config),
-        **{name: config[name] for name in _UPSAMPLER_LOSS},
-    )
-
-
-def _train_upsampler(run: _Run) -> None:
-    config = run.config["upsampler"]
-    source = build.make_source(run.config, resolution=config["image_size"])
-    keep = Keep(("image",))
-    task = _upsampler_task(run)
-    task.preview_batch = run.previews(source, (keep,), task)
-    crop = () if config["crop"] == config["image_size"] else (RandomCrop(config["crop"]),)
-    run.train(task, source, (keep, *crop))
-
-
-_STAGES: dict[str, Callable[[_Run], None]] = {
-    "clip": _train_clip,
-    "prior": _train_prior,
-    "decoder": _train_decoder,
-    "upsampler": _train_upsampler,
-}
-
-
-def _rehearse(run: _Run) -> None:
-    """Raise ValueError for what would stop a stage only after those before it have been trained; computes nothing."""
-    mesh = make_mesh({"data": -1})
-    tasks: dict[str, Callable[[], Task]] = {
-        "clip": lambda: ClipTask(run.clip),
-        "prior": lambda: _prior_task(run, clip_params={}),
-        "decoder": lambda: _decoder_task(run, clip_params={}),
-        "upsampler": lambda: _upsampler_task(run),
-    }
-    for name, make_task in tasks.items():
-        stage = run.config[name]
-        parts = {"devices": mesh.shape[DATA_AXIS], "accumulate": stage["accumulate"], "family": stage.get("family", 1)}
-        unit = math.prod(parts.values())
-        if stage["batch_size"] % unit:
-            product = " x ".join(f"{count} ({what})" for what, count in parts.items() if count > 1)
-            raise ValueError(f"{name}.batch_size={stage['batch_size']} must be a multiple of {unit} = {product}")
+    def _eval_batches(self, stage: Stage, source: Source) -> Iterator[Mapping[str, np.ndarray]]:
+        # Made anew each time, so that each evaluation sees the same records.
+        loader = self._loader(stage, source, num_workers=0)
         try:
-            tx, _ = build.make_stage_optimizer(stage)
-            abstract_state(make_task(), tx, jax.random.key(0), mesh)
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"the config of stage {name} cannot work: {error}") from error
+            for _ in range(stage.training.eval_batches):
+                yield next(loader)
+        finally:
+            if hasattr(loader, "close"):
+                loader.close()
 
 
-def _check_workdir(run: _Run) -> None:
-    """Raise LoadError for a foreign directory, or one with a run of another config or another vocabulary."""
-    workdir, config = run.workdir, run.config
+def _make_optimizer(stage: Stage, mesh: Mesh | None) -> Any:
+    options = {name: getattr(stage.training, name) for name in _OPTIMIZER}
+    return make_optimizer(total_steps=stage.training.num_steps, mesh=mesh, **options)
+
+
+def _description(stage: Stage, needs: Mapping[str, str]) -> dict[str, Any]:
+    """Return all that a stage's result depends on, as plain data."""
+    return {
+        "task": describe(stage.task),
+        "source": describe(stage.source),
+        "transforms": describe(stage.transforms),
+        "training": describe(stage.training),
+        "examples_per_record": stage.examples_per_record,
+        "needs": dict(needs),
+    }
+
+
+def _without_text(record: dict) -> dict:
+    """Leave out what is not numbers, such as a file's name, which no device can hold."""
+    return {name: value for name, value in record.items() if np.asarray(value).dtype.kind not in "OSU"}
+
+
+def _example_record(stage: Stage, models: Mapping[str, Model], source: Source) -> dict:
+    """Return the first record after the transforms, with zeros for embeddings that are not computed yet."""
+    if len(source) < 1:
+        raise ValueError("its source has no records")
+    record = source.example(models) if hasattr(source, "example") else source[0]
+    return _without_text(apply_transforms(dict(record), stage.transforms, np.random.default_rng(0)))
+
+
+def _example(stage: Stage, source: Source) -> dict[str, np.ndarray]:
+    """Return a batch of the first records, for previews and for the shapes of the network."""
+    count = min(max(stage.training.num_previews, 1), len(source))
+    rngs = [np.random.default_rng((stage.training.seed, i)) for i in range(count)]
+    return _stack([_without_text(apply_transforms(source[i], stage.transforms, rngs[i])) for i in range(count)])
+
+
+def _stack(records: Sequence[dict]) -> dict[str, np.ndarray]:
+    found = {}
+    for name in records[0]:
+        arrays = [np.asarray(record[name]) for record in records]
+        shapes = {array.shape for array in arrays}
+        if len(shapes) > 1:
+            raise ValueError(
+                f"{name!r} of the records has different shapes, {' and '.join(map(str, sorted(shapes)[:2]))}; "
+                "transforms such as CenterCrop(size) must bring them to one"
+            )
+        found[name] = np.stack(arrays)
+    return found
+
+
+def _missing(stage: Stage, error: KeyError) -> str:
+    """Return a sentence on a record, or a model, that lacks an entry."""
+    name = error.args[0] if error.args else error
+    if not stage.needs and name in ("clip",):
+        return f"its task needs a model for the role {name!r}; give the stage needs={{{name!r}: ...}}"
+    with contextlib.suppress(Exception):
+        record = stage.source[0]
+        return f"its task or transforms read {name!r}, and the source's records have {', '.join(map(str, record))}"
+    return f"its task or transforms read {name!r}, which the records do not have"
+
+
+def _check_workdir(workdir: Path) -> None:
+    """Raise LoadError for a foreign directory."""
     if workdir.exists() and not workdir.is_dir():
         raise LoadError(f"workdir {workdir} is a file, not a directory")
     if (workdir / RUN_FILE).exists():
-        earlier = read_run(workdir)
-        saved = earlier["config"]
-        # A stage that has saved nothing yet may be changed; every checkpoint holds the config that it depends on.
-        fresh = {stage for stage in build.STAGES if not _has_checkpoint(workdir / stage)}
-        ignore = NOT_COMPARED | {"sample", "evaluation", "stages"} | fresh
-        differences = config_differences(saved, json.loads(json.dumps(config)), ignore=ignore)
-        if differences:
+        try:
+            read_json(workdir / RUN_FILE)["stages"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise LoadError(
-                f"workdir {workdir} holds a run of another config: {'; '.join(differences)}; give that config or "
+                f"{workdir / RUN_FILE} cannot be read as a training run of this version ({type(error).__name__}); give "
                 "another workdir"
-            )
-        if fresh != set(build.STAGES) and earlier["tokenizer"] != json.loads(json.dumps(run.tokenizer.to_config())):
-            raise LoadError(
-                f"workdir {workdir} holds a run of another vocabulary, of version {earlier['version']} of this "
-                "package; give another workdir"
-            )
+            ) from None
     elif workdir.exists() and any(not _is_own(entry.name) for entry in workdir.iterdir()):
         raise LoadError(f"workdir {workdir} is not empty and holds no training run; give a new or empty directory")
-
-
-def _has_checkpoint(stage: Path) -> bool:
-    return (stage / SUBDIRECTORY).is_dir() and any(entry.name.isdigit() for entry in (stage / SUBDIRECTORY).iterdir())
 
 
 def _is_own(name: str) -> bool:
     """Return whether a run that was killed before it wrote run.json may have left a file of this name."""
     return name == ".lock" or (name.startswith(RUN_FILE) and name.endswith(".tmp"))
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file, whole or not at all."""
-    if jax.process_index() != 0:
-        return
-    # One name, so that what a kill leaves is written over by the next run.
-    try:
-        with temporary_path(path.with_name(path.name + ".tmp")) as new:
-            new.write_text(json.dumps(value, indent=1) + "\n")
-            os.replace(new, path)
-    except OSError as error:
-        raise OSError(error.errno, f"could not write the file: {error.strerror}", str(path)) from error

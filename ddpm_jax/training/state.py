@@ -1,5 +1,6 @@
 """The state of a training run: arrays only."""
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.struct
@@ -24,34 +25,50 @@ class TrainState:
       params: the network's parameters.
       ema_params: their exponential moving average, of the same structure.
       opt_state: the optimizer's state.
-      memory: what the task keeps besides, see `types.Task`; None for nothing.
+      extra_state: arrays of the task besides the parameters, see `types.Task`; None for nothing.
     """
 
     step: jax.Array
     params: Any
     ema_params: Any
     opt_state: Any
-    memory: Any = None
+    extra_state: Any = None
+
+    def trees(self) -> dict[str, Any]:
+        """Return the trees that a checkpoint holds."""
+        optimizer = {"step": self.step, "opt_state": self.opt_state}
+        optimizer |= {} if self.extra_state is None else {"extra_state": self.extra_state}
+        return {"params": self.params, "ema_params": self.ema_params, "optimizer": optimizer}
+
+    @classmethod
+    def from_trees(cls, trees: Mapping[str, Any]) -> "TrainState":
+        """Return the state of the trees of a checkpoint."""
+        return cls(params=trees["params"], ema_params=trees["ema_params"], **trees["optimizer"])
 
 
-def create_state(task: Task, tx: optax.GradientTransformation, key: jax.Array, mesh: Mesh) -> TrainState:
+def create_state(
+    task: Task, tx: optax.GradientTransformation, key: jax.Array, mesh: Mesh, batch: Mapping[str, Any]
+) -> TrainState:
     """Make the state of step 0 directly on the devices of `mesh`, replicated.
 
     Args:
-      task: its `init(key)` gives the parameters.
+      task: its `init(key, batch)` gives the parameters.
       tx: the optimizer.
       key: a typed PRNG key.
       mesh: where the state lives.
+      batch: a prepared batch, or the shapes of one; only shapes and dtypes are read.
 
     Returns:
       A `TrainState` with step 0 and the average equal to the parameters.
     """
-    return jax.jit(_initial_state(task, tx), out_shardings=replicated(mesh))(key)
+    return jax.jit(_initial_state(task, tx, batch), out_shardings=replicated(mesh))(key)
 
 
-def abstract_state(task: Task, tx: optax.GradientTransformation, key: jax.Array, mesh: Mesh) -> TrainState:
+def abstract_state(
+    task: Task, tx: optax.GradientTransformation, key: jax.Array, mesh: Mesh, batch: Mapping[str, Any]
+) -> TrainState:
     """Return `create_state`'s result as `jax.ShapeDtypeStruct`s with shardings, without computing anything."""
-    shapes = jax.eval_shape(_initial_state(task, tx), key)
+    shapes = jax.eval_shape(_initial_state(task, tx, batch), key)
     place = replicated(mesh)
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes)
 
@@ -61,11 +78,21 @@ def count_parameters(params: Any) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
-def _initial_state(task: Task, tx: optax.GradientTransformation):
+def _initial_state(
+    task: Task, tx: optax.GradientTransformation, batch: Mapping[str, Any]
+) -> Callable[[jax.Array], TrainState]:
+    # One example of zeros: parameters depend on the shapes of examples alone.
+    shapes = jax.tree.map(lambda x: (1, *x.shape[1:]), dict(batch))
+    dtypes = jax.tree.map(lambda x: x.dtype, dict(batch))
+
     def init(key: jax.Array) -> TrainState:
-        params = task.init(key)
+        is_shape = lambda x: isinstance(x, tuple)
+        example = jax.tree.map(jnp.zeros, shapes, dtypes, is_leaf=is_shape)
+        params = task.init(key, example)
         # A copy, because the step donates its state and one buffer cannot be donated twice.
         ema_params = jax.tree.map(jnp.copy, params)
-        return TrainState(jnp.zeros((), jnp.int32), params, ema_params, tx.init(params), getattr(task, "memory", None))
+        return TrainState(
+            jnp.zeros((), jnp.int32), params, ema_params, tx.init(params), getattr(task, "extra_state", None)
+        )
 
     return init

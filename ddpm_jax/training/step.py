@@ -50,8 +50,8 @@ def make_train_step(
     finite is not made: the state comes back as it went in, and `metrics["finite"]` is False.
 
     Args:
-      task: its `loss(params, batch, key)` gives (float32[B], dict of float32[] or float32[B]); with a memory, see
-        `types.Task`, which micro-batches all see as it was before the step.
+      task: its `loss(params, batch, key)` gives (float32[B], dict of float32[] or float32[B]); with an
+        extra state, see `types.Task`, which micro-batches all see as it was before the step.
       tx: the optimizer.
       ema_decay: decay of the parameters' moving average, in [0, 1).
       ema_warmup: see `ema_decay_at`.
@@ -74,10 +74,10 @@ def make_train_step(
 
     def step(state: TrainState, batch: Any, key: jax.Array) -> tuple[TrainState, dict[str, jax.Array]]:
         key = jax.random.fold_in(key, state.step)
-        (loss, metrics), grads, kept = _gradients(task, state, batch, key, accumulate)
+        (loss, metrics), grads, aux = _gradients(task, state, batch, key, accumulate)
         clash = sorted(set(metrics) & set(RESERVED_METRICS))
         if clash:
-            raise ValueError(f"task {task.name!r} returns metrics named {clash}, which the training step uses itself")
+            raise ValueError(f"the task returns metrics named {clash}, which the training step uses itself")
         grad_norm = optax.tree.norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
 
@@ -86,8 +86,8 @@ def make_train_step(
             params = optax.apply_updates(state.params, updates)
             decay = ema_decay_at(state.step, ema_decay, warmup=ema_warmup)
             ema_params = jax.tree.map(lambda ema, p: ema + (1 - decay) * (p - ema), state.ema_params, params)
-            memory = None if state.memory is None else task.remember(state.memory, kept)
-            return TrainState(state.step + 1, params, ema_params, opt_state, memory)
+            extra = None if state.extra_state is None else task.update_extra_state(state.extra_state, aux)
+            return TrainState(state.step + 1, params, ema_params, opt_state, extra)
 
         new_state = jax.lax.cond(finite, make_update, lambda: state)
         metrics |= {"loss": loss, "grad_norm": grad_norm, "param_norm": optax.tree.norm(state.params)}
@@ -99,22 +99,22 @@ def make_train_step(
 
 
 def _gradients(task: Task, state: TrainState, batch: Any, key: jax.Array, accumulate: int) -> tuple[tuple, Any, Any]:
-    """Return (mean loss, mean metrics) and their gradients over `accumulate` micro-batches, and what the task keeps."""
-    memory = () if state.memory is None else (state.memory,)
+    """Return (mean loss, mean metrics) and gradients over `accumulate` micro-batches, and the task's aux."""
+    extra = () if state.extra_state is None else (state.extra_state,)
 
     def mean_loss(params: Any, batch: Any, key: jax.Array) -> tuple[jax.Array, tuple[dict[str, jax.Array], Any]]:
-        loss, metrics = task.loss(params, batch, key, *memory)
-        kept = metrics.pop("kept") if memory else None
+        loss, metrics = task.loss(params, batch, key, *extra)
+        aux = metrics.pop("aux") if extra else None
         means = {name: jnp.mean(value, dtype=jnp.float32) for name, value in metrics.items()}
-        return jnp.mean(loss, dtype=jnp.float32), (means, kept)
+        return jnp.mean(loss, dtype=jnp.float32), (means, aux)
 
     def value_and_grad(batch: Any, key: jax.Array) -> tuple[tuple, Any]:
-        (loss, (means, kept)), grads = jax.value_and_grad(mean_loss, has_aux=True)(state.params, batch, key)
-        return ((loss, means), grads), kept
+        (loss, (means, aux)), grads = jax.value_and_grad(mean_loss, has_aux=True)(state.params, batch, key)
+        return ((loss, means), grads), aux
 
     if accumulate == 1:
-        found, kept = value_and_grad(batch, key)
-        return *found, kept
+        found, aux = value_and_grad(batch, key)
+        return *found, aux
 
     def split(array: jax.Array) -> jax.Array:
         if array.shape[0] % accumulate != 0:
@@ -130,9 +130,9 @@ def _gradients(task: Task, state: TrainState, batch: Any, key: jax.Array, accumu
     )
 
     def add(total: Any, micro: tuple) -> tuple[Any, Any]:
-        found, kept = value_and_grad(*micro)
-        return jax.tree.map(jnp.add, total, found), kept
+        found, aux = value_and_grad(*micro)
+        return jax.tree.map(jnp.add, total, found), aux
 
-    total, kept = jax.lax.scan(add, zeros, (micro_batches, keys))
-    kept = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), kept)
-    return *jax.tree.map(lambda x: x / accumulate, total), kept
+    total, aux = jax.lax.scan(add, zeros, (micro_batches, keys))
+    aux = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), aux)
+    return *jax.tree.map(lambda x: x / accumulate, total), aux

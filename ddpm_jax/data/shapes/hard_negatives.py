@@ -1,7 +1,7 @@
 """Hard negatives for contrastive training: scenes that differ from one another in one thing.
 
 In a batch of random scenes almost any attribute tells two captions apart, so CLIP hardly needs the shape, and never
-needs to know which of two objects is the red one. Families of near-identical scenes ask for exactly that; Yuksekgonul
+needs to know which of two objects is the red one. Groups of near-identical scenes require exactly that; Yuksekgonul
 et al. 2022 do it with captions ("When and why vision-language models behave like bags-of-words", section 4).
 """
 
@@ -17,20 +17,20 @@ from ddpm_jax.data.shapes.scenes import Object, Scene, ShapesSource
 _TRIES = 20
 
 
-class Families:
-    """A source of families: record i stacks record i of the training split and `size - 1` variants of its scene.
+class HardNegatives:
+    """A source of groups: record i stacks record i of the training split and `size - 1` variants of its scene.
 
     Args:
         source: captioned shapes, split "train".
-        size: members of a family, at least 1; 1 only adds an axis to the source's records.
+        size: scenes of a group, at least 1; 1 only adds an axis to the source's records.
 
-    Records are {"image": uint8[size, R, R, 3], "caption": tuple of strings, "index": int64}. All scenes of a family are
+    Records are {"image": uint8[size, R, R, 3], "caption": tuple of strings, "index": int64}. All scenes of a group are
     training scenes: nothing held out appears.
     """
 
     def __init__(self, source: ShapesSource, size: int):
         if size < 1:
-            raise ValueError(f"family size={size} must be at least 1")
+            raise ValueError(f"size={size} of a group must be at least 1")
         if source.split != "train":
             raise ValueError(f"source must be of split 'train', got {source.split!r}")
         self.source, self.size = source, size
@@ -38,8 +38,9 @@ class Families:
     def __len__(self) -> int:
         return len(self.source)
 
-    def __repr__(self) -> str:
-        return f"Families({self.source!r}, size={self.size})"
+    def fingerprint(self) -> str:
+        """Return a text that differs if the records differ."""
+        return f"HardNegatives of {self.size}, of {self.source.fingerprint()}"
 
     def __getitem__(self, index: SupportsIndex) -> dict:
         index = index.__index__()

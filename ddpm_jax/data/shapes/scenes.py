@@ -46,6 +46,7 @@ PLACES: dict[str, tuple[float, float]] = {
     "bottom right": (0.705, 0.705),
 }
 RELATIONS: tuple[str, ...] = ("above", "below", "left of", "right of")
+VERSION = 1  # of what is drawn for a seed; part of the fingerprint
 SPLITS: tuple[str, ...] = ("train", "single", "held_out", "two", "two_held_out")
 
 _PLACE_JITTER = {"center": 0.06}  # half-width of the square a centre is drawn from; 0.045 for the corners
@@ -381,6 +382,10 @@ class ShapesSource:
             f"ShapesSource(seed={self.seed}, resolution={self.resolution}, split={self.split!r}, "
             f"length={self.length}, two_fraction={self.two_fraction})"
         )
+
+    def fingerprint(self) -> str:
+        """Return a text that differs if the records differ."""
+        return f"{self!r}, version {VERSION}"
 
     def _index(self, index: int) -> int:
         index = operator.index(index)

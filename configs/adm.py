@@ -1,0 +1,244 @@
+"""Guided diffusion (ADM, Dhariwal and Nichol 2021): a class-conditional U-Net, and a classifier of noised images.
+
+    python -m ddpm_jax.train --config configs/adm.py:small --config.data.path=my_images --workdir runs/adm
+    python -m ddpm_jax.sample --workdir runs/adm --label cat --classifier_scale 4 --num_images 16 --out cats.png
+
+The source needs labels (docs/data.md), such as class subfolders. Two stages: "base", the class-conditional model, and
+"classifier", the encoder half of its U-Net with one of the paper's pooling layers (classifier.pool: "attention",
+"adaptive", "spatial" or "spatial_v2"), trained on noised images. `sample` guides by the classifier's gradient with
+--classifier_scale; the base is trained without a null class, as in the paper, unless drop_label > 0.
+
+Variants, with the parameters of the base and the classifier (held to them by tests/test_configs.py):
+
+    configs/adm.py            ImageNet 64 x 64: 296M and 65M, the published networks
+    configs/adm.py:small      32 x 32: 4.7M and 0.6M: trains on a laptop's CPU
+    configs/adm.py:smoke      two steps of tiny networks on generated arrays
+
+The full-size numbers are those of tables 11 and 12 of the paper.
+"""
+
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+from ddpm_jax.data.arrays import ArraySource
+from ddpm_jax.data.open_source import open_source
+from ddpm_jax.data.split import split_source
+from ddpm_jax.data.transforms import CenterCrop, RandomFlip, Select
+from ddpm_jax.diffusion.diffusion import Diffusion
+from ddpm_jax.diffusion.sampling import sampling_from
+from ddpm_jax.evaluation import report
+from ddpm_jax.models.adm import POOLS, Classifier, ClassUNet
+from ddpm_jax.models.unet import UNet, attention_levels
+from ddpm_jax.pipelines.description import PipelineDescription
+from ddpm_jax.training import ClassifierTask, DiffusionTask, Images, Labels, Stage, Training
+
+VARIANTS = ("", "small", "smoke")
+
+
+def training(batch_size: int, num_steps: int, learning_rate: float, **overrides) -> dict:
+    """Return the fields of `Training` of a stage."""
+    return {
+        "batch_size": batch_size,
+        "num_steps": num_steps,
+        "learning_rate": learning_rate,
+        "warmup_steps": 0,
+        "decay": "constant",
+        "final_fraction": 1.0,
+        "weight_decay": 0.0,
+        "clip_norm": placeholder(float),
+        "optimizer": "adamw",
+        "muon_learning_rate": placeholder(float),
+        "ema_decay": 0.9999,
+        "accumulate": 1,
+        "checkpoint_every": 5_000,
+        "log_every": 100,
+        "preview_every": 10_000,
+        "eval_every": 10_000,
+        "max_to_keep": 2,
+    } | overrides
+
+
+def get_config(variant: str = "") -> ConfigDict:
+    """Return the config of a variant."""
+    if variant not in VARIANTS:
+        raise ValueError(f"variant must be one of {', '.join(map(repr, VARIANTS))}, got {variant!r}")
+    config = ConfigDict()
+    config.seed = 0
+    config.data = {"path": "", "held_out": 0.05, "flip": True}
+    config.image_size = 64
+    config.diffusion = {"schedule": "cosine", "num_steps": 1000, "prediction": "eps", "variance": "learned_range"}
+    config.base = {
+        "unet": {
+            "channels": 192,
+            "channel_mult": (1, 2, 3, 4),
+            "num_res_blocks": 3,
+            "head_channels": 64,
+            "dropout": 0.1,
+            "patch": 1,
+            "groups": 32,
+            "remat": True,
+        },
+        "attention_resolutions": (32, 16, 8),
+        "dtype": "bfloat16",
+        "objective": "hybrid",
+        "drop_label": 0.0,
+        "training": training(2048, 540_000, 3e-4),
+    }
+    config.classifier = {
+        "channels": 128,
+        "channel_mult": (1, 2, 3, 4),
+        "num_res_blocks": 4,
+        "head_channels": 64,
+        "attention_resolutions": (32, 16, 8),
+        "pool": "attention",
+        "dropout": 0.0,
+        "groups": 32,
+        "remat": True,
+        "dtype": "bfloat16",
+        "training": training(1024, 300_000, 6e-4, weight_decay=0.2, preview_every=0),
+    }
+    config.sample = {
+        "sampler": "ancestral",
+        "steps": "250",
+        "threshold": 1.0,
+        "classifier_scale": placeholder(float),
+    }
+    config.tensorboard = False
+    config.progress = True
+    config.cpu_devices = 2
+    if variant in ("small", "smoke"):
+        small(config)
+    if variant == "smoke":
+        smoke(config)
+    return config
+
+
+def stages(config: ConfigDict) -> tuple[Stage, ...]:
+    """Return the base and the classifier."""
+    train, held_out = sources(config)
+    names = tuple(getattr(train, "class_names", None) or ())
+    if not names:
+        raise ValueError(f"data.path={config.data.path!r} has no labels, which a class-conditional model needs")
+    base, small_half, diffusion = config.base, config.classifier, Diffusion(**config.diffusion)
+    if small_half.pool not in POOLS:
+        raise ValueError(f"classifier.pool={small_half.pool!r} must be one of {', '.join(map(repr, POOLS))}")
+    flip = (RandomFlip(),) if config.data.flip else ()
+    shared = {
+        "source": train,
+        "eval_source": held_out,
+        "transforms": (Select(("image", "label")), CenterCrop(config.image_size), *flip),
+    }
+    unet = UNet(
+        out_channels=diffusion.channels(3),
+        attention_resolutions=(),
+        attention_levels=attention_levels(
+            base.attention_resolutions, config.image_size // base.unet.patch, len(base.unet.channel_mult)
+        ),
+        dtype=jnp.dtype(base.dtype),
+        **base.unet,
+    )
+    classifier = Classifier(
+        small_half.channels,
+        len(names),
+        config.image_size,
+        channel_mult=small_half.channel_mult,
+        num_res_blocks=small_half.num_res_blocks,
+        attention_resolutions=small_half.attention_resolutions,
+        head_channels=small_half.head_channels,
+        pool=small_half.pool,
+        dropout=small_half.dropout,
+        groups=small_half.groups,
+        remat=small_half.remat,
+        dtype=jnp.dtype(small_half.dtype),
+    )
+    return (
+        Stage(
+            name="base",
+            task=DiffusionTask(
+                model=ClassUNet(unet, len(names) + (base.drop_label > 0)),
+                diffusion=diffusion,
+                x0=Images(config.image_size),
+                conditions=(Labels(len(names), drop=base.drop_label, names=names),),
+                objective=base.objective,
+                sampling=sampling_from(config.sample, name="sample").with_options(classifier_scale=0.0),
+            ),
+            training=trained(config, base),
+            **shared,
+        ),
+        Stage(
+            name="classifier",
+            task=ClassifierTask(model=classifier, diffusion=diffusion, x0=Images(config.image_size), names=names),
+            training=trained(config, small_half),
+            **shared,
+        ),
+    )
+
+
+def trained(config: ConfigDict, part: ConfigDict) -> Training:
+    """Return how a stage is optimized."""
+    return Training(seed=config.seed, tensorboard=config.tensorboard, progress=config.progress, **part.training)
+
+
+def sources(config: ConfigDict) -> tuple:
+    """Return training and held-out records."""
+    if config.data.path == "noise":  # for the variant smoke
+        rng, size = np.random.default_rng(0), config.image_size
+        images = rng.integers(0, 256, (64, size, size, 3), np.uint8)
+        source = ArraySource(images, labels=np.arange(64) % 3, class_names=("a", "b", "c"))
+    elif not config.data.path:
+        raise ValueError(
+            "data.path is needed: images with labels (class subfolders, prepared data, .tar files or tfds:NAME), as in "
+            "--config.data.path=my_images"
+        )
+    else:
+        source = open_source(config.data.path)
+    return split_source(source, config.data.held_out)
+
+
+def pipeline(config: ConfigDict) -> PipelineDescription:
+    """Return how the two are sampled together."""
+    return PipelineDescription(
+        "Cascade",
+        models={"base": "base", "classifier": "classifier"},
+        sampling={"base": sampling_from(config.sample, name="sample")},
+    )
+
+
+def evaluate(config: ConfigDict, pipeline, workdir, show) -> None:
+    """Write a grid of samples, when both are trained."""
+    report.write_samples(pipeline, workdir, show=show, progress=config.progress)
+
+
+def small(config: ConfigDict) -> None:
+    """Use networks that a CPU trains."""
+    config.image_size = 32
+    config.diffusion.update(prediction="v", variance="fixed_small")
+    config.base.update(objective="simple", dtype="float32", attention_resolutions=(8, 4))
+    config.base.unet.update(
+        channels=96, channel_mult=(1, 1), num_res_blocks=2, head_channels=32, dropout=0.0, patch=4, remat=False
+    )
+    faster = {"warmup_steps": 100, "decay": "cosine", "final_fraction": 0.02, "optimizer": "muon", "clip_norm": 1.0}
+    faster |= {"muon_learning_rate": 6e-3, "ema_decay": 0.998, "learning_rate": 2e-3, "log_every": 50}
+    faster |= {"checkpoint_every": 500, "eval_every": 500}
+    config.base.training.update(batch_size=32, num_steps=6_000, preview_every=1_000, **faster)
+    config.classifier.update(
+        channels=32, channel_mult=(1, 2, 2), num_res_blocks=1, attention_resolutions=(8,), head_channels=32
+    )
+    config.classifier.update(dtype="float32", remat=False)
+    config.classifier.training.update(batch_size=64, num_steps=3_000, **faster)
+    config.sample.update(sampler="ddim", steps="50")
+
+
+def smoke(config: ConfigDict) -> None:
+    """Shrink everything so that training takes seconds."""
+    config.data.update(path="noise", held_out=0.25)
+    config.image_size = 16
+    config.base.unet.update(channels=32, num_res_blocks=1, head_channels=16)
+    config.base.attention_resolutions = (2,)
+    config.classifier.update(channel_mult=(1, 1), head_channels=16)
+    config.sample.steps = "2"
+    quick = {"batch_size": 8, "num_steps": 2, "warmup_steps": 1, "log_every": 1, "checkpoint_every": 1, "eval_every": 2}
+    config.base.training.update(preview_every=2, optimizer="adamw", **quick)
+    config.classifier.training.update(optimizer="adamw", **quick)

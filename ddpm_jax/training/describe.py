@@ -1,0 +1,76 @@
+"""A stage as plain data: what a checkpoint is compared with, so that resuming refuses whatever changes the result."""
+
+import dataclasses
+import functools
+import hashlib
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+
+
+def describe(value: Any) -> Any:
+    """Return an object as plain data: dicts, lists, strings and numbers, which differ if its behaviour differs.
+
+    A dataclass or Flax module becomes its class and fields, a function its name, with what its closure holds, a source
+    its fingerprint, an array the hash of its bytes. Other objects become their class and attributes.
+    """
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, Mapping):
+        return {str(name): describe(entry) for name, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [describe(entry) for entry in value]
+    if isinstance(value, (set, frozenset)):
+        return sorted((describe(entry) for entry in value), key=repr)
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, bytes):
+        return {"sha256": hashlib.sha256(value).hexdigest()}
+    if isinstance(value, (np.ndarray, jax.Array)):
+        array = np.ascontiguousarray(value)
+        return {"array": f"{array.dtype}{list(array.shape)}", "sha256": hashlib.sha256(array.tobytes()).hexdigest()}
+    if callable(getattr(value, "fingerprint", None)):
+        return {"class": type(value).__name__, "fingerprint": value.fingerprint()}
+    if isinstance(value, functools.partial):
+        return {"function": describe(value.func), "args": describe(value.args), "keywords": describe(value.keywords)}
+    if inspect.isfunction(value):
+        return _describe_function(value)
+    if inspect.isclass(value) or callable(value) and hasattr(value, "__qualname__"):
+        return _dtype_name(value) or f"{value.__module__}.{value.__qualname__}"
+    if hasattr(value, "to_config"):
+        return {"class": type(value).__name__, "config": describe(value.to_config())}
+    return {"class": type(value).__name__} | {name: describe(entry) for name, entry in _fields(value).items()}
+
+
+def _describe_function(function: Any) -> Any:
+    name = f"{function.__module__}.{function.__qualname__}"
+    closure = inspect.getclosurevars(function).nonlocals
+    defaults = [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
+    if not closure and not defaults:
+        return name
+    return {"function": name, "closure": describe(closure), "defaults": describe(defaults)}
+
+
+def _dtype_name(value: Any) -> str | None:
+    try:
+        return np.dtype(value).name if not isinstance(value, str) else None
+    except TypeError:
+        return None
+
+
+def _fields(value: Any) -> dict[str, Any]:
+    if dataclasses.is_dataclass(value):
+        hidden = ("parent", "name") if isinstance(value, nn.Module) else ()
+        return {
+            field.name: getattr(value, field.name)
+            for field in dataclasses.fields(value)
+            if field.name not in hidden and field.metadata.get("describe", True)
+        }
+    attributes = dict(getattr(value, "__dict__", {}))
+    slots = (name for kind in type(value).__mro__ for name in getattr(kind, "__slots__", ()))
+    attributes |= {name: getattr(value, name) for name in slots if hasattr(value, name)}
+    return {name: entry for name, entry in attributes.items() if not name.startswith("_")}

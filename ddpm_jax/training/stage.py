@@ -1,0 +1,144 @@
+"""What is trained, as objects: a `Stage` is a task, its data, how it is optimized and what it needs."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from ddpm_jax.types import Source, Task
+
+Transform = Any
+"""A callable record -> record, or an object with `random_map(record, rng)`; see `data.transforms`."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Training:
+    """How a stage is optimized, watched and saved.
+
+    Attributes:
+        batch_size: examples of a step, over all devices and hosts.
+        num_steps: updates in all. A finished stage resumes if it is raised, with the schedule of the new total.
+        learning_rate: its peak; see `training.optimizer.make_optimizer` for this and the fields down to `clip_norm`.
+        seed: of the parameters, the data order and all noise, in [0, 2**32).
+        optimizer: "adamw", or "muon" for the matrices of hidden layers beside it.
+        muon_learning_rate: needed with "muon".
+        ema_decay: of the moving average of the parameters, in [0, 1).
+        accumulate: micro-batches that a batch is cut into.
+        checkpoint_every: steps; the last step saves too.
+        max_to_keep: checkpoints that stay.
+        log_every: steps between lines of metrics.jsonl.
+        preview_every: steps between previews, 0 for none.
+        num_previews: examples in a preview.
+        eval_every: steps between evaluations of the loss on held-out records (`Stage.eval_source`), 0 for none.
+        eval_batches: batches of an evaluation.
+        num_workers: processes that read and transform records; 0 uses threads of this one.
+        tensorboard: True also writes event files.
+        progress: True shows a bar on stderr.
+    """
+
+    batch_size: int
+    num_steps: int
+    learning_rate: float
+    seed: int = 0
+    warmup_steps: int = 0
+    decay: str = "constant"
+    final_fraction: float = 0.0
+    weight_decay: float = 0.0
+    b1: float = 0.9
+    b2: float = 0.999
+    eps: float = 1e-8
+    clip_norm: float | None = 1.0
+    optimizer: str = "adamw"
+    muon_learning_rate: float | None = None
+    ema_decay: float = 0.9999
+    accumulate: int = 1
+    checkpoint_every: int = 1000
+    max_to_keep: int = 2
+    log_every: int = 50
+    preview_every: int = 1000
+    num_previews: int = 16
+    eval_every: int = 0
+    eval_batches: int = 4
+    num_workers: int = 0
+    tensorboard: bool = False
+    progress: bool = True
+
+    def check(self) -> None:
+        """Raise ValueError for a field out of its range; a `Stage` calls it."""
+        leasts = dict.fromkeys(
+            ("batch_size", "num_steps", "accumulate", "checkpoint_every", "max_to_keep", "log_every", "eval_batches"), 1
+        ) | dict.fromkeys(("warmup_steps", "preview_every", "num_previews", "eval_every", "num_workers"), 0)
+        for name, least in leasts.items():
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise ValueError(f"{name}={value!r} must be an integer")
+            if value < least:
+                raise ValueError(f"{name}={value} must be at least {least}")
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"{field.name}={value} must be a finite number")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed={self.seed} must lie in [0, 2**32)")
+        if not 0 <= self.ema_decay < 1:
+            reason = ", or the average never leaves the first parameters" if self.ema_decay == 1 else ""
+            raise ValueError(f"ema_decay={self.ema_decay} must be in [0, 1){reason}")
+        if self.batch_size % self.accumulate:
+            raise ValueError(f"batch_size={self.batch_size} must be a multiple of accumulate={self.accumulate}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Stage:
+    """One network and all that training it takes.
+
+    Attributes:
+        name: of its directory, `<workdir>/<name>/`, which holds model.json, checkpoints/, previews/ and metrics.jsonl.
+        task: network, loss and previews.
+        source: random-access records, see `data`; a fingerprint of it is kept with every checkpoint.
+        transforms: applied to each record, on the host.
+        training: batch size, optimizer and so on.
+        needs: role -> the name of an earlier stage, or the path of a model directory. Their models are given to
+            `task.prepare`, and to a source that computes something from them (`training.embeddings.Embedded`).
+        eval_source: held-out records for `training.eval_every`.
+        examples_per_record: examples that one record holds, e.g. a group of hard negatives.
+    """
+
+    name: str
+    task: Task
+    source: Source
+    training: Training
+    transforms: Sequence[Transform] = ()
+    needs: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    eval_source: Source | None = None
+    examples_per_record: int = 1
+
+    def __post_init__(self):
+        if not self.name or not self.name.replace("_", "").replace("-", "").isalnum():
+            raise ValueError(
+                f"name={self.name!r} of a stage must be letters, digits, - and _, since it names a directory"
+            )
+        if not isinstance(self.training, Training):
+            raise ValueError(f"training of stage {self.name} must be a Training, got {type(self.training).__name__}")
+        try:
+            self.training.check()
+        except ValueError as error:
+            raise ValueError(f"stage {self.name}: {error}") from None
+        if self.training.eval_every and self.eval_source is None:
+            raise ValueError(f"stage {self.name}: eval_every={self.training.eval_every} needs an eval_source")
+        if self.training.batch_size % self.examples_per_record:
+            raise ValueError(
+                f"stage {self.name}: batch_size={self.training.batch_size} must be a multiple of the "
+                f"{self.examples_per_record} examples of a record"
+            )
+
+    def replace(self, **fields: Any) -> "Stage":
+        """Return a copy with other fields."""
+        return dataclasses.replace(self, **fields)
+
+
+def apply_transforms(record: dict, transforms: Sequence[Transform], rng: Any) -> dict:
+    """Return a record after the transforms; rng serves those that are random."""
+    for transform in transforms:
+        random: Callable | None = getattr(transform, "random_map", None)
+        record = transform(record) if random is None else random(record, rng)
+    return record

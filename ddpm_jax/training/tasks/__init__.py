@@ -1,0 +1,20 @@
+"""What a stage trains: a network, its loss, and what its previews show. One module a kind of loss."""
+
+from ddpm_jax.training.tasks.classifier import ClassifierTask
+from ddpm_jax.training.tasks.conditions import Captions, Condition, ImageEmbedding, Labels, LowResolution
+from ddpm_jax.training.tasks.contrastive import ContrastiveTask
+from ddpm_jax.training.tasks.data import Embeddings, Images
+from ddpm_jax.training.tasks.diffusion import DiffusionTask
+
+__all__ = [
+    "Captions",
+    "ClassifierTask",
+    "Condition",
+    "ContrastiveTask",
+    "DiffusionTask",
+    "Embeddings",
+    "ImageEmbedding",
+    "Images",
+    "Labels",
+    "LowResolution",
+]

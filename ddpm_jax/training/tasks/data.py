@@ -1,0 +1,111 @@
+"""What a diffusion model generates: clean data x0, read from a prepared batch."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ddpm_jax.models.clip import CLIP, normalize
+from ddpm_jax.training.tasks.keys import named_keys
+from ddpm_jax.types import to_float
+
+Batch = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Images:
+    """Images in [-1, 1], from "image", uint8[B, S, S, C].
+
+    Attributes:
+        size: height and width of the images that the model generates, in pixels; training images may be crops.
+        channels: C.
+        mix_colours: True permutes and inverts the channels of each training image at random. Enlarging is the same for
+            all colours, so an upsampler learns it for colours and shapes that never met in training.
+    """
+
+    size: int
+    channels: int = 3
+    mix_colours: bool = False
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of one generated example."""
+        return (self.size, self.size, self.channels)
+
+    def prepare(self, frozen: Any, batch: Batch) -> Batch:
+        """Return the batch as it is."""
+        del frozen
+        return batch
+
+    def __call__(self, batch: Batch, key: jax.Array | None = None) -> jax.Array:
+        """Return x0, float32[B, H, W, C]; key: of the step's randomness, None for none."""
+        x0 = to_float(batch["image"])
+        if self.mix_colours and key is not None:
+            (own,) = named_keys(key, "mix_colours")
+            x0 = mix_colours(own, x0)
+        return x0
+
+    def metadata(self) -> dict[str, Any]:
+        """Return what a pipeline has to know, plain data."""
+        return {"image_size": self.size, "channels": self.channels}
+
+
+@dataclasses.dataclass(frozen=True)
+class Embeddings:
+    """CLIP's embedding of the image, of unit length, times a scale.
+
+    The batch has "z_image" float32[B, D]; where it has not, the frozen CLIP computes it (`with_image_embedding`).
+
+    Attributes:
+        size: D.
+        scale: the paper's 17.2 for 1024 dimensions, about 0.54 sqrt(D), gives entries of the size of an image's.
+        role: of the frozen CLIP among the stage's needs.
+    """
+
+    size: int
+    scale: float = 1.0
+    role: str = "clip"
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of one example."""
+        return (self.size,)
+
+    def prepare(self, frozen: Any, batch: Batch) -> Batch:
+        """Add "z_image" unless it is there."""
+        return with_image_embedding(frozen, batch, self.role)
+
+    def __call__(self, batch: Batch, key: jax.Array | None = None) -> jax.Array:
+        """Return x0, float32[B, D]."""
+        del key
+        return batch["z_image"] * self.scale
+
+    def metadata(self) -> dict[str, Any]:
+        """Return what a pipeline has to know, plain data."""
+        return {"embedding": {"size": self.size, "scale": self.scale}}
+
+
+def with_image_embedding(frozen: Any, batch: Batch, role: str) -> Batch:
+    """Return the batch with "z_image" float32[B, D], computed by a frozen CLIP unless it is there.
+
+    CLIP reads "clip_image" uint8[B, H, W, 3] if the batch has it, else "image", resized to the size of its images.
+    """
+    if "z_image" in batch:
+        return batch
+    clip, x = frozen[role], to_float(batch.get("clip_image", batch["image"]))
+    size = clip.network.vision.image_size
+    if x.shape[1:3] != (size, size):
+        x = jax.image.resize(x, (x.shape[0], size, size, 3), "cubic")
+    return batch | {"z_image": normalize(clip.apply(x, method=CLIP.encode_image))}
+
+
+def mix_colours(key: jax.Array, x: jax.Array) -> jax.Array:
+    """Permute the colour channels of each image, and flip the sign of each channel, at random.
+
+    x: float[B, H, W, 3] in [-1, 1]; each of the 6 permutations and 8 inversions is as likely as the others.
+    """
+    order_key, sign_key = jax.random.split(key)
+    order = jnp.argsort(jax.random.uniform(order_key, (x.shape[0], 3)), axis=-1)
+    sign = jax.random.rademacher(sign_key, (x.shape[0], 1, 1, 3), x.dtype)
+    return jnp.take_along_axis(x, order[:, None, None, :], axis=3) * sign

@@ -1,0 +1,195 @@
+"""The one diffusion task: any clean data, any conditions, any network."""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any, get_args
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ddpm_jax.diffusion.diffusion import Diffusion
+from ddpm_jax.diffusion.importance import (
+    LossHistory,
+    Timesteps,
+    importance_timesteps,
+    loss_history,
+    record_losses,
+)
+from ddpm_jax.diffusion.losses import Objective, Weighting, check_objective, denoising_loss, stratified_timesteps
+from ddpm_jax.diffusion.samplers import example_keys
+from ddpm_jax.diffusion.sampling import Sampling, sample_with
+from ddpm_jax.training.tasks.conditions import Condition
+from ddpm_jax.training.tasks.data import Embeddings, Images
+from ddpm_jax.training.tasks.keys import named_keys
+from ddpm_jax.types import Denoiser, to_uint8
+
+Batch = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class DiffusionTask:
+    """The denoising loss of a network (xt, t, **conditions) -> output.
+
+    Attributes:
+        model: the network; called with the keyword arguments of its conditions, and train=True in the loss.
+        diffusion: the process, and what the network predicts.
+        x0: reads clean data from a prepared batch.
+        conditions: what the network is conditioned on.
+        objective: "simple", "hybrid" or "vlb"; see `diffusion.losses`.
+        weighting: log_snr float32[B] -> weight float32[B] of the squared error, or None.
+        vlb_weight: of the bound in the hybrid objective.
+        timesteps: how t is drawn: "uniform", "stratified" or "importance" (`diffusion.importance`).
+        sampling: of the previews; None makes none.
+    """
+
+    model: nn.Module
+    diffusion: Diffusion
+    x0: Images | Embeddings
+    conditions: Sequence[Condition] = ()
+    objective: Objective = "simple"
+    weighting: Weighting | None = None
+    vlb_weight: float = 1e-3
+    timesteps: Timesteps = "uniform"
+    sampling: Sampling | None = None
+
+    def __post_init__(self):
+        for name, options in {"objective": get_args(Objective), "timesteps": get_args(Timesteps)}.items():
+            if getattr(self, name) not in options:
+                raise ValueError(f"{name}={getattr(self, name)!r} must be one of {', '.join(map(repr, options))}")
+        check_objective(self.objective, self.diffusion.variance, self.weighting)
+        if self.sampling is not None:
+            self.sampling.checked().process(self.diffusion)
+
+    @property
+    def extra_state(self) -> LossHistory | None:
+        """The history of losses that importance sampling draws timesteps from."""
+        return loss_history(self.diffusion.num_steps) if self.timesteps == "importance" else None
+
+    def update_extra_state(self, extra_state: LossHistory, aux: tuple[jax.Array, jax.Array]) -> LossHistory:
+        """Return the history with a step's losses in it."""
+        return record_losses(extra_state, *aux)
+
+    def init(self, key: jax.Array, batch: Batch) -> Any:
+        """Return new parameters."""
+        x0 = self.x0(batch)
+        return self.model.init(key, x0, jnp.zeros(x0.shape[0], jnp.int32), **self._arguments(batch, x0, None))
+
+    def prepare(self, frozen: Any, batch: Batch) -> Batch:
+        """Return the batch with what frozen networks compute from it."""
+        for part in (self.x0, *self.conditions):
+            batch = part.prepare(frozen, batch)
+        return {name: value for name, value in batch.items() if name != "clip_image"}
+
+    def loss(
+        self, params: Any, batch: Batch, key: jax.Array, extra_state: LossHistory | None = None
+    ) -> tuple[jax.Array, dict[str, Any]]:
+        """Return the loss of every example; with a history, weighted so that its mean is the mean over timesteps."""
+        x0 = self.x0(batch, key)
+        noise_key, dropout_key, t_key = named_keys(key, "noise", "dropout", "timesteps")
+        arguments = self._arguments(batch, x0, key)
+        denoise = self.denoiser(params, arguments, train=True, rngs={"dropout": dropout_key})
+        if (self.timesteps == "importance") != (extra_state is not None):
+            given = "no extra_state" if extra_state is None else "an extra_state"
+            raise ValueError(f"timesteps={self.timesteps!r} with {given}: importance sampling, and it alone, needs one")
+        t = None
+        if self.timesteps == "stratified":
+            t = stratified_timesteps(t_key, x0.shape[0], self.diffusion.num_steps)
+        elif extra_state is not None:
+            t, weight = importance_timesteps(t_key, x0.shape[0], extra_state)
+        loss, metrics = self._denoising_loss(denoise, noise_key, x0, t)
+        if extra_state is None:
+            return loss, metrics
+        # Weighted like the loss, so that their means are those of uniform timesteps.
+        return weight * loss, {name: weight * value for name, value in metrics.items()} | {"aux": (t, loss)}
+
+    def eval_loss(self, params: Any, batch: Batch, key: jax.Array) -> tuple[jax.Array, dict[str, Any]]:
+        """Return the loss with complete conditions, without dropout, at timesteps spread over the process."""
+        x0 = self.x0(batch)
+        noise_key, t_key = named_keys(key, "noise", "timesteps")
+        t = stratified_timesteps(t_key, x0.shape[0], self.diffusion.num_steps)
+        return self._denoising_loss(self.denoiser(params, self._arguments(batch, x0, None)), noise_key, x0, t)
+
+    def _denoising_loss(self, denoise: Denoiser, key: jax.Array, x0: jax.Array, t: jax.Array | None) -> tuple:
+        return denoising_loss(
+            self.diffusion.process,
+            denoise,
+            key,
+            x0,
+            kind=self.diffusion.prediction,
+            objective=self.objective,
+            variance=self.diffusion.variance,
+            weighting=self.weighting,
+            vlb_weight=self.vlb_weight,
+            t=t,
+        )
+
+    def denoiser(self, params: Any, arguments: dict[str, jax.Array], **options: Any) -> Denoiser:
+        """Close the network over its parameters and conditions."""
+        return lambda xt, t: self.model.apply(params, xt, t, **arguments, **options)
+
+    def null_arguments(self, arguments: dict[str, jax.Array]) -> dict[str, jax.Array] | None:
+        """Return the arguments with all conditions dropped, or None if the network has learned no null condition."""
+        found, droppable = dict(arguments), False
+        for condition in self.conditions:
+            without = condition.null(arguments)
+            if without is None:
+                return None
+            droppable |= without is not arguments
+            found |= {name: value for name, value in without.items() if value is not arguments.get(name)}
+        return found if droppable else None
+
+    def preview(self, params: Any, batch: Batch, key: jax.Array) -> np.ndarray | None:
+        """Sample an image for every example of a prepared batch, uint8[N, S, S, C]; None for other data."""
+        if self.sampling is None or not isinstance(self.x0, Images):
+            return None
+        images, finite = _preview(_ByIdentity(self), self.sampling.checked(), params, batch, key)
+        if not finite:
+            raise FloatingPointError("its pixels contain NaN or infinity")
+        return np.asarray(images)
+
+    def metadata(self) -> dict[str, Any]:
+        """Return what a pipeline has to know, plain data."""
+        found = {"diffusion": dataclasses.asdict(self.diffusion), **self.x0.metadata()}
+        found["conditions"] = [condition.name for condition in self.conditions]
+        return found | {condition.name: condition.metadata() for condition in self.conditions}
+
+    def _arguments(self, batch: Batch, x0: jax.Array, key: jax.Array | None) -> dict[str, jax.Array]:
+        found: dict[str, jax.Array] = {}
+        for condition in self.conditions:
+            found |= condition(batch, x0, key)
+        return found
+
+
+class _ByIdentity:
+    """A task as a static argument of jit: the same task compiles once."""
+
+    def __init__(self, task: DiffusionTask):
+        self.task = task
+
+    def __hash__(self) -> int:
+        return id(self.task)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _ByIdentity) and other.task is self.task
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _preview(
+    held: _ByIdentity, sampling: Sampling, params: Any, batch: Batch, key: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    task = held.task
+    x0 = task.x0(batch)
+    arguments = task._arguments(batch, x0, None)
+    null = None if sampling.scale is None else task.null_arguments(arguments)
+    images = sample_with(
+        sampling,
+        task.diffusion,
+        task.denoiser(params, arguments),
+        example_keys(key, x0.shape[0]),
+        x0.shape[1:],  # of the examples, which may be crops
+        null=None if null is None else task.denoiser(params, null),
+    )
+    return to_uint8(images), jnp.isfinite(images).all()
