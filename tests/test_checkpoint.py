@@ -14,7 +14,7 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
-from toy_training import ToyTask
+from toy_training import ToyTask, toy_batch
 
 from ddpm_jax.diffusion.importance import LossHistory, loss_history, record_losses
 from ddpm_jax.parallel.mesh import make_mesh, replicated
@@ -22,12 +22,11 @@ from ddpm_jax.storage import checkpoint as checkpoint_module
 from ddpm_jax.storage.checkpoint import (
     CheckpointError,
     Checkpoints,
-    WorkdirInUse,
     checksum,
     config_differences,
-    lock_workdir,
     restore_params,
 )
+from ddpm_jax.storage.lock import WorkdirInUse, lock_workdir
 from ddpm_jax.training.state import TrainState, abstract_state
 
 CONFIG = {"lr": 0.1, "model": {"width": 8, "levels": (1, 2)}, "log_every": 5}
@@ -53,16 +52,20 @@ def save(directory, *steps, data=None, config=CONFIG, keep=2, width=50):
     checkpoints = Checkpoints(directory, keep=keep)
     for step in steps:
         checkpoints.save(
-            make_state(step, width), step=step, data=data or {"at": step}, config=config, version="1.2", stage="toy"
+            make_state(step, width).trees(), step=step, data=data or {"at": step}, config=config, version="1.2", stage="toy"
         )
     checkpoints.close()
 
 
 def restore(directory, **options):
     checkpoints = Checkpoints(directory)
-    restored = checkpoints.restore_latest(abstract(make_state(0)), **({"config": CONFIG} | options))
+    restored = checkpoints.restore_latest(abstract(make_state(0)).trees(), **({"config": CONFIG} | options))
     checkpoints.close()
     return restored
+
+
+def state_of(restored):
+    return TrainState.from_trees(restored.trees)
 
 
 def assert_equal(a, b):
@@ -78,24 +81,24 @@ def test_round_trip_is_exact_and_old_ones_go(tmp_path):
     save(tmp_path, 1, 2, 3)
     restored = restore(tmp_path)
     state = make_state(3)
-    assert_equal(restored.state, state)
-    assert jax.tree.structure(restored.state) == jax.tree.structure(state)
-    assert restored.state.params["dense"]["kernel"].sharding == state.params["dense"]["kernel"].sharding
+    assert_equal(state_of(restored), state)
+    assert jax.tree.structure(state_of(restored)) == jax.tree.structure(state)
+    assert restored.trees["params"]["dense"]["kernel"].sharding == state.params["dense"]["kernel"].sharding
     assert restored.data == {"at": 3}
     expected = {"format": 1, "version": "1.2", "stage": "toy", "step": 3, "num_parameters": 40 * 50 + 50}
     assert expected.items() <= restored.meta.items()
     assert sorted(entry.name for entry in (tmp_path / "checkpoints").iterdir()) == ["2", "3"]
 
 
-def test_the_memory_of_a_task_comes_back(tmp_path):
-    memory = record_losses(loss_history(4, 2), jnp.array([0, 3, 3]), jnp.array([0.1, 0.2, 0.3]))
-    state = make_state(3).replace(memory=jax.device_put(memory, replicated(make_mesh({"data": -1}))))
+def test_the_extra_state_of_a_task_comes_back(tmp_path):
+    history = record_losses(loss_history(4, 2), jnp.array([0, 3, 3]), jnp.array([0.1, 0.2, 0.3]))
+    state = make_state(3).replace(extra_state=jax.device_put(history, replicated(make_mesh({"data": -1}))))
     checkpoints = Checkpoints(tmp_path)
-    checkpoints.save(state, step=3, data={}, config=CONFIG, version="1.2", stage="toy")
+    checkpoints.save(state.trees(), step=3, data={}, config=CONFIG, version="1.2", stage="toy")
     checkpoints.close()
-    found = Checkpoints(tmp_path).restore_latest(abstract(state), config=CONFIG, stage="toy").state
+    found = state_of(Checkpoints(tmp_path).restore_latest(abstract(state).trees(), config=CONFIG, stage="toy"))
     assert_equal(found, state)
-    assert isinstance(found.memory, LossHistory)
+    assert isinstance(found.extra_state, LossHistory)
 
 
 @pytest.mark.parametrize("data", [b"\x00\xffbytes", {"nested": [1, {"a": None}]}])
@@ -115,14 +118,14 @@ def test_the_saved_arrays_are_copies(tmp_path):
     train_state = TrainState(jnp.int32(1), state, jax.tree.map(jnp.copy, state), ())
     step = jax.jit(lambda s: jax.tree.map(lambda x: x * 0, s), donate_argnums=0)
     checkpoints = Checkpoints(tmp_path)
-    checkpoints.save(train_state, step=1, data={}, config={}, version="", stage="toy")
+    checkpoints.save(train_state.trees(), step=1, data={}, config={}, version="", stage="toy")
     shape = abstract(train_state)
     jax.block_until_ready(step(train_state))
     checkpoints.wait()
-    restored = checkpoints.restore_latest(shape, config={})
+    restored = checkpoints.restore_latest(shape.trees(), config={})
     checkpoints.close()
-    np.testing.assert_array_equal(restored.state.params["a"], expected)
-    np.testing.assert_array_equal(restored.state.ema_params["a"], expected)
+    np.testing.assert_array_equal(restored.trees["params"]["a"], expected)
+    np.testing.assert_array_equal(restored.trees["ema_params"]["a"], expected)
 
 
 @pytest.mark.parametrize("ema", [True, False])
@@ -166,9 +169,10 @@ def test_every_damaged_file_is_noticed(tmp_path):
         except CheckpointError as error:  # a changed bit in the config itself makes it another config
             assert damage == "flip" and "config" in name.parts, error
             continue
-        assert_equal(restored.state, make_state(int(restored.state.step)))
-        assert restored.data == {"at": int(restored.state.step)}
-        fallbacks += int(restored.state.step) == 1
+        step = int(state_of(restored).step)
+        assert_equal(state_of(restored), make_state(step))
+        assert restored.data == {"at": step}
+        fallbacks += step == 1
     assert fallbacks >= 9  # small arrays are stored twice, and one copy is enough
 
 
@@ -179,9 +183,9 @@ def test_one_changed_bit_in_the_arrays_is_noticed(tmp_path, caplog):
     content[len(content) // 2] ^= 16
     largest.write_bytes(content)
     checkpoints = Checkpoints(tmp_path)
-    restored = checkpoints.restore_latest(abstract(make_state(0, 2000)), config=CONFIG)
+    restored = checkpoints.restore_latest(abstract(make_state(0, 2000)).trees(), config=CONFIG)
     checkpoints.close()
-    assert_equal(restored.state, make_state(1, 2000))
+    assert_equal(state_of(restored), make_state(1, 2000))
     assert "does not match its checksum" in caplog.text
 
 
@@ -191,13 +195,13 @@ def test_a_truncated_newest_checkpoint_is_reported_and_the_one_before_is_used(tm
     os.truncate(largest, largest.stat().st_size // 2)
     with caplog.at_level(logging.WARNING, logger="absl"):
         restored = restore(tmp_path)
-    assert_equal(restored.state, make_state(1))
+    assert_equal(state_of(restored), make_state(1))
     messages = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
     assert any(f"checkpoint {tmp_path}/checkpoints/2 cannot be read (" in message for message in messages)
     # It is out of the way, so that step 2 can be written again.
     assert sorted(entry.name for entry in (tmp_path / "checkpoints").iterdir()) == ["1", "unreadable-2"]
     save(tmp_path, 2)
-    assert_equal(restore(tmp_path).state, make_state(2))
+    assert_equal(state_of(restore(tmp_path)), make_state(2))
 
 
 def test_when_none_can_be_read_it_is_an_error(tmp_path):
@@ -238,11 +242,11 @@ def test_another_network_is_refused_by_leaf(tmp_path):
     checkpoints = Checkpoints(tmp_path)
     wider = abstract(make_state(0, width=60))
     with pytest.raises(CheckpointError, match=r"params.dense.bias is float32\[50\] there and float32\[60\] here"):
-        checkpoints.restore_latest(wider, config=CONFIG)
-    other = abstract_state(ToyTask(), TX, KEY, make_mesh({"data": -1}))
+        checkpoints.restore_latest(wider.trees(), config=CONFIG)
+    other = abstract_state(ToyTask(), TX, KEY, make_mesh({"data": -1}), toy_batch(0))
     extra = other.replace(params=wider.params | {"head": wider.params["dense"]})
     with pytest.raises(CheckpointError, match="does not fit this network: params"):
-        checkpoints.restore_latest(extra, config=CONFIG)
+        checkpoints.restore_latest(extra.trees(), config=CONFIG)
     checkpoints.close()
 
 
@@ -251,7 +255,7 @@ def test_another_optimizer_is_refused(tmp_path):
     shape = abstract(make_state(0))
     checkpoints = Checkpoints(tmp_path)
     with pytest.raises(CheckpointError, match=r"optimizer\.opt_state.* and absent here"):
-        checkpoints.restore_latest(shape.replace(opt_state=()), config=CONFIG)
+        checkpoints.restore_latest(shape.replace(opt_state=()).trees(), config=CONFIG)
     checkpoints.close()
 
 
@@ -259,7 +263,7 @@ def test_a_half_written_checkpoint_does_not_count(tmp_path):
     save(tmp_path, 1)
     leftover = tmp_path / "checkpoints" / "2.orbax-checkpoint-tmp"
     subprocess.run(["cp", "-r", tmp_path / "checkpoints" / "1", leftover], check=True)
-    assert int(restore(tmp_path).state.step) == 1
+    assert int(state_of(restore(tmp_path)).step) == 1
     assert not leftover.exists()
 
 
@@ -305,7 +309,7 @@ def test_a_full_disk_is_one_sentence_and_leaves_the_last_good_one(tmp_path, smal
         monkeypatch.setattr(checkpoints._manager, "save", full)
     with pytest.raises(CheckpointError) as error:
         for step in range(1, 20):
-            checkpoints.save(make_state(step), step=step, data={}, config=CONFIG, version="", stage="toy")
+            checkpoints.save(make_state(step).trees(), step=step, data={}, config=CONFIG, version="", stage="toy")
             checkpoints.wait()
     assert step > 1
     message = str(error.value)
@@ -313,7 +317,7 @@ def test_a_full_disk_is_one_sentence_and_leaves_the_last_good_one(tmp_path, smal
     assert message.endswith(f"No space left on device; the last good one is step {step - 1}")
     assert checkpoints.steps()[-1] == step - 1
     assert not list((directory / "checkpoints").glob("*tmp*"))
-    assert_equal(restore(directory).state, make_state(step - 1))
+    assert_equal(state_of(restore(directory)), make_state(step - 1))
 
 
 def test_too_little_space_is_noticed_before_the_start(tmp_path, monkeypatch):
@@ -324,10 +328,10 @@ def test_too_little_space_is_noticed_before_the_start(tmp_path, monkeypatch):
         usage = type("Usage", (), {"free": free})
         monkeypatch.setattr(checkpoint_module.shutil, "disk_usage", lambda path, usage=usage: usage)
         if enough:
-            checkpoints.check_space(state)
+            checkpoints.check_space(state.trees())
             continue
         with pytest.raises(CheckpointError, match=f"{int(2.5 * size)} bytes are needed and {free} are available"):
-            checkpoints.check_space(state)
+            checkpoints.check_space(state.trees())
     checkpoints.close()
 
 
@@ -349,7 +353,7 @@ def test_lock(tmp_path):
 def test_lock_ends_with_the_process(tmp_path):
     root = str(Path(__file__).parents[1])
     code = (
-        "import sys, time; from ddpm_jax.storage.checkpoint import lock_workdir\n"
+        "import sys, time; from ddpm_jax.storage.lock import lock_workdir\n"
         "with lock_workdir(sys.argv[1]): print('held', flush=True); time.sleep(60)"
     )
     holder = subprocess.Popen(

@@ -20,7 +20,7 @@ from ddpm_jax.models.layers import (
     upsample2,
 )
 from ddpm_jax.models.unet import UNet, check_image_size
-from ddpm_jax.training.tasks import gaussian_blur3
+from ddpm_jax.training.tasks.conditions import gaussian_blur3
 
 
 def f64(tree):

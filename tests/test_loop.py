@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
-from toy_training import BATCH, ToyLoader, ToyTask, run
+from toy_training import BATCH, ToyLoader, ToyTask, run, toy_batch
 
 from ddpm_jax.data import image_grid as pictures
 from ddpm_jax.data.loader import make_loader
@@ -267,10 +267,8 @@ def test_another_config_is_refused(tmp_path, uninterrupted):
 
 
 def test_another_stage_is_refused(uninterrupted):
-    task = ToyTask()
-    task.name = "prior"
     with pytest.raises(CheckpointError, match="is of stage 'toy', and this is stage 'prior'"):
-        run(uninterrupted[1], task=task)
+        run(uninterrupted[1], name="prior")
 
 
 def test_fewer_steps_than_were_made_are_refused(uninterrupted):
@@ -286,7 +284,7 @@ def test_a_finished_run_goes_on_when_more_steps_are_asked_for(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "bad", [{"num_steps": 0}, {"log_every": 0}, {"checkpoint_every": 0}, {"preview_every": -1}, {"keep": 0}]
+    "bad", [{"num_steps": 0}, {"log_every": 0}, {"checkpoint_every": 0}, {"preview_every": -1}, {"max_to_keep": 0}]
 )
 def test_numbers_without_meaning_are_refused(tmp_path, bad):
     (name, value), *_ = bad.items()
@@ -316,8 +314,6 @@ def test_previews_do_not_touch_the_training(tmp_path, uninterrupted):
 
 def test_frozen_networks_run_before_the_step_and_outside_of_it(tmp_path):
     class WithEncoder(ToyTask):
-        frozen = {"shift": np.float32(3.0)}
-
         def prepare(self, frozen, batch):
             return {"x": batch["x"], "y": batch["y"] - batch["y"] + frozen["shift"]}
 
@@ -325,7 +321,7 @@ def test_frozen_networks_run_before_the_step_and_outside_of_it(tmp_path):
             loss, _ = super().loss(params, batch, key)
             return loss, {"target": batch["y"][:, 0]}
 
-    run(tmp_path, task=WithEncoder(), num_steps=2)
+    run(tmp_path, task=WithEncoder(), frozen={"shift": np.float32(3.0)}, num_steps=2)
     assert read_metrics(tmp_path)[-1]["target"] == pytest.approx(3.0)
 
 
@@ -342,13 +338,13 @@ def test_a_full_disk_while_training(tmp_path, monkeypatch):
     """The error of the background write comes up, and the stage continues from what was good."""
 
     class Full(Checkpoints):
-        def save(self, state, *, step, **options):
+        def save(self, trees, *, step, **options):
             if step > 4:
                 self.wait()
                 self._writing_step = step
                 with self._writing():
                     raise OSError(28, "No space left on device")
-            super().save(state, step=step, **options)
+            super().save(trees, step=step, **options)
 
     monkeypatch.setattr("ddpm_jax.training.loop.Checkpoints", Full)
     with pytest.raises(CheckpointError, match="of step 8 .*No space left on device; the last good one is step 4"):
@@ -399,7 +395,7 @@ def test_progress_bar(tmp_path, capsys, monkeypatch):
 
 def test_a_preview_that_is_not_finite_stops_the_run(tmp_path):
     class Overflowing(ToyTask):
-        def preview(self, params, key):
+        def preview(self, params, batch, key):
             raise FloatingPointError("its pixels contain NaN or infinity")
 
     with pytest.raises(TrainingDiverged, match="the preview of step 8 failed: its pixels contain NaN") as error:

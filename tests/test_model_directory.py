@@ -70,7 +70,7 @@ def stage(tmp_path_factory):
     twice = jax.tree.map(lambda leaf: 2 * leaf, params)
     state = TrainState(jnp.zeros((), jnp.int32), params, twice, optax.sgd(0.1).init(params))
     checkpoints = Checkpoints(place)
-    checkpoints.save(state, step=3, data={}, config={}, version="0.1.0", stage="prior")
+    checkpoints.save(state.trees(), step=3, data={}, config={}, version="0.1.0", stage="prior")
     checkpoints.close()
     return place
 

@@ -6,13 +6,15 @@ import numpy as np
 import optax
 import pytest
 from random_networks import fast_jit, normal
+from toy_training import ToyTask
 
-from ddpm_jax import build
 from ddpm_jax.models.unet import UNet
 from ddpm_jax.parallel.mesh import make_mesh, replicated
 from ddpm_jax.storage.checkpoint import Checkpoints
 from ddpm_jax.training.muon import is_muon_weight, orthogonalize, scale_by_muon
 from ddpm_jax.training.optimizer import make_optimizer
+from ddpm_jax.training.run import _make_optimizer
+from ddpm_jax.training.stage import Stage, Training
 from ddpm_jax.training.state import TrainState
 
 SHAPES = [(90, 24), (24, 90), (40, 40), (7, 1)]
@@ -186,10 +188,15 @@ def nested(leaves):
     return tree
 
 
+def stage_optimizer(fields):
+    training = Training(batch_size=8, num_steps=10, **fields)
+    return _make_optimizer(Stage(name="toy", task=ToyTask(), source=[], training=training), None)
+
+
 def test_a_stage_with_muon_equals_numpy():
     """One clip over all leaves, one weight decay, one shape of schedule; two peaks."""
     rng = np.random.default_rng(0)
-    tx, schedule = build.make_stage_optimizer(FIELDS | MUON | {"num_steps": 10})
+    tx, schedule = stage_optimizer(FIELDS | MUON)
     shapes = {"dense/kernel": (6, 4), "dense/bias": (4,), "out_conv/kernel": (3, 3, 4, 3)}
     values = {name: rng.normal(size=shape) for name, shape in shapes.items()}
     params = nested(values)
@@ -227,7 +234,7 @@ def test_a_stage_with_adamw_does_not_look_at_the_learning_rate_of_muon():
     run = lambda tx: fast_jit(lambda: tx.update(grads, tx.init(params), params))()
     expected, state = run(expected)
     for fields in ({"optimizer": "adamw", "muon_learning_rate": None}, MUON | {"optimizer": "adamw"}):
-        tx, _ = build.make_stage_optimizer(FIELDS | fields | {"num_steps": 10})
+        tx, _ = stage_optimizer(FIELDS | fields)
         updates, ours = run(tx)
         np.testing.assert_array_equal(updates["dense"]["kernel"], expected["dense"]["kernel"])
         assert jax.tree.structure(ours) == jax.tree.structure(state)
@@ -247,10 +254,10 @@ def test_a_checkpoint_brings_the_state_back_bit_for_bit(tmp_path):
     momentum = [leaf for path, leaf in leaves if ".momentum" in jax.tree_util.keystr(path)]
     assert [leaf.shape for leaf in momentum] == [(3, 3, 4, 8), (6, 24)] and all(np.any(leaf) for leaf in momentum)
     checkpoints = Checkpoints(tmp_path)
-    checkpoints.save(state, step=1, data={}, config={}, version="0", stage="toy")
+    checkpoints.save(state.trees(), step=1, data={}, config={}, version="0", stage="toy")
     checkpoints.wait()
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
-    restored = checkpoints.restore_latest(abstract, config={}).state
+    restored = TrainState.from_trees(checkpoints.restore_latest(abstract.trees(), config={}).trees)
     checkpoints.close()
     assert jax.tree.structure(restored) == jax.tree.structure(state)
     jax.tree.map(np.testing.assert_array_equal, restored, state)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from toy_training import BATCH, TARGETS, ToyLoader, ToyTask
+from toy_training import BATCH, TARGETS, ToyLoader, ToyTask, toy_batch
 
 from ddpm_jax.diffusion.importance import importance_timesteps, loss_history, record_losses
 from ddpm_jax.parallel.mesh import data_sharding, make_mesh, replicated, shard_batch
@@ -21,7 +21,7 @@ class NoiseFree(ToyTask):
 
 def start(task, tx, devices=None):
     mesh = make_mesh({"data": -1}, devices=devices)
-    state = create_state(task, tx, jax.random.key(0), mesh)
+    state = create_state(task, tx, jax.random.key(0), mesh, toy_batch(0))
     return state, shard_batch(next(ToyLoader()), mesh), mesh
 
 
@@ -149,7 +149,7 @@ def test_state_is_born_replicated_and_can_be_donated():
     task, tx = ToyTask(), optax.adam(0.1)
     state, batch, mesh = start(task, tx)
     for leaf, shape in zip(
-        jax.tree.leaves(state), jax.tree.leaves(abstract_state(task, tx, jax.random.key(0), mesh)), strict=True
+        jax.tree.leaves(state), jax.tree.leaves(abstract_state(task, tx, jax.random.key(0), mesh, toy_batch(0))), strict=True
     ):
         assert (leaf.shape, leaf.dtype) == (shape.shape, shape.dtype)
         assert leaf.sharding.is_equivalent_to(shape.sharding, leaf.ndim)
@@ -195,22 +195,22 @@ def test_a_metric_with_a_taken_name_is_refused():
         make_train_step(task, tx, ema_decay=0.9)(state, batch, jax.random.key(1))
 
 
-class Remembering(ToyTask):
-    """Draws a column of the targets by its losses so far, and keeps them."""
+class Importance(ToyTask):
+    """Samples a column of the targets by its losses so far, which are its extra state."""
 
-    memory = loss_history(TARGETS, 2)
+    extra_state = loss_history(TARGETS, 2)
 
-    def loss(self, params, batch, key, memory):
-        column, weight = importance_timesteps(key, len(batch["x"]), memory)
+    def loss(self, params, batch, key, extra_state):
+        column, weight = importance_timesteps(key, len(batch["x"]), extra_state)
         error = (batch["x"] @ params["dense"]["kernel"] + params["dense"]["bias"][None] - batch["y"]) ** 2
         loss = jnp.take_along_axis(error, column[:, None], axis=1)[:, 0]
-        return weight * loss, {"column": column, "kept": {"column": column, "loss": loss}}
+        return weight * loss, {"column": column, "aux": {"column": column, "loss": loss}}
 
-    def remember(self, memory, kept):
-        return record_losses(memory, kept["column"], kept["loss"])
+    def update_extra_state(self, extra_state, aux):
+        return record_losses(extra_state, aux["column"], aux["loss"])
 
 
-def expected_memory(state, batch, columns, before):
+def expected_losses(state, batch, columns, before):
     """The last two losses at every column, sorted, in numpy: of the batch's order, after those before."""
     kernel, bias = (np.asarray(state.params["dense"][name], np.float64) for name in ("kernel", "bias"))
     error = (np.asarray(batch["x"], np.float64) @ kernel + bias - np.asarray(batch["y"], np.float64)) ** 2
@@ -220,28 +220,28 @@ def expected_memory(state, batch, columns, before):
     return lists
 
 
-def assert_memory(memory, lists):
-    np.testing.assert_array_equal(memory.counts, [len(losses) for losses in lists])
-    for row, losses in zip(np.asarray(memory.losses), lists, strict=True):
+def assert_history(history, lists):
+    np.testing.assert_array_equal(history.counts, [len(losses) for losses in lists])
+    for row, losses in zip(np.asarray(history.losses), lists, strict=True):
         np.testing.assert_allclose(np.sort(row[: len(losses)]), np.sort(losses[-2:]), rtol=1e-5)
 
 
 @pytest.mark.parametrize("devices", [1, 8])
-def test_a_memory_holds_the_last_loss_of_every_example_and_weighs_the_next_step(devices):
+def test_an_extra_state_holds_the_last_loss_of_every_example_and_weighs_the_next_step(devices):
     """Against lists in numpy and float64, and the weighted gradient by hand."""
-    task, tx = Remembering(), optax.sgd(0.1)
+    task, tx = Importance(), optax.sgd(0.1)
     state, batch, _ = start(task, tx, devices=jax.devices()[:devices])
     step = jax.jit(make_train_step(task, tx, ema_decay=0.9))
-    columns, _ = importance_timesteps(jax.random.fold_in(jax.random.key(1), 0), BATCH, task.memory)
-    lists = expected_memory(state, batch, columns, [[]] * TARGETS)
+    columns, _ = importance_timesteps(jax.random.fold_in(jax.random.key(1), 0), BATCH, task.extra_state)
+    lists = expected_losses(state, batch, columns, [[]] * TARGETS)
     first, metrics = step(state, batch, jax.random.key(1))
-    assert "kept" not in metrics
-    assert_memory(first.memory, lists)
+    assert "aux" not in metrics
+    assert_history(first.extra_state, lists)
 
-    columns, weight = importance_timesteps(jax.random.fold_in(jax.random.key(1), 1), BATCH, first.memory)
+    columns, weight = importance_timesteps(jax.random.fold_in(jax.random.key(1), 1), BATCH, first.extra_state)
     assert np.ptp(np.asarray(weight)) > 0.1
     second, _ = step(first, batch, jax.random.key(1))
-    assert_memory(second.memory, expected_memory(first, batch, columns, lists))
+    assert_history(second.extra_state, expected_losses(first, batch, columns, lists))
     x, y = (np.asarray(batch[name], np.float64) for name in "xy")
     kernel = np.asarray(first.params["dense"]["kernel"], np.float64)
     error = (x @ kernel + np.asarray(first.params["dense"]["bias"], np.float64) - y) * np.eye(TARGETS)[
@@ -251,22 +251,22 @@ def test_a_memory_holds_the_last_loss_of_every_example_and_weighs_the_next_step(
     np.testing.assert_allclose(second.params["dense"]["kernel"], kernel - 0.1 * gradient, rtol=1e-4, atol=1e-6)
 
 
-def test_a_memory_sees_every_micro_batch():
-    """Each draws columns of its own, by the memory before the step."""
-    task, tx, parts = Remembering(), optax.sgd(0.1), 4
+def test_an_extra_state_sees_every_micro_batch():
+    """Each draws columns of its own, by the extra state before the step."""
+    task, tx, parts = Importance(), optax.sgd(0.1), 4
     state, batch, _ = start(task, tx, devices=jax.devices()[:1])
     new, _ = jax.jit(make_train_step(task, tx, ema_decay=0.9, accumulate=parts))(state, batch, jax.random.key(1))
     keys = jax.random.split(jax.random.fold_in(jax.random.key(1), 0), parts)
-    columns = np.concatenate([importance_timesteps(key, BATCH // parts, task.memory)[0] for key in keys])
+    columns = np.concatenate([importance_timesteps(key, BATCH // parts, task.extra_state)[0] for key in keys])
     order = np.arange(BATCH).reshape(-1, parts).T.ravel()
     cut = {name: np.asarray(value)[order] for name, value in batch.items()}
-    assert_memory(new.memory, expected_memory(state, cut, columns, [[]] * TARGETS))
+    assert_history(new.extra_state, expected_losses(state, cut, columns, [[]] * TARGETS))
 
 
-def test_a_step_that_is_not_made_leaves_the_memory():
-    task, tx = Remembering(), optax.sgd(0.1)
+def test_a_step_that_is_not_made_leaves_the_extra_state():
+    task, tx = Importance(), optax.sgd(0.1)
     state, batch, _ = start(task, tx, devices=jax.devices()[:1])
     batch = batch | {"x": batch["x"].at[3].set(jnp.nan)}
     new, metrics = jax.jit(make_train_step(task, tx, ema_decay=0.9))(state, batch, jax.random.key(1))
     assert not bool(metrics["finite"])
-    np.testing.assert_array_equal(new.memory.counts, 0)
+    np.testing.assert_array_equal(new.extra_state.counts, 0)

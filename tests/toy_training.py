@@ -10,19 +10,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from ddpm_jax.parallel.mesh import make_mesh
-from ddpm_jax.training.loop import Interrupted, train
+from ddpm_jax.training.loop import Interrupted, fit
 from ddpm_jax.training.optimizer import make_optimizer
 
 BATCH, FEATURES, TARGETS = 16, 5, 3
 
 
 class ToyTask:
-    """Linear regression on noisy targets; it has no frozen network."""
+    """Linear regression on noisy targets; it needs no frozen network."""
 
-    name = "toy"
-    frozen = None
-
-    def init(self, key):
+    def init(self, key, batch):
         return {"dense": {"kernel": jax.random.normal(key, (FEATURES, TARGETS)), "bias": jnp.zeros((TARGETS,))}}
 
     def prepare(self, frozen, batch):
@@ -33,9 +30,15 @@ class ToyTask:
         error = batch["x"] @ params["dense"]["kernel"] + params["dense"]["bias"][None] - batch["y"] - noise
         return jnp.mean(error**2, axis=-1), {"absolute": jnp.mean(jnp.abs(error), axis=-1)}
 
-    def preview(self, params, key):
+    def preview(self, params, batch, key):
         level = jax.nn.sigmoid(params["dense"]["kernel"].sum() / 10 + jax.random.normal(key) / 10)
         return np.full((3, 8, 8, 3), np.uint8(255 * level))
+
+
+def toy_batch(number):
+    """Batch `number` of the loader."""
+    rng = np.random.default_rng(number)
+    return {name: rng.normal(size=(BATCH, n)).astype(np.float32) for name, n in (("x", FEATURES), ("y", TARGETS))}
 
 
 class ToyLoader:
@@ -52,8 +55,7 @@ class ToyLoader:
             with open(self.note, "a") as file:
                 file.write(f"{self.position}\n")
         time.sleep(self.pause)
-        rng = np.random.default_rng(self.position)
-        batch = {name: rng.normal(size=(BATCH, n)).astype(np.float32) for name, n in (("x", FEATURES), ("y", TARGETS))}
+        batch = toy_batch(self.position)
         if self.position == self.nan_at:
             batch["x"][0, 0] = np.nan
         return batch
@@ -65,15 +67,17 @@ class ToyLoader:
         self.position = state["position"]
 
 
-def run(workdir, *, task=None, loader=None, num_steps=12, devices=None, **options):
+def run(workdir, *, task=None, loader=None, name="toy", num_steps=12, devices=None, **options):
     """Train the toy, on two devices and with defaults that log and save often; returns the final state."""
     tx, schedule = make_optimizer(
         learning_rate=0.05, warmup_steps=2, total_steps=100, decay="constant", weight_decay=0.01, clip_norm=1.0
     )
     defaults = {"config": {"lr": 0.05}, "version": "0", "checkpoint_every": 4, "log_every": 2, "progress": False}
-    return train(
+    return fit(
         task or ToyTask(),
         loader or ToyLoader(),
+        name=name,
+        example=toy_batch(0),
         workdir=workdir,
         num_steps=num_steps,
         tx=tx,
