@@ -135,7 +135,9 @@ def fit(
         second signal, and one before the first step, is left to the handlers of the caller.
       OSError: when metrics or previews cannot be written.
     """
-    _check_numbers(num_steps, checkpoint_every, log_every, preview_every)
+    _check_numbers(
+        preview_every, num_steps=num_steps, checkpoint_every=checkpoint_every, log_every=log_every, max_to_keep=max_to_keep
+    )
     if eval_every < 0 or (eval_every and eval_batches is None):
         raise ValueError(f"{eval_every=} must be 0 (never), or more with eval_batches")
     step_fn = make_train_step(
@@ -204,8 +206,8 @@ def fit(
     return state
 
 
-def _check_numbers(num_steps: int, checkpoint_every: int, log_every: int, preview_every: int) -> None:
-    for name, value in {"num_steps": num_steps, "checkpoint_every": checkpoint_every, "log_every": log_every}.items():
+def _check_numbers(preview_every: int, **positive: int) -> None:
+    for name, value in positive.items():
         if value < 1:
             raise ValueError(f"{name}={value} must be at least 1")
     if preview_every < 0:
