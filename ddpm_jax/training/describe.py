@@ -28,6 +28,8 @@ def describe(value: Any) -> Any:
         return sorted((describe(entry) for entry in value), key=repr)
     if isinstance(value, np.generic):
         return value.item()
+    if isinstance(value, np.dtype):
+        return value.name
     if isinstance(value, bytes):
         return {"sha256": hashlib.sha256(value).hexdigest()}
     if isinstance(value, (np.ndarray, jax.Array)):
@@ -39,6 +41,10 @@ def describe(value: Any) -> Any:
         return {"function": describe(value.func), "args": describe(value.args), "keywords": describe(value.keywords)}
     if inspect.isfunction(value):
         return _describe_function(value)
+    if inspect.ismethod(value):
+        return {"method": value.__qualname__, "of": describe(value.__self__)}
+    if not inspect.isclass(value) and inspect.isfunction(inspect.unwrap(value)) and not isinstance(value, nn.Module):
+        return {"function": describe(inspect.unwrap(value))}  # jitted, for example
     if inspect.isclass(value) or callable(value) and hasattr(value, "__qualname__"):
         return _dtype_name(value) or f"{value.__module__}.{value.__qualname__}"
     if hasattr(value, "to_config"):
