@@ -2,10 +2,15 @@
 
 import dataclasses
 import math
+import numbers
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ddpm_jax.types import Source, Task
+
+_FLOATS = ("learning_rate", "final_fraction", "weight_decay", "b1", "b2", "eps", "clip_norm", "muon_learning_rate")
+_FLOATS += ("ema_decay",)
+_OPTIONAL = ("clip_norm", "muon_learning_rate")
 
 Transform = Any
 """A callable record -> record, or an object with `random_map(record, rng)`; see `data.transforms`."""
@@ -68,16 +73,18 @@ class Training:
         leasts = dict.fromkeys(
             ("batch_size", "num_steps", "accumulate", "checkpoint_every", "max_to_keep", "log_every", "eval_batches"), 1
         ) | dict.fromkeys(("warmup_steps", "preview_every", "num_previews", "eval_every", "num_workers"), 0)
-        for name, least in leasts.items():
+        for name in (*leasts, "seed"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int):
                 raise ValueError(f"{name}={value!r} must be an integer")
-            if value < least:
-                raise ValueError(f"{name}={value} must be at least {least}")
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, float) and not math.isfinite(value):
-                raise ValueError(f"{field.name}={value} must be a finite number")
+            if value < leasts.get(name, value):
+                raise ValueError(f"{name}={value} must be at least {leasts[name]}")
+        for name in _FLOATS:
+            value = getattr(self, name)
+            if value is None and name in _OPTIONAL:
+                continue
+            if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value):
+                raise ValueError(f"{name}={value!r} must be a finite number")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed={self.seed} must lie in [0, 2**32)")
         if not 0 <= self.ema_decay < 1:
@@ -113,7 +120,7 @@ class Stage:
     examples_per_record: int = 1
 
     def __post_init__(self):
-        if not self.name or not self.name.replace("_", "").replace("-", "").isalnum():
+        if not isinstance(self.name, str) or not self.name.replace("_", "").replace("-", "").isalnum():
             raise ValueError(
                 f"name={self.name!r} of a stage must be letters, digits, - and _, since it names a directory"
             )
@@ -125,6 +132,10 @@ class Stage:
             raise ValueError(f"stage {self.name}: {error}") from None
         if self.training.eval_every and self.eval_source is None:
             raise ValueError(f"stage {self.name}: eval_every={self.training.eval_every} needs an eval_source")
+        if isinstance(self.examples_per_record, bool) or not isinstance(self.examples_per_record, int):
+            raise ValueError(f"stage {self.name}: examples_per_record={self.examples_per_record!r} must be an integer")
+        if self.examples_per_record < 1:
+            raise ValueError(f"stage {self.name}: examples_per_record={self.examples_per_record} must be at least 1")
         if self.training.batch_size % self.examples_per_record:
             raise ValueError(
                 f"stage {self.name}: batch_size={self.training.batch_size} must be a multiple of the "
