@@ -17,7 +17,6 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from ddpm_jax.data.loader import make_loader
 from ddpm_jax.errors import LoadError
 from ddpm_jax.parallel.mesh import DATA_AXIS, make_mesh
 from ddpm_jax.storage.checkpoint import SUBDIRECTORY, Checkpoints, restore_params
@@ -278,6 +277,9 @@ class _Run:
         write_description(self.workdir / stage.name, {"model": network}, found)
 
     def _loader(self, stage: Stage, source: Source, **options: Any) -> Any:
+        # Here, since Grain takes long to import and nothing else needs it.
+        from ddpm_jax.data.loader import make_loader
+
         return make_loader(
             source,
             batch_size=stage.training.batch_size // stage.examples_per_record,
