@@ -93,7 +93,7 @@ def with_image_embedding(frozen: Any, batch: Batch, role: str) -> Batch:
     """
     if "z_image" in batch:
         return batch
-    clip, x = frozen[role], to_float(batch.get("clip_image", batch["image"]))
+    clip, x = frozen[role], to_float(batch["clip_image"] if "clip_image" in batch else batch["image"])
     size = clip.network.vision.image_size
     if x.shape[1:3] != (size, size):
         x = jax.image.resize(x, (x.shape[0], size, size, 3), "cubic")
