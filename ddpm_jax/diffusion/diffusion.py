@@ -60,7 +60,11 @@ class Diffusion:
             if self.schedule not in SCHEDULES:
                 raise ValueError(f"schedule={self.schedule!r} must be one of {', '.join(map(repr, SCHEDULES))}")
         else:
-            object.__setattr__(self, "schedule", tuple(float(beta) for beta in self.schedule))
+            try:
+                betas = tuple(float(beta) for beta in self.schedule)
+            except (TypeError, ValueError):
+                raise ValueError(f"schedule={self.schedule!r} must be a name, or a sequence of betas") from None
+            object.__setattr__(self, "schedule", betas)
             if len(self.schedule) != self.num_steps:
                 raise ValueError(f"schedule has {len(self.schedule)} betas, and num_steps={self.num_steps}")
         for name, options in {"prediction": get_args(Kind), "variance": get_args(Variance)}.items():

@@ -52,7 +52,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "threshold": (0.0, 1e6),
     "quantile": (0.0, 1.0),
 }
-_POSITIVE = ("threshold", "quantile")
+_POSITIVE = ("snr", "threshold", "quantile")
 _COUNTS = {"order": (1, 3), "corrector_steps": (0, 100)}
 # A number at which an option does nothing. There it is left out of the compiled program, which has one form without
 # the option and one with it, for every number.
@@ -79,7 +79,7 @@ class Sampling:
         corrector_steps: of "predictor_corrector"; 1 by default.
         eta: noise of "ddim", in [0, 1]; None and 0 are deterministic, 1 is the distribution of ancestral sampling.
         churn: gamma of "heun" (EDM, algorithm 2), >= 0.
-        snr: of the corrector of "predictor_corrector", in (0, 1); 0.16 by default.
+        snr: of the corrector of "predictor_corrector", in (0, 1]; 0.16 by default.
         scale: of classifier-free guidance, null + scale (cond - null); None and 1 do not guide.
         rescale: phi in [0, 1] of Lin et al. 2024, section 3.4.
         classifier_scale: of classifier guidance (Dhariwal and Nichol 2021, algorithms 1 and 2).
