@@ -136,7 +136,11 @@ def fit(
       OSError: when metrics or previews cannot be written.
     """
     _check_numbers(
-        preview_every, num_steps=num_steps, checkpoint_every=checkpoint_every, log_every=log_every, max_to_keep=max_to_keep
+        preview_every,
+        num_steps=num_steps,
+        checkpoint_every=checkpoint_every,
+        log_every=log_every,
+        max_to_keep=max_to_keep,
     )
     if eval_every < 0 or (eval_every and eval_batches is None):
         raise ValueError(f"{eval_every=} must be 0 (never), or more with eval_batches")

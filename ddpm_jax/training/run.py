@@ -141,6 +141,11 @@ class _Run:
                         )
                 elif order.index(needed) >= order.index(name):
                     raise ValueError(f"stage {name} needs {needed} as {role}, which must come before it")
+                elif not all(hasattr(self.stages[needed].task, part) for part in ("model", "metadata")):
+                    kind = type(self.stages[needed].task).__name__
+                    raise ValueError(
+                        f"stage {name} needs {needed} as {role}, whose task {kind} has no model and metadata"
+                    )
                 elif needed not in names[:i] and not is_trained(self.stages[needed], self.workdir):
                     raise ValueError(
                         f"stage {name} needs a trained {needed} in {self.workdir}; train the stage {needed} first"
@@ -197,14 +202,25 @@ class _Run:
             )
         try:
             _make_optimizer(stage, None)
-            self._abstract_state(stage)
+            self._trace_loss(stage)
             if stage.eval_source is not None:
-                self._prepared(stage, stage.eval_source)
+                self._trace_loss(stage, evaluated=True)
         except KeyError as error:
             raise ValueError(f"stage {stage.name}: {_missing(stage, error)}") from error
         except (ValueError, TypeError) as error:
             raise ValueError(f"stage {stage.name} cannot work: {error}") from error
         self._compare(stage)
+
+    def _trace_loss(self, stage: Stage, *, evaluated: bool = False) -> None:
+        """Trace the loss on a record of the source, or that of an evaluation on a held-out one."""
+        params, key = self._abstract_state(stage).params, jax.random.key(0)
+        if evaluated:
+            loss = getattr(stage.task, "eval_loss", stage.task.loss)
+            jax.eval_shape(loss, params, self._prepared(stage, stage.eval_source), key)
+            return
+        extra = getattr(stage.task, "extra_state", None)
+        batch = self._prepared(stage, stage.source)
+        jax.eval_shape(stage.task.loss, params, batch, key, *(() if extra is None else (extra,)))
 
     def _compare(self, stage: Stage) -> None:
         """Raise CheckpointError for a checkpoint of other settings; models that are needed are compared later."""
@@ -220,9 +236,10 @@ class _Run:
     def _prepared(self, stage: Stage, source: Source) -> Any:
         """Return the shapes of a prepared batch of one record."""
         models = self._abstract_models(stage)
-        example = _stack([_example_record(stage, models, source)])
+        example = _stack(stage, [_example_record(stage, models, source)])
         shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), example)
-        return jax.eval_shape(stage.task.prepare, models, shapes) if models else shapes
+        prepared = jax.eval_shape(lambda models, batch: stage.task.prepare(_Roles(models), batch), models, shapes)
+        return prepared if models else shapes
 
     def _abstract_state(self, stage: Stage) -> Any:
         if stage.name not in self._abstract:
@@ -301,6 +318,13 @@ class _Run:
                 loader.close()
 
 
+class _Roles(dict):
+    """Models by role, with a sentence for one that is missing."""
+
+    def __missing__(self, role: str) -> Any:
+        raise ValueError(f"its task needs a model for the role {role!r}; give the stage needs={{{role!r}: ...}}")
+
+
 def _make_optimizer(stage: Stage, mesh: Mesh | None) -> Any:
     options = {name: getattr(stage.training, name) for name in _OPTIMIZER}
     return make_optimizer(total_steps=stage.training.num_steps, mesh=mesh, **options)
@@ -335,18 +359,18 @@ def _example(stage: Stage, source: Source) -> dict[str, np.ndarray]:
     """Return a batch of the first records, for previews and for the shapes of the network."""
     count = min(max(stage.training.num_previews, 1), len(source))
     rngs = [np.random.default_rng((stage.training.seed, i)) for i in range(count)]
-    return _stack([_without_text(apply_transforms(source[i], stage.transforms, rngs[i])) for i in range(count)])
+    return _stack(stage, [_without_text(apply_transforms(source[i], stage.transforms, rngs[i])) for i in range(count)])
 
 
-def _stack(records: Sequence[dict]) -> dict[str, np.ndarray]:
+def _stack(stage: Stage, records: Sequence[dict]) -> dict[str, np.ndarray]:
     found = {}
     for name in records[0]:
         arrays = [np.asarray(record[name]) for record in records]
         shapes = {array.shape for array in arrays}
         if len(shapes) > 1:
             raise ValueError(
-                f"{name!r} of the records has different shapes, {' and '.join(map(str, sorted(shapes)[:2]))}; "
-                "transforms such as CenterCrop(size) must bring them to one"
+                f"stage {stage.name}: {name!r} of the records has different shapes, "
+                f"{' and '.join(map(str, sorted(shapes)[:2]))}; transforms such as CenterCrop must bring them to one"
             )
         found[name] = np.stack(arrays)
     return found
@@ -355,11 +379,12 @@ def _stack(records: Sequence[dict]) -> dict[str, np.ndarray]:
 def _missing(stage: Stage, error: KeyError) -> str:
     """Return a sentence on a record, or a model, that lacks an entry."""
     name = error.args[0] if error.args else error
-    if not stage.needs and name in ("clip",):
-        return f"its task needs a model for the role {name!r}; give the stage needs={{{name!r}: ...}}"
     with contextlib.suppress(Exception):
-        record = stage.source[0]
-        return f"its task or transforms read {name!r}, and the source's records have {', '.join(map(str, record))}"
+        for which in ("source", "eval_source"):
+            record = getattr(stage, which)[0]
+            if name not in record:
+                entries = ", ".join(map(str, record))
+                return f"its task or transforms read {name!r}, and the records of its {which} have {entries}"
     return f"its task or transforms read {name!r}, which the records do not have"
 
 
