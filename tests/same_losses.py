@@ -26,8 +26,8 @@ import jax
 
 jax.config.update("jax_num_cpu_devices", 2)
 
-from ddpm_jax.training import train
-from ddpm_jax.training.tasks import classifier, conditions, data, diffusion
+from ddpm_jax.training import train  # noqa: E402
+from ddpm_jax.training.tasks import classifier, conditions, data, diffusion  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 RECORDED = Path(__file__).parent / "data" / "shapes_losses.json"

@@ -52,7 +52,12 @@ def save(directory, *steps, data=None, config=CONFIG, keep=2, width=50):
     checkpoints = Checkpoints(directory, keep=keep)
     for step in steps:
         checkpoints.save(
-            make_state(step, width).trees(), step=step, data=data or {"at": step}, config=config, version="1.2", stage="toy"
+            make_state(step, width).trees(),
+            step=step,
+            data=data or {"at": step},
+            config=config,
+            version="1.2",
+            stage="toy",
         )
     checkpoints.close()
 

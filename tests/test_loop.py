@@ -312,6 +312,33 @@ def test_previews_do_not_touch_the_training(tmp_path, uninterrupted):
     assert colours["step_000010_raw.png"] != colours["step_000010_ema.png"]
 
 
+def test_previews_are_of_the_example_and_of_one_noise(tmp_path):
+    """Prepared by the frozen networks, like a batch."""
+    seen = []
+
+    class Watching(ToyTask):
+        def prepare(self, frozen, batch):
+            return batch | {"y": batch["y"] + frozen}
+
+        def preview(self, params, batch, key):
+            seen.append((batch, jax.random.key_data(key)))
+            return super().preview(params, batch, key)
+
+    run(tmp_path, task=Watching(), frozen=np.float32(3.0), num_steps=3, preview_every=2)
+    assert len(seen) == 4  # both sets of parameters, at step 2 and at the last
+    for batch, key in seen:
+        np.testing.assert_array_equal(batch["x"], toy_batch(0)["x"])
+        np.testing.assert_array_equal(batch["y"], toy_batch(0)["y"] + 3.0)
+        np.testing.assert_array_equal(key, seen[0][1])
+
+
+def test_evaluations_need_batches(tmp_path):
+    for bad in ({"eval_every": 2}, {"eval_every": -1, "eval_batches": list}):
+        with pytest.raises(ValueError, match=rf"eval_every={bad['eval_every']} must be 0 \(never\), or more with"):
+            run(tmp_path, **bad)
+    assert not list(tmp_path.iterdir())
+
+
 def test_frozen_networks_run_before_the_step_and_outside_of_it(tmp_path):
     class WithEncoder(ToyTask):
         def prepare(self, frozen, batch):

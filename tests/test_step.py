@@ -149,7 +149,9 @@ def test_state_is_born_replicated_and_can_be_donated():
     task, tx = ToyTask(), optax.adam(0.1)
     state, batch, mesh = start(task, tx)
     for leaf, shape in zip(
-        jax.tree.leaves(state), jax.tree.leaves(abstract_state(task, tx, jax.random.key(0), mesh, toy_batch(0))), strict=True
+        jax.tree.leaves(state),
+        jax.tree.leaves(abstract_state(task, tx, jax.random.key(0), mesh, toy_batch(0))),
+        strict=True,
     ):
         assert (leaf.shape, leaf.dtype) == (shape.shape, shape.dtype)
         assert leaf.sharding.is_equivalent_to(shape.sharding, leaf.ndim)

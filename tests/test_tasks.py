@@ -1,6 +1,5 @@
 """Tasks: losses per example that reach every parameter, and conditions that are dropped at their rates."""
 
-import dataclasses
 import itertools
 
 import jax
@@ -10,9 +9,10 @@ import optax
 import pytest
 from random_networks import fast_jit, normal, random_params
 
+from ddpm_jax.data.tokenizer import CompactTokenizer
+from ddpm_jax.diffusion.diffusion import Diffusion
 from ddpm_jax.diffusion.losses import min_snr
-from ddpm_jax.diffusion.process import make_process
-from ddpm_jax.diffusion.schedules import cosine_betas
+from ddpm_jax.diffusion.sampling import Sampling
 from ddpm_jax.models.clip import CLIP, VisionTransformer, normalize
 from ddpm_jax.models.decoder import Decoder
 from ddpm_jax.models.prior import DiffusionPrior
@@ -20,19 +20,29 @@ from ddpm_jax.models.text_encoder import RecurrentTextEncoder, TextEncoder
 from ddpm_jax.models.unet import UNet
 from ddpm_jax.models.upsampler import Upsampler
 from ddpm_jax.parallel.mesh import make_mesh, replicated, shard_batch
-from ddpm_jax.pipelines.stages import Sampling
+from ddpm_jax.storage.model_directory import Model
 from ddpm_jax.training.state import create_state
 from ddpm_jax.training.step import make_train_step
-from ddpm_jax.training.tasks import ClipTask, DecoderTask, PriorTask, UpsamplerTask, gaussian_blur3
+from ddpm_jax.training.tasks import (
+    Captions,
+    ContrastiveTask,
+    DiffusionTask,
+    Embeddings,
+    ImageEmbedding,
+    Images,
+    LowResolution,
+)
+from ddpm_jax.training.tasks.conditions import gaussian_blur3
 
 B, L, D, VOCAB, SIZE = 8, 5, 6, 11, 8
-PROCESS = make_process(cosine_betas(100))
-SAMPLING = Sampling("2", 0.0)
+DIFFUSION = Diffusion("cosine", 100)
+PROCESS = DIFFUSION.process
 CLIP_NETWORK = CLIP(VisionTransformer(SIZE, 4, 8, 1, 2), TextEncoder(VOCAB, L, 8, 1, 2), D)
+CONTRASTIVE = ContrastiveTask(CLIP_NETWORK, CompactTokenizer(("a", "b")))
 LENGTHS = np.arange(B) % 4 + 2
 
 
-def pictures(n=B, size=SIZE, seed=0):
+def images(n=B, size=SIZE, seed=0):
     return jnp.asarray(np.random.default_rng(seed).integers(0, 256, (n, size, size, 3)), jnp.uint8)
 
 
@@ -40,7 +50,7 @@ def make_batch(n=B):
     rng = np.random.default_rng(1)
     mask = np.arange(L) < np.resize(LENGTHS, n)[:, None]
     return {
-        "image": pictures(n),
+        "image": images(n),
         "tokens": jnp.asarray(rng.integers(1, VOCAB, (n, L)) * mask, jnp.int32),
         "mask": jnp.asarray(mask),
         "z_image": normalize(normal(2, n, D)),
@@ -52,44 +62,58 @@ def unet(out_channels=3, channel_mult=(1,), attention=(SIZE,), **options):
     return UNet(16, out_channels, channel_mult, 1, attention, head_channels=8, groups=4, **options)
 
 
-def make_task(name):
-    own = TextEncoder(VOCAB, L, 8, 1, 2, name="text_encoder") if name.endswith("own text") else None
-    if name == "decoder hybrid own text":
-        own = RecurrentTextEncoder(VOCAB, 8, name="text_encoder")
-    frozen = random_params(ClipTask(CLIP_NETWORK).init) if own is None else None
+def frozen_clip():
+    return {"clip": Model(random_params(CONTRASTIVE.init, make_batch()), CLIP_NETWORK)}
+
+
+def make_task(name, **options):
+    """Return (task, frozen models)."""
     if name == "clip":
-        return ClipTask(CLIP_NETWORK)
-    if name.startswith("prior"):
-        return PriorTask(DiffusionPrior(D, L, 8, 2, 2, own), CLIP_NETWORK, frozen, PROCESS, 2.0, drop_text=0.5)
-    if name.startswith("decoder"):
-        learned = name == "decoder hybrid own text"
-        options = {"objective": "hybrid", "variance": "learned_range"} if learned else {"weighting": min_snr(5.0, "v")}
-        network = Decoder(unet(dropout=0.1), D, 8)
-        if learned:
-            network = Decoder(
-                unet(6, (1, 2), (4,), modulate=True),
-                D,
-                8,
-                text_embedding=False,
-                word_vectors=VOCAB,
-                layout_channels=3,
-                layout_heads=2,
-                text_encoder=own,
-            )
-        return DecoderTask(
-            network,
-            CLIP_NETWORK,
-            frozen,
-            PROCESS,
-            SIZE,
-            SAMPLING,
-            kind="eps" if learned else "v",
-            drop_image=0.5,
-            drop_text=0.5,
-            **options,
+        return CONTRASTIVE, None
+    if name == "upsampler":
+        return (
+            DiffusionTask(
+                model=Upsampler(unet(attention=(), mid_attention=False)),
+                diffusion=DIFFUSION.replace(prediction="v"),
+                x0=Images(2 * SIZE),
+                conditions=(LowResolution(SIZE, 2, noise=0.1),),
+                weighting=min_snr(5.0, "v"),
+                **options,
+            ),
+            None,
         )
-    network = Upsampler(unet(attention=(), mid_attention=False))
-    return UpsamplerTask(network, PROCESS, 2 * SIZE, SIZE, SAMPLING, kind="v", weighting=min_snr(5.0, "v"), noise=0.1)
+    own = name.endswith("own text")
+    captions, frozen = Captions(L, drop=0.5, own_tokens=own), None if own else frozen_clip()
+    if name.startswith("prior"):
+        encoder = TextEncoder(VOCAB, L, 8, 1, 2, name="text_encoder") if own else None
+        task = DiffusionTask(
+            model=DiffusionPrior(D, L, 8, 2, 2, encoder),
+            diffusion=DIFFUSION.replace(prediction="x0"),
+            x0=Embeddings(D, 2.0),
+            conditions=(captions,),
+        )
+        return task, frozen
+    if name == "decoder":
+        network, loss = Decoder(unet(dropout=0.1), D, 8), {"weighting": min_snr(5.0, "v")}
+        diffusion = DIFFUSION.replace(prediction="v")
+    else:
+        network = Decoder(
+            unet(6, (1, 2), (4,), modulate=True),
+            D,
+            8,
+            text_embedding=False,
+            word_vectors=VOCAB,
+            layout_channels=3,
+            layout_heads=2,
+            text_encoder=RecurrentTextEncoder(VOCAB, 8, name="text_encoder"),
+        )
+        diffusion, loss = DIFFUSION.replace(variance="learned_range"), {"objective": "hybrid"}
+    conditions = (ImageEmbedding(drop=0.5), captions)
+    return DiffusionTask(model=network, diffusion=diffusion, x0=Images(SIZE), conditions=conditions, **loss), frozen
+
+
+def prepared(task, frozen, batch):
+    return batch if frozen is None else task.prepare(frozen, batch)
 
 
 TASKS = ["clip", "prior own text", "decoder", "decoder hybrid own text", "upsampler"]
@@ -97,14 +121,14 @@ TASKS = ["clip", "prior own text", "decoder", "decoder hybrid own text", "upsamp
 
 @pytest.mark.parametrize("name", ["clip", "decoder"])
 def test_a_step_is_the_same_on_one_device_and_on_eight(name):
-    """CLIP compares pictures on one device with captions on others; the decoder's frozen tower runs before the step."""
+    """CLIP compares images on one device with captions on others; the decoder's frozen tower runs before the step."""
     results, tx = [], optax.sgd(0.1)
     for devices in (jax.devices()[:1], jax.devices()):
-        task, mesh = make_task(name), make_mesh({"data": -1}, devices=devices)
-        state = create_state(task, tx, jax.random.key(0), mesh)
+        (task, frozen), mesh = make_task(name), make_mesh({"data": -1}, devices=devices)
         batch = shard_batch(jax.device_get(make_batch()), mesh)
-        if task.frozen is not None:
-            batch = fast_jit(task.prepare)(jax.device_put(task.frozen, replicated(mesh)), batch)
+        if frozen is not None:
+            batch = fast_jit(task.prepare)(jax.device_put(frozen, replicated(mesh)), batch)
+        state = create_state(task, tx, jax.random.key(0), mesh, batch)
         step = fast_jit(make_train_step(task, tx, ema_decay=0.9))
         results.append(jax.device_get(step(state, batch, jax.device_put(jax.random.key(1), replicated(mesh)))))
     for a, b in zip(*map(jax.tree.leaves, results), strict=True):
@@ -115,14 +139,14 @@ def test_a_step_is_the_same_on_one_device_and_on_eight(name):
 
 @pytest.mark.parametrize("name", TASKS)
 def test_the_loss_is_one_of_every_example_and_reaches_every_parameter(name):
-    """The upsampler is given crops: half of its pictures' size."""
-    task = make_task(name)
+    """The upsampler is given crops: half of its images' size."""
+    task, frozen = make_task(name)
     batch = make_batch()
-    params = random_params(task.init)
+    example = prepared(task, frozen, batch)
+    params = random_params(task.init, example)
 
     def total(params, batch, key):
-        batch = batch if task.frozen is None else task.prepare(task.frozen, batch)
-        loss, aux = task.loss(params, batch, key)
+        loss, aux = task.loss(params, prepared(task, frozen, batch), key)
         return loss.sum(), (loss, aux)
 
     grads, (loss, aux) = fast_jit(jax.grad(total, has_aux=True))(params, batch, jax.random.key(0))
@@ -135,39 +159,44 @@ def test_the_loss_is_one_of_every_example_and_reaches_every_parameter(name):
     # The noise of float32 in a gradient that is zero is below this.
     dead = {path: size for path, size in sizes.items() if size < 1e-5 * max(sizes.values())}
     assert not dead
-    assert jax.tree.structure(grads) == jax.tree.structure(jax.eval_shape(task.init, jax.random.key(0)))
+    assert jax.tree.structure(grads) == jax.tree.structure(jax.eval_shape(task.init, jax.random.key(0), example))
 
 
 @pytest.mark.parametrize("name", ["prior", "decoder"])
 def test_prepare_adds_the_hidden_states_of_the_frozen_text_tower(name):
-    task, batch = make_task(name), make_batch()
-    prepared = fast_jit(task.prepare)(task.frozen, batch)
-    assert set(prepared) == {*batch, "hidden"}
-    z, hidden = CLIP_NETWORK.apply(task.frozen, batch["tokens"], batch["mask"], method=CLIP.encode_text)
-    np.testing.assert_allclose(prepared["hidden"], hidden, atol=1e-5)
-    np.testing.assert_array_equal(task.text(prepared).hidden, prepared["hidden"])
-    own = make_task(f"{name} own text" if name == "prior" else "decoder hybrid own text")
-    assert own.frozen is None
-    np.testing.assert_array_equal(own.text(batch).hidden, batch["tokens"])
+    (task, frozen), batch = make_task(name), make_batch()
+    found = fast_jit(task.prepare)(frozen, batch)
+    assert set(found) == {*batch, "hidden"}
+    _, hidden = CLIP_NETWORK.apply(frozen["clip"].params, batch["tokens"], batch["mask"], method=CLIP.encode_text)
+    np.testing.assert_allclose(found["hidden"], hidden, atol=1e-5)
+    x0 = task.x0(found)
+    np.testing.assert_array_equal(task.conditions[-1](found, x0, None)["text"], found["hidden"])
+    own, nothing = make_task(f"{name} own text" if name == "prior" else "decoder hybrid own text")
+    assert nothing is None
+    np.testing.assert_array_equal(own.conditions[-1](batch, x0, None)["text"], batch["tokens"])
 
 
 class Recorder:
-    """A network that keeps what it was given and answers with zeros."""
+    """A network that records what it was given and answers with zeros."""
 
     def __init__(self):
-        self.args, self.options = None, None
+        self.xt, self.t, self.options = None, None, None
 
-    def apply(self, params, *args, **options):
-        self.args, self.options = args, options
-        return jnp.zeros_like(args[0])
+    def apply(self, params, xt, t, **options):
+        self.xt, self.t, self.options = xt, t, options
+        return jnp.zeros_like(xt)
+
+
+def decoder_task(network, *, drop_image=0.1, drop_text=0.5, **options):
+    conditions = (ImageEmbedding(drop=drop_image), Captions(L, drop=drop_text, own_tokens=True))
+    return DiffusionTask(model=network, diffusion=DIFFUSION, x0=Images(SIZE), conditions=conditions, **options)
 
 
 def drops(seed, n=4000):
     network = Recorder()
-    task = DecoderTask(network, CLIP_NETWORK, None, PROCESS, SIZE, SAMPLING, drop_image=0.1, drop_text=0.5)
     batch = make_batch(n) | {"image": jnp.zeros((n, 1, 1, 3), jnp.uint8)}
-    task.loss({}, batch, jax.random.key(seed))
-    return (np.asarray(mask) for mask in network.args[-2:])
+    decoder_task(network).loss({}, batch, jax.random.key(seed))
+    return (np.asarray(network.options[name]) for name in ("keep_image", "keep_text"))
 
 
 def test_images_and_captions_are_dropped_at_their_rates_and_independently():
@@ -183,80 +212,112 @@ def test_images_and_captions_are_dropped_at_their_rates_and_independently():
 
 def test_dropout_is_on_in_training_and_the_conditions_arrive_where_they_belong():
     network, batch = Recorder(), make_batch()
-    DecoderTask(network, CLIP_NETWORK, None, PROCESS, SIZE, SAMPLING).loss({}, batch, jax.random.key(0))
+    decoder_task(network).loss({}, batch, jax.random.key(0))
     assert network.options["train"] is True and set(network.options["rngs"]) == {"dropout"}
-    xt, t, z_image, z_text, text, mask, *_ = network.args
-    assert xt.shape == (B, SIZE, SIZE, 3) and t.shape == (B,)
-    for given, name in ((z_image, "z_image"), (z_text, "z_text"), (text, "tokens"), (mask, "mask")):
-        np.testing.assert_array_equal(given, batch[name])
+    assert network.xt.shape == (B, SIZE, SIZE, 3) and network.t.shape == (B,)
+    for argument, name in {"z_image": "z_image", "z_text": "z_text", "text": "tokens", "text_mask": "mask"}.items():
+        np.testing.assert_array_equal(network.options[argument], batch[name])
+    decoder_task(network).eval_loss({}, batch, jax.random.key(0))
+    assert set(network.options) == {"z_image", "keep_image", "z_text", "text", "text_mask", "keep_text"}
+    assert network.options["keep_image"].all() and network.options["keep_text"].all()
 
 
 def test_timesteps_are_drawn_by_importance():
     """With a history that favours two steps almost only those are drawn, and the weights keep the mean over all."""
     network = Recorder()
-    task = DecoderTask(network, CLIP_NETWORK, None, PROCESS, SIZE, SAMPLING, timesteps="importance")
-    assert task.memory.losses.shape == (PROCESS.num_steps, 10)
+    task = decoder_task(network, timesteps="importance")
+    assert task.extra_state.losses.shape == (PROCESS.num_steps, 10)
     losses = jnp.full((PROCESS.num_steps, 10), 1e-6).at[jnp.array([3, 40])].set(1.0)
-    memory = task.memory.replace(losses=losses, counts=jnp.full(PROCESS.num_steps, 10))
+    history = task.extra_state.replace(losses=losses, counts=jnp.full(PROCESS.num_steps, 10))
     n = 400
     batch = make_batch(n) | {"image": jnp.zeros((n, 1, 1, 3), jnp.uint8)}
-    loss, metrics = task.loss({}, batch, jax.random.key(0), memory)
-    t, unweighted = metrics["kept"]
-    np.testing.assert_array_equal(network.args[1], PROCESS.timestep_map[t])
+    loss, metrics = task.loss({}, batch, jax.random.key(0), history)
+    t, unweighted = metrics["aux"]
+    np.testing.assert_array_equal(network.t, PROCESS.timestep_map[t])
     assert np.isin(t, (3, 40)).mean() > 0.99
     p = 0.999 / 2 + 0.001 / PROCESS.num_steps
     seen = np.isin(t, (3, 40))
     np.testing.assert_allclose(loss[seen], unweighted[seen] / (PROCESS.num_steps * p), rtol=1e-3)
     factor = np.asarray(loss) / np.asarray(unweighted)
-    plain = DecoderTask(network, CLIP_NETWORK, None, PROCESS, SIZE, SAMPLING, timesteps="uniform")
-    assert plain.memory is None
+    plain = decoder_task(network, timesteps="uniform")
+    assert plain.extra_state is None
     np.testing.assert_allclose(metrics["mse"], factor * unweighted, rtol=1e-5)  # simple: the loss is the squared error
-    for wrong, given in ((task, ()), (plain, (memory,)), (dataclasses.replace(plain, timesteps="often"), ())):
-        with pytest.raises(ValueError, match="timesteps='(importance|uniform|often)' with (no|a) memory"):
+    for wrong, given in ((task, ()), (plain, (history,))):
+        with pytest.raises(ValueError, match="timesteps='(importance|uniform)' with (no|an) extra_state"):
             wrong.loss({}, batch, jax.random.key(0), *given)
-    counts = task.remember(memory, metrics["kept"]).counts
+    counts = task.update_extra_state(history, metrics["aux"]).counts
     np.testing.assert_array_equal(counts - 10, np.bincount(t, minlength=PROCESS.num_steps))
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"timesteps": "often"}, "timesteps='often' must be one of 'uniform', 'stratified', 'importance'"),
+        ({"objective": "sum"}, "objective='sum' must be one of 'simple', 'hybrid', 'vlb'"),
+        ({"objective": "hybrid"}, "objective='hybrid'.*variance"),
+        ({"sampling": Sampling("euler")}, "sampler='euler' must be one of"),
+        ({"sampling": Sampling(steps=101)}, "101"),
+    ],
+)
+def test_a_task_that_cannot_work_is_refused_when_it_is_made(options, message):
+    with pytest.raises(ValueError, match=message):
+        decoder_task(Recorder(), **options)
+
+
 def test_stratified_timesteps_cover_the_process():
+    """In the loss if it is chosen, and in every evaluation."""
     network = Recorder()
-    task = DecoderTask(network, CLIP_NETWORK, None, PROCESS, SIZE, SAMPLING, timesteps="stratified")
-    task.loss({}, make_batch(10), jax.random.key(0))
+    decoder_task(network, timesteps="stratified").loss({}, make_batch(10), jax.random.key(0))
     # 10 of 100 steps, evenly spread up to rounding.
-    assert set(np.diff(np.sort(network.args[1]))) <= {9, 10, 11}
+    assert set(np.diff(np.sort(network.t))) <= {9, 10, 11}
+    decoder_task(network).eval_loss({}, make_batch(10), jax.random.key(0))
+    assert set(np.diff(np.sort(network.t))) <= {9, 10, 11}
 
 
-def test_families_are_one_batch_of_all_their_pairs():
-    task, batch = make_task("clip"), make_batch()
-    families = {name: batch[name].reshape(2, B // 2, *batch[name].shape[1:]) for name in ("image", "tokens", "mask")}
-    params = random_params(task.init)
+def test_groups_are_one_batch_of_all_their_pairs():
+    task, batch = CONTRASTIVE, make_batch()
+    groups = {name: batch[name].reshape(2, B // 2, *batch[name].shape[1:]) for name in ("image", "tokens", "mask")}
+    params = random_params(task.init, batch)
     run = fast_jit(lambda batch: task.loss(params, batch, jax.random.key(0))[0])
-    np.testing.assert_array_equal(run(families), run(batch))
+    np.testing.assert_array_equal(run(groups), run(batch))
 
 
 def test_the_prior_drops_captions_and_its_loss_is_the_error_of_scaled_embeddings():
     n, network = 4000, Recorder()
     batch = make_batch(n)
-    task = PriorTask(network, CLIP_NETWORK, None, PROCESS, embed_scale=17.2, drop_text=0.2)
+    task = DiffusionTask(
+        model=network,
+        diffusion=DIFFUSION.replace(prediction="x0"),
+        x0=Embeddings(D, scale=17.2),
+        conditions=(Captions(L, drop=0.2, own_tokens=True),),
+    )
     loss, _ = task.loss({}, batch, jax.random.key(0))
     # The network answers zero, so the error is the scaled embedding: unit length, times 17.2, mean over dimensions.
     np.testing.assert_allclose(loss, 17.2**2 / D, rtol=1e-5)
-    keep = np.asarray(network.args[-1])
+    keep = np.asarray(network.options["keep_text"])
     assert abs(keep.mean() - 0.8) < 4 * np.sqrt(0.16 / n)
     # At the least noisy steps what it sees is the scaled embedding.
-    clean = np.asarray(network.args[1]) == 0
+    clean = np.asarray(network.t) == 0
     signal = 17.2 * np.sqrt(np.asarray(PROCESS.alpha_bar)[0]) * np.asarray(batch["z_image"])[clean]
-    assert clean.sum() > 10 and np.abs(np.asarray(network.args[0])[clean] - signal).std() < 0.1
+    assert clean.sum() > 10 and np.abs(np.asarray(network.xt)[clean] - signal).std() < 0.1
+
+
+def upsampler_task(network, *, mix_colours=False, **options):
+    return DiffusionTask(
+        model=network,
+        diffusion=DIFFUSION,
+        x0=Images(2 * SIZE, mix_colours=mix_colours),
+        conditions=(LowResolution(SIZE, 2, **options),),
+    )
 
 
 def upsampler_sees(**options):
-    network, batch = Recorder(), {"image": pictures(2000, 4)}
-    task = UpsamplerTask(network, PROCESS, 2 * SIZE, SIZE, SAMPLING, **options)
-    loss, _ = task.loss({}, batch, jax.random.key(0))
+    network, batch = Recorder(), {"image": images(2000, 4)}
+    loss, _ = upsampler_task(network, **options).loss({}, batch, jax.random.key(0))
     assert loss.shape == (2000,) and network.options["train"] is True
     x0 = np.asarray(batch["image"], np.float64) / 127.5 - 1
     low = x0.reshape(-1, 2, 2, 2, 2, 3).mean((2, 4))
-    return np.asarray(network.args[2]), low
+    return np.asarray(network.options["low_res"]), low
 
 
 def test_the_upsampler_sees_the_average_of_a_crop_blurred_at_its_rate():
@@ -280,11 +341,10 @@ def test_the_upsampler_adds_noise_of_uniform_level():
     assert levels.max() < 0.6 and (levels < 0.1).mean() > 0.2 and (levels > 0.2).mean() > 0.2
 
 
-def test_the_upsampler_mixes_colours_of_a_picture_and_of_its_small_copy_alike():
+def test_the_upsampler_mixes_colours_of_an_image_and_of_its_small_copy_alike():
     """All 6 orders and 8 inversions occur, equally often, and the same one in what is noised and what is given."""
-    network, batch = Recorder(), {"image": pictures(4000, 4)}
-    task = UpsamplerTask(network, PROCESS, 2 * SIZE, SIZE, SAMPLING, blur_rate=0.0, mix_colours=True)
-    task.loss({}, batch, jax.random.key(0))
+    network, batch = Recorder(), {"image": images(4000, 4)}
+    upsampler_task(network, blur_rate=0.0, mix_colours=True).loss({}, batch, jax.random.key(0))
     x0 = np.asarray(batch["image"], np.float64) / 127.5 - 1
     average = lambda x: x.reshape(-1, 2, 2, 2, 2, 3).mean((2, 4))
     variants = [
@@ -292,32 +352,32 @@ def test_the_upsampler_mixes_colours_of_a_picture_and_of_its_small_copy_alike():
         for order in itertools.permutations(range(3))
         for signs in itertools.product((1, -1), repeat=3)
     ]
-    errors = np.stack([np.abs(average(variant) - np.asarray(network.args[2])).max((1, 2, 3)) for variant in variants])
+    low = np.asarray(network.options["low_res"])
+    errors = np.stack([np.abs(average(variant) - low).max((1, 2, 3)) for variant in variants])
     assert errors.min(0).max() < 1e-5 and ((errors < 1e-5).sum(0) == 1).all()
     chosen = errors.argmin(0)
     counts = np.bincount(chosen, minlength=48)
     assert counts.min() > 0 and ((counts - 4000 / 48) ** 2 / (4000 / 48)).sum() < 47 + 5 * np.sqrt(2 * 47)
-    clean = np.asarray(network.args[1]) == 0
+    clean = np.asarray(network.t) == 0
     mixed = np.stack(variants)[chosen, np.arange(4000)]
     assert clean.sum() > 10
-    assert np.abs(np.asarray(network.args[0])[clean] - np.sqrt(PROCESS.alpha_bar[0]) * mixed[clean]).max() < 0.2
+    assert np.abs(np.asarray(network.xt)[clean] - np.sqrt(PROCESS.alpha_bar[0]) * mixed[clean]).max() < 0.2
 
 
-@pytest.mark.parametrize("factor", [1, 2, 4])
+@pytest.mark.parametrize("factor", [2, 4, 8])
 def test_low_res_averages_blocks(factor):
-    task = UpsamplerTask(None, PROCESS, 16, 16 // factor, SAMPLING)
     x = np.asarray(normal(0, 2, 8, 8, 3))
     blocks = x.astype(np.float64).reshape(2, 8 // factor, factor, 8 // factor, factor, 3).mean((2, 4))
-    np.testing.assert_allclose(task.low_res(jnp.asarray(x)), blocks, atol=1e-6)
+    np.testing.assert_allclose(LowResolution(16, factor).low_res(jnp.asarray(x)), blocks, atol=1e-6)
 
 
-def test_previews_are_pictures_or_none():
+def test_previews_are_images_or_none():
     for name in ("clip", "prior", "decoder", "upsampler"):
-        assert make_task(name).preview({}, jax.random.key(0)) is None
-    task = make_task("upsampler")
-    task.preview_batch = {"image": pictures(2, 2 * SIZE)}
-    shown = task.preview(random_params(task.init), jax.random.key(0))
+        assert make_task(name)[0].preview({}, make_batch(), jax.random.key(0)) is None
+    task, _ = make_task("upsampler", sampling=Sampling("ddim", 2))
+    batch = {"image": images(2, 2 * SIZE)}
+    params = random_params(task.init, batch)
+    shown = task.preview(params, batch, jax.random.key(0))
     assert isinstance(shown, np.ndarray) and shown.dtype == np.uint8 and shown.shape == (2, 2 * SIZE, 2 * SIZE, 3)
-    overflown = jax.tree.map(lambda leaf: leaf * np.nan, random_params(task.init))
     with pytest.raises(FloatingPointError, match="its pixels contain NaN"):
-        task.preview(overflown, jax.random.key(0))
+        task.preview(jax.tree.map(lambda leaf: leaf * np.nan, params), batch, jax.random.key(0))
