@@ -297,11 +297,12 @@ class _Run:
         # Here, since Grain takes long to import and nothing else needs it.
         from ddpm_jax.data.loader import make_loader
 
+        first = apply_transforms(dict(source[0]), stage.transforms, np.random.default_rng(0))
         return make_loader(
             source,
             batch_size=stage.training.batch_size // stage.examples_per_record,
             seed=stage.training.seed,
-            transforms=(*stage.transforms, _without_text),
+            transforms=(*stage.transforms, _LikeFirst(stage.name, first)),
             shard_index=jax.process_index(),
             shard_count=jax.process_count(),
             **({"num_workers": stage.training.num_workers} | options),
@@ -347,6 +348,34 @@ def _without_text(record: dict) -> dict:
     return {name: value for name, value in record.items() if np.asarray(value).dtype.kind not in "OSU"}
 
 
+class _LikeFirst:
+    """Leave out text, and raise ValueError for a record that cannot be in one batch with the first."""
+
+    def __init__(self, stage: str, first: dict):
+        self._stage, self._shapes = stage, self._shapes_of(_without_text(first))
+
+    def __call__(self, record: dict) -> dict:
+        record = _without_text(record)
+        shapes = self._shapes_of(record)
+        if shapes != self._shapes:
+            raise ValueError(_unequal(self._stage, self._shapes, shapes))
+        return record
+
+    @staticmethod
+    def _shapes_of(record: dict) -> dict[str, tuple[int, ...]]:
+        return {name: np.shape(value) for name, value in record.items()}
+
+
+def _unequal(stage: str, first: Mapping[str, Any], other: Mapping[str, Any]) -> str:
+    """Return a sentence on records, name -> shape, that cannot be in one batch."""
+    if first.keys() != other.keys():
+        entries = " and ".join(", ".join(record) for record in (first, other))
+        return f"stage {stage}: the records have different entries, {entries}; Select can bring them to the same"
+    name = next(name for name in first if first[name] != other[name])
+    shapes = f"{first[name]} and {other[name]}"
+    return f"stage {stage}: {name!r} of the records has different shapes, {shapes}; CenterCrop can bring them to one"
+
+
 def _example_record(stage: Stage, models: Mapping[str, Model], source: Source) -> dict:
     """Return the first record after the transforms, with zeros for embeddings that are not computed yet."""
     if len(source) < 1:
@@ -359,21 +388,13 @@ def _example(stage: Stage, source: Source) -> dict[str, np.ndarray]:
     """Return a batch of the first records, for previews and for the shapes of the network."""
     count = min(max(stage.training.num_previews, 1), len(source))
     rngs = [np.random.default_rng((stage.training.seed, i)) for i in range(count)]
-    return _stack(stage, [_without_text(apply_transforms(source[i], stage.transforms, rngs[i])) for i in range(count)])
+    return _stack(stage, [apply_transforms(dict(source[i]), stage.transforms, rngs[i]) for i in range(count)])
 
 
 def _stack(stage: Stage, records: Sequence[dict]) -> dict[str, np.ndarray]:
-    found = {}
-    for name in records[0]:
-        arrays = [np.asarray(record[name]) for record in records]
-        shapes = {array.shape for array in arrays}
-        if len(shapes) > 1:
-            raise ValueError(
-                f"stage {stage.name}: {name!r} of the records has different shapes, "
-                f"{' and '.join(map(str, sorted(shapes)[:2]))}; transforms such as CenterCrop must bring them to one"
-            )
-        found[name] = np.stack(arrays)
-    return found
+    check = _LikeFirst(stage.name, records[0])
+    records = [check(record) for record in records]
+    return {name: np.stack([record[name] for record in records]) for name in records[0]}
 
 
 def _missing(stage: Stage, error: KeyError) -> str:
