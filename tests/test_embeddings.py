@@ -2,8 +2,10 @@
 
 import numpy as np
 import pytest
+from test_tasks import CLIP_NETWORK, SIZE, B, frozen_clip, images, make_batch
 
-from ddpm_jax.training.embeddings import NAMES, EmbeddedSource, cached_embeddings, tree_fingerprint
+from ddpm_jax.models.clip import CLIP
+from ddpm_jax.training.embeddings import NAMES, Embedded, EmbeddedSource, cached_embeddings, tree_fingerprint
 
 
 class Numbers:
@@ -120,3 +122,64 @@ def test_the_fingerprint_sees_every_bit_and_name():
     marks = {tree_fingerprint(t) for t in (tree, changed, renamed)}
     assert len(marks) == 3
     assert tree_fingerprint({name: tree[name] for name in ("b", "a")}) == tree_fingerprint(tree)
+
+
+# ---- Embedded: the source of a stage ---------------------------------------------------------------------------------
+
+
+class Pairs:
+    """Images of a size with tokens, and a fingerprint."""
+
+    def __init__(self, size, count=B, mark="a"):
+        self.images, self.batch, self.mark = np.asarray(images(count, size)), make_batch(count), mark
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, index):
+        text = {name: np.asarray(self.batch[name][index]) for name in ("tokens", "mask")}
+        return {"image": self.images[index], "caption": "text", **text}
+
+    def fingerprint(self):
+        return f"{self.mark} {self.images.shape}"
+
+
+def test_a_stage_s_source_gets_the_embeddings_of_the_frozen_clip(tmp_path):
+    """Read in another resolution than that of the stage, and only once."""
+    frozen = frozen_clip()
+    embedded = Embedded(Pairs(2 * SIZE), (), read=Pairs(SIZE), batch_size=3)
+    assert len(embedded) == B
+    with pytest.raises(TypeError, match="the embeddings are not computed yet"):
+        embedded[0]
+    example = embedded.example(frozen)
+    assert set(example) == {"image", "caption", "tokens", "mask", *NAMES} and not example["z_image"].any()
+    found = embedded.compute(frozen, tmp_path / "e", progress=False)
+    read, params = Pairs(SIZE), frozen["clip"].params
+    z_text, _ = CLIP_NETWORK.apply(params, read.batch["tokens"], read.batch["mask"], method=CLIP.encode_text)
+    z_image = CLIP_NETWORK.apply(params, read.images.astype(np.float32) / 127.5 - 1, method=CLIP.encode_image)
+    for i in range(B):
+        record = found[i]
+        np.testing.assert_array_equal(record["image"], Pairs(2 * SIZE).images[i])
+        np.testing.assert_allclose(record["z_image"], z_image[i] / np.linalg.norm(z_image[i]), atol=1e-5)
+        np.testing.assert_allclose(record["z_text"], z_text[i] / np.linalg.norm(z_text[i]), atol=1e-5)
+    before = (tmp_path / "e" / "z_image.npy").stat().st_mtime_ns
+    again = Embedded(Pairs(4 * SIZE, mark="b"), (), read=Pairs(SIZE)).compute(frozen, tmp_path / "e", progress=False)
+    np.testing.assert_array_equal(again[2]["z_image"], found[2]["z_image"])
+    assert (tmp_path / "e" / "z_image.npy").stat().st_mtime_ns == before
+
+
+def test_the_fingerprint_of_an_embedded_source_sees_all_that_is_read():
+    class Shift:
+        def __init__(self, by):
+            self.by = by
+
+    pairs = Pairs(SIZE)
+    sources = [
+        Embedded(pairs, ()),
+        Embedded(Pairs(SIZE, mark="b"), ()),
+        Embedded(pairs, (), read=Pairs(SIZE, mark="b")),
+        Embedded(pairs, (Shift(1),)),
+        Embedded(pairs, (Shift(2),)),
+    ]
+    assert len({source.fingerprint() for source in sources}) == len(sources)
+    assert Embedded(pairs, ()).fingerprint() == Embedded(Pairs(SIZE), (), batch_size=7).fingerprint()

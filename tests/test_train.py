@@ -357,10 +357,25 @@ def test_an_entry_that_only_the_loss_reads_is_refused_before_the_start(tmp_path)
 
 def test_records_of_different_shapes_are_refused(tmp_path):
     """With the stage, the entry and the shapes, and what helps."""
-    images = [*make_images(), np.zeros((5, 6, 3), np.uint8)]
-    source = ArraySource(images[::-1], y=np.append(TARGETS, 0.0).astype(np.float32))
-    message = ("stage own", "'image' of the records has different shapes, (4, 4, 3) and (5, 6, 3)", "CenterCrop")
-    refused(ValueError, message, lambda: run(make_stage(source=source), tmp_path / "run"))
+    for number, where in enumerate((1, N)):  # among the examples of the previews, and after them
+        images = [*make_images()]
+        images.insert(where, np.zeros((5, 6, 3), np.uint8))
+        source = ArraySource(images, y=np.zeros(N + 1, np.float32))
+        message = ("stage own", "'image' of the records has different shapes, (4, 4, 3) and (5, 6, 3)", "CenterCrop")
+        refused(ValueError, message, lambda s=source, n=number: run(make_stage(source=s), tmp_path / f"run_{n}"))
+
+
+def test_records_of_different_entries_are_refused(tmp_path):
+    class Some:
+        def __len__(self):
+            return N
+
+        def __getitem__(self, index):
+            record = make_source()[index]
+            return record | {"extra": np.float32(0)} if index > 20 else record
+
+    message = ("stage own: the records have different entries, image, y and image, y, extra",)
+    refused(ValueError, message, lambda: run(make_stage(source=Some()), tmp_path / "run"))
 
 
 def test_no_records_are_refused(tmp_path):
