@@ -93,6 +93,7 @@ def get_config(variant: str = "") -> ConfigDict:
         "head_channels": 64,
         "attention_resolutions": (32, 16, 8),
         "pool": "attention",
+        "noised": True,  # False: a classifier of clean images, to judge samples
         "dropout": 0.0,
         "groups": 32,
         "remat": True,
@@ -169,7 +170,13 @@ def stages(config: ConfigDict) -> tuple[Stage, ...]:
         ),
         Stage(
             name="classifier",
-            task=ClassifierTask(model=classifier, diffusion=diffusion, x0=Images(config.image_size), names=names),
+            task=ClassifierTask(
+                model=classifier,
+                diffusion=diffusion,
+                x0=Images(config.image_size),
+                noised=small_half.noised,
+                names=names,
+            ),
             training=trained(config, small_half),
             **shared,
         ),
