@@ -9,7 +9,6 @@ import pytest
 
 from ddpm_jax import (
     ancestral_step,
-    continuous,
     cosine_betas,
     ddim_step,
     example_keys,
@@ -18,6 +17,7 @@ from ddpm_jax import (
     respace,
     sample,
 )
+from ddpm_jax.diffusion import continuous
 from ddpm_jax.diffusion.samplers import (
     analytic_step,
     dpm_solver_step,

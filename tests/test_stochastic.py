@@ -9,7 +9,6 @@ import pytest
 
 from ddpm_jax import (
     ancestral_step,
-    continuous,
     cosine_betas,
     ddim_step,
     example_keys,
@@ -19,6 +18,7 @@ from ddpm_jax import (
     sample,
     target,
 )
+from ddpm_jax.diffusion import continuous
 from ddpm_jax.diffusion.process import predict, q_sample
 from ddpm_jax.diffusion.samplers import (
     analytic_moments,
