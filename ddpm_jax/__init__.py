@@ -16,6 +16,7 @@ if _sys.argv[:1] == ["-m"] and "ddpm_jax." in _sys.orig_argv[-len(_sys.argv)]:
     if hasattr(_signal, "pthread_sigmask"):  # `cli.keep_memory` starts a command with it blocked
         _signal.pthread_sigmask(_signal.SIG_UNBLOCK, {_signal.SIGINT})
 
+from ddpm_jax.diffusion import continuous, guidance, importance, losses, process, samplers, schedules
 from ddpm_jax.diffusion.guidance import classifier_free, drop, static_threshold
 from ddpm_jax.diffusion.losses import contrastive_loss, denoising_loss, min_snr, vlb_terms
 from ddpm_jax.diffusion.process import (
@@ -43,22 +44,29 @@ __all__ = [
     "Task",
     "ancestral_step",
     "classifier_free",
+    "continuous",
     "contrastive_loss",
     "cosine_betas",
     "ddim_step",
     "denoising_loss",
     "drop",
     "example_keys",
+    "guidance",
+    "importance",
     "linear_betas",
     "load",
+    "losses",
     "make_process",
     "min_snr",
     "predict",
+    "process",
     "q_posterior",
     "q_sample",
     "respace",
     "respaced_timesteps",
     "sample",
+    "samplers",
+    "schedules",
     "static_threshold",
     "target",
     "vlb_terms",

@@ -27,17 +27,8 @@ from hostile_kinds import (
     whole,
 )
 
-from ddpm_jax.interop import (
-    ReadError,
-    json_file,
-    pickles,
-    read_tensors,
-    table,
-    tar_file,
-    tensor_file,
-    torch_file,
-    zip_file,
-)
+from ddpm_jax.interop import ReadError, read_tensors, table
+from ddpm_jax.storage import json_file, pickles, tar_file, tensor_file, torch_file, zip_file
 
 DOCS = Path(__file__).parents[1] / "docs" / "checkpoints.md"
 LIMITS = {

@@ -238,8 +238,7 @@ class _Run:
         models = self._abstract_models(stage)
         example = _stack(stage, [_example_record(stage, models, source)])
         shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), example)
-        prepared = jax.eval_shape(lambda models, batch: stage.task.prepare(_Roles(models), batch), models, shapes)
-        return prepared if models else shapes
+        return jax.eval_shape(lambda models, batch: stage.task.prepare(_Roles(models), batch), models, shapes)
 
     def _abstract_state(self, stage: Stage) -> Any:
         if stage.name not in self._abstract:
@@ -275,7 +274,7 @@ class _Run:
                 mesh=self.mesh,
                 config=description,
                 version=__version__,
-                frozen=models or None,
+                frozen=models,
                 eval_batches=None if eval_source is None else lambda: self._eval_batches(stage, eval_source),
                 items_per_step=training.batch_size,
                 **options,
