@@ -174,9 +174,9 @@ def _how(pipeline: Any, count: int) -> dict[str, Any]:
     from ddpm_jax.parallel.mesh import make_local_mesh
     from ddpm_jax.pipelines import Cascade, UnCLIP
 
-    how: dict[str, Any] = {"seed": _SEED.value, "start": _START.value}
+    how: dict[str, Any] = {"seed": _SEED.value, "start": _START.value, "mesh": make_local_mesh(at_most=count)}
     if isinstance(pipeline, (UnCLIP, Cascade)):
-        how |= {"mesh": make_local_mesh(at_most=count), "batch_size": min(pipeline.batch_size, count)}
+        how["batch_size"] = min(pipeline.batch_size, count)
     if _BATCH.value is not None:
         how["batch_size"] = _BATCH.value
     fields = (*OPTIONS, "noise_level")

@@ -203,7 +203,7 @@ class Cascade(flax.struct.PyTreeNode):
         def run(*arrays: Any) -> tuple[jax.Array, tuple[jax.Array, ...]]:
             program = _generate_low if low_res else _generate
             try:
-                return program(pipeline, np.uint32(as_seed(seed)), *map(place, arrays))
+                return program(pipeline, np.uint32(as_seed(seed)), *arrays)
             except flax.errors.FlaxError as error:
                 reason = str(error).partition(" (http")[0]
                 raise ValueError(f"the parameters do not fit the networks: {reason}") from error
@@ -215,6 +215,7 @@ class Cascade(flax.struct.PyTreeNode):
             stages=("base", *(() if low_res else pipeline.names)),
             report=report,
             name="images",
+            place=place,
             unit=unit,
         )
 

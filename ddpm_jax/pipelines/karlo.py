@@ -15,6 +15,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from ddpm_jax.data.tokenizer import Tokenizer, tokenizer_from_config
 from ddpm_jax.data.transforms import clip_pixels
@@ -35,6 +36,7 @@ from ddpm_jax.pipelines.request import (
     image_keys,
     in_batches,
     negative_tokens,
+    on_mesh,
     stage_samplings,
     tokenize,
 )
@@ -230,7 +232,8 @@ class Karlo(flax.struct.PyTreeNode):
         negative_prompts: str | Iterable[str] | None = None,
         seed: int = 0,
         start: int = 0,
-        batch_size: int = 1,
+        batch_size: int | None = None,
+        mesh: Mesh | None = None,
         report: Callable[[int], None] | None = None,
         **options: Any,
     ) -> np.ndarray:
@@ -245,8 +248,9 @@ class Karlo(flax.struct.PyTreeNode):
                 the unconditional one, "".
             seed: seed of all random numbers, in [0, 2**32); image i depends only on it, i and prompt i.
             start: i of the first prompt. generate(["c"], start=2) is image 2 of generate(["a", "b", "c", "d"]).
-            batch_size: images at a time; more are faster on an accelerator. Up to half a batch that is left over is
-                taken one by one, a larger one is filled up.
+            batch_size: images at a time, 1 by default; more are faster on an accelerator. Up to half a batch that is
+                left over is taken one by one, a larger one is filled up.
+            mesh: devices of this process that share each batch, with an axis "data"; one device by default.
             report: called with the number of images each time some are done.
             options: the fields of `diffusion.sampling.Sampling` of the stages "prior", "decoder" and "upsampler":
                 prior_steps (25), prior_scale (4.0), decoder_steps (25), decoder_scale (8.0), upsampler_steps (7),
@@ -261,7 +265,8 @@ class Karlo(flax.struct.PyTreeNode):
         """
         if self.prior is None:
             raise ValueError("this pipeline has no prior, which samples embeddings of captions; use variations")
-        return self._sample(as_prompts(prompts), None, negative_prompts, seed, start, batch_size, report, options)
+        how = {"seed": seed, "start": start, "batch_size": batch_size, "mesh": mesh, "report": report}
+        return self._sample(as_prompts(prompts), None, negative_prompts, options, **how)
 
     def variations(
         self,
@@ -270,8 +275,9 @@ class Karlo(flax.struct.PyTreeNode):
         negative_prompts: str | Iterable[str] | None = None,
         seed: int = 0,
         start: int = 0,
-        batch_size: int = 1,
+        batch_size: int | None = None,
         prepared: bool = False,
+        mesh: Mesh | None = None,
         report: Callable[[int], None] | None = None,
         **options: Any,
     ) -> np.ndarray:
@@ -286,6 +292,7 @@ class Karlo(flax.struct.PyTreeNode):
             batch_size: as for `generate`.
             prepared: True embeds pixels as they are: float32[N, S, S, 3], normalised by another preprocessing, where S
                 is `pixel_size`.
+            mesh: as for `generate`.
             report: as for `generate`.
             options: as for `generate`.
 
@@ -307,18 +314,21 @@ class Karlo(flax.struct.PyTreeNode):
             )
         if not np.isfinite(pixels).all():
             raise ValueError("pixels has values that are not finite (NaN or infinity)")
-        return self._sample([""] * len(pixels), pixels, negative_prompts, seed, start, batch_size, report, options)
+        how = {"seed": seed, "start": start, "batch_size": batch_size, "mesh": mesh, "report": report}
+        return self._sample([""] * len(pixels), pixels, negative_prompts, options, **how)
 
     def _sample(
         self,
         prompts: list[str],
         pixels: np.ndarray | None,
         negative_prompts: Any,
+        options: dict[str, Any],
+        *,
         seed: int,
         start: int,
-        batch_size: int,
+        batch_size: int | None,
+        mesh: Mesh | None,
         report: Callable[[int], None] | None,
-        options: dict[str, Any],
     ) -> np.ndarray:
         if self.tokenizer is None:
             raise ValueError("this pipeline has no tokenizer; give it one, as in karlo.replace(tokenizer=...)")
@@ -328,14 +338,16 @@ class Karlo(flax.struct.PyTreeNode):
         tokens, mask = tokenize(self.tokenizer, prompts, length, allow_empty=True)
         negative = negative_tokens(self.tokenizer, negative_prompts, len(prompts), length)
         # Without the tokenizer, which the compiled program would keep alive.
-        karlo = self.replace(sampling=sampling, tokenizer=None)
+        karlo, place, unit = on_mesh(mesh, self.replace(sampling=sampling, tokenizer=None))
         return in_batches(
             functools.partial(_generate, karlo, np.uint32(as_seed(seed))),
             (image_indices(start, len(prompts)), tokens, mask, *negative, pixels),
-            batch_size=batch_size,
+            batch_size=1 if batch_size is None else batch_size,
             stages=STAGES,
             report=report,
             name="prompts" if pixels is None else "pixels",
+            place=place,
+            unit=unit,
         )
 
 

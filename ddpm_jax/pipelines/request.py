@@ -12,6 +12,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -115,7 +116,8 @@ def on_mesh(mesh: Mesh | None, models: Any) -> tuple[Any, Callable[[Any], Any], 
         The tree, with a copy on every device; what places arrays [B, ...] or None; and the number of devices.
     """
     if mesh is None:
-        return models, lambda array: array, 1
+        here = lambda x: jnp.asarray(x) if isinstance(x, np.ndarray) else x  # noqa: E731 (once, and not for every batch)
+        return jax.tree.map(here, models), lambda array: array, 1
     place = functools.partial(jax.device_put, device=data_sharding(mesh))
     return jax.device_put(models, replicated(mesh)), place, mesh.shape[DATA_AXIS]
 
@@ -221,6 +223,7 @@ def in_batches(
     stages: Sequence[str],
     report: Callable[[int], None] | None = None,
     name: str = "prompts",
+    place: Callable[[Any], Any] = lambda array: array,
     unit: int = 1,
 ) -> np.ndarray:
     """Run a compiled program over all examples, in `batches`.
@@ -233,6 +236,7 @@ def in_batches(
         stages: their names, in the order in which they run.
         report: called with the number of images each time some are done.
         name: of the argument that the examples are from.
+        place: puts an array of a batch, or None, on the devices; from `on_mesh`, as is unit.
         unit: the smallest batch; batch_size is rounded up to a multiple of it.
 
     Returns:
@@ -245,7 +249,7 @@ def in_batches(
     batch_size, done = as_int("batch_size", batch_size, least=1, most=MOST_AT_A_TIME), []
     count = next(len(array) for array in arrays if array is not None)
     for rows, new in batches(count, -(-batch_size // unit) * unit, unit):
-        images, finite_of = run(*(None if array is None else array[rows] for array in arrays))
+        images, finite_of = run(*(place(None if array is None else array[rows]) for array in arrays))
         check_finite(stages, finite_of, rows, name)
         done.append(np.asarray(images)[:new])
         if report is not None:

@@ -12,6 +12,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from ddpm_jax.data.tokenizer import Tokenizer, tokenizer_from_config
 from ddpm_jax.diffusion.guidance import classifier_free
@@ -32,6 +33,7 @@ from ddpm_jax.pipelines.request import (
     image_keys,
     in_batches,
     negative_tokens,
+    on_mesh,
     respaced,
     stage_samplings,
     tokenize,
@@ -158,7 +160,8 @@ class StableDiffusion(flax.struct.PyTreeNode):
         negative_prompts: str | Iterable[str] | None = None,
         seed: int = 0,
         start: int = 0,
-        batch_size: int = 1,
+        batch_size: int | None = None,
+        mesh: Mesh | None = None,
         report: Callable[[int], None] | None = None,
         **options: Any,
     ) -> np.ndarray:
@@ -173,8 +176,9 @@ class StableDiffusion(flax.struct.PyTreeNode):
                 the unconditional one, "".
             seed: seed of all random numbers, in [0, 2**32); image i depends only on it, i and prompt i.
             start: i of the first prompt. generate(["c"], start=2) is image 2 of generate(["a", "b", "c", "d"]).
-            batch_size: images at a time; more are faster on an accelerator. Up to half a batch that is left over is
-                taken one by one, a larger one is filled up.
+            batch_size: images at a time, 1 by default; more are faster on an accelerator. Up to half a batch that is
+                left over is taken one by one, a larger one is filled up.
+            mesh: devices of this process that share each batch, with an axis "data"; one device by default.
             report: called with the number of images each time some are done.
             options: the fields of `diffusion.sampling.Sampling`, also with the prefix "decoder_": sampler ("ddim"),
                 steps, scale (7.5), eta, rescale, ... steps is a number, 50 or "50", taken at `timesteps(50)`; another
@@ -200,13 +204,15 @@ class StableDiffusion(flax.struct.PyTreeNode):
         tokens, _ = tokenize(self.tokenizer, prompts, length, allow_empty=True)
         negative, _ = negative_tokens(self.tokenizer, negative_prompts, len(prompts), length)
         # Without the tokenizer, which the compiled program would keep alive.
-        pipeline = self.replace(sampling=sampling, tokenizer=None)
+        (pipeline, process), place, unit = on_mesh(mesh, (self.replace(sampling=sampling, tokenizer=None), process))
         return in_batches(
             functools.partial(_generate, pipeline, process, np.uint32(as_seed(seed))),
             (image_indices(start, len(prompts)), tokens, negative),
-            batch_size=batch_size,
+            batch_size=1 if batch_size is None else batch_size,
             stages=STAGES,
             report=report,
+            place=place,
+            unit=unit,
         )
 
     def timesteps(self, steps: int) -> list[int]:

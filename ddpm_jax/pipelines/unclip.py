@@ -207,7 +207,7 @@ class UnCLIP(flax.struct.PyTreeNode):
 
         def run(*arrays: Any) -> tuple[jax.Array, tuple[jax.Array, ...]]:
             try:
-                return _generate(pipeline, np.uint32(as_seed(seed)), *map(place, arrays), **how)
+                return _generate(pipeline, np.uint32(as_seed(seed)), *arrays, **how)
             except flax.errors.FlaxError as error:
                 reason = str(error).partition(" (http")[0]
                 raise ValueError(f"the parameters do not fit the networks: {reason}") from error
@@ -218,6 +218,7 @@ class UnCLIP(flax.struct.PyTreeNode):
             batch_size=self.batch_size if batch_size is None else batch_size,
             stages=("CLIP model", "prior", "decoder", *names),
             report=report,
+            place=place,
             unit=unit,
         )
 
