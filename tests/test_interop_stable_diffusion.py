@@ -378,7 +378,10 @@ WRONG += [("batch_size", 2**20, "batch_size=1048576 must be at most 65536"), ("s
 WRONG += [("sampler", "euler", "sampler='euler' must be one of 'ancestral'")]
 WRONG += [("order", 2, "order=2 is no option of sampler='ddim'"), ("sampler", "analytic", "needs the network's second")]
 WRONG += [("prior_scale", 1.0, "there is no option 'prior_scale': this pipeline has the stages decoder")]
-WRONG += [("churn", 0.1, "churn=0.1 is no option of sampler='ddim'"), ("negative", "b", "no option 'negative'")]
+WRONG += [
+    ("churn", 0.1, "churn=0.1 is no option of sampler='ddim'"),
+    ("negative", "b", "'negative' .did you mean 'negative_prompts'"),
+]
 WRONG += [("seed", 2**32, "seed=4294967296 must be at most"), ("seed", 0.0, "seed=0.0 must be an integer")]
 WRONG += [("decoder_scale", value, "decoder_scale=.* must be a finite number") for value in (np.nan, np.inf, "7", True)]
 WRONG += [("eta", np.float32(1.5), r"eta=1.5 must be in \[0, 1\]"), ("eta", np.nan, "eta=nan must be a finite number")]

@@ -172,7 +172,8 @@ def _stage_and_field(name: str, stages: Sequence[str]) -> tuple[str, str]:
         return known[name]
     if name.endswith(tuple(f"_{field}" for field in FIELDS)):
         raise ValueError(f"there is no option {name!r}: this pipeline has the stages {', '.join(stages)}")
-    near = "".join(f" (did you mean {other!r}?)" for other in difflib.get_close_matches(name, [*known, *FIELDS], 1))
+    names = [*known, *FIELDS, "negative_prompts", "seed", "start", "batch_size", "report"]
+    near = "".join(f" (did you mean {other!r}?)" for other in difflib.get_close_matches(name, names, 1))
     raise ValueError(
         f"there is no option {name!r}{near}; options are <stage>_<name> with the stages {', '.join(stages)} and the "
         f"names {', '.join(FIELDS)}"
