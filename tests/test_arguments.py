@@ -1,5 +1,7 @@
 """Arguments out of range, options that are traced, and traps: an error in one sentence, NaN, or the right number."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -26,12 +28,23 @@ from ddpm_jax import (
     target,
     vlb_terms,
 )
-from ddpm_jax.diffusion.continuous import discretize, edm, karras_times
+from ddpm_jax.diffusion import continuous
+from ddpm_jax.diffusion.continuous import discretize, edm, edm_preconditioned, karras_times
+from ddpm_jax.diffusion.diffusion import Diffusion
 from ddpm_jax.diffusion.guidance import classifier_guided, dynamic_threshold, implicit_gradient
-from ddpm_jax.diffusion.importance import loss_history, record_losses, timestep_probabilities
-from ddpm_jax.diffusion.losses import edm_weighting, p2, snr_power
+from ddpm_jax.diffusion.importance import importance_timesteps, loss_history, record_losses, timestep_probabilities
+from ddpm_jax.diffusion.likelihood import bits_per_dimension
+from ddpm_jax.diffusion.losses import (
+    edm_weighting,
+    log_normal_times,
+    p2,
+    snr_power,
+    stratified_times,
+    stratified_timesteps,
+)
 from ddpm_jax.diffusion.samplers import (
     analytic_step,
+    average_of,
     dpm_solver_step,
     heun_step,
     invert,
@@ -41,7 +54,8 @@ from ddpm_jax.diffusion.samplers import (
     truncate,
     unipc_step,
 )
-from ddpm_jax.diffusion.schedules import zero_terminal_snr
+from ddpm_jax.diffusion.sampling import Sampling
+from ddpm_jax.diffusion.schedules import sigmoid_alpha_bar, sigmoid_betas, spaced_timesteps, zero_terminal_snr
 from ddpm_jax.models.layers import Embed
 from ddpm_jax.pipelines.request import as_steps, respaced
 
@@ -231,6 +245,9 @@ OPTIONS = {
     "p2": (lambda v: p2(v, kind="v")(FULL.log_snr), 0.5, -0.5),
     "p2 k": (lambda v: p2(1.0, v, kind="v")(FULL.log_snr), 0.5, 0.0),
     "sigma_data": (lambda v: edm_weighting(v)(FULL.log_snr), 0.5, 0.0),
+    "sigma_data of the network": (lambda v: edm_preconditioned(net, v)(X, jnp.ones(3)), 0.5, 0.0),
+    "bins": (lambda v: bits_per_dimension(jnp.ones(3), 12, v), 256, None),
+    "bound of the variance": (lambda v: drawn(step=analytic_step(jnp.full(4, 0.5), v)), 1.0, 0.0),
     "uniform": (lambda v: timestep_probabilities(loss_history(4), v), 0.5, 1.5),
 }
 
@@ -279,11 +296,45 @@ def test_options_that_are_no_number(value):
         (lambda v: unipc_step(v), "order"),
         (lambda v: invert(FULL, net, X, iterations=v), "iterations"),
         (lambda v: drawn(progress=print, progress_every=v), "progress_every"),
+        (lambda v: drawn(trajectory=v), "trajectory"),
+        (lambda v: sample(SHORT, net, KEYS, (v,)), "shape"),
+        (lambda v: invert(SHORT, net, X, trajectory=v), "trajectory"),
+        (lambda v: dpm_solver_step(sde=v), "sde"),
+        (lambda v: average_of(X, v), "factor"),
+        (lambda v: sigmoid_betas(100, reach=v), "reach"),
+        (lambda v: sigmoid_alpha_bar(np.ones(3), tau=v), "u, start, end, tau and smallest"),
+        (lambda v: spaced_timesteps(100, 4, offset=v), "count and offset"),
+        (lambda v: continuous.vp_linear(v), "beta_min, beta_max and t_min"),
+        (lambda v: continuous.sub_vp(0.1, v), "beta_min, beta_max and t_min"),
+        (lambda v: continuous.cosine(v), "shift, t_min and t_max"),
+        (lambda v: continuous.ve(v), "sigma_min and sigma_max"),
+        (lambda v: edm(0.1, v), "sigma_min and sigma_max"),
+        (lambda v: continuous.init_monotone(jax.random.key(0), v), "width"),
+        (lambda v: continuous.uniform_times(edm(), v), "num_steps"),
+        (lambda v: continuous.log_snr_times(edm(), v), "num_steps"),
+        (lambda v: karras_times(edm(), 4, v), "rho"),
+        (lambda v: karras_times(dataclasses.replace(edm(), t_max=v), 4), "t_min and t_max of the schedule"),
+        (lambda v: discretize(edm(), v * jnp.array([4.0, 1.0])), "times"),
+        (
+            lambda v: discretize(continuous.from_log_snr(lambda t: -v * t), [1.0, 0.5]),
+            "what the functions of the schedule close over",
+        ),
+        (lambda v: stratified_timesteps(jax.random.key(0), v, 10), "batch_size"),
+        (lambda v: stratified_times(jax.random.key(0), v, edm()), "batch_size"),
+        (lambda v: log_normal_times(jax.random.key(0), v), "batch_size"),
+        (lambda v: loss_history(v), "num_steps and length"),
+        (lambda v: importance_timesteps(jax.random.key(0), v, loss_history(4)), "batch_size"),
+        (lambda v: Diffusion("cosine", v), "num_steps"),
+        (lambda v: Diffusion((v / 10, v / 10), 2), "schedule"),
+        (lambda v: Sampling().with_options(steps=v), "steps"),
+        (lambda v: Sampling("unipc").with_options(order=v), "order"),
     ],
 )
 def test_what_must_be_known_is_named(run, name):
     with pytest.raises(ValueError, match=f"^{name} must be known outside of jit, since .*: give a Python number"):
         jax.jit(run)(1)
+    with pytest.raises(ValueError, match=f"^{name} must be known outside of jit"):
+        jax.vmap(run)(jnp.array([1, 1]))
 
 
 @pytest.mark.parametrize("scale", [float("nan"), float("inf"), jnp.array([1.0, jnp.nan])])

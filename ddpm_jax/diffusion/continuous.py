@@ -21,11 +21,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ddpm_jax.checks import check_number, check_static
 from ddpm_jax.diffusion.keys import one_key
 from ddpm_jax.diffusion.process import GaussianProcess, from_tables
 from ddpm_jax.types import Denoiser
 
 Table = Callable[[jax.Array], jax.Array]
+_GRIDS = "since grids are made in float64 by numpy"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,6 +108,7 @@ def cosine(shift: float = 1.0, *, t_min: float = 1e-4, t_max: float = 0.9999) ->
     Raises:
         ValueError: if shift is not positive, or not 0 < t_min < t_max < 1.
     """
+    check_static("shift, t_min and t_max", (shift, t_min, t_max), _GRIDS)
     if shift <= 0.0:
         raise ValueError(f"{shift=} must be positive")
     if not 0.0 < t_min < t_max < 1.0:
@@ -149,6 +152,7 @@ def from_log_snr(log_snr: Table, *, t_min: float = 0.0, t_max: float = 1.0) -> S
 
 def init_monotone(key: jax.Array, width: int = 1024) -> dict[str, jax.Array]:
     """Return parameters of ``monotone_log_snr``, float32: almost a straight line to begin with; `width` bends."""
+    check_static("width", width, "since it is a shape")
     first, second = jax.random.split(one_key(key))
     return {
         "scale": jnp.zeros((), jnp.float32),
@@ -192,7 +196,7 @@ def monotone_log_snr(params: dict[str, jax.Array], *, smallest: float = -13.3, l
 
 def uniform_times(schedule: Schedule, num_steps: int) -> np.ndarray:
     """Return N times evenly spaced from t_max down to t_min, float64[N]."""
-    _check_count(num_steps)
+    _check_grid(schedule, num_steps)
     return np.linspace(schedule.t_max, schedule.t_min, num_steps)
 
 
@@ -201,7 +205,7 @@ def log_snr_times(schedule: Schedule, num_steps: int) -> np.ndarray:
 
     The grid that DPM-Solver++ takes by default for models of small pictures (Lu et al. 2022b, section 6).
     """
-    _check_count(num_steps)
+    _check_grid(schedule, num_steps)
     ends = _float64(schedule.log_snr, np.array([schedule.t_max, schedule.t_min]))
     wanted = np.linspace(*ends, num_steps)
     low, high = np.full(num_steps, schedule.t_min), np.full(num_steps, schedule.t_max)
@@ -216,7 +220,8 @@ def log_snr_times(schedule: Schedule, num_steps: int) -> np.ndarray:
 
 def karras_times(schedule: Schedule, num_steps: int, rho: float = 7.0) -> np.ndarray:
     """Return EDM's N times (eq. 5): (t_max^(1/rho) + i / (N - 1) (t_min^(1/rho) - t_max^(1/rho)))^rho, float64[N]."""
-    _check_count(num_steps)
+    _check_grid(schedule, num_steps)
+    check_static("rho", rho, _GRIDS)
     return np.linspace(schedule.t_max ** (1.0 / rho), schedule.t_min ** (1.0 / rho), num_steps) ** rho
 
 
@@ -232,7 +237,7 @@ def discretize(
     into the data. The network receives the times themselves.
 
     Args:
-        schedule: its functions concrete (not traced).
+        schedule: its functions and numbers known (not traced).
         times: [N] strictly decreasing, as from ``uniform_times``, ``log_snr_times`` or ``karras_times``.
         dtype: of the tables; they are computed in float64 in any case.
 
@@ -241,8 +246,10 @@ def discretize(
 
     Raises:
         ValueError: if the times do not decrease or leave the schedule's interval, or the log-SNR does not grow along
-            them.
+            them; and if the schedule or the times are traced.
     """
+    check_static("times", times, _GRIDS)
+    _check_grid(schedule, 1)
     times = np.asarray(times, np.float64)
     if times.ndim != 1 or times.size < 1 or np.any(np.diff(times) >= 0.0):
         raise ValueError(f"times must be a vector of decreasing numbers, got shape {times.shape}")
@@ -285,9 +292,9 @@ def edm_preconditioned(network: Denoiser, sigma_data: float = 0.5) -> Denoiser:
 
     Raises:
         ValueError: if sigma_data is not positive, and when called, if the network's output has another shape than xt.
+            A traced sigma_data that is not positive gives NaN.
     """
-    if sigma_data <= 0.0:
-        raise ValueError(f"{sigma_data=} must be positive")
+    sigma_data = check_number("sigma_data", sigma_data, lambda v: v > 0, "must be positive")
 
     def denoise(xt: jax.Array, sigma: jax.Array) -> jax.Array:
         wide = sigma.reshape(sigma.shape + (1,) * (xt.ndim - 1))
@@ -307,10 +314,13 @@ def _slope(function: Table, t: jax.Array) -> jax.Array:
 
 def _float64(function: Table, t: np.ndarray) -> np.ndarray:
     with jax.enable_x64(True), jax.ensure_compile_time_eval():
-        return np.asarray(function(jnp.asarray(t, jnp.float64)), np.float64)
+        values = function(jnp.asarray(t, jnp.float64))
+    check_static("what the functions of the schedule close over", values, _GRIDS)
+    return np.asarray(values, np.float64)
 
 
 def _linear_integral(beta_min: float, beta_max: float, t_min: float) -> Table:
+    check_static("beta_min, beta_max and t_min", (beta_min, beta_max, t_min), _GRIDS)
     if not 0.0 < beta_min <= beta_max:
         raise ValueError(f"{beta_min=} must be positive and not above {beta_max=}")
     if not 0.0 < t_min < 1.0:
@@ -319,10 +329,13 @@ def _linear_integral(beta_min: float, beta_max: float, t_min: float) -> Table:
 
 
 def _check_sigmas(sigma_min: float, sigma_max: float) -> None:
+    check_static("sigma_min and sigma_max", (sigma_min, sigma_max), _GRIDS)
     if not 0.0 < sigma_min < sigma_max:
         raise ValueError(f"{sigma_min=} must be positive and below {sigma_max=}")
 
 
-def _check_count(num_steps: int) -> None:
+def _check_grid(schedule: Schedule, num_steps: int) -> None:
+    check_static("num_steps", num_steps, "since it is a shape")
+    check_static("t_min and t_max of the schedule", (schedule.t_min, schedule.t_max), _GRIDS)
     if num_steps < 1:
         raise ValueError(f"{num_steps=} must be at least 1")

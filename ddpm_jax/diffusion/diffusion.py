@@ -8,6 +8,7 @@ from typing import get_args
 import jax
 import numpy as np
 
+from ddpm_jax.checks import check_static
 from ddpm_jax.diffusion.process import GaussianProcess, make_process
 from ddpm_jax.diffusion.schedules import (
     constant_betas,
@@ -52,6 +53,9 @@ class Diffusion:
     variance: Variance = "fixed_small"
 
     def __post_init__(self):
+        why = "since tables are made in float64"
+        check_static("num_steps", self.num_steps, why)
+        check_static("schedule", self.schedule, why)
         if isinstance(self.num_steps, bool) or not isinstance(self.num_steps, int):
             raise ValueError(f"num_steps={self.num_steps!r} must be an integer")
         if not 1 <= self.num_steps <= MAX_STEPS:

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from ddpm_jax.checks import check_indices, check_number
+from ddpm_jax.checks import check_indices, check_number, check_static
 from ddpm_jax.diffusion.keys import one_key
 
 Timesteps = Literal["uniform", "stratified", "importance"]
@@ -41,6 +41,7 @@ def loss_history(num_steps: int, length: int = 10) -> LossHistory:
     Raises:
         ValueError: if an argument is below 1.
     """
+    check_static("num_steps and length", (num_steps, length), "since they are a shape")
     if num_steps < 1 or length < 1:
         raise ValueError(f"{num_steps=} and {length=} must be at least 1")
     return LossHistory(jnp.zeros((num_steps, length), jnp.float32), jnp.zeros(num_steps, jnp.int32))
@@ -79,6 +80,7 @@ def importance_timesteps(
     Returns:
         t, int32[B], and 1 / (T p_t), float32[B], by which losses are multiplied.
     """
+    check_static("batch_size", batch_size, "since it is a shape")
     p = timestep_probabilities(history, uniform)
     t = jax.random.choice(one_key(key), p.shape[0], (batch_size,), p=p).astype(jnp.int32)
     return t, 1.0 / (p.shape[0] * p[t])

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
+from ddpm_jax.checks import is_known
 from ddpm_jax.diffusion.continuous import Schedule
 from ddpm_jax.diffusion.keys import key_vector
 from ddpm_jax.diffusion.losses import normal_kl, vlb_terms
@@ -201,7 +202,8 @@ def bits_per_dimension(log_likelihood: jax.Array, dimensions: int, bins: int = 2
         dimensions: D.
         bins: values that a dimension can take.
     """
-    return -log_likelihood / (dimensions * math.log(2.0)) + math.log2(bins / 2.0)
+    half = math.log2(bins / 2.0) if is_known(bins) else jnp.log2(bins / 2.0)
+    return -log_likelihood / (dimensions * math.log(2.0)) + half
 
 
 def dequantize(keys: jax.Array, images: jax.Array) -> jax.Array:

@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 from jax.scipy.special import log_ndtr
 
-from ddpm_jax.checks import check_data, check_number, is_known, look_up
+from ddpm_jax.checks import check_data, check_number, check_static, is_known, look_up
 from ddpm_jax.diffusion.continuous import Schedule
 from ddpm_jax.diffusion.keys import one_key
 from ddpm_jax.diffusion.process import (
@@ -183,6 +183,7 @@ def stratified_times(key: jax.Array, batch_size: int, schedule: Schedule) -> jax
 
 def log_normal_times(key: jax.Array, batch_size: int, mean: float = -1.2, std: float = 1.2) -> jax.Array:
     """Draw EDM's training noise levels, log sigma ~ N(mean, std^2) (table 1), for ``continuous.edm``; float32[B]."""
+    check_static("batch_size", batch_size, "since it is a shape")
     return jnp.exp(mean + std * jax.random.normal(one_key(key), (batch_size,), jnp.float32))
 
 
@@ -402,6 +403,7 @@ def _mean_per_example(x: jax.Array) -> jax.Array:
 
 def _stratified(key: jax.Array, batch_size: int) -> jax.Array:
     """Return (u + i / B) mod 1, float32[B]."""
+    check_static("batch_size", batch_size, "since it is a shape")
     u = jax.random.uniform(one_key(key), (), jnp.float32)
     return (u + jnp.arange(batch_size, dtype=jnp.float32) / batch_size) % 1.0
 

@@ -56,6 +56,7 @@ def sigmoid_betas(num_steps: int, beta_start: float = 1e-4, beta_end: float = 0.
     ``betas_from_alpha_bar`` with ``sigmoid_alpha_bar``.)
     """
     scale = _scale("sigmoid_betas", num_steps, beta_start, beta_end)
+    check_static("reach", reach, MADE_IN_NUMPY)
     if reach <= 0.0:
         raise ValueError(f"{reach=} must be positive")
     share = 1.0 / (1.0 + np.exp(-np.linspace(-reach, reach, num_steps, dtype=np.float64)))
@@ -158,6 +159,7 @@ def sigmoid_alpha_bar(
     Raises:
         ValueError: if start >= end, or tau or smallest is not positive.
     """
+    check_static("u, start, end, tau and smallest", (u, start, end, tau, smallest), MADE_IN_NUMPY)
     if not start < end:
         raise ValueError(f"{start=} must be less than {end=}")
     if not (tau > 0.0 and smallest > 0.0):
@@ -249,7 +251,7 @@ def spaced_timesteps(num_steps: int, count: int, spacing: str = "leading", offse
     if spacing not in SPACINGS:
         raise ValueError(f"{spacing=} must be one of {', '.join(map(repr, SPACINGS))}")
     _check_num_steps(num_steps)
-    check_static("count", count, "since it is a shape")
+    check_static("count and offset", (count, offset), "since they are shapes and timesteps")
     most = num_steps - (offset if spacing == "leading" else 0)
     if not 1 <= count <= most:
         raise ValueError(f"{count=} must be between 1 and {most}")

@@ -52,6 +52,7 @@ def dpm_solver_step(order: int = 2, *, sde: bool = False) -> Step:
         ValueError: if order is not one of these.
     """
     check_static("order", order, "since it decides what is compiled")
+    check_static("sde", sde, "since it decides what is compiled")
     if order not in ORDERS or (sde and order == 3):
         raise ValueError(f"{order=} must be 1, 2 or 3, and at most 2 with sde=True")
 

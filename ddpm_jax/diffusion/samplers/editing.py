@@ -144,8 +144,9 @@ def average_of(y: jax.Array, factor: int) -> Callable[[jax.Array], jax.Array]:
     """Return the ``x0_transform`` for super-resolution: averages of factor x factor pixels are y, [B, h, w, C].
 
     Raises:
-        ValueError: in use, if pictures are not ``factor`` times as large as y.
+        ValueError: if factor is traced, and in use, if pictures are not ``factor`` times as large as y.
     """
+    check_static("factor", factor, "since it is a shape")
 
     def measure(x: jax.Array) -> jax.Array:
         b, height, width, c = x.shape

@@ -47,6 +47,7 @@ def invert(
         ValueError: if iterations < 1, or kind, variance and the network's output contradict each other.
     """
     check_data(x0)
+    check_static("trajectory", trajectory, "since it decides what is returned")
     check_static("iterations", iterations, "since it decides what is compiled")
     if iterations < 1:
         raise ValueError(f"{iterations=} must be at least 1")

@@ -65,6 +65,8 @@ def sample(
             f"recorded noise must have {process.num_steps + 1} entries along axis 1, the initial noise and one for "
             f"each of {process.num_steps} transitions, got shape {keys.values.shape}"
         )
+    check_static("shape", shape, "since arrays are made of it")
+    check_static("trajectory", trajectory, "since it decides what is returned")
     check_static("progress_every", progress_every, "since it is compiled into the loop")
     if progress_every < 1:
         raise ValueError(f"{progress_every=} must be at least 1")
