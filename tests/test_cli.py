@@ -199,7 +199,7 @@ def test_a_wrong_config_file(call, tmp_path):
         ({"decoder__diffusion__num_steps": 10**9}, 2, ["num_steps=1000000000 must be between 1 and 100000"]),
         ({"sample__decoder__steps": "few"}, 2, ["steps='few' must be like"]),
         ({"sample__decoder__sampler": "dimm"}, 2, ["sample.decoder.sampler='dimm' must be one of", "'ddim'"]),
-        ({"sample__batch_size": 0}, 2, ["batch_size=0 must be at least 1"]),
+        ({"sample__batch_size": 0}, 2, ["batch_size=0 must be an integer in [1, 65536]"]),
         ({"seed": 2**32}, 2, ["seed=4294967296 must lie in [0, 2**32)"]),
         ({"evaluation__seed": -1}, 2, ["evaluation.seed=-1 must lie in [0, 2**32)"]),
         ({"evaluation__num_captions": 0}, 2, ["evaluation.num_captions=0 must be at least 1"]),
