@@ -99,6 +99,13 @@ def _open_converted(directory: Path) -> Any:
 def _open_pipeline(directory: Path, description: PipelineDescription, ema: bool) -> Any:
     """Open the models of a pipeline, and check that each was trained with those that it is used with."""
     places = {role: directory / place for role, place in description.models.items() if role != "upsamplers"}
+    enlarging = dict(zip(description.upsamplers, description.models.get("upsamplers", ())))
+    for role, place in {**places, **{name: directory / place for name, place in enlarging.items()}}.items():
+        if not (place / MODEL_FILE).is_file():
+            raise LoadError(
+                f"the pipeline of {directory} needs {role}, and {place} is not a model directory of this package (it "
+                f"has no {MODEL_FILE}); train the stage first"
+            )
     described = {role: read_description(place)["metadata"] for role, place in places.items()}
     needed = {role for metadata in described.values() for role in metadata.get("needs") or ()} | {"clip"}
     models = {role: open_model(place, ema=ema or role in needed) for role, place in places.items()}
