@@ -70,7 +70,7 @@ def block_name(block: Block, last: int) -> str:
 
 
 def res(ours: str, peer: str, has_skip: bool, *, emb: bool = True) -> list[Entry]:
-    """Return the entries of a residual block; emb: it is told an embedding."""
+    """Return the entries of a residual block; emb: it is conditioned on an embedding."""
     return [
         *norm(f"{ours}/norm_1", f"{peer}.norm1"),
         *conv(f"{ours}/conv_1", f"{peer}.conv1"),

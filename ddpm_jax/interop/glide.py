@@ -30,7 +30,7 @@ def load_glide(tensors: Mapping[str, np.ndarray], model: Glide, *, image_size: i
     Args:
         tensors: as `read_tensors` gives them; of a training checkpoint its part is taken by `interop.parts.select`.
         model: the network; `BASE()` and `UPSAMPLER()` are the released ones.
-        image_size: of the pictures that it draws.
+        image_size: of its images.
 
     Raises:
         ConvertError: if the tensors are not those of the network; it lists which.
@@ -75,13 +75,13 @@ def glide_table(model: Glide, image_size: int) -> list[Entry]:
 def glide_shapes(model: Glide, image_size: int, channels: int = 3) -> Any:
     """Return the shapes of the parameters; channels: what the first convolution sees, 3, 6, 7 or 10."""
     spec = lambda *shape, dtype=jnp.float32: jax.ShapeDtypeStruct(shape, dtype)  # noqa: E731
-    picture = spec(1, image_size, image_size, 3)
+    image = spec(1, image_size, image_size, 3)
     text = spec(1, model.context, dtype=jnp.int32), spec(1, model.context, dtype=jnp.bool_)
     extra = {}
     if channels in (6, 10):
         extra["low_res"] = spec(1, 2, 2, 3)
     if channels in (7, 10):
-        extra |= {"picture": picture, "known": spec(1, image_size, image_size, 1)}
+        extra |= {"picture": image, "known": spec(1, image_size, image_size, 1)}
     made = jax.eval_shape(lambda *inputs, **extra: model.init(jax.random.key(0), *inputs, **extra),
-                          picture, spec(1), *text, **extra)  # fmt: skip
+                          image, spec(1), *text, **extra)  # fmt: skip
     return made["params"]

@@ -2,7 +2,7 @@
 
 A file holds names and shapes, which do not say where a level ends, how wide a head is, or in which order attention
 keeps queries, keys and values: head by head (all published networks but one) or all queries first (the 64 x 64 model
-of ADM). The wrong order gives a network that runs and draws noise. So the network is an argument, and `PUBLISHED` has
+of ADM). The wrong order gives a network that runs and returns noise. So the network is an argument, and `PUBLISHED` has
 those that OpenAI released; every tensor of the file must then find its place.
 """
 
@@ -41,7 +41,7 @@ _MULT = {
 
 
 class Published(NamedTuple):
-    """A released network: how it is built, the sizes of its pictures, and what its file does not say.
+    """A released network: how it is built, the size of its images, and what its file does not say.
 
     schedule: "linear" or "cosine", of num_steps steps. rescale_timesteps: the network receives t * 1000 / num_steps in
     place of t. All diffusion networks predict eps and learn the variance ("learned_range").
@@ -216,7 +216,7 @@ def unet_table(
 
 
 def block_name(block: Block, net: UNet | Classifier, image_size: int) -> str:
-    """Return OpenAI's name of a block: they are numbered from the picture to the middle, and from there on anew."""
+    """Return OpenAI's name of a block: they are numbered from the image to the middle, and from 0 again after it."""
     side, level, blocks = block.side, block.level, net.num_res_blocks
     if side == "mid":
         attends = isinstance(net, Classifier) or net.mid_attention
@@ -224,7 +224,7 @@ def block_name(block: Block, net: UNet | Classifier, image_size: int) -> str:
     part = int(block.kind == "attention")
     if side == "down":
         return f"input_blocks.{1 + level * (blocks + 1) + block.number}.{part}"
-    # What doubles the picture is the last part of the level's last entry, behind its attention.
+    # What doubles the image is the last part of the level's last entry, behind its attention.
     number, last = block.number, len(net.channel_mult) - 1
     if block.kind == "resample":
         number, part = blocks, 1 + attends_at(net, image_size, level)

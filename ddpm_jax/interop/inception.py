@@ -52,5 +52,5 @@ def inception_table() -> list[Entry]:
 
 
 def _shapes() -> Any:
-    picture = jax.ShapeDtypeStruct((1, SIZE, SIZE, 3), jnp.float32)
-    return jax.eval_shape(Inception().init, jax.random.key(0), picture)["params"]
+    image = jax.ShapeDtypeStruct((1, SIZE, SIZE, 3), jnp.float32)
+    return jax.eval_shape(Inception().init, jax.random.key(0), image)["params"]

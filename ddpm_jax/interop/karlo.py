@@ -1,12 +1,12 @@
 """Karlo, the one released unCLIP (kakaobrain 2022), in the layout of diffusers: prior, decoder, both upsamplers.
 
-Its networks are `DiffusionPrior`, `Decoder` and `Upsampler`. What is told differently there:
+Its networks are `DiffusionPrior`, `Decoder` and `Upsampler`. What differs there:
 
 - CLIP's embeddings come as the projections give them, not of unit length, and are not scaled before a layer: divide
   them by sqrt(embed_dim), by which our networks multiply.
 - A caption is dropped by giving the empty one, so there are no learned vectors of dropped text; ours are zeros.
 - The decoder's conditioning is a file of its own there (text_proj).
-- The prior's file holds the mean and the standard deviation of image embeddings, by which what it draws is turned back.
+- The prior's file holds the mean and the standard deviation of image embeddings, by which its samples are turned back.
 """
 
 import functools
@@ -314,7 +314,7 @@ def prior_table(length: int, width: int, layers: int) -> list[Entry]:
     return table
 
 
-# ---- The decoder and what it is told ---------------------------------------------------------------------------------
+# ---- The decoder and its conditions ----------------------------------------------------------------------------------
 
 
 def load_decoder(
@@ -329,7 +329,7 @@ def load_decoder(
     Args:
         unet, text_proj: the tensors of diffusers' UNet2DConditionModel and UnCLIPTextProjModel.
         model: the network; `DECODER()` is Karlo's.
-        image_size: of its pictures.
+        image_size: of its images.
 
     Raises:
         ConvertError: if the tensors are not those of the network; it lists which.

@@ -91,7 +91,7 @@ def read_karlo_original(
         heads: of the prior's attention.
         head_channels: the width of a head in the decoder.
         head_width: the width of a head in CLIP; a pair is of the text and of the vision transformer.
-        image_sizes: of the decoder's and of the upsamplers' pictures, in pixels.
+        image_sizes: of the decoder's and of the upsamplers' images, in pixels.
         prior_clip: what the prior predicts is clipped to +- this.
         dtype: in which the networks compute; parameters are float32.
 
@@ -288,7 +288,7 @@ def load_decoder(
 
     Args:
         tensors: of decoder-ckpt*.ckpt, as `read_tensors` gives them, or the state_dict alone.
-        image_size: of its pictures, in pixels.
+        image_size: of its images, in pixels.
         head_channels: the width of a head; 64 in Karlo.
         dtype: in which the network computes; parameters are float32.
 
@@ -349,7 +349,7 @@ def load_upsamplers(tensors: Mapping[str, np.ndarray], *, image_size: int = 256,
 
     Args:
         tensors: of improved-sr-ckpt*.ckpt, as `read_tensors` gives them, or the state_dict alone.
-        image_size: of the pictures that they draw, in pixels.
+        image_size: of their images, in pixels.
         dtype: in which the network computes; parameters are float32.
 
     Raises:
@@ -391,14 +391,14 @@ def _unet_of(
 ) -> UNet:
     """Return the U-Net that the tensors with such a prefix are of.
 
-    On the way up every level but the first picture's ends with a residual block of its own that doubles the picture,
+    On the way up every level but that of the largest size ends with a residual block of its own that doubles the image,
     behind the other parts of its entry, which is where names tell that a level ends.
     """
     blocks = f"{peer}output_blocks"
     total = count(tensors, f"{blocks}.#")
     doubles = lambda n: any(f"{blocks}.{n}.{part}.in_layers.2.weight" in tensors for part in (1, 2))  # noqa: E731
     ends = [n for n in range(total) if doubles(n)]
-    begins = [0, *(n + 1 for n in ends)][::-1]  # of every level, the one of the picture's size first
+    begins = [0, *(n + 1 for n in ends)][::-1]  # of every level, the one of the image's size first
     _, channels = _shape(tensors, f"{peer}time_embed.0.weight", 2, whose)
     widths = [_shape(tensors, f"{blocks}.{n}.0.in_layers.2.weight", 4, whose)[0] for n in begins]
     attends = [f"{blocks}.{n}.1.qkv.weight" in tensors for n in begins]

@@ -1,7 +1,7 @@
 """Stable Diffusion 1 and 2 in one file, as the original code saves it (CompVis, Stability AI).
 
 The networks are those of `interop.stable_diffusion`; here are the names that their tensors have in such a file, from
-those of diffusers, in both directions. What the file does not say, the prediction and the size of the pictures, is an
+those of diffusers, in both directions. What the file does not say, the prediction and the size of the images, is an
 argument: version 2 has models of 512 ("eps") and of 768 pixels ("v").
 """
 

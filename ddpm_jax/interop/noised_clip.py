@@ -21,7 +21,7 @@ _IMAGE, _TEXT = ("vision", "image_projection"), ("text", "text_projection")
 
 
 def NOISED_CLIP(**options: Any) -> NoisedCLIP:  # noqa: N802
-    """Return the released network: pictures of 64 x 64, the cosine schedule of 1000 steps, captions of 77 tokens.
+    """Return the released network: images of 64 x 64, the cosine schedule of 1000 steps, captions of 77 tokens.
 
     The options go to both towers.
     """

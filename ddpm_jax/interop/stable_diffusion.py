@@ -82,7 +82,7 @@ def read_stable_diffusion(directory: str | Path, *, dtype: Any = jnp.float32) ->
 
     Raises:
         ReadError: if a part is missing or cannot be read.
-        ConvertError: if a part's tensors are not those of its network, or its config asks for what is not supported.
+        ConvertError: if a part's tensors are not those of its network, or its config has what is not supported.
     """
     directory = Path(directory)
     config_of = lambda part, **name: read_config(  # noqa: E731
@@ -325,8 +325,8 @@ def autoencoder_table(model: Autoencoder) -> list[Entry]:
 
 def autoencoder_shapes(model: Autoencoder) -> Any:
     """Return the shapes of the parameters."""
-    picture = jax.ShapeDtypeStruct((1, 2 * model.factor, 2 * model.factor, model.out_channels), jnp.float32)
-    return jax.eval_shape(model.init, jax.random.key(0), picture)["params"]
+    image = jax.ShapeDtypeStruct((1, 2 * model.factor, 2 * model.factor, model.out_channels), jnp.float32)
+    return jax.eval_shape(model.init, jax.random.key(0), image)["params"]
 
 
 def _plain_attention(ours: str, peer: str) -> list[Entry]:
@@ -356,7 +356,7 @@ def unet_of(config: Mapping[str, Any], dtype: Any = jnp.float32) -> UNet:
     """Return the network that the config of diffusers' UNet2DConditionModel describes.
 
     Raises:
-        ConvertError: if the config asks for what Stable Diffusion 1 and 2 do not have.
+        ConvertError: if the config has what Stable Diffusion 1 and 2 do not have.
     """
     whose = _NOT_UNET
     check_fields(config, config_fields.STABLE_DIFFUSION_UNET, whose)
@@ -395,7 +395,7 @@ def check_channels(channels: int, latent_channels: int) -> None:
         known = {2 * latent_channels + 1: "inpainting", 2 * latent_channels: "editing", latent_channels + 1: "depth"}
         use = f", as U-Nets for {known[channels]} do" if channels in known else ""
         raise ConvertError(
-            f"the U-Net is not one that draws images of captions: it sees in_channels={channels} channels{use}, and "
+            f"the U-Net is not one of captions alone: it sees in_channels={channels} channels{use}, and "
             f"supported are the {latent_channels} of the latents"
         )
 

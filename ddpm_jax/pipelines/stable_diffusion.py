@@ -275,7 +275,7 @@ def open_stable_diffusion(
 
     Raises:
         ReadError: if a part is missing or cannot be read.
-        ConvertError: if a part's tensors are not those of its network, or its config asks for what is not supported.
+        ConvertError: if a part's tensors are not those of its network, or its config has what is not supported.
     """
     return StableDiffusion.from_converted(read_stable_diffusion(directory, dtype=dtype), tokenizer)
 
