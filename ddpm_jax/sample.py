@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 from absl import flags
 
-from ddpm_jax.diffusion.sampling import SAMPLERS, Sampling
+from ddpm_jax.diffusion.samplers import SAMPLERS
+from ddpm_jax.diffusion.sampling import Sampling
 
 FLAGS = flags.FlagValues()
 _PROMPT = flags.DEFINE_multi_string("prompt", None, "What to show; may be repeated.", flag_values=FLAGS)
@@ -47,9 +48,9 @@ _BATCH = flags.DEFINE_integer("batch_size", None, "Images at a time.", lower_bou
 _COLUMNS = flags.DEFINE_integer("columns", None, "Images a row.", lower_bound=1, flag_values=FLAGS)
 _RAW = flags.DEFINE_bool("raw_weights", False, "Use raw instead of averaged weights of a workdir.", flag_values=FLAGS)
 _HELP = {
-    "sampler": "Sampler of the main stage.",
+    "sampler": "Sampler of the main stage; docs/samplers.md compares them.",
     "steps": 'Its steps: a number, a spec like "ddim25" or "10,10,3,2,2", or timesteps.',
-    "order": "Of dpm_solver and unipc: 1, 2 or 3.",
+    "order": "Of the samplers that have orders: 1, 2 or 3.",
     "sde": "Add noise in dpm_solver.",
     "corrector_steps": "Of predictor_corrector.",
     "eta": "Noise of ddim, from 0 to 1.",

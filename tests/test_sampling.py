@@ -15,6 +15,7 @@ from ddpm_jax.diffusion.diffusion import MAX_STEPS, SCHEDULES, Diffusion
 from ddpm_jax.diffusion.guidance import classifier_free
 from ddpm_jax.diffusion.process import make_process, respace
 from ddpm_jax.diffusion.samplers import (
+    SAMPLERS,
     analytic_step,
     ancestral_step,
     ddim_step,
@@ -27,8 +28,9 @@ from ddpm_jax.diffusion.samplers import (
     sample,
     unipc_step,
 )
-from ddpm_jax.diffusion.sampling import SAMPLERS, Sampling, as_steps, bounded, sample_with, sampling_from
+from ddpm_jax.diffusion.sampling import Sampling, as_steps, bounded, sample_with, sampling_from
 from ddpm_jax.diffusion.schedules import cosine_betas, linear_betas
+from ddpm_jax.types import Step
 
 T, B, SHAPE, STEPS = 60, 3, (4, 2), 6
 DIFFUSION = Diffusion("cosine", T, prediction="v")
@@ -231,8 +233,12 @@ CASES = {
 }
 
 
-def test_every_sampler_has_a_case():
-    assert {name.split(",")[0] for name in CASES} == set(SAMPLERS)
+def test_every_sampler_takes_the_options_that_it_lists():
+    values = {"eta": 0.4, "order": 1, "sde": True, "churn": 0.3, "corrector_steps": 2, "snr": 0.1}
+    for name, sampler in SAMPLERS.items():
+        moments = MOMENTS if name == "analytic" else None
+        for options in ({}, {option: values[option] for option in sampler.options}):
+            assert isinstance(Sampling(name, **options).checked().step(moments=moments), Step), name
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -15,33 +15,9 @@ from ddpm_jax.checks import check_static
 from ddpm_jax.diffusion.diffusion import Diffusion
 from ddpm_jax.diffusion.guidance import classifier_free, classifier_guided, log_prob_gradient
 from ddpm_jax.diffusion.process import GaussianProcess, respace
-from ddpm_jax.diffusion.samplers import (
-    RecordedNoise,
-    analytic_step,
-    ancestral_step,
-    ddim_step,
-    dpm_solver_step,
-    heun_step,
-    plms_step,
-    predictor_corrector_step,
-    reverse_diffusion_step,
-    sample,
-    unipc_step,
-)
+from ddpm_jax.diffusion.samplers import SAMPLERS, RecordedNoise, sample
 from ddpm_jax.types import Denoiser, Step
 
-# The options that each sampler has besides steps, guidance and thresholds.
-SAMPLERS: dict[str, tuple[str, ...]] = {
-    "ancestral": (),
-    "analytic": (),
-    "ddim": ("eta",),
-    "dpm_solver": ("order", "sde"),
-    "heun": ("churn",),
-    "plms": (),
-    "predictor_corrector": ("corrector_steps", "snr"),
-    "reverse_diffusion": (),
-    "unipc": ("order",),
-}
 _RANGES: dict[str, tuple[float, float]] = {
     "eta": (0.0, 1.0),
     "churn": (0.0, 1e6),
@@ -70,11 +46,11 @@ class Sampling:
     An option that is None is not used: no guidance, no threshold, the sampler's default.
 
     Attributes:
-        sampler: "ancestral", "analytic" (needs the model's second moments), "ddim", "dpm_solver", "heun", "plms",
-            "predictor_corrector", "reverse_diffusion" or "unipc"; see `diffusion.samplers`.
+        sampler: a name in `diffusion.samplers.SAMPLERS`; docs/samplers.md compares them. "analytic" needs the second
+            moments of the model.
         steps: a number of steps, a spec such as "ddim25" or "10,10,3,2,2", or increasing timesteps; see
             `schedules.respaced_timesteps`.
-        order: 1, 2 or 3, of "dpm_solver" and "unipc"; 2 by default.
+        order: 1, 2 or 3, of the samplers that have orders; 2 by default.
         sde: True adds noise in "dpm_solver" (SDE-DPM-Solver++).
         corrector_steps: of "predictor_corrector"; 1 by default.
         eta: noise of "ddim", in [0, 1]; None and 0 are deterministic, 1 is the distribution of ancestral sampling.
@@ -113,7 +89,8 @@ class Sampling:
         """
         if self.sampler not in SAMPLERS:
             raise ValueError(f"{prefix}sampler={self.sampler!r} must be one of {', '.join(map(repr, SAMPLERS))}")
-        own = {name for names in SAMPLERS.values() for name in names} - set(SAMPLERS[self.sampler])
+        options = SAMPLERS[self.sampler].options
+        foreign = {name for sampler in SAMPLERS.values() for name in sampler.options} - set(options)
         found: dict[str, Any] = {"steps": as_steps(f"{prefix}steps", self.steps)}
         for field in dataclasses.fields(self):
             name, value = field.name, getattr(self, field.name)
@@ -121,8 +98,8 @@ class Sampling:
                 continue
             value = _checked_option(prefix + name, name, value)
             neutral = not _is_traced(value) and value == _NEUTRAL.get(name)
-            if name in own and not neutral:
-                takes = ", ".join(SAMPLERS[self.sampler]) or "no option of its own"
+            if name in foreign and not neutral:
+                takes = ", ".join(options) or "no option of its own"
                 raise ValueError(f"{prefix}{name}={value} is no option of sampler={self.sampler!r}, which has {takes}")
             found[name] = None if neutral else value
         return self.replace(**found)
@@ -134,8 +111,8 @@ class Sampling:
         """
         options = {name: value for name, value in options.items() if value is not None}
         if options.get("sampler", self.sampler) != self.sampler:
-            has = SAMPLERS.get(options["sampler"], ())
-            dropped = {name for name in SAMPLERS[self.sampler] if name not in has}
+            has = SAMPLERS[options["sampler"]].options if options["sampler"] in SAMPLERS else ()
+            dropped = set(SAMPLERS[self.sampler].options) - set(has)
             self = self.replace(**{name: False if name == "sde" else None for name in dropped})
         return self.replace(**options).checked(prefix)
 
@@ -164,26 +141,14 @@ class Sampling:
             guide: for "ancestral", see `ancestral_step`.
             moments: float32[T] at the steps of the respaced process, for "analytic", see `analytic_moments`.
         """
-        order = 2 if self.order is None else self.order
+        make, names = SAMPLERS[self.sampler]
+        if self.sampler == "ancestral":
+            return make(guide)
         if self.sampler == "analytic":
             if moments is None:
                 raise ValueError("sampler='analytic' needs second moments of the model, which it has not; see docs")
-            return analytic_step(moments)
-        if self.sampler == "predictor_corrector":
-            return predictor_corrector_step(
-                corrector_steps=1 if self.corrector_steps is None else self.corrector_steps,
-                snr=0.16 if self.snr is None else self.snr,
-            )
-        makers: dict[str, Callable[[], Step]] = {
-            "ancestral": lambda: ancestral_step(guide),
-            "ddim": lambda: ddim_step(0.0 if self.eta is None else self.eta),
-            "dpm_solver": lambda: dpm_solver_step(order, sde=self.sde),
-            "heun": lambda: heun_step(0.0 if self.churn is None else self.churn),
-            "plms": plms_step,
-            "reverse_diffusion": reverse_diffusion_step,
-            "unipc": lambda: unipc_step(order),
-        }
-        return makers[self.sampler]()
+            return make(moments)
+        return make(**{name: value for name in names if (value := getattr(self, name)) is not None})
 
     def x0_transform(self) -> Callable[[jax.Array], jax.Array] | None:
         """Return the threshold as `sample` takes it; what is infinite becomes NaN, since it would pass when clipped."""

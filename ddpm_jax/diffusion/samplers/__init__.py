@@ -1,4 +1,10 @@
-"""Samplers: a ``Step`` each, all run by ``sample`` along a time grid; ``invert`` walks it the other way."""
+"""Samplers: a ``Step`` each, all run by ``sample`` along a time grid; ``invert`` walks it the other way.
+
+`SAMPLERS` lists those that a config, a file or the command line may name.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
 
 from ddpm_jax.diffusion.samplers.ancestral import ancestral_step
 from ddpm_jax.diffusion.samplers.ddim import ddim_step
@@ -18,8 +24,11 @@ from ddpm_jax.diffusion.samplers.stochastic import (
     reverse_diffusion_step,
 )
 from ddpm_jax.diffusion.samplers.unipc import unipc_step
+from ddpm_jax.types import Step
 
 __all__ = [
+    "SAMPLERS",
+    "NamedSampler",
     "Point",
     "RecordedNoise",
     "analytic_moments",
@@ -44,3 +53,29 @@ __all__ = [
     "truncate",
     "unipc_step",
 ]
+
+
+class NamedSampler(NamedTuple):
+    """What a name stands for.
+
+    Attributes:
+        make: returns the step; it takes the options as keyword arguments, all with defaults. That of "ancestral" also
+            takes ``guide``, and that of "analytic" needs ``moments``.
+        options: those fields of `diffusion.sampling.Sampling` that it has.
+    """
+
+    make: Callable[..., Step]
+    options: tuple[str, ...] = ()
+
+
+SAMPLERS: dict[str, NamedSampler] = {
+    "ancestral": NamedSampler(ancestral_step),
+    "analytic": NamedSampler(analytic_step),
+    "ddim": NamedSampler(ddim_step, ("eta",)),
+    "dpm_solver": NamedSampler(dpm_solver_step, ("order", "sde")),
+    "heun": NamedSampler(lambda churn=0.0: heun_step(churn), ("churn",)),
+    "plms": NamedSampler(plms_step),
+    "predictor_corrector": NamedSampler(predictor_corrector_step, ("corrector_steps", "snr")),
+    "reverse_diffusion": NamedSampler(reverse_diffusion_step),
+    "unipc": NamedSampler(unipc_step, ("order",)),
+}
