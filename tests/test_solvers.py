@@ -20,6 +20,7 @@ from ddpm_jax import (
 from ddpm_jax.diffusion import continuous
 from ddpm_jax.diffusion.samplers import (
     analytic_step,
+    deis_step,
     dpm_solver_step,
     heun_step,
     invert,
@@ -35,6 +36,9 @@ ODE = {
     "dpm_1": (dpm_solver_step(1), 1),
     "heun": (heun_step(), 2),
     "plms": (plms_step(), 2),
+    "deis_1": (deis_step(1), 1),
+    "deis_2": (deis_step(2), 2),
+    "deis_3": (deis_step(3), 3),
     "dpm_2": (dpm_solver_step(2), 2),
     "dpm_3": (dpm_solver_step(3), 3),
     "unipc_1": (unipc_step(1), 2),
@@ -99,6 +103,7 @@ def test_order_one_is_ddim():
         lambda keys, step: sample(short, gaussian_denoiser(process), keys, (3,), step=step, kind="x0"), static_argnums=1
     )
     np.testing.assert_allclose(draw(keys, dpm_solver_step(1)), draw(keys, ddim_step()), atol=2e-5)
+    np.testing.assert_allclose(draw(keys, deis_step(1)), draw(keys, ddim_step()), atol=2e-5)
     np.testing.assert_allclose(draw(keys, dpm_solver_step(1, sde=True)), draw(keys, ddim_step(1.0)), atol=2e-5)
 
 
@@ -120,6 +125,8 @@ def test_one_point_of_data_comes_back_exactly(name):
         (unipc_step(3), [800, 600, 400, 200, 0]),
         (heun_step(), [800, 600, 600, 400, 400, 200, 200, 0, 0]),
         (plms_step(), [800, 600, 600, 400, 200, 0]),
+        (deis_step(2), [800, 600, 400, 200, 0]),
+        (deis_step(3), [800, 600, 600, 400, 200, 0]),
     ],
 )
 def test_the_network_is_called_where_it_should_be(step, expected):
@@ -141,8 +148,9 @@ def test_orders_are_checked(options):
 
 
 def test_other_arguments_are_checked():
-    with pytest.raises(ValueError, match="order=4 must be 1, 2 or 3"):
-        unipc_step(4)
+    for step in (unipc_step, deis_step):
+        with pytest.raises(ValueError, match="order=4 must be 1, 2 or 3"):
+            step(4)
     with pytest.raises(ValueError, match="gamma=0.5 must be in"):
         heun_step(0.5)
     with pytest.raises(ValueError, match="noise_scale=0.0 must be positive"):
@@ -179,7 +187,7 @@ def test_few_steps_from_almost_pure_noise_extrapolate_little(steps):
     """alpha is 5e-5 at the end of the cosine schedule: differences of eps over alpha were up to 140 000."""
     process = make_process(cosine_betas(1000))
     short, keys = respace(process, steps), example_keys(jax.random.key(0), 512)
-    solvers = {name: ODE[name][0] for name in ("plms", "heun", "dpm_2", "unipc_2")}
+    solvers = {name: ODE[name][0] for name in ("plms", "heun", "dpm_2", "unipc_2", "deis_2", "deis_3")}
     run = jax.jit(
         lambda keys: {
             name: sample(short, gaussian_denoiser(process), keys, (1,), step=step, kind="x0")
@@ -202,7 +210,7 @@ def test_samples_of_discrete_points_end_in_them():
         return jax.nn.softmax(-0.5 * distances / sigma[:, None] ** 2, axis=-1) @ points
 
     short, keys = respace(process, "50"), example_keys(jax.random.key(0), 1000)
-    solvers = {name: ODE[name][0] for name in ("plms", "heun", "dpm_2", "unipc_2")}
+    solvers = {name: ODE[name][0] for name in ("plms", "heun", "dpm_2", "unipc_2", "deis_2", "deis_3")}
     run = jax.jit(
         lambda keys: {name: sample(short, denoise, keys, (2,), step=step, kind="x0") for name, step in solvers.items()}
     )

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from ddpm_jax.diffusion.samplers.ancestral import ancestral_step
 from ddpm_jax.diffusion.samplers.ddim import ddim_step
+from ddpm_jax.diffusion.samplers.deis import deis_step
 from ddpm_jax.diffusion.samplers.dpm_solver import dpm_solver_step
 from ddpm_jax.diffusion.samplers.editing import average_of, grey_of, measured, repaint_step, sdedit, truncate
 from ddpm_jax.diffusion.samplers.grid import Point, time_grid
@@ -36,6 +37,7 @@ __all__ = [
     "ancestral_step",
     "average_of",
     "ddim_step",
+    "deis_step",
     "dpm_solver_step",
     "euler_maruyama_step",
     "example_keys",
@@ -72,6 +74,7 @@ SAMPLERS: dict[str, NamedSampler] = {
     "ancestral": NamedSampler(ancestral_step),
     "analytic": NamedSampler(analytic_step),
     "ddim": NamedSampler(ddim_step, ("eta",)),
+    "deis": NamedSampler(deis_step, ("order",)),
     "dpm_solver": NamedSampler(dpm_solver_step, ("order", "sde")),
     "heun": NamedSampler(lambda churn=0.0: heun_step(churn), ("churn",)),
     "plms": NamedSampler(plms_step),
