@@ -118,7 +118,7 @@ def test_specs_are_strings_too(paths):
 
 
 def test_what_is_no_source_is_named(tmp_path):
-    with pytest.raises(ValueError, match="missing does not exist; give a folder of images, a directory of prepared"):
+    with pytest.raises(ValueError, match="missing does not exist; give a folder of images, prepared data"):
         open_source(tmp_path / "missing")
     write(tmp_path / "a.zip", "")
     with pytest.raises(ValueError, match="a.zip is neither a directory nor a .tar file"):

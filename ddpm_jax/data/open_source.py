@@ -12,8 +12,6 @@ from ddpm_jax.data.record_format import MANIFEST
 from ddpm_jax.data.webdataset import WebDatasetSource
 from ddpm_jax.types import Source
 
-TFDS, EMOJI = "tfds:", "emoji:"
-
 
 def open_source(spec: str | os.PathLike, **options: Any) -> Source:
     """Open the data that a path or a name stands for.
@@ -21,11 +19,15 @@ def open_source(spec: str | os.PathLike, **options: Any) -> Source:
     Args:
         spec: one of
 
-            - "tfds:NAME", or the directory of a built data set of TFDS (it has dataset_info.json): `TFDSSource`
-            - "emoji:DIRECTORY", with the packages of the emoji: `EmojiSource`
-            - a directory with manifest.json, as `python -m ddpm_jax.prepare` writes it: `ArrayRecordSource`
-            - a tar file, a pattern of tar files, or a directory of tar files: `WebDatasetSource`
-            - any other directory: `ImageFolder`
+            - a directory of images: `image_folder.ImageFolder`; labels are class subfolders or a column of metadata,
+              captions are `.txt` files, `metadata.jsonl` or `metadata.csv`
+            - a directory with manifest.json, as `python -m ddpm_jax.prepare` writes it:
+              `array_record.ArrayRecordSource`; labels and captions are kept
+            - .tar files, as "train-*.tar", "train-{000..099}.tar" or a directory of them:
+              `webdataset.WebDatasetSource`; labels are `.cls`, captions `.txt`, or `caption` or `text` in `.json`
+            - "tfds:NAME", or the directory of a built data set of TFDS (it has dataset_info.json):
+              `tfds_source.TFDSSource`; labels are a ClassLabel, captions a Text
+            - "emoji:DIRECTORY", with the packages of the emoji: `emoji.source.EmojiSource`; labels and captions
         options: of the source, as captions=None.
 
     Raises:
@@ -34,15 +36,14 @@ def open_source(spec: str | os.PathLike, **options: Any) -> Source:
     """
     text = os.fspath(spec)
     path = Path(text).expanduser()
-    if text.startswith(TFDS):
-        return _tfds(text.removeprefix(TFDS), options)
-    if text.startswith(EMOJI):
-        return EmojiSource(Path(text.removeprefix(EMOJI)).expanduser(), **options)
+    prefix, colon, rest = text.partition(":")
+    if colon and prefix in _NAMED:
+        return _NAMED[prefix](os.path.expanduser(rest), **options)
     if path.is_dir():
         if (path / MANIFEST).exists():
             return ArrayRecordSource(path, **options)
         if (path / "dataset_info.json").exists():
-            return _tfds(str(path), options)
+            return _tfds(str(path), **options)
         if any(path.glob("*.tar")):
             return WebDatasetSource(path, **options)
         return ImageFolder(path, **options)
@@ -50,13 +51,14 @@ def open_source(spec: str | os.PathLike, **options: Any) -> Source:
         return WebDatasetSource(path, **options)
     if path.exists():
         raise ValueError(f"{spec} is neither a directory nor a .tar file; give a folder of images, or prepared data")
-    raise ValueError(
-        f"{spec} does not exist; give a folder of images, a directory of prepared data, .tar files, {TFDS}NAME or "
-        f"{EMOJI}DIRECTORY"
-    )
+    named = "or a name: " + ", ".join(f"{prefix}:..." for prefix in _NAMED)
+    raise ValueError(f"{spec} does not exist; give a folder of images, prepared data, .tar files, {named}")
 
 
-def _tfds(name: str, options: dict[str, Any]) -> Source:
+def _tfds(name: str, **options: Any) -> Source:
     from ddpm_jax.data.tfds_source import TFDSSource  # here, since it needs an extra of its own
 
     return TFDSSource(name, **options)
+
+
+_NAMED = {"tfds": _tfds, "emoji": EmojiSource}
