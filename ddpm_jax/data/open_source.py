@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ddpm_jax.data.array_record import ArrayRecordSource
+from ddpm_jax.data.cifar10 import Cifar10Source
 from ddpm_jax.data.emoji.source import EmojiSource
 from ddpm_jax.data.image_folder import ImageFolder
 from ddpm_jax.data.record_format import MANIFEST
@@ -28,6 +29,8 @@ def open_source(spec: str | os.PathLike, **options: Any) -> Source:
             - "tfds:NAME", or the directory of a built data set of TFDS (it has dataset_info.json):
               `tfds_source.TFDSSource`; labels are a ClassLabel, captions a Text
             - "emoji:DIRECTORY", with the packages of the emoji: `emoji.source.EmojiSource`; labels and captions
+            - "cifar10:PATH", CIFAR-10's cifar-10-binary.tar.gz or the directory of its files:
+              `cifar10.Cifar10Source`; labels; split="test" is an option
         options: of the source, as captions=None.
 
     Raises:
@@ -61,4 +64,4 @@ def _tfds(name: str, **options: Any) -> Source:
     return TFDSSource(name, **options)
 
 
-_NAMED = {"tfds": _tfds, "emoji": EmojiSource}
+_NAMED = {"tfds": _tfds, "emoji": EmojiSource, "cifar10": Cifar10Source}
