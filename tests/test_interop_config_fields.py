@@ -98,7 +98,7 @@ def test_the_message_has_both_sizes(path):
 )
 def test_what_means_the_same_is_read(path, part, changes):
     read = opened(path, part, **changes)
-    assert read.facts["latent_size"] == 8 and read.models["text"].layers == 2
+    assert read.metadata["latent_size"] == 8 and read.models["text"].layers == 2
 
 
 # Of the signatures in diffusers 0.42; a pipeline of Stable Diffusion replaces steps_offset=0 by 1.

@@ -477,7 +477,7 @@ def test_numbers_of_a_model_directory_are_checked(directory):
     """Nothing is built of what a model.json cannot mean; the field is named."""
     read = karlo.read_karlo(directory)
     models, params = read.models, read.params
-    for facts, message in (
+    for metadata, message in (
         ({"prior_clip": -1.0}, r"metadata.prior_clip=-1.0 must be a number in \[1e-06, 1e\+06"),
         ({"prior_clip": True}, "metadata.prior_clip=True must be a number"),
         ({"sizes": [16, 10**9]}, r"metadata.sizes\[1\]=1000000000 must be an integer in \[1, 16384"),
@@ -485,7 +485,7 @@ def test_numbers_of_a_model_directory_are_checked(directory):
         ({"tokenizer": None}, "metadata lacks the field tokenizer"),
     ):
         with pytest.raises(LoadError, match=message):
-            pipeline_of(read._replace(facts=read.facts | facts))
+            pipeline_of(read._replace(metadata=read.metadata | metadata))
     for change, message in (
         ({"models": models | {"decoder": models["first"]}}, "networks.decoder .* must be a Decoder, got Upsampler"),
         ({"models": {"text": models["text"]}}, "networks.decoder of a karlo pipeline must be a Decoder, got none"),
@@ -548,8 +548,8 @@ def test_the_bound_of_the_prior_is_that_of_its_scheduler(directory, tmp_path, ch
     if changes is None:
         del config["clip_sample_range"]
     file.write_text(json.dumps(config))
-    assert karlo.read_karlo(place).facts["prior_clip"] == bound
-    assert FAMILIES["karlo"].read(place, Options()).converted.facts["prior_clip"] == bound
+    assert karlo.read_karlo(place).metadata["prior_clip"] == bound
+    assert FAMILIES["karlo"].read(place, Options()).converted.metadata["prior_clip"] == bound
 
 
 def test_other_files_are_refused():

@@ -10,7 +10,7 @@ import test_interop_stable_diffusion as parts
 from safetensors.numpy import save_file
 
 from ddpm_jax.interop import ReadError, latent_diffusion, read_tensors, stable_diffusion
-from ddpm_jax.interop.table import ConvertError, to_peer
+from ddpm_jax.interop.table import ConvertError, to_reference
 from ddpm_jax.pipelines.stable_diffusion import StableDiffusion, open_stable_diffusion
 
 NAMES = json.loads((Path(__file__).parent / "data" / "latent_diffusion_names.json").read_text())
@@ -35,7 +35,7 @@ def write(path, second=False):
         tensors[f"first_stage_model.{original}"] = array
     if second:
         _, params = stable_diffusion.load_text_encoder(parts.weights("text"), head_width=8)
-        text = to_peer(stable_diffusion.text_encoder_table(2, "openai"), params)
+        text = to_reference(stable_diffusion.text_encoder_table(2, "openai"), params)
         text |= {"text_projection": np.zeros((24, 24), np.float32), "logit_scale": np.zeros((), np.float32)}
         tensors |= {f"cond_stage_model.model.{name}": array for name, array in text.items()}
     else:
@@ -70,7 +70,7 @@ def test_a_file_of_version_2(tmp_path):
     tensors = write(tmp_path / "model.safetensors", second=True)
     ours = read(tmp_path / "model.safetensors", unet="unet2", kind="v")
     text = ours.models["text"]
-    assert (ours.facts["kind"], ours.facts["tokenizer"]["pad"], text.layers) == ("v", 0, 1)
+    assert (ours.metadata["kind"], ours.metadata["tokenizer"]["pad"], text.layers) == ("v", 0, 1)
     model, whole = stable_diffusion.load_text_encoder(parts.weights("text"), head_width=8, activation="gelu")
     assert model.layers == 2 and text == model.copy(layers=1)
     del whole["transformer"]["block_1"]

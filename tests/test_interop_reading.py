@@ -17,7 +17,7 @@ from safetensors.numpy import save_file
 
 from ddpm_jax.interop import ReadError, read_tensors
 from ddpm_jax.interop.clip import load_clip
-from ddpm_jax.interop.table import KERNEL, SAME, ConvertError, Entry, Layout, count, to_ours
+from ddpm_jax.interop.table import IDENTITY, KERNEL, ConvertError, Entry, Layout, count, to_ours
 
 FILES = Path(__file__).parent / "data" / "torch"
 EXPECTED = np.load(FILES / "expected.npz")
@@ -351,7 +351,7 @@ def test_names_reach_the_message_as_one_printable_line(tmp_path):
     assert str(caught.value).isprintable()
     strange = name.decode()
     with pytest.raises(ConvertError) as caught:
-        to_ours([Entry("a", ("a",), SAME)], {strange: NUMBERS, "a": NUMBERS}, {"a": NUMBERS})
+        to_ours([Entry("a", ("a",), IDENTITY)], {strange: NUMBERS, "a": NUMBERS}, {"a": NUMBERS})
     assert str(caught.value).isprintable() and r"sy\nst\x1b[31m\u202e" in str(caught.value)
     index = tmp_path / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"a": strange}}))

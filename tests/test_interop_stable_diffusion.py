@@ -429,7 +429,7 @@ def test_the_padding_of_the_tokenizer(tmp_path):
 
 def test_numbers_of_a_model_directory_are_checked(tmp_path):
     read = stable_diffusion.read_stable_diffusion(directory(tmp_path))
-    schedule = read.facts["schedule"]
+    schedule = read.metadata["schedule"]
     for change, message in (
         ({"latent_size": 10**9}, "metadata.latent_size=1000000000 must be an integer in"),
         ({"latent_size": 0}, "metadata.latent_size=0 must be an integer in"),
@@ -441,7 +441,7 @@ def test_numbers_of_a_model_directory_are_checked(tmp_path):
         ({"schedule": schedule | {"steps_offset": -1}}, "metadata.schedule: .* steps_offset=-1, which must be"),
     ):
         with pytest.raises(LoadError, match=message):
-            pipeline_of(read._replace(facts=read.facts | change))
+            pipeline_of(read._replace(metadata=read.metadata | change))
 
 
 def test_what_is_refused(tmp_path):

@@ -30,7 +30,7 @@ from ddpm_jax.interop.families import FAMILIES, Options
 from ddpm_jax.interop.guided import export_guided, load_guided
 from ddpm_jax.interop.latent_diffusion import AUTOENCODER, UNET, state_dict
 from ddpm_jax.interop.parts import select
-from ddpm_jax.interop.table import SAME, ConvertError, Entry, to_ours
+from ddpm_jax.interop.table import IDENTITY, ConvertError, Entry, to_ours
 from ddpm_jax.models.unet import UNet
 from ddpm_jax.storage.tensors import Tensors
 from ddpm_jax.storage.weight_files import only_weights, weights_of_part
@@ -183,7 +183,7 @@ def test_functions_that_run_or_change_are_refused(save, function):
 
 def test_an_object_in_place_of_a_tensor_is_named(save):
     tensors = read_tensors(save({"state_dict": {"w": np.arange(3), "other": ONE}}))
-    table = [Entry("w", ("w",), SAME), Entry("other", ("other",), SAME)]
+    table = [Entry("w", ("w",), IDENTITY), Entry("other", ("other",), IDENTITY)]
     with pytest.raises(ConvertError, match=r"it has in place of a tensor w \(an object of numpy\..*_reconstruct\)"):
         to_ours(table, select(tensors, ["other"]), {"w": ONE, "other": ONE})
     with pytest.raises(ReadError, match=r"it names numpy\..*, which no tensor needs; nothing of it was run"):

@@ -16,18 +16,18 @@ import numpy as np
 from ddpm_jax.interop.modified_resnet import counters, is_resnet, layers_of, resnet_of, resnet_table
 from ddpm_jax.interop.parts import select
 from ddpm_jax.interop.table import (
+    IDENTITY,
     KERNEL,
-    SAME,
-    TURNED,
+    TRANSPOSED,
     ConvertError,
     Entry,
     Layout,
+    concatenated,
     count,
     dense,
-    joined,
     norm,
     to_ours,
-    to_peer,
+    to_reference,
 )
 from ddpm_jax.models.clip import CLIP, VisionTransformer
 from ddpm_jax.models.text_encoder import TextEncoder
@@ -92,10 +92,10 @@ class _Names(NamedTuple):
 NAMES = {
     "openai": _Names(
         "token_embedding.weight", "positional_embedding", "transformer.resblocks.#", "ln_final",
-        lambda ours: [Entry(f"{ours}/kernel", ("text_projection",), SAME)],
+        lambda ours: [Entry(f"{ours}/kernel", ("text_projection",), IDENTITY)],
         "visual.class_embedding", "visual.positional_embedding", "visual.conv1.weight", "visual.ln_pre",
         "visual.transformer.resblocks.#", "visual.ln_post",
-        lambda ours: [Entry(f"{ours}/kernel", ("visual.proj",), SAME)],
+        lambda ours: [Entry(f"{ours}/kernel", ("visual.proj",), IDENTITY)],
         ("attn.in_proj_",), "attn.out_proj", "ln_1", "ln_2", ("mlp.c_fc", "mlp.c_proj"),
     ),
     "hf": _Names(
@@ -123,7 +123,7 @@ def end_mask(tokens: jax.Array, end: int | None = None) -> jax.Array:
 
 
 def clip_table(dialect: Dialect, text_layers: int | None, vision_layers: int | tuple[int, ...] | None) -> list[Entry]:
-    """Return the table of a CLIP with so many layers; None is a tower that is not there.
+    """Return the table of a CLIP with these numbers of layers; None is an absent tower.
 
     vision_layers: of a vision transformer, or the blocks in each of a ResNet's four stages.
     """
@@ -135,11 +135,11 @@ def clip_table(dialect: Dialect, text_layers: int | None, vision_layers: int | t
     # A tower alone has no temperature: ours has then the one that training starts from.
     alone = text_layers is None or vision_layers is None
     start = Layout(lambda: np.float32(math.log(1 / 0.07)), lambda x: ())
-    table = [Entry("log_scale", (), start) if alone else Entry("log_scale", ("logit_scale",), SAME)]
+    table = [Entry("log_scale", (), start) if alone else Entry("log_scale", ("logit_scale",), IDENTITY)]
     if text_layers is not None:
         table += [
-            Entry("text/token/embedding", (names.token,), SAME),
-            Entry("text/position", (names.text_position,), SAME),
+            Entry("text/token/embedding", (names.token,), IDENTITY),
+            Entry("text/position", (names.text_position,), IDENTITY),
             *blocks("text/transformer", names.text_block, text_layers),
             *norm("text/ln_final", names.text_ln),
             *names.text_projection("text_projection"),
@@ -148,8 +148,8 @@ def clip_table(dialect: Dialect, text_layers: int | None, vision_layers: int | t
         table += resnet_table(vision_layers)
     elif vision_layers is not None:
         table += [
-            Entry("vision/class", (names.vision_class,), SAME),
-            Entry("vision/position", (names.vision_position,), SAME),
+            Entry("vision/class", (names.vision_class,), IDENTITY),
+            Entry("vision/position", (names.vision_position,), IDENTITY),
             Entry("vision/patch/kernel", (names.patch,), KERNEL),
             *norm("vision/ln_pre", names.ln_pre),
             *blocks("vision/transformer", names.vision_block, vision_layers),
@@ -163,8 +163,10 @@ def _block(ours: str, peer: str, names: _Names) -> list[Entry]:
     parts = len(names.qkv)
     return [
         *norm(f"{ours}/ln_1", f"{peer}.{names.ln_1}"),
-        Entry(f"{ours}/qkv/kernel", tuple(f"{peer}.{part}weight" for part in names.qkv), joined(TURNED, parts)),
-        Entry(f"{ours}/qkv/bias", tuple(f"{peer}.{part}bias" for part in names.qkv), joined(SAME, parts)),
+        Entry(
+            f"{ours}/qkv/kernel", tuple(f"{peer}.{part}weight" for part in names.qkv), concatenated(TRANSPOSED, parts)
+        ),
+        Entry(f"{ours}/qkv/bias", tuple(f"{peer}.{n}bias" for n in names.qkv), concatenated(IDENTITY, parts)),
         *dense(f"{ours}/out", f"{peer}.{names.out}"),
         *norm(f"{ours}/ln_2", f"{peer}.{names.ln_2}"),
         *dense(f"{ours}/mlp_1", f"{peer}.{names.mlp[0]}"),
@@ -179,7 +181,7 @@ def load_clip(
     activation: str | tuple[str, str] = "quick_gelu",
     dtype: Any = jnp.float32,
 ) -> LoadedCLIP:
-    """Make a CLIP of a peer's tensors.
+    """Make a CLIP of a reference implementation's tensors.
 
     Args:
         tensors: as `read_tensors` gives them: OpenAI's archive or state_dict, open_clip's state_dict, or transformers'
@@ -261,7 +263,7 @@ def shape_of(tensors: Mapping[str, np.ndarray], name: str, axes: int) -> tuple[i
     """Return the shape of a tensor that sizes are read from.
 
     Raises:
-        ConvertError: if it is missing, or has not so many axes, none of them empty.
+        ConvertError: if it is missing, or has another number of axes, or an empty one.
     """
     if name not in tensors:
         raise ConvertError(f"the file is not of a CLIP: it lacks {name}")
@@ -285,13 +287,14 @@ def _heads(width: int, head_width: int, tower: str) -> int:
 
 
 def export_clip(params: Mapping[str, Any], dialect: Dialect) -> dict[str, np.ndarray]:
-    """Return a peer's tensors, float32; they load strictly there.
+    """Return the reference implementation's tensors, float32; they load strictly there.
 
     Either dialect may be asked of any CLIP but one with a ResNet, which "openai" alone has. Its file also has PyTorch's
     counters of batches, int64 zeros.
 
     Raises:
-        ValueError: for another dialect, a ResNet in "hf", or a CLIP with a convolutional stem, which no peer has.
+        ValueError: for another dialect, a ResNet in "hf", or a convolutional stem, which no reference implementation
+            has.
     """
     if dialect not in NAMES:
         raise ValueError(f"{dialect=} must be one of {', '.join(NAMES)}")
@@ -303,7 +306,7 @@ def export_clip(params: Mapping[str, Any], dialect: Dialect) -> dict[str, np.nda
     text = len(params["text"]["transformer"]) if "text" in params else None
     vision = resnet or (len(params["vision"]["transformer"]) if "vision" in params else None)
     table = clip_table(dialect, text, vision)
-    return to_peer(table, params) | counters(table)
+    return to_reference(table, params) | counters(table)
 
 
 def _shapes(model: CLIP) -> Any:

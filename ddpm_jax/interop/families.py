@@ -101,11 +101,11 @@ def _read_karlo(source: Path, options: Options) -> Read:
     original = any(source.glob(karlo_original.FILES["decoder"]))
     read = karlo_original.read_karlo_original(source) if original else karlo.read_karlo(source)
     if options.prior_clip is not None:
-        read.facts["prior_clip"] = options.prior_clip
+        read.metadata["prior_clip"] = options.prior_clip
     assumed = {
-        "prior_clip": read.facts["prior_clip"],
+        "prior_clip": read.metadata["prior_clip"],
         "schedules": "cosine, 1000 steps; the decoder's variance is learned, the others' fixed small",
-        "padding of captions": read.facts["tokenizer"]["pad"],
+        "padding of captions": read.metadata["tokenizer"]["pad"],
     }
     if original:
         assumed["widths of heads"] = "64 in the prior, the decoder and CLIP"
@@ -115,10 +115,10 @@ def _read_karlo(source: Path, options: Options) -> Read:
 
 def _write_karlo(converted: Converted, out: Path) -> None:
     models, params = converted.models, converted.params
-    if converted.facts["layout"] != "diffusers":
+    if converted.metadata["layout"] != "diffusers":
         _write_karlo_original(converted, out)
         return
-    small, large = converted.facts["sizes"]
+    small, large = converted.metadata["sizes"]
     parts = {"text_encoder": clip.export_clip(params["text"], "hf")}
     if "image" in params:
         parts["image_encoder"] = clip.export_clip(params["image"], "hf")
@@ -134,7 +134,7 @@ def _write_karlo(converted: Converted, out: Path) -> None:
 
 def _write_karlo_original(converted: Converted, out: Path) -> None:
     models, params = converted.models, converted.params
-    small, large = converted.facts["sizes"]
+    small, large = converted.metadata["sizes"]
     numbers = params["statistics"]
     prior = karlo.LoadedPrior(models["prior"], params["prior"], numbers["mean"], numbers["std"])
     prior_file, statistics = karlo_original.export_prior(prior)
@@ -156,7 +156,7 @@ def _read_stable_diffusion(source: Path, options: Options) -> Read:
         read = stable_diffusion.read_stable_diffusion(source)
         assumed = {
             "sampler": "DDIM, whatever the scheduler's name, at its timesteps",
-            "padding of captions": read.facts["tokenizer"]["pad"],
+            "padding of captions": read.metadata["tokenizer"]["pad"],
         }
         return Read(read, assumed, _weights(source, ["text_encoder", "unet", "vae"]))
     read = latent_diffusion.read_stable_diffusion_file(
@@ -172,11 +172,11 @@ def _read_stable_diffusion(source: Path, options: Options) -> Read:
 
 
 def _write_stable_diffusion(converted: Converted, out: Path) -> None:
-    if converted.facts["layout"] == "original":
+    if converted.metadata["layout"] == "original":
         write_tensors(out, "model", latent_diffusion.export_stable_diffusion_file(converted), whole=True)
         return
     models, params = converted.models, converted.params
-    linear = converted.facts["linear_projection"]
+    linear = converted.metadata["linear_projection"]
     _write_parts(
         out,
         {
@@ -215,13 +215,13 @@ def _read_clip(source: Path, options: Options) -> Read:
         if end == 2
         else f"the first id {end}, as interop.clip.end_mask(tokens, {end}) finds it",
     }
-    facts: dict[str, Any] = {"dialect": loaded.dialect}
+    metadata: dict[str, Any] = {"dialect": loaded.dialect}
     if loaded.model.vision is not None:
-        facts["image_size"] = loaded.model.vision.image_size
+        metadata["image_size"] = loaded.model.vision.image_size
     if (text := loaded.model.text) is not None and text.vocab_size == ClipTokenizer.vocab_size:
         # All public ones have OpenAI's tokenizer, and see nothing of the padding.
-        facts |= {"tokenizer": {"kind": "clip", "pad": 0}, "length": text.context}
-    return Read(Converted("clip", {"clip": loaded.model}, {"clip": loaded.params}, facts), assumed, files_of(file))
+        metadata |= {"tokenizer": {"kind": "clip", "pad": 0}, "length": text.context}
+    return Read(Converted("clip", {"clip": loaded.model}, {"clip": loaded.params}, metadata), assumed, files_of(file))
 
 
 def _clip_config(path: Path) -> tuple[tuple[int, int], tuple[str, str], int, dict[str, dict[str, Any]]]:
@@ -248,7 +248,7 @@ def _clip_config(path: Path) -> tuple[tuple[int, int], tuple[str, str], int, dic
 
 
 def _write_clip(converted: Converted, out: Path) -> None:
-    tensors = clip.export_clip(converted.params["clip"], converted.facts["dialect"])
+    tensors = clip.export_clip(converted.params["clip"], converted.metadata["dialect"])
     write_tensors(out, "model", tensors, whole=True)
 
 
@@ -258,14 +258,14 @@ def _read_guided(source: Path, options: Options) -> Read:
     how = {"image_size": published.image_size, "new_attention_order": published.new_attention_order}
     tensors, taken = _part(file, guided.MARKS, options)
     params = guided.load_guided(tensors, model, **how)
-    facts = {name: value for name, value in published._asdict().items() if name != "model"}
-    metadata = {"model": options.model} | facts | guided.metadata_of(published, model)
+    chosen = {name: value for name, value in published._asdict().items() if name != "model"}
+    metadata = {"model": options.model} | chosen | guided.metadata_of(published, model)
     converted = Converted("guided", {"model": model}, {"model": params}, metadata)
-    return Read(converted, taken | {"model": options.model} | facts, files_of(file))
+    return Read(converted, taken | {"model": options.model} | chosen, files_of(file))
 
 
 def _write_guided(converted: Converted, out: Path) -> None:
-    how = {name: converted.facts[name] for name in ("image_size", "new_attention_order")}
+    how = {name: converted.metadata[name] for name in ("image_size", "new_attention_order")}
     write_tensors(
         out, "model", guided.export_guided(converted.params["model"], converted.models["model"], **how), whole=True
     )
@@ -276,14 +276,14 @@ def _read_glide(source: Path, options: Options) -> Read:
     file, model = _file(source), make()
     tensors, taken = _part(file, guided.MARKS, options)
     params = glide.load_glide(tensors, model, image_size=size)
-    facts = {"model": options.model, "image_size": size}
+    metadata = {"model": options.model, "image_size": size}
     schedule = {"schedule": "cosine" if options.model == "base" else "linear", "num_steps": 1000}
-    converted = Converted("glide", {"model": model}, {"model": params}, facts | schedule)
-    return Read(converted, taken | facts | schedule, files_of(file))
+    converted = Converted("glide", {"model": model}, {"model": params}, metadata | schedule)
+    return Read(converted, taken | metadata | schedule, files_of(file))
 
 
 def _write_glide(converted: Converted, out: Path) -> None:
-    model, size = converted.models["model"], converted.facts["image_size"]
+    model, size = converted.models["model"], converted.metadata["image_size"]
     write_tensors(out, "model", glide.export_glide(converted.params["model"], model, image_size=size), whole=True)
 
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from ddpm_jax.interop.guided import MARKS, unet_table
 from ddpm_jax.interop.parts import select
-from ddpm_jax.interop.table import SAME, TURNED, Entry, by_head, dense, norm, to_ours, to_peer
+from ddpm_jax.interop.table import IDENTITY, TRANSPOSED, Entry, by_head, dense, norm, to_ours, to_reference
 from ddpm_jax.models.glide import Glide
 from ddpm_jax.models.unet import UNet
 
@@ -43,15 +43,15 @@ def load_glide(tensors: Mapping[str, np.ndarray], model: Glide, *, image_size: i
 
 def export_glide(params: Mapping[str, Any], model: Glide, *, image_size: int) -> dict[str, np.ndarray]:
     """Return OpenAI's tensors, float32: the inverse of `load_glide`, bit for bit."""
-    return to_peer(glide_table(model, image_size), params)
+    return to_reference(glide_table(model, image_size), params)
 
 
 def glide_table(model: Glide, image_size: int) -> list[Entry]:
     """Return the table of a network."""
     table = [
-        Entry("token/embedding", ("token_embedding.weight",), SAME),
-        Entry("position", ("positional_embedding",), SAME),
-        Entry("padding", ("padding_embedding",), SAME),
+        Entry("token/embedding", ("token_embedding.weight",), IDENTITY),
+        Entry("position", ("positional_embedding",), IDENTITY),
+        Entry("padding", ("padding_embedding",), IDENTITY),
         *norm("ln_final", "final_ln"),
         *dense("text_emb", "transformer_proj"),
         *unet_table(model.unet, image_size, "unet/", context=True),
@@ -59,7 +59,7 @@ def glide_table(model: Glide, image_size: int) -> list[Entry]:
     for i in range(model.layers):
         ours, peer = f"transformer/block_{i}", f"transformer.resblocks.{i}"
         # Head by head there, all queries first here.
-        qkv = [by_head(layout, 3, parts=model.heads) for layout in (TURNED, SAME)]
+        qkv = [by_head(layout, 3, parts=model.heads) for layout in (TRANSPOSED, IDENTITY)]
         table += [
             *norm(f"{ours}/ln_1", f"{peer}.ln_1"),
             Entry(f"{ours}/qkv/kernel", (f"{peer}.attn.c_qkv.weight",), qkv[0]),

@@ -17,8 +17,8 @@ import numpy as np
 
 from ddpm_jax.interop.parts import select
 from ddpm_jax.interop.table import (
-    SAME,
-    TURNED,
+    IDENTITY,
+    TRANSPOSED,
     ConvertError,
     Entry,
     Layout,
@@ -27,7 +27,7 @@ from ddpm_jax.interop.table import (
     dense,
     norm,
     to_ours,
-    to_peer,
+    to_reference,
 )
 from ddpm_jax.interop.unet import Block, attends_at, walk
 from ddpm_jax.models.adm import Classifier, ClassUNet, SuperUNet
@@ -182,14 +182,14 @@ def export_guided(
     params: Mapping[str, Any], model: nn.Module, *, image_size: int, new_attention_order: bool = False
 ) -> dict[str, np.ndarray]:
     """Return OpenAI's tensors, float32: the inverse of `load_guided`, bit for bit."""
-    return to_peer(guided_table(model, image_size, new_attention_order), params)
+    return to_reference(guided_table(model, image_size, new_attention_order), params)
 
 
 def guided_table(model: nn.Module, image_size: int, new_attention_order: bool = False) -> list[Entry]:
     """Return the table of a network."""
     net, table = _network(model), []
     if getattr(model, "num_classes", None) is not None and not isinstance(model, Classifier):
-        table.append(Entry("label/embedding", ("label_emb.weight",), SAME))
+        table.append(Entry("label/embedding", ("label_emb.weight",), IDENTITY))
     return table + unet_table(net, image_size, "" if net is model else "unet/", new_attention_order)
 
 
@@ -231,7 +231,7 @@ def block_name(block: Block, net: UNet | Classifier, image_size: int) -> str:
     return f"output_blocks.{(last - level) * (blocks + 1) + number}.{part}"
 
 
-def _pointwise(ours: str, peer: str, layout: Layout = POINTWISE, bias: Layout = SAME) -> list[Entry]:
+def _pointwise(ours: str, peer: str, layout: Layout = POINTWISE, bias: Layout = IDENTITY) -> list[Entry]:
     return [Entry(f"{ours}/kernel", (f"{peer}.weight",), layout), Entry(f"{ours}/bias", (f"{peer}.bias",), bias)]
 
 
@@ -247,7 +247,7 @@ def _res(ours: str, peer: str, has_skip: bool) -> list[Entry]:
 
 
 def _attention(ours: str, peer: str, heads: int, new_order: bool) -> list[Entry]:
-    layout, bias = (POINTWISE, SAME) if not new_order else (by_head(POINTWISE, heads), by_head(SAME, heads))
+    layout, bias = (POINTWISE, IDENTITY) if not new_order else (by_head(POINTWISE, heads), by_head(IDENTITY, heads))
     return [
         *norm(f"{ours}/norm", f"{peer}.norm"),
         *_pointwise(f"{ours}/qkv", f"{peer}.qkv", layout, bias),
@@ -264,7 +264,7 @@ def _head(net: Classifier) -> list[Entry]:
     return {
         "attention": [
             *norm("out_norm", "out.0"),
-            Entry("pool/position", ("out.2.positional_embedding",), TURNED),
+            Entry("pool/position", ("out.2.positional_embedding",), TRANSPOSED),
             *_pointwise("pool/qkv", "out.2.qkv_proj"),
             *_pointwise("pool/out", "out.2.c_proj"),
         ],

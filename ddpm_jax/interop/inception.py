@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ddpm_jax.interop.parts import select
-from ddpm_jax.interop.table import KERNEL, SAME, TURNED, ConvertError, Entry, to_ours, to_peer
+from ddpm_jax.interop.table import IDENTITY, KERNEL, TRANSPOSED, ConvertError, Entry, to_ours, to_reference
 from ddpm_jax.models.inception import SIZE, Inception
 
 MARKS = ("Mixed_7c.branch_pool.conv.weight",)
@@ -37,16 +37,16 @@ def load_inception(tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:
 
 def export_inception(params: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """Return the file's tensors, float32, without PyTorch's counters of batches."""
-    return to_peer(inception_table(), params)
+    return to_reference(inception_table(), params)
 
 
 def inception_table() -> list[Entry]:
     """Return the table; our names are the file's."""
-    table = [Entry("fc_kernel", ("fc.weight",), TURNED), Entry("fc_bias", ("fc.bias",), SAME)]
+    table = [Entry("fc_kernel", ("fc.weight",), TRANSPOSED), Entry("fc_bias", ("fc.bias",), IDENTITY)]
     for path in flax.traverse_util.flatten_dict(_shapes(), sep="/"):
         if "/" in path:
             *place, kind, name = path.split("/")
-            peer, layout = ("weight", KERNEL) if kind == "conv" else (_NORM[name], SAME)
+            peer, layout = ("weight", KERNEL) if kind == "conv" else (_NORM[name], IDENTITY)
             table.append(Entry(path, (".".join([*place, kind, peer]),), layout))
     return table
 

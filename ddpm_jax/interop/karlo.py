@@ -31,18 +31,18 @@ from ddpm_jax.interop.config_fields import (
 )
 from ddpm_jax.interop.diffusers_layout import block_name, outer, read_config, read_weights, res
 from ddpm_jax.interop.table import (
-    SAME,
-    TURNED,
+    IDENTITY,
+    TRANSPOSED,
     ConvertError,
     Entry,
     Layout,
     by_head,
+    concatenated,
     count,
     dense,
-    joined,
     norm,
     to_ours,
-    to_peer,
+    to_reference,
 )
 from ddpm_jax.interop.unet import walk
 from ddpm_jax.models.decoder import Decoder
@@ -127,8 +127,8 @@ def read_karlo(directory: str | Path, *, dtype: Any = jnp.float32) -> Converted:
             raise ConvertError("super_res_first and super_res_last are not of one Karlo: their configs differ")
         models[name] = upsamplers[0][0]
         params[name] = load_upsampler(tensors, models[name], image_size=large)
-    facts = {"layout": "diffusers", "sizes": [small, large], "prior_clip": prior_clip}
-    return Converted("karlo", models, params, facts | {"tokenizer": {"kind": "clip", "pad": "eot"}})
+    metadata = {"layout": "diffusers", "sizes": [small, large], "prior_clip": prior_clip}
+    return Converted("karlo", models, params, metadata | {"tokenizer": {"kind": "clip", "pad": "eot"}})
 
 
 def _part(directory: Path, name: str) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
@@ -236,7 +236,7 @@ class LoadedPrior(NamedTuple):
 
 
 def absent(*shape: int) -> Layout:
-    """Return the layout of a parameter that the peer does not have: zeros, and nothing to write."""
+    """Return the layout of a parameter that the reference implementation lacks: zeros, and nothing to write."""
     return Layout(lambda: np.zeros(shape, np.float32), lambda x: ())
 
 
@@ -283,12 +283,12 @@ def load_prior(tensors: Mapping[str, np.ndarray], *, heads: int = 32, dtype: Any
 def export_prior(prior: LoadedPrior) -> dict[str, np.ndarray]:
     """Return the tensors of diffusers' `PriorTransformer`, float32."""
     length, width = prior.params["position"].shape
-    tensors = to_peer(prior_table(length, width, prior.model.layers), prior.params)
+    tensors = to_reference(prior_table(length, width, prior.model.layers), prior.params)
     return tensors | {"clip_mean": prior.mean[None], "clip_std": prior.std[None]}
 
 
 def prior_table(length: int, width: int, layers: int) -> list[Entry]:
-    """Return the table of a prior of so many positions and layers."""
+    """Return the table of a prior with this number of positions and layers."""
     table = [
         Entry("position", ("positional_embedding",), _flat((1, length, width))),
         Entry("query", ("prd_embedding",), _flat((1, 1, width))),
@@ -343,18 +343,18 @@ def export_decoder(
     params: Mapping[str, Any], model: Decoder, *, image_size: int = 64
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """Return diffusers' tensors of the U-Net and of text_proj: the inverse of `load_decoder`, bit for bit."""
-    tensors = to_peer(decoder_table(model, image_size), params)
+    tensors = to_reference(decoder_table(model, image_size), params)
     part = lambda prefix: {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}  # noqa: E731
     return part("unet."), part("text_proj.")
 
 
 def decoder_table(model: Decoder, image_size: int) -> list[Entry]:
     """Return the table of a decoder."""
-    tokens = by_head(TURNED, model.image_tokens, parts=model.context_width)  # the token is the fastest axis there
-    bias = by_head(SAME, model.image_tokens, parts=model.context_width)
+    tokens = by_head(TRANSPOSED, model.image_tokens, parts=model.context_width)  # the token is the fastest axis there
+    bias = by_head(IDENTITY, model.image_tokens, parts=model.context_width)
     peer = "text_proj.clip_extra_context_tokens_proj"
     return [
-        Entry("null_image", ("text_proj.learned_classifier_free_guidance_embeddings",), SAME),
+        Entry("null_image", ("text_proj.learned_classifier_free_guidance_embeddings",), IDENTITY),
         Entry("null_text", (), absent(4 * model.unet.channels)),
         *dense("text_emb", "text_proj.embedding_proj"),
         *dense("image_emb", "text_proj.clip_image_embeddings_project_to_time_embeddings"),
@@ -399,7 +399,7 @@ def load_upsampler(tensors: Mapping[str, np.ndarray], model: Upsampler, *, image
 
 def export_upsampler(params: Mapping[str, Any], model: Upsampler, *, image_size: int = 256) -> dict[str, np.ndarray]:
     """Return diffusers' tensors: the inverse of `load_upsampler`, bit for bit."""
-    return to_peer(unet_table(model.unet, image_size, "unet/", ""), params)
+    return to_reference(unet_table(model.unet, image_size, "unet/", ""), params)
 
 
 def UPSAMPLER(**options: Any) -> Upsampler:  # noqa: N802
@@ -428,10 +428,10 @@ def _attention(ours: str, peer: str, heads: int, context: bool) -> list[Entry]:
 
     def fused(name: str, parts: list[str]) -> list[Entry]:
         def entry(here: str, there: str, layout: Layout) -> Entry:
-            layout = by_head(joined(layout, len(parts)), heads, parts=len(parts))
+            layout = by_head(concatenated(layout, len(parts)), heads, parts=len(parts))
             return Entry(f"{ours}/{name}/{here}", tuple(f"{peer}.{part}.{there}" for part in parts), layout)
 
-        return [entry("kernel", "weight", TURNED), entry("bias", "bias", SAME)]
+        return [entry("kernel", "weight", TRANSPOSED), entry("bias", "bias", IDENTITY)]
 
     return [
         *norm(f"{ours}/norm", f"{peer}.group_norm"),

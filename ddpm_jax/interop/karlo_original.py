@@ -24,8 +24,8 @@ from ddpm_jax.interop.guided import unet_table
 from ddpm_jax.interop.karlo import LoadedPrior, absent
 from ddpm_jax.interop.parts import select
 from ddpm_jax.interop.table import (
-    SAME,
-    TURNED,
+    IDENTITY,
+    TRANSPOSED,
     ConvertError,
     Entry,
     Layout,
@@ -34,7 +34,7 @@ from ddpm_jax.interop.table import (
     dense,
     norm,
     to_ours,
-    to_peer,
+    to_reference,
 )
 from ddpm_jax.models.clip import CLIP
 from ddpm_jax.models.decoder import Decoder
@@ -159,7 +159,7 @@ def _towers(clip: LoadedCLIP) -> tuple[Loaded, Loaded]:
 
 
 def _shape(tensors: Mapping[str, np.ndarray], name: str, axes: int, whose: str) -> tuple[int, ...]:
-    """Return a tensor's shape, once it is there and has so many axes."""
+    """Return a tensor's shape, after checking that it exists and has this number of axes."""
     if name not in tensors:
         raise ConvertError(f"the file is not of {whose}: it lacks {name}")
     shape = tensors[name].shape
@@ -242,14 +242,14 @@ def _statistics(tensors: Mapping[str, np.ndarray], size: int) -> tuple[np.ndarra
 def export_prior(prior: LoadedPrior) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """Return the state_dict and the statistics, float32: the inverse of `load_prior`, bit for bit."""
     model = prior.model
-    tensors = to_peer(prior_table(model.width, model.layers, model.heads), prior.params)
+    tensors = to_reference(prior_table(model.width, model.layers, model.heads), prior.params)
     return tensors, {"0": prior.mean, "1": prior.std}
 
 
 def prior_table(width: int, layers: int, heads: int) -> list[Entry]:
-    """Return the table of a prior of so many layers and heads."""
+    """Return the table of a prior with this number of layers and heads."""
     # Head by head there, all queries first here.
-    kernel, bias = (by_head(layout, 3, parts=heads) for layout in (TURNED, SAME))
+    kernel, bias = (by_head(layout, 3, parts=heads) for layout in (TRANSPOSED, IDENTITY))
     table = [
         Entry("position", ("positional_embedding",), _POSITION),
         Entry("query", ("prd_emb",), _QUERY),
@@ -303,7 +303,7 @@ def load_decoder(
 
 def export_decoder(decoder: Loaded, *, image_size: int = 64) -> dict[str, np.ndarray]:
     """Return the decoder's state_dict, float32: the inverse of `load_decoder`, bit for bit."""
-    return to_peer(decoder_table(decoder.model, image_size), decoder.params)
+    return to_reference(decoder_table(decoder.model, image_size), decoder.params)
 
 
 def decoder_of(
@@ -320,9 +320,9 @@ def decoder_of(
 def decoder_table(model: Decoder, image_size: int) -> list[Entry]:
     """Return the table of a decoder."""
     # The token is the fastest axis there.
-    tokens, bias = (by_head(layout, model.image_tokens, parts=model.context_width) for layout in (TURNED, SAME))
+    tokens, bias = (by_head(layout, model.image_tokens, parts=model.context_width) for layout in (TRANSPOSED, IDENTITY))
     table = [
-        Entry("null_image", ("cf_param",), SAME),
+        Entry("null_image", ("cf_param",), IDENTITY),
         Entry("null_text", (), absent(4 * model.unet.channels)),
         *dense("image_emb", "clip_emb"),
         *dense("text_emb", "text_feat_proj"),
@@ -363,7 +363,7 @@ def load_upsamplers(tensors: Mapping[str, np.ndarray], *, image_size: int = 256,
 
 def export_upsamplers(upsamplers: Loaded, *, image_size: int = 256) -> dict[str, np.ndarray]:
     """Return the state_dict of both, float32: the inverse of `load_upsamplers`, bit for bit."""
-    return to_peer(upsampler_table(upsamplers.model, image_size), upsamplers.params)
+    return to_reference(upsampler_table(upsamplers.model, image_size), upsamplers.params)
 
 
 def upsampler_of(tensors: Mapping[str, np.ndarray], *, image_size: int = 256, dtype: Any = jnp.float32) -> Upsampler:

@@ -18,7 +18,7 @@ from ddpm_jax.interop.clip import NAMES
 from ddpm_jax.interop.diffusers_layout import block_name
 from ddpm_jax.interop.guided import block_name as original_name
 from ddpm_jax.interop.parts import select
-from ddpm_jax.interop.table import ConvertError, to_ours, to_peer
+from ddpm_jax.interop.table import ConvertError, to_ours, to_reference
 from ddpm_jax.interop.unet import walk
 from ddpm_jax.models.autoencoder import Autoencoder
 from ddpm_jax.models.text_encoder import TextEncoder
@@ -104,14 +104,14 @@ def read_stable_diffusion_file(
             _renamed(parts[AUTOENCODER], autoencoder_names(autoencoder)), autoencoder
         ),
     }  # fmt: skip
-    facts = {
+    metadata = {
         "layout": "original",
         "kind": kind,
         "latent_size": image_size // autoencoder.factor,
         "schedule": SCHEDULE,
         "tokenizer": {"kind": "clip", "pad": 0 if second else "eot"},
     }
-    return Converted("stable-diffusion", {"text": text, "unet": unet, "autoencoder": autoencoder}, params, facts)
+    return Converted("stable-diffusion", {"text": text, "unet": unet, "autoencoder": autoencoder}, params, metadata)
 
 
 def export_stable_diffusion_file(converted: Converted) -> dict[str, np.ndarray]:
@@ -130,7 +130,7 @@ def export_stable_diffusion_file(converted: Converted) -> dict[str, np.ndarray]:
         found[AUTOENCODER + names[name]] = array[..., None, None] if flat else array
     if second:
         table = sd.text_encoder_table(models["text"].layers, "openai")
-        return found | {OPEN_CLIP + name: array for name, array in to_peer(table, params["text"]).items()}
+        return found | {OPEN_CLIP + name: array for name, array in to_reference(table, params["text"]).items()}
     text = sd.export_text_encoder(params["text"], models["text"])
     return found | {TEXT + name: array for name, array in text.items()}
 

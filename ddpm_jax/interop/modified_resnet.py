@@ -9,7 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from ddpm_jax.interop.table import KERNEL, SAME, ConvertError, Entry, count, dense, norm
+from ddpm_jax.interop.table import IDENTITY, KERNEL, ConvertError, Entry, count, dense, norm
 from ddpm_jax.models.modified_resnet import ModifiedResNet
 
 STAGES = (1, 2, 3, 4)
@@ -58,7 +58,7 @@ def layers_of(params: Mapping[str, Any]) -> tuple[int, ...] | None:
 
 
 def resnet_table(layers: Sequence[int]) -> list[Entry]:
-    """Return the table of a ResNet with so many blocks in each stage, under "vision" here."""
+    """Return the table of a ResNet with these numbers of blocks per stage; our names are under "vision"."""
     table = [entry for i in (1, 2, 3) for entry in _pair("vision", "visual", f"conv{i}", f"bn{i}")]
     for stage, blocks in zip(STAGES, layers, strict=True):
         for i in range(blocks):
@@ -70,7 +70,7 @@ def resnet_table(layers: Sequence[int]) -> list[Entry]:
     projections = [f"visual.attnpool.{name}_proj" for name in "qkv"]
     return [
         *table,
-        Entry("vision/attnpool/position", (POSITION,), SAME),
+        Entry("vision/attnpool/position", (POSITION,), IDENTITY),
         *dense("vision/attnpool/qkv", *projections),
         *dense("vision/attnpool/out", "visual.attnpool.c_proj"),
     ]
@@ -82,8 +82,8 @@ def _pair(ours: str, peer: str, conv: str, bn: str, names: tuple[str, str] | Non
     return [
         Entry(f"{ours}/{our_conv}/kernel", (f"{peer}.{conv}.weight",), KERNEL),
         *norm(f"{ours}/{our_bn}", f"{peer}.{bn}"),
-        Entry(f"{ours}/{our_bn}/mean", (f"{peer}.{bn}.running_mean",), SAME),
-        Entry(f"{ours}/{our_bn}/var", (f"{peer}.{bn}.running_var",), SAME),
+        Entry(f"{ours}/{our_bn}/mean", (f"{peer}.{bn}.running_mean",), IDENTITY),
+        Entry(f"{ours}/{our_bn}/var", (f"{peer}.{bn}.running_var",), IDENTITY),
     ]
 
 

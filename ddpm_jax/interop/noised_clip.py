@@ -11,7 +11,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from ddpm_jax.interop.parts import select
-from ddpm_jax.interop.table import KERNEL, SAME, TURNED, ConvertError, Entry, Layout, joined, to_ours, to_peer
+from ddpm_jax.interop.table import (
+    IDENTITY,
+    KERNEL,
+    TRANSPOSED,
+    ConvertError,
+    Entry,
+    Layout,
+    concatenated,
+    to_ours,
+    to_reference,
+)
 from ddpm_jax.models.noised_clip import NoisedCLIP, NoisedVisionTransformer
 from ddpm_jax.models.text_encoder import TextEncoder
 
@@ -62,30 +72,30 @@ def export_noised_clip(
     softmax takes away again.
     """
     parts = lambda names: {name: params[name] for name in names}  # noqa: E731
-    return to_peer(image_table(model), parts(_IMAGE)), to_peer(text_table(model), parts(_TEXT))
+    return to_reference(image_table(model), parts(_IMAGE)), to_reference(text_table(model), parts(_TEXT))
 
 
 def image_table(model: NoisedCLIP) -> list[Entry]:
     """Return the table of the image tower."""
     return [
-        Entry("vision/time/embedding", ("blocks.input.w_t",), SAME),
+        Entry("vision/time/embedding", ("blocks.input.w_t",), IDENTITY),
         Entry("vision/patch/kernel", ("blocks.input.patch_proj",), KERNEL),
-        Entry("vision/position", ("blocks.input.w_pos",), SAME),
+        Entry("vision/position", ("blocks.input.w_pos",), IDENTITY),
         *_norm("vision/ln_pre", "blocks.input.ln"),
         *_blocks("vision", model.vision.layers),
         *_norm("vision/ln_post", "blocks.output.ln"),
-        Entry("image_projection/kernel", ("blocks.output.f.w",), TURNED),
+        Entry("image_projection/kernel", ("blocks.output.f.w",), TRANSPOSED),
     ]
 
 
 def text_table(model: NoisedCLIP) -> list[Entry]:
     """Return the table of the text tower."""
     return [
-        Entry("text/token/embedding", ("blocks.input.w_voc",), SAME),
-        Entry("text/position", ("blocks.input.w_pos",), SAME),
+        Entry("text/token/embedding", ("blocks.input.w_voc",), IDENTITY),
+        Entry("text/position", ("blocks.input.w_pos",), IDENTITY),
         *_blocks("text", model.text.layers),
         *_norm("text/ln_final", "blocks.output.ln"),
-        Entry("text_projection/kernel", ("blocks.output.f.w",), TURNED),
+        Entry("text_projection/kernel", ("blocks.output.f.w",), TRANSPOSED),
     ]
 
 
@@ -104,7 +114,9 @@ def _blocks(tower: str, layers: int) -> list[Entry]:
         attention, mlp = f"{peer}.f_attn", f"{peer}.f_mlp"
         table += [
             *_norm(f"{ours}/ln_1", f"{attention}.ln"),
-            Entry(f"{ours}/qkv/kernel", tuple(f"{attention}.f_{part}.w" for part in "qkv"), joined(TURNED, 3)),
+            Entry(
+                f"{ours}/qkv/kernel", tuple(f"{attention}.f_{part}.w" for part in "qkv"), concatenated(TRANSPOSED, 3)
+            ),
             Entry(f"{ours}/qkv/bias", (f"{attention}.f_q.b", f"{attention}.f_v.b"), _NO_KEY_BIAS),
             *_dense(f"{ours}/out", f"{attention}.f_c"),
             *_norm(f"{ours}/ln_2", f"{mlp}.ln"),
@@ -115,8 +127,8 @@ def _blocks(tower: str, layers: int) -> list[Entry]:
 
 
 def _norm(ours: str, peer: str) -> list[Entry]:
-    return [Entry(f"{ours}/scale", (f"{peer}.g",), SAME), Entry(f"{ours}/bias", (f"{peer}.b",), SAME)]
+    return [Entry(f"{ours}/scale", (f"{peer}.g",), IDENTITY), Entry(f"{ours}/bias", (f"{peer}.b",), IDENTITY)]
 
 
 def _dense(ours: str, peer: str) -> list[Entry]:
-    return [Entry(f"{ours}/kernel", (f"{peer}.w",), TURNED), Entry(f"{ours}/bias", (f"{peer}.b",), SAME)]
+    return [Entry(f"{ours}/kernel", (f"{peer}.w",), TRANSPOSED), Entry(f"{ours}/bias", (f"{peer}.b",), IDENTITY)]

@@ -28,18 +28,18 @@ from ddpm_jax.interop.config_fields import (
 )
 from ddpm_jax.interop.diffusers_layout import block_name, outer, read_config, read_weights, res
 from ddpm_jax.interop.table import (
-    SAME,
-    TURNED,
+    IDENTITY,
+    TRANSPOSED,
     ConvertError,
     Entry,
     Layout,
+    concatenated,
     conv,
     count,
     dense,
-    joined,
     norm,
     to_ours,
-    to_peer,
+    to_reference,
 )
 from ddpm_jax.interop.unet import walk
 from ddpm_jax.models.autoencoder import Autoencoder
@@ -237,11 +237,11 @@ def text_encoder_of(
 
 def export_text_encoder(params: Mapping[str, Any], model: TextEncoder) -> dict[str, np.ndarray]:
     """Return the tensors of a CLIPTextModel, with the prefix text_model that published files have, float32."""
-    return to_peer(text_encoder_table(model.layers), params)
+    return to_reference(text_encoder_table(model.layers), params)
 
 
 def text_encoder_table(layers: int, dialect: Dialect = "hf") -> list[Entry]:
-    """Return the table of a text encoder of so many layers."""
+    """Return the table of a text encoder with this number of layers."""
     whole = clip_table(dialect, layers, None)
     return [entry._replace(ours=entry.ours.removeprefix("text/")) for entry in whole if entry.ours.startswith("text/")]
 
@@ -294,7 +294,7 @@ def load_autoencoder(tensors: Mapping[str, np.ndarray], model: Autoencoder) -> d
 
 def export_autoencoder(params: Mapping[str, Any], model: Autoencoder) -> dict[str, np.ndarray]:
     """Return diffusers' tensors, float32: the inverse of `load_autoencoder`, bit for bit."""
-    return to_peer(autoencoder_table(model), params)
+    return to_reference(autoencoder_table(model), params)
 
 
 def autoencoder_table(model: Autoencoder) -> list[Entry]:
@@ -335,10 +335,10 @@ def _plain_attention(ours: str, peer: str) -> list[Entry]:
     qkv = [f"{peer}.to_{part}" for part in "qkv"]
     return [
         *norm(f"{ours}/norm", f"{peer}.group_norm"),
-        Entry(f"{ours}/qkv/kernel", tuple(f"{name}.weight" for name in qkv), joined(turned, 3)),
-        Entry(f"{ours}/qkv/bias", tuple(f"{name}.bias" for name in qkv), joined(SAME, 3)),
+        Entry(f"{ours}/qkv/kernel", tuple(f"{name}.weight" for name in qkv), concatenated(turned, 3)),
+        Entry(f"{ours}/qkv/bias", tuple(f"{name}.bias" for name in qkv), concatenated(IDENTITY, 3)),
         Entry(f"{ours}/out/kernel", (f"{peer}.to_out.0.weight",), turned),
-        Entry(f"{ours}/out/bias", (f"{peer}.to_out.0.bias",), SAME),
+        Entry(f"{ours}/out/bias", (f"{peer}.to_out.0.bias",), IDENTITY),
     ]
 
 
@@ -426,7 +426,7 @@ def export_unet(params: Mapping[str, Any], model: UNet, *, linear_projection: bo
     linear_projection: what goes into and out of attention is a dense layer, as in version 2, and not a convolution of
     width one (use_linear_projection).
     """
-    return to_peer(unet_table(model, linear_projection=linear_projection), params)
+    return to_reference(unet_table(model, linear_projection=linear_projection), params)
 
 
 def unet_table(model: UNet, *, linear_projection: bool = False) -> list[Entry]:
@@ -452,13 +452,13 @@ def unet_shapes(model: UNet, context_width: int, channels: int = 4) -> Any:
 
 
 def _spatial_transformer(ours: str, peer: str, linear: bool) -> list[Entry]:
-    projection = Layout(POINTWISE.read, TURNED.write) if linear else POINTWISE
+    projection = Layout(POINTWISE.read, TRANSPOSED.write) if linear else POINTWISE
     block = f"{peer}.transformer_blocks.0"
     table = norm(f"{ours}/norm", f"{peer}.norm")
     for name in ("in", "out"):
         table += [
             Entry(f"{ours}/{name}/kernel", (f"{peer}.proj_{name}.weight",), projection),
-            Entry(f"{ours}/{name}/bias", (f"{peer}.proj_{name}.bias",), SAME),
+            Entry(f"{ours}/{name}/bias", (f"{peer}.proj_{name}.bias",), IDENTITY),
         ]
     return [
         *table,

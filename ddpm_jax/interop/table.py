@@ -1,4 +1,4 @@
-"""A table of names and layouts, read in both directions: from a peer's tensors to our parameters and back.
+"""A table of names and layouts that converts a reference implementation's tensors to our parameters and back.
 
 A family (`interop.clip`, ...) lists an `Entry` for every parameter of ours. Reading consumes each tensor of the file
 exactly once; what is missing, unknown, misshapen or not finite is an error that lists it, before anything is returned.
@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import flax.traverse_util
 import numpy as np
 
-from ddpm_jax.storage.mapping import forget
+from ddpm_jax.storage.mapping import release
 from ddpm_jax.storage.tensor_file import printable
 
 
@@ -22,14 +22,25 @@ class ConvertError(ValueError):
 
 
 class Layout(NamedTuple):
-    """How a parameter of ours lies in a peer: from its tensors, and back to them."""
+    """How a parameter of ours is stored by the reference implementation.
+
+    Attributes:
+        read: from the reference implementation's tensors to our array.
+        write: the inverse, from our array to a tuple of tensors.
+    """
 
     read: Callable[..., np.ndarray]
     write: Callable[[np.ndarray], tuple[np.ndarray, ...]]
 
 
 class Entry(NamedTuple):
-    """One parameter: its path here, the peer's names for it, and the layout."""
+    """One parameter.
+
+    Attributes:
+        ours: its path in our tree, joined by slashes.
+        peer: names of the reference implementation's tensors that make it up.
+        layout: how they are stored there.
+    """
 
     ours: str
     peer: tuple[str, ...]
@@ -37,13 +48,13 @@ class Entry(NamedTuple):
 
 
 LAYERS = 64  # of a transformer whose file says how many it has; the largest published CLIP has 48
-SAME = Layout(lambda x: x, lambda x: (x,))
-TURNED = Layout(lambda x: x.T, lambda x: (x.T,))  # a dense layer: [out, in] -> [in, out]
+IDENTITY = Layout(lambda x: x, lambda x: (x,))
+TRANSPOSED = Layout(lambda x: x.T, lambda x: (x.T,))  # a dense layer: [out, in] -> [in, out]
 KERNEL = Layout(lambda x: x.transpose(2, 3, 1, 0), lambda x: (x.transpose(3, 2, 0, 1),))  # OIHW -> HWIO
 
 
-def joined(layout: Layout, count: int) -> Layout:
-    """Return the layout of `count` tensors that are one parameter here, side by side along the last axis."""
+def concatenated(layout: Layout, count: int) -> Layout:
+    """Return the layout of `count` tensors that are one parameter here, concatenated along the last axis."""
     return Layout(
         lambda *parts: np.concatenate([layout.read(part) for part in parts], axis=-1),
         lambda x: tuple(layout.write(part)[0] for part in np.split(x, count, axis=-1)),
@@ -53,7 +64,7 @@ def joined(layout: Layout, count: int) -> Layout:
 def by_head(layout: Layout, heads: int, *, parts: int = 3) -> Layout:
     """Return the layout that reorders the last axis from [q|k|v][head][d] there to [head][q|k|v][d] here.
 
-    parts: how many stand in place of q, k and v.
+    parts: number of blocks in place of q, k and v.
     """
 
     def turned(x: np.ndarray, first: int, second: int) -> np.ndarray:
@@ -68,20 +79,20 @@ def by_head(layout: Layout, heads: int, *, parts: int = 3) -> Layout:
 
 def conv(ours: str, peer: str) -> list[Entry]:
     """Return the entries of a convolution."""
-    return [Entry(f"{ours}/kernel", (f"{peer}.weight",), KERNEL), Entry(f"{ours}/bias", (f"{peer}.bias",), SAME)]
+    return [Entry(f"{ours}/kernel", (f"{peer}.weight",), KERNEL), Entry(f"{ours}/bias", (f"{peer}.bias",), IDENTITY)]
 
 
 def dense(ours: str, *peer: str, bias: bool = True) -> list[Entry]:
-    """Return the entries of a dense layer, made of one or more layers of the peer."""
-    entries = [Entry(f"{ours}/kernel", tuple(f"{name}.weight" for name in peer), joined(TURNED, len(peer)))]
+    """Return the entries of a dense layer, made of one or more layers of the reference implementation."""
+    entries = [Entry(f"{ours}/kernel", tuple(f"{name}.weight" for name in peer), concatenated(TRANSPOSED, len(peer)))]
     if bias:
-        entries.append(Entry(f"{ours}/bias", tuple(f"{name}.bias" for name in peer), joined(SAME, len(peer))))
+        entries.append(Entry(f"{ours}/bias", tuple(f"{name}.bias" for name in peer), concatenated(IDENTITY, len(peer))))
     return entries
 
 
 def norm(ours: str, peer: str) -> list[Entry]:
     """Return the entries of a layer or group norm."""
-    return [Entry(f"{ours}/scale", (f"{peer}.weight",), SAME), Entry(f"{ours}/bias", (f"{peer}.bias",), SAME)]
+    return [Entry(f"{ours}/scale", (f"{peer}.weight",), IDENTITY), Entry(f"{ours}/bias", (f"{peer}.bias",), IDENTITY)]
 
 
 def to_ours(
@@ -91,7 +102,7 @@ def to_ours(
     *,
     ignored: Iterable[str] = (),
 ) -> dict[str, Any]:
-    """Return the parameters that a peer's tensors are, float32.
+    """Convert a reference implementation's tensors to our parameters, float32.
 
     Args:
         table: an entry for every parameter.
@@ -120,25 +131,25 @@ def to_ours(
         try:
             array = entry.layout.read(*(tensors[name] for name in entry.peer))
         except (ValueError, IndexError, TypeError, AttributeError, ZeroDivisionError):
-            array = None  # a layout may ask of a tensor of another rank what it does not have
+            array = None  # a layout fails on a tensor of another rank
         if array is None or array.shape != wanted[entry.ours].shape:
             has = " and ".join(f"{name} {list(tensors[name].shape)}" for name in entry.peer)
             shapeless.append(f"{has} (for a parameter of shape {list(wanted[entry.ours].shape)})")
             continue
-        # A copy even where nothing moves: the parameters must not hang on the file.
+        # Copied even where the layout is the identity: the parameters must not depend on the mapped file.
         found[entry.ours] = np.array(array, np.float32, order="C")
         if not np.isfinite(found[entry.ours]).all():
             infinite += entry.peer
         for name in entry.peer:
-            forget(tensors[name])
+            release(tensors[name])
     problems += _listed("has, of another shape,", shapeless) + _listed("has, not finite,", infinite)
     if problems:
         raise ConvertError(f"the file does not fit: it {'; it '.join(problems)}")
     return flax.traverse_util.unflatten_dict(found, sep="/")
 
 
-def to_peer(table: Sequence[Entry], params: Mapping[str, Any], dtype: Any = np.float32) -> dict[str, np.ndarray]:
-    """Return a peer's tensors: the inverse of `to_ours`, bit for bit in float32."""
+def to_reference(table: Sequence[Entry], params: Mapping[str, Any], dtype: Any = np.float32) -> dict[str, np.ndarray]:
+    """Return the reference implementation's tensors: the inverse of `to_ours`, bit for bit in float32."""
     flat = flax.traverse_util.flatten_dict(dict(params), sep="/")
     return {
         name: np.array(array, dtype, order="C")

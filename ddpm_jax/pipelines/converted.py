@@ -61,10 +61,10 @@ def _class(network: Any) -> str:
 
 
 def _check_karlo(converted: Converted) -> None:
-    facts, models = converted.facts, converted.models
-    _check(facts, "tokenizer", lambda where, value: None)
-    _check(facts, "prior_clip", number(1e-6, 1e6))
-    _check(facts, "sizes", _sizes)
+    metadata, models = converted.metadata, converted.models
+    _check(metadata, "tokenizer", lambda where, value: None)
+    _check(metadata, "prior_clip", number(1e-6, 1e6))
+    _check(metadata, "sizes", _sizes)
     if "image" not in models and "prior" not in models:
         raise LoadError("networks of a karlo pipeline must have a prior or an image encoder")
     if models["first"] != models["last"]:
@@ -77,17 +77,17 @@ def _check_karlo(converted: Converted) -> None:
 
 
 def _check_stable_diffusion(converted: Converted) -> None:
-    facts = converted.facts
-    _check(facts, "tokenizer", lambda where, value: None)
-    _check(facts, "latent_size", integer(1, _LARGEST))
-    _check(facts, "kind", _kind)
-    _check(facts, "schedule", _schedule)
+    metadata = converted.metadata
+    _check(metadata, "tokenizer", lambda where, value: None)
+    _check(metadata, "latent_size", integer(1, _LARGEST))
+    _check(metadata, "kind", _kind)
+    _check(metadata, "schedule", _schedule)
 
 
-def _check(facts: dict[str, Any], name: str, check: Callable[[str, Any], None]) -> None:
-    if facts.get(name) is None:
+def _check(metadata: dict[str, Any], name: str, check: Callable[[str, Any], None]) -> None:
+    if metadata.get(name) is None:
         raise LoadError(f"metadata lacks the field {name}")
-    check(f"metadata.{name}", facts[name])
+    check(f"metadata.{name}", metadata[name])
 
 
 def _sizes(where: str, value: Any) -> None:

@@ -103,7 +103,7 @@ class Karlo(flax.struct.PyTreeNode):
             converted: networks, parameters and the numbers of the pipeline.
             tokenizer: in place of the one that it names.
         """
-        facts, models, params = converted.facts, converted.models, jax.device_put(converted.params)
+        metadata, models, params = converted.metadata, converted.models, jax.device_put(converted.params)
         numbers = params.pop("statistics", None)
         return cls(
             params=params,
@@ -113,9 +113,9 @@ class Karlo(flax.struct.PyTreeNode):
             prior=models.get("prior"),
             decoder=models["decoder"],
             upsampler=models["first"],
-            tokenizer=tokenizer_from_config(facts["tokenizer"]) if tokenizer is None else tokenizer,
-            sizes=tuple(facts["sizes"]),
-            sampling=default_sampling(facts["prior_clip"]),
+            tokenizer=tokenizer_from_config(metadata["tokenizer"]) if tokenizer is None else tokenizer,
+            sizes=tuple(metadata["sizes"]),
+            sampling=default_sampling(metadata["prior_clip"]),
         )
 
     @property

@@ -87,14 +87,14 @@ class StableDiffusion(flax.struct.PyTreeNode):
             converted: networks, parameters and the numbers of the pipeline.
             tokenizer: in place of the one that it names.
         """
-        facts = converted.facts
+        metadata = converted.metadata
         return cls(
             params=jax.device_put(converted.params),
-            process=process_of(facts["schedule"]),
-            tokenizer=tokenizer_from_config(facts["tokenizer"]) if tokenizer is None else tokenizer,
-            kind=facts["kind"],
-            latent_size=facts["latent_size"],
-            **sampling_of(facts["schedule"]),
+            process=process_of(metadata["schedule"]),
+            tokenizer=tokenizer_from_config(metadata["tokenizer"]) if tokenizer is None else tokenizer,
+            kind=metadata["kind"],
+            latent_size=metadata["latent_size"],
+            **sampling_of(metadata["schedule"]),
             **converted.models,
         )
 

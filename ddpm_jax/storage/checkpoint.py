@@ -1,4 +1,4 @@
-"""Checkpoints of a training run, written while it goes on.
+"""Checkpoints of a training run, written while it continues.
 
 A checkpoint is a directory `<step>/` that appears under its name only when it is complete. It holds
 
@@ -96,7 +96,7 @@ class Checkpoints:
         return sorted(int(entry.name) for entry in entries if entry.name.isdecimal())
 
     def check_space(self, trees: Mapping[str, Any]) -> None:
-        """Raise `CheckpointError` when the disk has no room for the checkpoints that are to be kept.
+        """Raise `CheckpointError` when the disk has no space for the checkpoints to write.
 
         Args:
           trees: of arrays or of shapes. While one checkpoint is written the old ones are still there, so a fresh run

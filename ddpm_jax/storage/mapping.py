@@ -25,13 +25,13 @@ def opened(path: Path) -> mmap.mmap:
         os.close(descriptor)
 
 
-def mapped(path: Path) -> np.ndarray:
+def memory_mapped(path: Path) -> np.ndarray:
     """Return a file's bytes, uint8[size], read-only."""
     return np.frombuffer(opened(path), np.uint8)
 
 
-def forget(array: Any) -> None:
-    """Release the memory that holds what was read of the file behind an array; it can be read again."""
+def release(array: Any) -> None:
+    """Release the pages of the memory-mapped file behind an array; they are read again on the next use."""
     while array is not None and not isinstance(array, mmap.mmap):
         array = array.obj if isinstance(array, memoryview) else getattr(array, "base", None)
     if array is not None and hasattr(mmap, "MADV_DONTNEED"):

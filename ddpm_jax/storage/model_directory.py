@@ -6,7 +6,7 @@ Stages that are trained here and checkpoints that were converted are the same ki
     checkpoints/     the parameters of a stage that is trained here (`storage.checkpoint`), or
     NAME.safetensors the parameters of each network, written out; in shards of half a gigabyte if they are larger
     model_card.md    of a converted checkpoint: the same for people
-    peer/            of a converted checkpoint: the small files that lay beside the source (configs, tokenizer)
+    peer/            of a converted checkpoint: the small files beside the source (configs, tokenizer)
 """
 
 import json
@@ -79,13 +79,13 @@ class Converted(NamedTuple):
     """Networks and parameters of a directory.
 
     family: as `ddpm_jax.convert --from` calls it. models, params: by the network's name; parameters are what is in
-    {"params": ...}. facts: the metadata, plain data.
+    {"params": ...}. metadata: plain data, such as the schedule and the tokenizer.
     """
 
     family: str
     models: dict[str, nn.Module]
     params: dict[str, Any]
-    facts: dict[str, Any]
+    metadata: dict[str, Any]
 
 
 # ---- Writing ---------------------------------------------------------------------------------------------------------
@@ -167,8 +167,8 @@ def save(
         converted: what to write.
         directory: to make; it must not exist, or be empty.
         sources: name -> sha256 of the files that were read.
-        assumed: what those did not say, and was taken for granted.
-        peer_files: small files to keep, by their place under `peer/`.
+        assumed: defaults used for what those do not say.
+        peer_files: small files to copy, by their path under `peer/`.
         dtype: of the parameters on disk.
 
     Raises:
@@ -178,7 +178,7 @@ def save(
     directory = Path(directory)
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise FileExistsError(f"{directory} exists already; give a new directory")
-    described = _described(converted.family, converted.models, converted.facts)
+    described = _described(converted.family, converted.models, converted.metadata)
     directory.parent.mkdir(parents=True, exist_ok=True)
     flat = {name: flax.traverse_util.flatten_dict(dict(tree), sep="/") for name, tree in converted.params.items()}
     described |= {

@@ -9,7 +9,7 @@ import numpy as np
 
 from ddpm_jax.errors import ReadError, printable
 from ddpm_jax.storage.json_file import JSON_BYTES, parse_json, read_json
-from ddpm_jax.storage.mapping import mapped
+from ddpm_jax.storage.mapping import memory_mapped
 from ddpm_jax.storage.pickles import NAME_LENGTH
 from ddpm_jax.storage.tensors import Tensors, take_part
 from ddpm_jax.storage.torch_file import AXES, NAMES, TENSORS, dtype_of, is_torch, read_torch
@@ -107,7 +107,7 @@ def _read_shards(path: Path) -> Tensors:
 
 def _read_safetensors(path: Path) -> Tensors:
     """Read the header, compare all that it says with the file, and map the arrays."""
-    whole = mapped(path)
+    whole = memory_mapped(path)
     length = int.from_bytes(bytes(whole[:8]), "little")
     if length > JSON_BYTES:
         raise ValueError(f"its header has {length} bytes, more than {JSON_BYTES}")
