@@ -17,7 +17,7 @@ if _sys.argv[:1] == ["-m"] and "ddpm_jax." in _sys.orig_argv[-len(_sys.argv)]:
         _signal.pthread_sigmask(_signal.SIG_UNBLOCK, {_signal.SIGINT})
 
 from ddpm_jax.diffusion import continuous, guidance, importance, losses, process, samplers, schedules
-from ddpm_jax.diffusion.guidance import classifier_free, drop, static_threshold
+from ddpm_jax.diffusion.guidance import classifier_free, drop, keep_mask, static_threshold
 from ddpm_jax.diffusion.losses import contrastive_loss, denoising_loss, min_snr, vlb_terms
 from ddpm_jax.diffusion.process import (
     GaussianProcess,
@@ -53,6 +53,7 @@ __all__ = [
     "example_keys",
     "guidance",
     "importance",
+    "keep_mask",
     "linear_betas",
     "load",
     "losses",

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import ddpm_jax
 from ddpm_jax import (
     ancestral_step,
     classifier_free,
@@ -288,3 +289,10 @@ def test_clip_guidance_moves_samples_towards_their_text():
         similarity[scale] = np.asarray(log_prob(x0, None))
     assert abs(similarity[0.0].mean()) < 0.2  # 4.5 standard errors of the mean of a random angle's cosine
     assert similarity[3.0].mean() > similarity[1.0].mean() + 0.1 > similarity[0.0].mean() + 0.2
+
+
+def test_earlier_names_are_aliases():
+    assert ddpm_jax.drop is ddpm_jax.keep_mask is ddpm_jax.guidance.drop
+    names = {"grey_of": "colorization", "average_of": "super_resolution", "measured": "ddnm_projection"}
+    for old, new in names.items():
+        assert getattr(ddpm_jax.samplers, old) is getattr(ddpm_jax.samplers, new)

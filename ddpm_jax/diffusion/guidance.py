@@ -1,4 +1,4 @@
-"""Guidance: what is done to a condition in training and to a denoiser in sampling.
+"""Guidance: dropout of conditions in training, and guided denoisers for sampling.
 
 Denoiser in, denoiser out; thresholds are functions of x0 and go in as ``x0_transform`` (see ``process.predict``).
 """
@@ -16,8 +16,8 @@ from ddpm_jax.diffusion.process import GaussianProcess, to_x0_eps
 from ddpm_jax.types import Denoiser, Kind
 
 
-def drop(key: jax.Array, rate: float, batch_size: int) -> jax.Array:
-    """Draw which examples keep a condition in training (Ho & Salimans 2022, algorithm 1).
+def keep_mask(key: jax.Array, rate: float, batch_size: int) -> jax.Array:
+    """Sample which examples keep their condition in training (Ho & Salimans 2022, algorithm 1).
 
     Call it once per condition, each with its own key, so that drops are independent.
 
@@ -27,7 +27,7 @@ def drop(key: jax.Array, rate: float, batch_size: int) -> jax.Array:
         batch_size: B.
 
     Returns:
-        keep, bool[B]; the caller replaces the condition by its null where it is False.
+        bool[B], True with probability 1 - rate; the caller replaces the condition by its null where it is False.
 
     Raises:
         ValueError: if rate is outside [0, 1]. A traced rate below 0 keeps every example, one above 1 drops every one.
@@ -35,6 +35,9 @@ def drop(key: jax.Array, rate: float, batch_size: int) -> jax.Array:
     check_number("rate", rate, lambda v: (v >= 0) & (v <= 1), "must be in [0, 1]")
     check_static("batch_size", batch_size, "since it is a shape")
     return jax.random.uniform(one_key(key), (batch_size,), jnp.float32) >= rate
+
+
+drop = keep_mask  # the earlier name
 
 
 def classifier_free(

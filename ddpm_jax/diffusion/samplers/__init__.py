@@ -10,7 +10,17 @@ from ddpm_jax.diffusion.samplers.ancestral import ancestral_step
 from ddpm_jax.diffusion.samplers.ddim import ddim_step
 from ddpm_jax.diffusion.samplers.deis import deis_step
 from ddpm_jax.diffusion.samplers.dpm_solver import dpm_solver_step
-from ddpm_jax.diffusion.samplers.editing import average_of, grey_of, measured, repaint_step, sdedit, truncate
+from ddpm_jax.diffusion.samplers.editing import (
+    average_of,
+    colorization,
+    ddnm_projection,
+    grey_of,
+    measured,
+    repaint_step,
+    sdedit,
+    super_resolution,
+    truncate,
+)
 from ddpm_jax.diffusion.samplers.grid import Point, time_grid
 from ddpm_jax.diffusion.samplers.heun import heun_step
 from ddpm_jax.diffusion.samplers.inversion import invert
@@ -36,7 +46,9 @@ __all__ = [
     "analytic_step",
     "ancestral_step",
     "average_of",
+    "colorization",
     "ddim_step",
+    "ddnm_projection",
     "deis_step",
     "dpm_solver_step",
     "euler_maruyama_step",
@@ -51,6 +63,7 @@ __all__ = [
     "reverse_diffusion_step",
     "sample",
     "sdedit",
+    "super_resolution",
     "time_grid",
     "truncate",
     "unipc_step",

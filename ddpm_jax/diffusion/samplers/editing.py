@@ -1,4 +1,4 @@
-"""Sampling that starts from a picture, or keeps to one: SDEdit, RePaint, linear measurements."""
+"""Image editing: SDEdit, RePaint and DDNM's projection for linear inverse problems."""
 
 from collections.abc import Callable
 from typing import Any
@@ -40,14 +40,14 @@ def sdedit(
     strength: float = 0.5,
     **options: Any,
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
-    """Noise a picture part of the way and sample from there (Meng et al. 2022, "SDEdit", algorithm 1).
+    """Noise an image partially and denoise it (Meng et al. 2022, "SDEdit", algorithm 1).
 
     Args:
         process: T steps, usually from ``respace``.
         denoise: as in ``sample``.
         keys: keys [B], or ``RecordedNoise`` for the steps that are taken.
         x0: float[B, ..., C], the guide.
-        strength: share of the T steps that are taken, in (0, 1]; more forgets more of the guide.
+        strength: fraction of the T steps that are taken, in (0, 1]; larger values preserve less of the guide.
         options: ``step``, ``kind``, ``variance``, ``x0_transform``, ``trajectory`` as in ``sample``.
 
     Returns:
@@ -69,14 +69,14 @@ def sdedit(
 
 
 def repaint_step(x0: jax.Array, mask: jax.Array, *, step: Step | None = None, resample: int = 10) -> Step:
-    """Return the step that fills in a picture (Lugmayr et al. 2022, "RePaint", algorithm 1, jumps of one step).
+    """Return the step for inpainting (Lugmayr et al. 2022, "RePaint", algorithm 1, jumps of one step).
 
-    Each transition is made ``resample`` times: the unknown part by ``step``, the known part drawn from q(x_there | x0),
-    and between two of them the whole is noised back from there to here, so that both parts come to agree.
+    Each transition is repeated ``resample`` times: ``step`` samples the unknown part, the known part is sampled from
+    q(x_there | x0), and between repetitions x is noised back from there to here, which harmonises both parts.
 
     Args:
-        x0: float[B, ..., C], the picture; what it holds under the mask is not used.
-        mask: bool or float, broadcastable to x0; 1 where the picture is known.
+        x0: float[B, ..., C], the image; its values where the mask is 0 are not used.
+        mask: bool or float, broadcastable to x0; 1 where the image is known.
         step: ``ancestral_step()`` by default; without carry.
         resample: U of the paper, >= 1. U network calls a step, one for the last.
 
@@ -113,48 +113,59 @@ def repaint_step(x0: jax.Array, mask: jax.Array, *, step: Step | None = None, re
             return fill(back, number)
 
         filled = fill(xt, 0)
-        # Into the data nothing is left to agree on: one pass. The bounds of the loop are static for reverse mode.
+        # The last transition has nothing to harmonise: one pass. The bounds of the loop are static for reverse mode.
         repeated = lambda: jax.lax.fori_loop(1, resample, again, filled)
         return jax.lax.cond(there.sigma > 0.0, repeated, lambda: filled), carry
 
     return Step(update)
 
 
-def measured(
+def ddnm_projection(
     measure: Callable[[jax.Array], jax.Array], restore: Callable[[jax.Array], jax.Array], y: jax.Array
 ) -> Callable[[jax.Array], jax.Array]:
-    """Return the ``x0_transform`` that makes every estimate of x0 agree with a linear measurement y = A x0.
+    """Return the ``x0_transform`` that projects every estimate of x0 onto {x0: A x0 = y}, for a linear measurement y.
 
     x0 <- x0 - A^+ (A x0 - y)     (Wang et al. 2023, "DDNM", eq. 13; score SDE, appendix I, projects x_t likewise)
 
     Args:
         measure: A, [B, ..., C] -> [B, ...].
         restore: its pseudo-inverse A^+, with A A^+ A = A.
-        y: what was measured, [B, ...].
+        y: the measurement, float[B, ...].
+
+    Returns:
+        A function x0 -> x0, float[B, ..., C].
     """
     return lambda x0: x0 - restore(measure(x0) - y)
 
 
-def grey_of(y: jax.Array) -> Callable[[jax.Array], jax.Array]:
-    """Return the ``x0_transform`` for colourisation: the mean of the channels is y, float[B, H, W, 1]."""
-    return measured(lambda x: x.mean(-1, keepdims=True), lambda grey: jnp.broadcast_to(grey, (*grey.shape[:-1], 3)), y)
+def colorization(y: jax.Array) -> Callable[[jax.Array], jax.Array]:
+    """Return the ``x0_transform`` for colorization: the mean of the three channels is y, float[B, H, W, 1]."""
+    return ddnm_projection(
+        lambda x: x.mean(-1, keepdims=True), lambda grey: jnp.broadcast_to(grey, (*grey.shape[:-1], 3)), y
+    )
 
 
-def average_of(y: jax.Array, factor: int) -> Callable[[jax.Array], jax.Array]:
-    """Return the ``x0_transform`` for super-resolution: averages of factor x factor pixels are y, [B, h, w, C].
+def super_resolution(y: jax.Array, factor: int) -> Callable[[jax.Array], jax.Array]:
+    """Return the ``x0_transform`` for super-resolution: averages of factor x factor pixels are y, float[B, h, w, C].
 
     Raises:
-        ValueError: if factor is traced, and in use, if pictures are not ``factor`` times as large as y.
+        ValueError: if factor is traced, and in use, if images are not ``factor`` times as large as y.
     """
     check_static("factor", factor, "since it is a shape")
 
     def measure(x: jax.Array) -> jax.Array:
         b, height, width, c = x.shape
         if (height, width) != (y.shape[1] * factor, y.shape[2] * factor):
-            raise ValueError(f"{factor=} must bring y {y.shape} to the size of the pictures, {height} x {width}")
+            raise ValueError(f"{factor=} must bring y {y.shape} to the size of the images, {height} x {width}")
         return x.reshape(b, height // factor, factor, width // factor, factor, c).mean((2, 4))
 
     def restore(small: jax.Array) -> jax.Array:
         return jnp.repeat(jnp.repeat(small, factor, axis=1), factor, axis=2)
 
-    return measured(measure, restore, y)
+    return ddnm_projection(measure, restore, y)
+
+
+# Earlier names.
+measured = ddnm_projection
+grey_of = colorization
+average_of = super_resolution

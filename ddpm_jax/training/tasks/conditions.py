@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ddpm_jax.diffusion.guidance import drop
+from ddpm_jax.diffusion.guidance import keep_mask
 from ddpm_jax.models.clip import CLIP, normalize
 from ddpm_jax.models.layers import downsample2
 from ddpm_jax.training.tasks.data import with_image_embedding
@@ -73,7 +73,7 @@ class Labels(_Condition):
         labels = batch["label"].astype(jnp.int32)
         if key is not None and self.drop:
             (own,) = named_keys(key, "drop_label")
-            labels = jnp.where(drop(own, self.drop, labels.shape[0]), labels, self.num_classes)
+            labels = jnp.where(keep_mask(own, self.drop, labels.shape[0]), labels, self.num_classes)
         return {"y": labels}
 
     def null(self, arguments: Arguments) -> Arguments | None:
@@ -219,7 +219,7 @@ class LowResolution(_Condition):
         if key is None:
             return {"low_res": low} | ({"noise_level": jnp.zeros(count)} if self.noise_level_input else {})
         blur_key, level_key, noise_key = named_keys(key, "blur", "noise_level", "low_resolution_noise")
-        blurred = drop(blur_key, 1.0 - self.blur_rate, count)
+        blurred = keep_mask(blur_key, 1.0 - self.blur_rate, count)
         low = jnp.where(blurred[:, None, None, None], gaussian_blur3(low, self.blur_sigma), low)
         level = self.noise * jax.random.uniform(level_key, (count, 1, 1, 1))
         low = add_noise(low, level, jax.random.normal(noise_key, low.shape), self.variance_preserving)
@@ -261,7 +261,7 @@ def _keep(key: jax.Array | None, name: str, rate: float, count: int) -> jax.Arra
     if key is None:
         return jnp.ones(count, bool)
     (own,) = named_keys(key, name)
-    return drop(own, rate, count)
+    return keep_mask(own, rate, count)
 
 
 def _check_rate(name: str, rate: float) -> None:
