@@ -22,9 +22,9 @@ _RANGES: dict[str, tuple[float, float]] = {
     "eta": (0.0, 1.0),
     "churn": (0.0, 1e6),
     "snr": (0.0, 1.0),
-    "scale": (-1e6, 1e6),
+    "scale": (0.0, 1e4),
     "rescale": (0.0, 1.0),
-    "classifier_scale": (-1e6, 1e6),
+    "classifier_scale": (0.0, 1e4),
     "threshold": (0.0, 1e6),
     "quantile": (0.0, 1.0),
 }
