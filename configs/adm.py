@@ -8,9 +8,14 @@ The source needs labels (docs/data.md), such as class subfolders. Two stages: "b
 "adaptive", "spatial" or "spatial_v2"), trained on noised images. `sample` guides by the classifier's gradient with
 --classifier_scale; the base is trained without a null class, as in the paper, unless drop_label > 0.
 
+With upsampler.enabled a third stage, "upsampler", enlarges the images of the base by upsampler.factor, given their
+class (the paper's ADM-U). It is trained on whole images, whose small copies are blurred and noised only if
+upsampler.blur_rate and upsampler.noise are positive. The classifier guides the base alone.
+
 Variants, with the parameters of the base and the classifier (held to them by tests/test_configs.py):
 
     configs/adm.py            ImageNet 64 x 64: 296M and 65M, the published networks
+    configs/adm.py:256        ImageNet 256 x 256: the same two, and the upsampler from 64 x 64, 311.8M (paper: 312M)
     configs/adm.py:small      32 x 32: 4.7M and 0.6M: trains on a laptop's CPU
     configs/adm.py:smoke      two steps of tiny networks on generated arrays
 
@@ -29,12 +34,12 @@ from ddpm_jax.data.transforms import CenterCrop, RandomFlip, Select
 from ddpm_jax.diffusion.diffusion import Diffusion
 from ddpm_jax.diffusion.sampling import sampling_from
 from ddpm_jax.evaluation import report
-from ddpm_jax.models.adm import POOLS, Classifier, ClassUNet
+from ddpm_jax.models.adm import POOLS, Classifier, ClassUNet, SuperUNet
 from ddpm_jax.models.unet import UNet, attention_levels
 from ddpm_jax.pipelines.description import PipelineDescription
-from ddpm_jax.training import ClassifierTask, DiffusionTask, Images, Labels, Stage, Training
+from ddpm_jax.training import ClassifierTask, DiffusionTask, Images, Labels, LowResolution, Stage, Training
 
-VARIANTS = ("", "small", "smoke")
+VARIANTS = ("", "256", "small", "smoke")
 
 
 def training(batch_size: int, num_steps: int, learning_rate: float, **overrides) -> dict:
@@ -100,6 +105,7 @@ def get_config(variant: str = "") -> ConfigDict:
         "dtype": "bfloat16",
         "training": training(1024, 300_000, 6e-4, weight_decay=0.2, preview_every=0),
     }
+    config.upsampler = published_upsampler() | {"enabled": variant == "256"}
     config.sample = {
         "sampler": "ancestral",
         "steps": "250",
@@ -116,8 +122,33 @@ def get_config(variant: str = "") -> ConfigDict:
     return config
 
 
+def published_upsampler() -> dict:
+    """Return the fields of the upsampler from 64 to 256."""
+    return {
+        "factor": 4,
+        "unet": {
+            "channels": 192,
+            "channel_mult": (1, 1, 2, 2, 4, 4),
+            "num_res_blocks": 2,
+            "heads": 4,
+            "dropout": 0.0,
+            "groups": 32,
+            "remat": True,
+        },
+        "attention_resolutions": (32, 16, 8),
+        "dtype": "bfloat16",
+        "diffusion": {"schedule": "linear", "num_steps": 1000, "prediction": "eps", "variance": "learned_range"},
+        "objective": "hybrid",
+        "blur_rate": 0.0,
+        "noise": 0.0,
+        "drop_label": 0.0,
+        "sample": {"sampler": "ancestral", "steps": "250", "threshold": 1.0},
+        "training": training(256, 500_000, 1e-4),
+    }
+
+
 def stages(config: ConfigDict) -> tuple[Stage, ...]:
-    """Return the base and the classifier."""
+    """Return the base, the classifier, and the upsampler if there is one."""
     train, held_out = sources(config)
     names = tuple(getattr(train, "class_names", None) or ())
     if not names:
@@ -125,12 +156,8 @@ def stages(config: ConfigDict) -> tuple[Stage, ...]:
     base, small_half, diffusion = config.base, config.classifier, Diffusion(**config.diffusion)
     if small_half.pool not in POOLS:
         raise ValueError(f"classifier.pool={small_half.pool!r} must be one of {', '.join(map(repr, POOLS))}")
-    flip = (RandomFlip(),) if config.data.flip else ()
-    shared = {
-        "source": train,
-        "eval_source": held_out,
-        "transforms": (Select(("image", "label")), CenterCrop(config.image_size), *flip),
-    }
+    data = {"source": train, "eval_source": held_out}
+    shared = data | {"transforms": transforms(config, config.image_size)}
     unet = UNet(
         out_channels=diffusion.channels(3),
         attention_resolutions=(),
@@ -180,7 +207,44 @@ def stages(config: ConfigDict) -> tuple[Stage, ...]:
             training=trained(config, small_half),
             **shared,
         ),
+        *((upsampler(config, names, data),) if config.upsampler.enabled else ()),
     )
+
+
+def upsampler(config: ConfigDict, names: tuple[str, ...], data: dict) -> Stage:
+    """Return the stage that enlarges the images of the base."""
+    up, size = config.upsampler, config.image_size * config.upsampler.factor
+    diffusion = Diffusion(**up.diffusion)
+    unet = UNet(
+        out_channels=diffusion.channels(3),
+        attention_resolutions=(),
+        attention_levels=attention_levels(up.attention_resolutions, size, len(up.unet.channel_mult)),
+        dtype=jnp.dtype(up.dtype),
+        **up.unet,
+    )
+    return Stage(
+        name="upsampler",
+        task=DiffusionTask(
+            model=SuperUNet(unet, len(names) + (up.drop_label > 0)),
+            diffusion=diffusion,
+            x0=Images(size),
+            conditions=(
+                LowResolution(config.image_size, up.factor, blur_rate=up.blur_rate, noise=up.noise),
+                Labels(len(names), drop=up.drop_label, names=names),
+            ),
+            objective=up.objective,
+            sampling=sampling_from(up.sample, name="upsampler.sample"),
+        ),
+        training=trained(config, up),
+        transforms=transforms(config, size),
+        **data,
+    )
+
+
+def transforms(config: ConfigDict, size: int) -> tuple:
+    """Return what brings a record to an image of a size, and its label."""
+    flip = (RandomFlip(),) if config.data.flip else ()
+    return (Select(("image", "label")), CenterCrop(size), *flip)
 
 
 def trained(config: ConfigDict, part: ConfigDict) -> Training:
@@ -205,16 +269,17 @@ def sources(config: ConfigDict) -> tuple:
 
 
 def pipeline(config: ConfigDict) -> PipelineDescription:
-    """Return how the two are sampled together."""
-    return PipelineDescription(
-        "Cascade",
-        models={"base": "base", "classifier": "classifier"},
-        sampling={"base": sampling_from(config.sample, name="sample")},
-    )
+    """Return how the stages are sampled together."""
+    models = {"base": "base", "classifier": "classifier"}
+    sampling = {"base": sampling_from(config.sample, name="sample")}
+    if config.upsampler.enabled:
+        models["upsamplers"] = ["upsampler"]
+        sampling["upsampler"] = sampling_from(config.upsampler.sample, name="upsampler.sample")
+    return PipelineDescription("Cascade", models=models, sampling=sampling)
 
 
 def evaluate(config: ConfigDict, pipeline, workdir, show) -> None:
-    """Write a grid of samples, when both are trained."""
+    """Write a grid of samples, when all are trained."""
     report.write_samples(pipeline, workdir, show=show, progress=config.progress)
 
 
@@ -235,7 +300,12 @@ def small(config: ConfigDict) -> None:
     )
     config.classifier.update(dtype="float32", remat=False)
     config.classifier.training.update(batch_size=64, num_steps=3_000, **faster)
+    config.upsampler.update(factor=2, dtype="float32", objective="simple", attention_resolutions=())
+    config.upsampler.unet.update(channels=64, channel_mult=(1, 2), num_res_blocks=1, remat=False)
+    config.upsampler.diffusion.update(schedule="cosine", prediction="v", variance="fixed_small")
+    config.upsampler.training.update(batch_size=32, num_steps=6_000, preview_every=1_000, **faster)
     config.sample.update(sampler="ddim", steps="50")
+    config.upsampler.sample.update(sampler="ddim", steps="25")
 
 
 def smoke(config: ConfigDict) -> None:
@@ -245,7 +315,10 @@ def smoke(config: ConfigDict) -> None:
     config.base.unet.update(channels=32, num_res_blocks=1, head_channels=16)
     config.base.attention_resolutions = (2,)
     config.classifier.update(channel_mult=(1, 1), head_channels=16)
-    config.sample.steps = "2"
+    config.upsampler.enabled = True
+    config.upsampler.unet.update(channels=32, channel_mult=(1,))
+    config.sample.steps = config.upsampler.sample.steps = "2"
     quick = {"batch_size": 8, "num_steps": 2, "warmup_steps": 1, "log_every": 1, "checkpoint_every": 1, "eval_every": 2}
     config.base.training.update(preview_every=2, optimizer="adamw", **quick)
     config.classifier.training.update(optimizer="adamw", **quick)
+    config.upsampler.training.update(preview_every=2, optimizer="adamw", **quick)

@@ -110,15 +110,16 @@ def test_ddpm_has_the_published_sizes(folder):
 def test_adm_has_the_published_sizes(folder):
     rows = re.findall(r"configs/adm.py:?(\w*) +.*?: ([\d.]+)M and ([\d.]+)M", FILES["adm"].__doc__)
     assert [row[0] for row in rows] == ["", "small"]
+    (up, paper) = re.findall(r"configs/adm.py:256 .*, ([\d.]+)M \(paper: (\d+)M\)", FILES["adm"].__doc__)[0]
     for variant, base, classifier in rows:
-        config = make_config("adm", variant, folder)
-        if not variant:  # ImageNet's classes
-            config.base.drop_label = 0.0
+        config = make_config("adm", variant or "256", folder)  # which is "" and the upsampler
         sizes = {name: count(tree) for name, tree in abstract_params(config, FILES["adm"]).items()}
         accuracy = 0.5e6 if not variant else 0.05e6
         if not variant:  # the folder has 2 classes and ImageNet 1000: a vector of each in the base, and in the head
             sizes["base"] += 998 * 4 * 192
             sizes["classifier"] += 998 * (512 + 1)
+            assert abs(sizes["upsampler"] + 998 * 4 * 192 - millions(up)) <= 0.05e6
+            assert paper == "312" and abs(millions(up) / millions(paper) - 1) < 0.01
         assert abs(sizes["base"] - millions(base)) <= accuracy
         assert abs(sizes["classifier"] - millions(classifier)) <= accuracy
 
@@ -209,10 +210,11 @@ def test_smoke_of_adm_is_sampled_with_its_classifier(tmp_path):
     config = FILES["adm"].get_config("smoke")
     config.progress = False
     config.base.training.preview_every = 0
+    config.upsampler.training.update(num_steps=1, preview_every=0, eval_every=0)
     train(FILES["adm"].stages(config), tmp_path / "run", pipeline=FILES["adm"].pipeline(config))
     assert "accuracy" in read_metrics(tmp_path / "run" / "classifier")[0]
     assert np.isfinite(read_metrics(tmp_path / "run" / "classifier")[-1]["eval_loss"])
     pipeline = ddpm_jax.load(tmp_path / "run")
     images = [pipeline.generate(labels=[0, 2], classifier_scale=scale) for scale in (0.0, 1.0, 50.0)]
-    assert images[0].shape == (2, 16, 16, 3) and images[0].dtype == np.uint8
+    assert images[0].shape == (2, 32, 32, 3) and images[0].dtype == np.uint8
     assert (images[0] != images[2]).any()
