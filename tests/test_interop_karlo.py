@@ -270,11 +270,12 @@ def test_numbers_compile_nothing_new(opened):
     """Scales, thresholds, seeds, the number of prompts and their start are arguments of one program."""
     sample = lambda prompts, **options: opened.generate(prompts, **(TWO | options)).astype(int)
     first, programs = sample(["a cat"]), karlo_pipeline._generate._cache_size()
+    scalar = jnp.float32(2.5)  # which is a program of its own
     with no_compilation():
         for options in (
             *(
                 {"decoder_scale": 3.0},
-                {"prior_scale": jnp.float32(2.5)},
+                {"prior_scale": scalar},
                 {"scale": np.float64(1.5)},
                 {"seed": 2**32 - 1},
             ),

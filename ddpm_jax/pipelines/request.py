@@ -12,7 +12,6 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -116,7 +115,7 @@ def on_mesh(mesh: Mesh | None, models: Any) -> tuple[Any, Callable[[Any], Any], 
         The tree, with a copy on every device; what places arrays [B, ...] or None; and the number of devices.
     """
     if mesh is None:
-        here = lambda x: jnp.asarray(x) if isinstance(x, np.ndarray) else x  # noqa: E731 (once, and not for every batch)
+        here = lambda x: jax.device_put(x) if isinstance(x, np.ndarray) else x  # noqa: E731 (once, not for every batch)
         return jax.tree.map(here, models), lambda array: array, 1
     place = functools.partial(jax.device_put, device=data_sharding(mesh))
     return jax.device_put(models, replicated(mesh)), place, mesh.shape[DATA_AXIS]
