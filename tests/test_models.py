@@ -14,7 +14,7 @@ import pytest
 from random_networks import fast_jit, normal, random_params, with_zeros
 
 from ddpm_jax.models.clip import CLIP, VisionTransformer, _at_most, normalize
-from ddpm_jax.models.decoder import Decoder, PlacesAskWords
+from ddpm_jax.models.decoder import Decoder, GridCrossAttention
 from ddpm_jax.models.prior import DiffusionPrior
 from ddpm_jax.models.text_encoder import RecurrentTextEncoder, TextEncoder, end_position
 from ddpm_jax.models.unet import UNet
@@ -204,7 +204,7 @@ def test_word_vectors_are_a_path_of_their_own_and_their_sum_has_no_order():
 def test_places_ask_words():
     """Softmax attention of learned queries against numpy in float64; without words the map is 0, bit for bit."""
     hidden, heads, (height, width, channels) = normal(0, B, L, 7), 2, (2, 3, 4)
-    module = PlacesAskWords((height, width, channels), heads, VOCAB)
+    module = GridCrossAttention((height, width, channels), heads, VOCAB)
     params = random_params(module.init, hidden, TOKENS, MASK)
     run = fast_jit(module.apply)
     p = jax.tree.map(lambda a: np.asarray(a, np.float64), params["params"])
@@ -221,7 +221,7 @@ def test_places_ask_words():
 def test_places_have_float32_logits_in_half_precision():
     """Logits above 65504, the largest number of float16, are finite; one word per place is then left."""
     hidden = 6e4 * jnp.tanh(normal(0, B, L, 7))
-    module = PlacesAskWords((2, 3, 4), 2, VOCAB, jnp.float16)
+    module = GridCrossAttention((2, 3, 4), 2, VOCAB, jnp.float16)
     params = random_params(module.init, hidden, TOKENS, MASK)
     out = np.asarray(module.apply(params, hidden.astype(jnp.float16), TOKENS, MASK), np.float64)
     words = np.asarray(params["params"]["value"]["embedding"])[np.asarray(TOKENS)].reshape(B, L, 2, 4)

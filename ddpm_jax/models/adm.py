@@ -7,15 +7,17 @@ import jax
 import jax.numpy as jnp
 
 from ddpm_jax.models.layers import Embed, GroupNorm, TimeEmbedding, attention
-from ddpm_jax.models.unet import Parts, UNet, check_image_size, contract
+from ddpm_jax.models.unet import Blocks, UNet, check_image_size, encode
 
 POOLS = ("attention", "adaptive", "spatial", "spatial_v2")
 
 
 class ClassUNet(nn.Module):
-    """A U-Net that is told the class: a learned vector for each is added to the time embedding (improved DDPM, 4).
+    """Class-conditional U-Net: a learned vector for each class is added to the time embedding (improved DDPM, 4).
 
-    For classifier-free guidance give it one class more, and that one as null.
+    Attributes:
+        unet: the U-Net.
+        num_classes: K > 0; for classifier-free guidance one more, whose last index is the null class.
     """
 
     unet: UNet
@@ -23,7 +25,14 @@ class ClassUNet(nn.Module):
 
     @nn.compact
     def __call__(self, xt: jax.Array, t: jax.Array, y: jax.Array, *, train: bool = False) -> jax.Array:
-        """Predict the process' output. xt: float[B, H, W, C]; t: [B]; y: int32[B] in [0, num_classes)."""
+        """Predict the process' output, float32[B, H, W, unet.out_channels].
+
+        Args:
+            xt: float[B, H, W, C].
+            t: float or int[B].
+            y: int32[B] in [0, num_classes).
+            train: True turns dropout on.
+        """
         width = 4 * self.unet.channels
         init = nn.initializers.normal(1.0)
         label = Embed(self.num_classes, width, embedding_init=init, dtype=self.unet.dtype, name="label")(y)
@@ -31,7 +40,12 @@ class ClassUNet(nn.Module):
 
 
 class SuperUNet(nn.Module):
-    """ADM's upsampler: a U-Net that sees the low-resolution picture, resized bilinearly, beside the noised one."""
+    """ADM's upsampler: the low-resolution image, resized bilinearly, is concatenated to the noised image.
+
+    Attributes:
+        unet: the U-Net; its input has twice the channels of the image.
+        num_classes: K > 0, or None for an unconditional network.
+    """
 
     unet: UNet
     num_classes: int | None = None
@@ -40,7 +54,18 @@ class SuperUNet(nn.Module):
     def __call__(
         self, xt: jax.Array, t: jax.Array, low_res: jax.Array, y: jax.Array | None = None, *, train: bool = False
     ) -> jax.Array:
-        """Predict the process' output. xt: float[B, H, W, C]; low_res: float[B, h, w, C]; y: int32[B] or None."""
+        """Predict the process' output, float32[B, H, W, unet.out_channels].
+
+        Args:
+            xt: float[B, H, W, C].
+            t: float or int[B].
+            low_res: float[B, h, w, C].
+            y: int32[B] in [0, num_classes), if and only if the network has classes.
+            train: True turns dropout on.
+
+        Raises:
+            ValueError: if y is missing, or given to a network without classes.
+        """
         low = jax.image.resize(low_res, (*xt.shape[:3], low_res.shape[-1]), "linear", antialias=False)
         x, label = jnp.concatenate([xt, low.astype(xt.dtype)], axis=-1), None
         if (y is None) != (self.num_classes is None):
@@ -51,13 +76,18 @@ class SuperUNet(nn.Module):
 
 
 class Classifier(nn.Module):
-    """The way down of the U-Net, and a head: the logits of the class of a noised picture (ADM 4, appendix H).
+    """Classifier of noised images: the U-Net's encoder path and a pooling head (ADM 4, appendix H).
 
-    pool: "attention" as published (a query from the mean over positions), "adaptive" (the mean), "spatial" or
-    "spatial_v2" (the means of every block's output, through one hidden layer of 2048, the latter with a norm).
-    image_size: height and width that it was trained at; "attention" is for that size only. attention_resolutions: the
-    heights of the feature maps that have attention in images of image_size, in place of attention_levels (None). The
-    other fields are those of `UNet`.
+    The fields that are not listed are those of `UNet`.
+
+    Attributes:
+        num_classes: K > 0.
+        image_size: height and width of the training images; pool="attention" takes no other size.
+        attention_resolutions: heights of the feature maps that have attention in images of image_size, where
+            attention_levels is None.
+        pool: "attention" as published (the query is the mean over positions), "adaptive" (the mean over positions),
+            "spatial" or "spatial_v2" (the means of every block's output through one hidden layer of 2048, with ReLU,
+            or with a group norm and SiLU).
     """
 
     channels: int
@@ -80,7 +110,16 @@ class Classifier(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, t: jax.Array, *, train: bool = False) -> jax.Array:
-        """Return the logits. x: float[B, H, W, C]; t: [B]. float32[B, num_classes]."""
+        """Return the logits, float32[B, num_classes].
+
+        Args:
+            x: float[B, H, W, C], noised images.
+            t: float or int[B].
+            train: True turns dropout on.
+
+        Raises:
+            ValueError: if pool has no such value, or x has a size that the network does not take.
+        """
         if self.pool not in POOLS:
             raise ValueError(f"pool={self.pool!r} must be one of {', '.join(POOLS)}")
         if self.pool == "attention" and x.shape[1:3] != (self.image_size,) * 2:
@@ -88,7 +127,7 @@ class Classifier(nn.Module):
         for size in x.shape[1:3]:
             check_image_size(size, 1, len(self.channel_mult))
         time = TimeEmbedding(self.channels, 4 * self.channels, self.dtype, name="time")(t)
-        h, skips = contract(Parts(self, time, train, []), x.astype(self.dtype), True)
+        h, skips = encode(Blocks(self, time, train, []), x.astype(self.dtype), True)
         h = h.astype(jnp.float32)
         if self.pool.startswith("spatial"):
             means = [part.astype(jnp.float32).mean((1, 2)) for part in (*skips, h)]
@@ -102,9 +141,13 @@ class Classifier(nn.Module):
 
 
 class AttentionPool(nn.Module):
-    """CLIP's pooling (Radford et al. 2021, ResNets): the mean over positions asks all positions and itself.
+    """CLIP's pooling (Radford et al. 2021, ResNets): the mean over positions attends to itself and all positions.
 
     x: float32[B, H, W, C] -> float32[B, features].
+
+    Attributes:
+        head_channels: channels of an attention head; divides C.
+        features: of the output.
     """
 
     head_channels: int

@@ -1,4 +1,4 @@
-"""The autoencoder of latent diffusion: pictures to a small grid of latents and back (Rombach et al. 2022, G.1)."""
+"""The autoencoder of latent diffusion: images to a smaller grid of latents and back (Rombach et al. 2022, G.1)."""
 
 from typing import Any
 
@@ -14,9 +14,18 @@ EPS = 1e-6
 class Autoencoder(nn.Module):
     """A convolutional encoder to a Gaussian over latents, and a decoder (KL-regularised, LDM 3.1).
 
-    Level i has channels * channel_mult[i], each level but the last halves the picture; attention, with one head, is in
-    the middle only. latent_channels: of the latents. scale: the latents that a diffusion model sees are z * scale,
-    about one in size; it belongs to the weights (0.18215 for Stable Diffusion 1 and 2).
+    Attention, with one head, is in the middle only.
+
+    Attributes:
+        channels: width of the first level, > 0; level i has int(channels * channel_mult[i]) channels.
+        channel_mult: multipliers of the width, one for each level; each level but the last halves the image.
+        num_res_blocks: residual blocks of each level in the encoder, >= 1; the decoder has one more.
+        latent_channels: channels of the latents.
+        out_channels: channels of the decoded images.
+        scale: diffusion models are trained on z * scale, which has about unit variance; the number belongs to the
+            weights (0.18215 for Stable Diffusion 1 and 2).
+        groups: groups of the group norms; divides the channels of every level.
+        dtype: in which the layers compute; results are float32.
     """
 
     channels: int = 128
@@ -37,13 +46,13 @@ class Autoencoder(nn.Module):
 
     @property
     def factor(self) -> int:
-        """By how much a picture is larger than its latents."""
+        """Height and width of an image divided by those of its latents."""
         return 2 ** (len(self.channel_mult) - 1)
 
     def encode(self, images: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Return mean and standard deviation of the latents, float32[B, H / factor, W / factor, latent_channels].
 
-        images: float[B, H, W, 3] in [-1, 1]. Not multiplied by scale. The logarithm of the variance is kept within
+        images: float[B, H, W, 3] in [-1, 1]. Not multiplied by scale. The logarithm of the variance is clipped to
         [-30, 20]. Raises ValueError if factor does not divide a side.
         """
         if images.shape[1] % self.factor or images.shape[2] % self.factor:
@@ -52,16 +61,16 @@ class Autoencoder(nn.Module):
         return mean, jnp.exp(0.5 * jnp.clip(log_var, -30.0, 20.0))
 
     def decode(self, z: jax.Array) -> jax.Array:
-        """Return pictures, float32[B, factor * h, factor * w, 3]; z: float[B, h, w, C], divided by scale already."""
+        """Decode latents z, float[B, h, w, C], not multiplied by scale, to float32[B, factor * h, factor * w, 3]."""
         return self.decoder(self.latents(z.astype(self.dtype))).astype(jnp.float32)
 
     def __call__(self, images: jax.Array) -> jax.Array:
-        """Return the pictures that the means of the latents decode to."""
+        """Encode images and decode the means of their latents."""
         return self.decode(self.encode(images)[0])
 
 
 class Encoder(nn.Module):
-    """Pictures to features: float[B, H, W, 3] -> [B, h, w, 2 * latent_channels]."""
+    """Images to features: float[B, H, W, 3] -> [B, h, w, 2 * latent_channels]."""
 
     channels: int
     channel_mult: tuple[float, ...]
@@ -85,7 +94,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Features to pictures: [B, h, w, latent_channels] -> float[B, H, W, out_channels]."""
+    """Features to images: [B, h, w, latent_channels] -> float[B, H, W, out_channels]."""
 
     channels: int
     channel_mult: tuple[float, ...]

@@ -18,10 +18,20 @@ from ddpm_jax.models.transformer import Transformer, gelu
 class VisionTransformer(nn.Module):
     """ViT with a class token and a norm before the blocks, as CLIP has it. images: [B, S, S, 3] -> [B, width].
 
-    `stem` lists the widths of 3 x 3 convolutions of stride 2 that go before the patches (Xiao et al. 2021, "Early
-    convolutions help transformers see better"): small data sets need the locality. The patches keep their size in
-    pixels, so that `patch` must be a multiple of 2^len(stem). An empty stem is the published CLIP, but for the start of
-    the positions.
+    An empty stem is the published CLIP, except for the initialisation of the position embeddings.
+
+    Attributes:
+        image_size: S, a multiple of patch.
+        patch: side of a patch in pixels, a multiple of 2^len(stem).
+        width: channels of the tokens; a multiple of heads.
+        layers: number of transformer blocks, >= 1.
+        heads: number of attention heads.
+        stem: widths of 3 x 3 convolutions of stride 2 before the patches (Xiao et al. 2021, "Early convolutions help
+            transformers see better"), which small data sets need.
+        activation: of the MLPs.
+        remat: True recomputes the activations of each block in the backward pass.
+        dtype: in which the layers compute; parameters are float32.
+        mlp_width: width of the MLPs' hidden layer; 4 * width if None.
     """
 
     image_size: int
@@ -46,7 +56,7 @@ class VisionTransformer(nn.Module):
         if self.patch % 2 ** len(self.stem):
             raise ValueError(
                 f"patch={self.patch} must be a multiple of {2 ** len(self.stem)}, by which the {len(self.stem)} layers "
-                "of the stem shrink the picture"
+                "of the stem shrink the image"
             )
         norm = lambda name: nn.LayerNorm(epsilon=1e-5, dtype=self.dtype, name=name)  # noqa: E731
         x = images
@@ -87,10 +97,14 @@ def _sincos_2d(key: jax.Array, shape: tuple[int, int], dtype: Any) -> jax.Array:
 class CLIP(nn.Module):
     """Two towers and a temperature (CLIP 2.3).
 
-    `log_scale` starts at ln(1 / 0.07) and is clamped so that the scale stays at most 100. Embeddings are returned
-    as the projections give them; `normalize` makes them unit vectors. A tower that is None is not there, and only the
-    other one's method can be called. A ResNet projects to the embedding itself, and its `features` must be `embed_dim`;
-    a vision transformer has `image_projection`.
+    `log_scale` is initialised to ln(1 / 0.07) and clamped so that the scale is at most 100. `encode_image` and
+    `encode_text` do not normalise the embeddings; `normalize` does.
+
+    Attributes:
+        vision: the image tower, or None for a text tower alone, where only `encode_text` can be called. The last layer
+            of a ResNet is the projection, so that its `features` must be embed_dim.
+        text: the text tower, or None for an image tower alone.
+        embed_dim: D > 0, size of the embeddings.
     """
 
     vision: VisionTransformer | ModifiedResNet | None

@@ -1,4 +1,4 @@
-"""The unCLIP decoder: an ADM U-Net that draws what a CLIP image embedding, and a caption, describe (DALL-E 2, 2.1)."""
+"""The unCLIP decoder: an ADM U-Net conditioned on a CLIP image embedding and a caption (DALL-E 2, 2.1)."""
 
 import math
 from typing import Any
@@ -15,19 +15,27 @@ class Decoder(nn.Module):
     """U-Net conditioned on an image embedding and on text.
 
     The image embedding is projected and added to the time embedding, and projected to `image_tokens` context tokens
-    that precede the text tokens. With `text_embedding` the CLIP text embedding is projected and added to the time
-    embedding too (Karlo). With `word_vectors`, the size of the vocabulary, every token adds a learned vector of its own
-    to the time embedding, besides the text encoder's work: a sum of words says the same about a star whatever its
-    colour, so pairs that training never showed cost it nothing. It needs a `text_encoder`, that is, token ids. With
-    `layout_channels` the sum of all these is projected to a map of the U-Net's grid, of so many channels, which goes
-    in beside the noised picture: convolutions turn a vector into something at a place by their padding alone, and a
-    small network is slow to learn that. With `layout_heads` the map has a second part, in which places ask the words:
-    a place of the grid has learned queries, the text encoder's tokens give the keys, and every word has values of its
-    own. Of two objects the sum of words cannot tell which one is red; a place can, if the encoder has told "left"
-    from "right". The paper has none of the last four.
+    that precede the text tokens. Dropped conditions have no influence: the image embedding is replaced by learned null
+    vectors, text tokens are masked and left out of the sum of word vectors, and the text embedding is replaced by a
+    learned one. word_vectors, layout_channels, layout_heads and text_encoder are not in the paper.
 
-    Dropped conditions leave no trace: the image embedding is replaced by learned null vectors, text tokens are hidden
-    from attention and from places, words are left out of the sum and the text embedding is replaced by a learned one.
+    Attributes:
+        unet: the U-Net.
+        embed_dim: D > 0, size of the CLIP embeddings.
+        context_width: channels of the context tokens.
+        image_tokens: number of context tokens that the image embedding is projected to.
+        text_embedding: True also adds a projection of the CLIP text embedding to the time embedding (Karlo).
+        word_vectors: size of the vocabulary, or 0. A learned vector for every token is added to the time embedding,
+            besides the text encoder's output: it generalises to pairs of words that training does not contain, since
+            the sum says the same about a shape whatever its colour. It needs a text_encoder, that is, token ids.
+        layout_channels: E, or 0. The embedding is projected to a map of the U-Net's grid with E channels, which is
+            concatenated to the noised image: convolutions localise a global vector by their padding alone, which small
+            networks are slow to learn.
+        layout_heads: heads of a `GridCrossAttention` whose result is added to that map, or 0: each spatial position
+            cross-attends to the caption tokens, which binds attributes to one of several objects. It needs
+            layout_channels and word_vectors.
+        text_encoder: reads token ids and is trained with the decoder; None if `text` is hidden states.
+        dtype: in which the layers compute; parameters are float32.
     """
 
     unet: UNet
@@ -57,9 +65,22 @@ class Decoder(nn.Module):
     ) -> jax.Array:
         """Predict the process' output for xt.
 
-        xt: float32[B, H, W, 3]; t: [B]; z_image, z_text: float32[B, D] of unit length; text: hidden states
-        [B, L, W] or, with a text_encoder, int32[B, L]; text_mask: bool[B, L]; keep_image, keep_text: bool[B], None
-        keeps all. Returns float32[B, H, W, unet.out_channels].
+        Args:
+            xt: float32[B, H, W, 3].
+            t: float or int[B].
+            z_image: float32[B, D], unit vectors.
+            z_text: float32[B, D], unit vectors.
+            text: hidden states, float[B, L, W], or token ids, int32[B, L], with a text_encoder.
+            text_mask: bool[B, L], True at real tokens.
+            keep_image: bool[B], False where the image embedding is dropped; None keeps all.
+            keep_text: bool[B], False where the caption is dropped; None keeps all.
+            train: True turns dropout on.
+
+        Returns:
+            float32[B, H, W, unet.out_channels].
+
+        Raises:
+            ValueError: if fields contradict each other.
         """
         check_layout(self.layout_heads, self.layout_channels, self.word_vectors)
         if self.unet.modulate and not self.layout_channels:
@@ -95,8 +116,8 @@ class Decoder(nn.Module):
             grid = (xt.shape[1] // self.unet.patch, xt.shape[2] // self.unet.patch, self.layout_channels)
             layout = dense(math.prod(grid), "layout")(nn.silu(emb)).reshape(b, *grid)
             if self.layout_heads:
-                places = PlacesAskWords(grid, self.layout_heads, self.word_vectors, self.dtype, name="places")
-                layout = layout + places(hidden, ids, seen)
+                attend = GridCrossAttention(grid, self.layout_heads, self.word_vectors, self.dtype, name="places")
+                layout = layout + attend(hidden, ids, seen)
         return self.unet(xt, t, emb, context, mask, layout, train=train)
 
     def _words(self, tokens: jax.Array, width: int) -> jax.Array:
@@ -108,7 +129,7 @@ class Decoder(nn.Module):
 
 
 def check_layout(heads: int, channels: int, word_vectors: int) -> None:
-    """Raise ValueError unless there are word vectors, and a map, for places that ask words."""
+    """Raise ValueError unless layout_heads has the word vectors and the map that it needs."""
     if heads and not (channels and word_vectors):
         raise ValueError(
             f"layout_heads={heads} needs layout_channels and word_vectors, got layout_channels={channels} and "
@@ -116,12 +137,18 @@ def check_layout(heads: int, channels: int, word_vectors: int) -> None:
         )
 
 
-class PlacesAskWords(nn.Module):
-    """Attention from the places of a grid, which have learned queries, to the tokens of a caption.
+class GridCrossAttention(nn.Module):
+    """Cross-attention from the positions of a grid, which have learned queries, to the tokens of a caption.
 
-    grid: (height, width, channels of the result); heads: how many queries a place has, of 16 channels; vocab_size: of
-    the words, each of which has a learned value for every head. What the heads hear is summed. The queries are the same
-    for every caption, so they and the keys' matrix are multiplied first, and no product is as small as one caption's.
+    Keys are projected hidden states; values are learned vectors of the token ids, and the outputs of the heads are
+    summed. The queries do not depend on the caption, so they are multiplied with the key matrix first, which makes one
+    large matrix product of many small ones.
+
+    Attributes:
+        grid: (height, width, channels) of the result.
+        heads: number of heads, of 16 channels each.
+        vocab_size: number of token ids.
+        dtype: in which the products are computed; logits and softmax are float32.
     """
 
     grid: tuple[int, int, int]
@@ -131,20 +158,21 @@ class PlacesAskWords(nn.Module):
 
     @nn.compact
     def __call__(self, tokens: jax.Array, words: jax.Array, mask: jax.Array) -> jax.Array:
-        """Return a map, [B, *grid], which is 0 if the mask hides all words.
+        """Return a map, [B, *grid], which is 0 if the mask is False everywhere.
 
-        tokens: [B, L, W], hidden states; words: int32[B, L], the ids; mask: bool[B, L], True at words that may be seen.
+        tokens: float[B, L, W], hidden states; words: int32[B, L], the token ids; mask: bool[B, L], True at tokens that
+        are attended to.
         """
         (b, length), (height, width, channels) = tokens.shape[:2], self.grid
-        asks = self.heads * height * width
+        columns = self.heads * height * width
         query = self.param("query", nn.initializers.normal(1.0), (self.heads, height * width, 16), jnp.float32)
         key = self.param("kernel", nn.initializers.lecun_normal(), (tokens.shape[-1], self.heads * 16), jnp.float32)
-        ask = jnp.einsum("hpd,whd->whp", query, key.reshape(-1, self.heads, 16)).reshape(-1, asks) / 4
-        logits = jnp.einsum("blw,wa->bla", tokens, ask.astype(self.dtype), preferred_element_type=jnp.float32)
+        weight = jnp.einsum("hpd,whd->whp", query, key.reshape(-1, self.heads, 16)).reshape(-1, columns) / 4
+        logits = jnp.einsum("blw,wa->bla", tokens, weight.astype(self.dtype), preferred_element_type=jnp.float32)
         weights = jax.nn.softmax(jnp.where(mask[:, :, None], logits, jnp.finfo(jnp.float32).min), axis=1)
         weights = jnp.where(mask[:, :, None], weights, 0.0).astype(self.dtype)
         weights = weights.reshape(b, length * self.heads, height * width)
-        # The answers of heads are summed, so each begins small.
+        # The outputs of the heads are summed, so each is initialised small.
         init = nn.initializers.normal(self.heads**-0.5)
         value = Embed(self.vocab_size, self.heads * channels, dtype=self.dtype, embedding_init=init, name="value")
         found = jnp.einsum("bmp,bmc->bpc", weights, value(words).reshape(b, length * self.heads, channels))

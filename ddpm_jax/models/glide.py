@@ -12,11 +12,20 @@ from ddpm_jax.models.unet import UNet
 
 
 class Glide(nn.Module):
-    """A U-Net that reads a caption through a transformer trained with it.
+    """Text-conditional U-Net with a transformer text encoder that is trained with it.
 
-    Every position of the transformer, padding too, is a token of context for the U-Net's attention; its last one,
-    usually a padding, is also projected and added to the time embedding. Padding has learned embeddings of its own,
-    position by position, so an unconditional pass is a caption of padding alone. context: tokens of a caption.
+    The U-Net's attention layers attend to every position of the transformer, padding included; the output at the last
+    position, usually padding, is also projected and added to the time embedding. Padding has learned embeddings for
+    each position, so the null condition is a caption of padding alone.
+
+    Attributes:
+        unet: the U-Net.
+        vocab_size: number of token ids.
+        context: number of tokens of a caption.
+        width: channels of the transformer; a multiple of heads.
+        layers: number of transformer blocks.
+        heads: number of the transformer's attention heads.
+        dtype: in which the transformer computes; parameters are float32.
     """
 
     unet: UNet
@@ -40,21 +49,22 @@ class Glide(nn.Module):
         known: jax.Array | None = None,
         train: bool = False,
     ) -> jax.Array:
-        """Predict eps, and the half of the learned variance.
+        """Predict eps and the learned variance, in that order along the last axis.
 
         Args:
             xt: float[B, H, W, 3].
             t: [B].
             tokens: int32[B, context]; mask: bool[B, context], True at real tokens.
             low_res: float[B, h, w, 3], for an upsampler; resized bilinearly.
-            picture: float[B, H, W, 3], for inpainting, and
-            known: float[B, H, W, 1], 1 where the picture is to be kept. What is not known of it is not seen.
+            picture: float[B, H, W, 3], the image to inpaint, for an inpainting network.
+            known: float[B, H, W, 1], given with picture; 1 where it is to be preserved, 0 where it is masked out.
+            train: True turns dropout on.
 
         Returns:
             float32[B, H, W, 6].
 
         Raises:
-            ValueError: if tokens are not `context` many, or only one of picture and known is given.
+            ValueError: if tokens do not have length `context`, or only one of picture and known is given.
         """
         if tokens.shape[1] != self.context:
             raise ValueError(f"tokens have length {tokens.shape[1]}; this network was built for {self.context}")

@@ -151,7 +151,7 @@ class Inception(nn.Module):
 
 
 def prepare(images: jax.Array, resize: Literal["tensorflow", "half_pixel"] = "tensorflow") -> jax.Array:
-    """Bring pictures to the network's size and range.
+    """Bring images to the network's size and range.
 
     The resize decides the number that comes out: published FIDs of the original code and of torch-fidelity use
     TensorFlow 1's bilinear resize, which takes dst * in / out without half a pixel's shift; pytorch-fid uses the half

@@ -89,7 +89,7 @@ def group_norm(x: jax.Array, gain: jax.Array, offset: jax.Array, groups: int, ep
       dx = (gain g - m(gain g) - n m(gain g n)) / sqrt(var + eps),
 
     two sums per channel, then one fused `g * a + x * p + q`. Left to autodiff, XLA's CPU compiler fuses the sum
-    that a chain of residual blocks adds up to into each of its uses, and computes it anew there. The price is that
+    that a chain of residual blocks adds up to into each of its uses, and recomputes it there. The price is that
     forward-mode differentiation (`jax.jvp`) is refused.
     """
     return _group_norm_forward(x, gain, offset, groups, eps)[0]
@@ -207,11 +207,20 @@ class ResBlock(nn.Module):
 
     `h = conv1(resample(silu(GN(x))))`, `h = conv2(dropout(silu(GN(h) * (1 + scale) + shift)))`, and
     `skip(resample(x)) + h`, where (scale, shift) is a projection of the embedding. conv2 starts at zero. Without
-    `scale_shift` the projection is added before the second norm. resample: None, "up" or "down" (by 2).
+    `scale_shift` the projection is added before the second norm.
 
-    layout: [B, H, W, E] at the size of the output; its projection is added to (scale, shift) position by position, so
-    that the embedding may say other things at other places (spatially adaptive normalisation, Park et al. 2019).
-    emb: None for a network that is told nothing, such as an autoencoder.
+    emb: float[B, E], or None for an unconditional network, such as an autoencoder.
+    layout: float[B, H, W, E] at the size of the output; its projection is added to (scale, shift) at each position
+    (spatially adaptive normalisation, Park et al. 2019).
+
+    Attributes:
+        features: channels of the output.
+        resample: None, "up" or "down" (by 2).
+        scale_shift: adaptive group norm.
+        dropout: rate, in [0, 1).
+        groups: groups of the norms; divides the channels of input and output.
+        dtype: in which the layers compute; parameters are float32.
+        eps: of the norms.
     """
 
     features: int
@@ -227,9 +236,9 @@ class ResBlock(nn.Module):
         self, x: jax.Array, emb: jax.Array | None, train: bool = False, layout: jax.Array | None = None
     ) -> jax.Array:
         norm = lambda name: GroupNorm(self.groups, self.eps, self.dtype, name=name)  # noqa: E731
-        move: Callable = {None: lambda y: y, "up": upsample2, "down": downsample2}[self.resample]
-        h = conv(self.features, 3, "conv_1", self.dtype)(move(nn.silu(norm("norm_1")(x))))
-        x = move(x)
+        resample: Callable = {None: lambda y: y, "up": upsample2, "down": downsample2}[self.resample]
+        h = conv(self.features, 3, "conv_1", self.dtype)(resample(nn.silu(norm("norm_1")(x))))
+        x = resample(x)
         width = 2 * self.features if self.scale_shift else self.features
         if emb is not None:
             emb = nn.Dense(width, dtype=self.dtype, name="emb")(nn.silu(emb))

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from ddpm_jax.models.adm import AttentionPool
 from ddpm_jax.models.inception import BatchNorm
 
-EXPANSION = 4  # of a bottleneck: its output has so many times the channels of its middle
+EXPANSION = 4  # channels of a bottleneck's output divided by those of its middle
 
 
 class ModifiedResNet(nn.Module):

@@ -1,7 +1,7 @@
-"""GLIDE's noised CLIP, whose image tower reads noised pictures and their timestep (Nichol et al. 2022, section 4.4).
+"""GLIDE's noised CLIP, whose image tower reads noised images and their timestep (Nichol et al. 2022, section 4.4).
 
-It guides a denoiser that knows nothing of captions, or little (section 2.4): the gradient of the similarity of picture
-and caption is that of a classifier. With `z_text` the caption's unit embedding,
+It guides denoisers with weak or no text conditioning (section 2.4): the gradient of the similarity of image and caption
+takes the place of a classifier's. With `z_text` the caption's unit embedding,
 
     log_prob = lambda xt, t: clip.apply({"params": params}, xt, t, z_text, method="log_prob")
 
@@ -29,6 +29,16 @@ class NoisedVisionTransformer(nn.Module):
     """A ViT whose first token is the learned vector of the timestep, with a norm before the blocks.
 
     images: float[B, S, S, 3]; t: int32[B] in [0, num_steps) -> [B, width], the first token, normalised.
+
+    Attributes:
+        image_size: S, a multiple of patch.
+        patch: side of a patch in pixels.
+        width: channels of the tokens; a multiple of heads.
+        layers: number of transformer blocks, >= 1.
+        heads: number of attention heads.
+        num_steps: number of timesteps of the process.
+        remat: True recomputes the activations of each block in the backward pass.
+        dtype: in which the layers compute; parameters are float32.
     """
 
     image_size: int
@@ -66,9 +76,13 @@ class NoisedVisionTransformer(nn.Module):
 
 
 class NoisedCLIP(nn.Module):
-    """Two towers; the text tower is CLIP's.
+    """CLIP whose image tower is conditioned on the timestep; the text tower is CLIP's.
 
-    scale: what the similarity is multiplied with, exp(logit_scale) in GLIDE's code; 100 there, and in no file.
+    Attributes:
+        vision: the image tower.
+        text: the text tower.
+        embed_dim: size of the embeddings.
+        scale: factor of the similarity, exp(logit_scale) in GLIDE's code, which sets it to 100; no file holds it.
     """
 
     vision: NoisedVisionTransformer

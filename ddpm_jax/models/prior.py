@@ -15,11 +15,20 @@ class DiffusionPrior(nn.Module):
     """A causal transformer that predicts the clean image embedding from a noised one.
 
     The sequence is: encoded text (L tokens), CLIP text embedding, time, noised image embedding, and a learned query
-    whose output is the prediction. Padding is never seen. A dropped caption leaves no trace: its tokens are hidden
-    and its embedding is replaced by a learned one.
+    whose output is the prediction. Padding is masked. A dropped caption has no influence: its tokens are masked and
+    its embedding is replaced by a learned one.
 
-    `text` is either hidden states of a frozen text encoder (Karlo's way) or, if `text_encoder` is given, token ids
-    which that encoder, trained with the prior, reads (the paper's way).
+    Attributes:
+        embed_dim: D > 0, size of the CLIP embeddings.
+        context: L, number of text tokens.
+        width: channels of the tokens; a multiple of heads.
+        layers: number of transformer blocks, >= 1.
+        heads: number of attention heads.
+        text_encoder: reads token ids and is trained with the prior (as in the paper); None if `text` is the hidden
+            states of a frozen encoder (as in Karlo).
+        activation: of the MLPs.
+        remat: True recomputes the activations of each block in the backward pass.
+        dtype: in which the layers compute; parameters are float32.
     """
 
     embed_dim: int
@@ -46,9 +55,20 @@ class DiffusionPrior(nn.Module):
     ) -> jax.Array:
         """Predict the clean embedding.
 
-        zt: float32[B, D], noised and scaled by the caller; t: [B]; z_text: float32[B, D], unit length;
-        text: [B, L, W] or int32[B, L]; text_mask: bool[B, L], True at real tokens; keep_text: bool[B] or None.
-        Returns float32[B, D].
+        Args:
+            zt: float32[B, D], noised and scaled by the caller.
+            t: float or int[B].
+            z_text: float32[B, D], unit vectors.
+            text: hidden states, float[B, L, W], or token ids, int32[B, L], with a text_encoder.
+            text_mask: bool[B, L], True at real tokens.
+            keep_text: bool[B], False where the caption is dropped; None keeps all.
+            train: without effect, since the network has no dropout.
+
+        Returns:
+            float32[B, D].
+
+        Raises:
+            ValueError: if text has not `context` tokens.
         """
         del train  # it has no dropout
         b, d = zt.shape

@@ -15,8 +15,19 @@ class TextEncoder(nn.Module):
     """A transformer over tokens with learned positions and a final layer norm (CLIP 2.4, GLIDE 4).
 
     tokens: int32[B, L] with L <= context; mask: bool[B, L], True at real tokens. Returns hidden states [B, L, width].
-    Causal as in CLIP, padding needs no mask: it stands after the end token and a position never looks ahead. With
-    causal=False every token sees every real one, as in GLIDE's encoder, and the mask is needed.
+
+    Attributes:
+        vocab_size: number of token ids.
+        context: largest L.
+        width: channels of the hidden states; a multiple of heads.
+        layers: number of transformer blocks, >= 1.
+        heads: number of attention heads.
+        activation: of the MLPs.
+        causal: True as in CLIP, where padding needs no mask, since it follows the end token. False attends to all
+            real tokens, as GLIDE's encoder does, and requires the mask.
+        remat: True recomputes the activations of each block in the backward pass.
+        dtype: in which the layers compute; parameters are float32.
+        mlp_width: width of the MLPs' hidden layer; 4 * width if None.
     """
 
     vocab_size: int
@@ -51,11 +62,17 @@ class TextEncoder(nn.Module):
 class RecurrentTextEncoder(nn.Module):
     """Two gated recurrent networks (Cho et al. 2014) over tokens, one from each end, and a final layer norm.
 
-    What stands before and after a token is in its hidden state from the first step of training on, where attention
-    has to find out first whom to ask: on small data it learns in far fewer steps which colour is which object's.
+    The recurrence carries neighbouring tokens into a hidden state from the first step of training, where attention
+    first has to learn which tokens matter: on small data it learns in far fewer steps which object a colour belongs to.
 
     tokens: int32[B, L]; mask: bool[B, L], True at real tokens, which come first. Returns hidden states [B, L, width],
-    of which those of real tokens do not depend on what follows the last of them. Raises ValueError if the width is odd.
+    of which those of real tokens do not depend on the padding. Raises ValueError if the width is odd.
+
+    Attributes:
+        vocab_size: number of token ids.
+        width: channels of the hidden states, even: each direction has half of them.
+        layers: number of recurrent layers, >= 1.
+        dtype: in which the layers compute; parameters are float32.
     """
 
     vocab_size: int

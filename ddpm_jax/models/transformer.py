@@ -23,7 +23,11 @@ def gelu(x: jax.Array) -> jax.Array:
 class Block(nn.Module):
     """One pre-norm block: `x + attn(ln_1(x))`, then `x + mlp(ln_2(x))`. x: [B, N, width].
 
-    mlp_width: of the layer inside the mlp; four times the width if None.
+    Attributes:
+        heads: number of attention heads; divides the width.
+        activation: of the MLP.
+        dtype: in which the layers compute; parameters are float32.
+        mlp_width: width of the MLP's hidden layer; 4 * width if None.
     """
 
     heads: int
@@ -46,9 +50,15 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """A stack of blocks. x: [B, N, width]; mask: bool, broadcastable to [B, heads, N, N], True = may see.
+    """A stack of blocks. x: [B, N, width]; mask: bool, broadcastable to [B, heads, N, N], True where attended to.
 
-    With `remat` the activations of each block are recomputed in the backward pass.
+    Attributes:
+        layers: number of blocks.
+        heads: number of attention heads; divides the width.
+        activation: of the MLPs.
+        remat: True recomputes the activations of each block in the backward pass.
+        dtype: in which the layers compute; parameters are float32.
+        mlp_width: width of the MLPs' hidden layer; 4 * width if None.
     """
 
     layers: int
@@ -67,5 +77,5 @@ class Transformer(nn.Module):
 
 
 def causal_mask(n: int) -> jax.Array:
-    """Return bool[1, 1, n, n]: position i may see positions 0..i."""
+    """Return bool[1, 1, n, n]: position i attends to positions 0..i."""
     return jnp.tril(jnp.ones((n, n), bool))[None, None]

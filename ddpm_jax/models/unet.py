@@ -1,4 +1,4 @@
-"""The ADM U-Net (Dhariwal & Nichol 2021, section 3) that the decoder and the upsamplers are built on, and its half."""
+"""The ADM U-Net (Dhariwal & Nichol 2021, section 3) of the decoder and the upsamplers, and its encoder path."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -25,18 +25,34 @@ from ddpm_jax.models.spatial_transformer import SpatialTransformer
 class UNet(nn.Module):
     """U-Net with BigGAN up/down blocks, adaptive group norm and attention at chosen levels.
 
-    channels: width of the first level; level i has channels * channel_mult[i]. attention_levels: the levels that have
-    attention, 0 being the finest; a network has the same layers for images of every size. attention_resolutions: in
-    place of attention_levels (None), the heights of feature maps that have attention in an image of the size that the
-    parameters are initialised with; in use, the levels whose attention the parameters have (`levels_of_resolutions`
-    translates resolutions). patch: space-to-depth stem, so that the first level works on (size / patch)^2 positions; 1
-    is the published network. mid_attention: False gives the network without any attention that DALL-E 2 uses for
-    upsampling. modulate: the layout, averaged down to each level, also scales and shifts the features of every block
-    (see `ResBlock`). heads: number of heads at every level, in place of heads of head_channels; heads_up: another
-    number on the way up (num_heads_upsample of guided diffusion). conv_resample: `Resample` between levels, as before
-    BigGAN's blocks. pool_resample: average pooling and nearest neighbours between levels, without parameters
-    (conv_resample=False with resblock_updown=False of guided diffusion). spatial_transformer: attention is a
-    `SpatialTransformer`, as in latent diffusion.
+    Attributes:
+        channels: width of the first level, > 0; level i has int(channels * channel_mult[i]) channels.
+        out_channels: channels of the output, > 0.
+        channel_mult: multipliers of the width, one for each level, the finest first; each level but the last is
+            followed by a downsampling by 2.
+        num_res_blocks: residual blocks of each level in the encoder, >= 1; the decoder has one more.
+        attention_resolutions: heights of the feature maps that have attention in an image of the size that the
+            parameters are initialised with, where attention_levels is None. In use, the levels are those whose
+            attention is in the parameters; `levels_of_resolutions` translates resolutions to levels.
+        head_channels: channels of an attention head, where heads is None; divides the channels of its level.
+        heads: number of attention heads at every level, in place of head_channels.
+        conv_resample: learned convolutions (`Resample`) between levels, as in DDPM, in place of BigGAN's blocks.
+        patch: side of the patches that the stem moves to channels (space to depth), >= 1, so that the first level has
+            (H / patch) x (W / patch) positions; 1 in the published networks.
+        scale_shift: adaptive group norm; False adds the embedding before the second norm, see `ResBlock`.
+        mid_attention: attention between the middle's residual blocks; False and attention_levels=() give the network
+            without attention that DALL-E 2 uses for upsampling.
+        modulate: True scales and shifts the features of every block by the layout, averaged down to its level, too.
+        dropout: rate of dropout inside residual blocks, in [0, 1).
+        groups: groups of the group norms; divides the channels of every level.
+        remat: True recomputes the activations of each block in the backward pass, which saves memory.
+        dtype: in which blocks compute; parameters and the output convolution are float32.
+        attention_levels: levels that have attention, 0 being the finest, so that a network has the same layers for
+            images of every size; None takes attention_resolutions.
+        spatial_transformer: attention is a `SpatialTransformer`, as in latent diffusion, and context is required.
+        heads_up: number of heads in the decoder, in place of heads (num_heads_upsample of guided diffusion).
+        pool_resample: average pooling and nearest neighbours between levels, without parameters
+            (conv_resample=False with resblock_updown=False in guided diffusion); excludes conv_resample.
     """
 
     channels: int
@@ -74,43 +90,52 @@ class UNet(nn.Module):
     ) -> jax.Array:
         """Run the network.
 
-        x: float[B, H, W, C]; t: [B]; emb: [B, 4 * channels], added to the time embedding; context: [B, M, D] tokens
-        for the attention layers with context_mask bool[B, M]; layout: [B, H/patch, W/patch, E], concatenated to the
-        picture behind the stem. Returns float32[B, H, W, out_channels].
-        Raises ValueError if the image size cannot be halved as often as the network has levels, or fields contradict
-        each other.
+        Args:
+            x: float[B, H, W, C]; H and W are multiples of patch * 2^(levels - 1).
+            t: float or int[B], timesteps.
+            emb: float[B, 4 * channels], added to the time embedding, or None.
+            context: float[B, M, D], tokens that the attention layers also attend to, or None.
+            context_mask: bool[B, M], True at tokens that are attended to; None for all.
+            layout: float[B, H / patch, W / patch, E], concatenated to the stem's output, or None.
+            train: True turns dropout on, which needs an rng "dropout".
+
+        Returns:
+            float32[B, H, W, out_channels].
+
+        Raises:
+            ValueError: if H or W is no such multiple, or fields contradict each other.
         """
         check_image_size(x.shape[1], self.patch, len(self.channel_mult))
         check_image_size(x.shape[2], self.patch, len(self.channel_mult))
         time = TimeEmbedding(self.channels, 4 * self.channels, self.dtype, name="time")(t)
         time = time if emb is None else time + emb.astype(self.dtype)
         layouts = _pyramid(layout, len(self.channel_mult)) if self.modulate and layout is not None else []
-        parts = Parts(self, time, train, layouts, context, context_mask)
+        blocks = Blocks(self, time, train, layouts, context, context_mask)
         h = space_to_depth(x.astype(self.dtype), self.patch)
         if layout is not None:
             h = jnp.concatenate([h, layout.astype(self.dtype)], axis=-1)
-        h, skips = contract(parts, h, self.mid_attention)
+        h, skips = encode(blocks, h, self.mid_attention)
         for level, mult in reversed(list(enumerate(self.channel_mult))):
             for i in range(self.num_res_blocks + 1):
                 h = jnp.concatenate([h, skips.pop()], axis=-1)
-                h = parts.res(h, int(self.channels * mult), f"up_{level}_{i}", level)
-                h = parts.attend(h, f"up_{level}_{i}_attn", level, self.heads_up)
+                h = blocks.res(h, int(self.channels * mult), f"up_{level}_{i}", level)
+                h = blocks.attention(h, f"up_{level}_{i}_attn", level, self.heads_up)
             if level != 0:
-                h = parts.move(h, f"up_{level}_sample", level - 1, "up")
+                h = blocks.resample(h, f"up_{level}_sample", level - 1, "up")
         h = nn.silu(GroupNorm(self.groups, dtype=self.dtype, name="out_norm")(h))
         h = conv(self.out_channels * self.patch**2, 3, "out_conv", jnp.float32, zero=True)(h.astype(jnp.float32))
         return depth_to_space(h, self.patch)
 
 
-class Parts:
-    """The blocks of a U-Net `net`, made inside its call, with all that is the same for each of them."""
+class Blocks:
+    """Factory of the blocks of a U-Net `net`, used inside its call; it holds the inputs that all blocks share."""
 
     def __init__(self, net: Any, time: jax.Array, train: bool, layouts: list, context: Any = None, mask: Any = None):
         self.net, self.time, self.train, self.layouts = net, time, train, layouts
         self.context, self.mask = context, mask
         self.block = nn.remat(ResBlock, static_argnums=(3,)) if net.remat else ResBlock
         kind = SpatialTransformer if getattr(net, "spatial_transformer", False) else AttentionBlock
-        self.attention = nn.remat(kind) if net.remat else kind
+        self.attention_block = nn.remat(kind) if net.remat else kind
         if net.conv_resample and net.pool_resample:
             raise ValueError("conv_resample=True and pool_resample=True contradict each other; give one of them")
         levels, last = net.attention_levels, len(net.channel_mult) - 1
@@ -118,21 +143,21 @@ class Parts:
             raise ValueError(f"attention_levels={levels} must lie between 0 and {last}, the coarsest level")
 
     def res(self, h: jax.Array, features: int, name: str, level: int, resample: str | None = None) -> jax.Array:
-        """Apply a residual block; level: that of its output, whose layout it reads."""
+        """Apply a residual block; level: of its output, which selects the layout."""
         net = self.net
         block = self.block(features, resample, net.scale_shift, net.dropout, net.groups, net.dtype, name=name)
         return block(h, self.time, self.train, self.layouts[level] if self.layouts else None)
 
-    def move(self, h: jax.Array, name: str, level: int, resample: str) -> jax.Array:
-        """Change the resolution to that of the level."""
+    def resample(self, h: jax.Array, name: str, level: int, direction: str) -> jax.Array:
+        """Change the resolution by 2 to that of the level; direction: "up" or "down"."""
         if self.net.pool_resample:
-            return {"up": upsample2, "down": downsample2}[resample](h)
+            return {"up": upsample2, "down": downsample2}[direction](h)
         if self.net.conv_resample:
-            return Resample(h.shape[-1], resample, self.net.dtype, name=name)(h)
-        return self.res(h, h.shape[-1], name, level, resample)
+            return Resample(h.shape[-1], direction, self.net.dtype, name=name)(h)
+        return self.res(h, h.shape[-1], name, level, direction)
 
-    def attend(self, h: jax.Array, name: str, level: int | None = None, heads: int | None = None) -> jax.Array:
-        """Apply attention; at a level only if it is one of those that have it. heads: in place of the network's."""
+    def attention(self, h: jax.Array, name: str, level: int | None = None, heads: int | None = None) -> jax.Array:
+        """Apply attention, if the level has it; level: None for the middle. heads: in place of the network's."""
         net = self.net
         if level is not None and not self._chosen(level, h):
             return h
@@ -143,7 +168,7 @@ class Parts:
             raise ValueError(f"{heads=} must be at least 1 and divide the {h.shape[-1]} channels of the level")
         else:
             head = h.shape[-1] // heads
-        return self.attention(head, net.groups, net.dtype, name=name)(h, self.context, self.mask)
+        return self.attention_block(head, net.groups, net.dtype, name=name)(h, self.context, self.mask)
 
     def _chosen(self, level: int, h: jax.Array) -> bool:
         """Return whether a level has attention."""
@@ -163,27 +188,27 @@ class Parts:
         return wanted[0]
 
 
-def contract(parts: Parts, h: jax.Array, mid_attention: bool) -> tuple[jax.Array, list[jax.Array]]:
-    """Return what the way down and the middle make of the stem, and the features to skip to the way up."""
-    net = parts.net
+def encode(blocks: Blocks, h: jax.Array, mid_attention: bool) -> tuple[jax.Array, list[jax.Array]]:
+    """Run the encoder path and the middle; return their output and the features of the skip connections."""
+    net = blocks.net
     h = conv(int(net.channels * net.channel_mult[0]), 3, "in_conv", net.dtype)(h)
     skips = [h]
     last = len(net.channel_mult) - 1
     for level, mult in enumerate(net.channel_mult):
         for i in range(net.num_res_blocks):
-            h = parts.res(h, int(net.channels * mult), f"down_{level}_{i}", level)
-            h = parts.attend(h, f"down_{level}_{i}_attn", level)
+            h = blocks.res(h, int(net.channels * mult), f"down_{level}_{i}", level)
+            h = blocks.attention(h, f"down_{level}_{i}_attn", level)
             skips.append(h)
         if level != last:
-            h = parts.move(h, f"down_{level}_sample", level + 1, "down")
+            h = blocks.resample(h, f"down_{level}_sample", level + 1, "down")
             skips.append(h)
-    h = parts.res(h, h.shape[-1], "mid_0", last)
-    h = parts.attend(h, "mid_attn") if mid_attention else h
-    return parts.res(h, h.shape[-1], "mid_1", last), skips
+    h = blocks.res(h, h.shape[-1], "mid_0", last)
+    h = blocks.attention(h, "mid_attn") if mid_attention else h
+    return blocks.res(h, h.shape[-1], "mid_1", last), skips
 
 
 def _pyramid(layout: jax.Array, levels: int) -> list[jax.Array]:
-    """Return the layout as the blocks of each level read it, [B, height, width, E]."""
+    """Return the layout averaged down to each level, [B, height, width, E], the finest first."""
     maps = [nn.silu(layout)]
     for _ in range(1, levels):
         maps.append(downsample2(maps[-1]))
