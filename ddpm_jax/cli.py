@@ -89,7 +89,7 @@ def run(main: Callable[[], Any], flag_values: flags.FlagValues, *, config: str |
 
 
 def use_cpu_devices(count: int = 0) -> None:
-    """Let JAX see a CPU as so many devices, which share every batch; 0 makes one of every core.
+    """Split the CPU into this number of JAX devices, over which batches are sharded; 0: one per core.
 
     A small network leaves cores idle that work on one batch together; of more than 8 cores 0 takes 8, since each device
     has a copy of the parameters. What the user has set counts instead: JAX_NUM_CPU_DEVICES, the XLA flag of the same
@@ -108,7 +108,7 @@ def keep_memory() -> None:
     """Start this program again, once, with a C library that keeps memory and backs it with large pages.
 
     A training step on a CPU takes and gives back hundreds of megabytes; glibc returns them to the system, which hands
-    out zeroed pages anew each time. Nothing happens where JAX may find an accelerator, where the C library is another
+    out newly zeroed pages each time. Nothing happens where JAX may find an accelerator, where the C library is another
     one, or where the user has set GLIBC_TUNABLES, which this sets.
     """
     import jax

@@ -506,7 +506,7 @@ def test_a_long_prompt_is_cut_with_one_warning(call, trained, tmp_path):
         status, _, err = call("sample", *flags)
         last = err.splitlines()[-1]
         assert status == 1
-        assert last == f"error: {disk}/out.png: could not write the picture: No space left on device"
+        assert last == f"error: {disk}/out.png: could not write the image: No space left on device"
         assert listing(disk) == ["filler"]
 
 
@@ -530,7 +530,7 @@ def test_the_table_is_printed_before_files_that_cannot_be_written(call, trained,
     """The disk filled up in the meantime."""
 
     def full(path, image):
-        raise OSError(28, "could not write the picture: No space left on device", str(path))
+        raise OSError(28, "could not write the image: No space left on device", str(path))
 
     monkeypatch.setattr("ddpm_jax.data.image_grid.save_png", full)
     status, out, err = call("evaluate", "--workdir", trained, "--out", tmp_path / "results")

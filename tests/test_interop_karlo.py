@@ -451,7 +451,7 @@ def test_options_mean_the_same_in_every_type(asked):
 @pytest.mark.parametrize(
     "name,value,message",
     [("prior_steps", value, "prior_steps=.* must be a number of steps") for value in (True, 2.0, [], [0.5], {3})]
-    + [("upsampler_steps", "1001", "upsampler_steps=1001 asks for 1001 steps where there are only 1000")]
+    + [("upsampler_steps", "1001", "upsampler_steps=1001 selects 1001 steps where there are only 1000")]
     + [("decoder_steps", value, "decoder_steps=.* must be at least 1") for value in (0, -3)]
     + [("seed", 2**40, "seed=.* at most"), ("start", -1, "start=-1 must be at least 0")]
     + [("start", 2**31 - 1, "start=2147483647 must be at most 2147483646"), ("batch_size", 10**9, "batch_size=.* most")]

@@ -476,7 +476,7 @@ def test_save_png_is_whole_or_absent(tmp_path):
     (tmp_path / "new" / f"{'n' * 251}.png").unlink()
     np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "new" / "a.png")), image)
     (tmp_path / "file").write_text("")
-    with pytest.raises(OSError, match="could not write the picture: .*a.png"):
+    with pytest.raises(OSError, match="could not write the image: .*a.png"):
         pictures.save_png(tmp_path / "file" / "a.png", image)
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["a.png", "file", "new"]
 
@@ -489,6 +489,6 @@ def test_save_png_on_a_full_disk(tmp_path, monkeypatch):
             file.write(b"x")
 
     monkeypatch.setattr(Image.Image, "save", full)
-    with pytest.raises(OSError, match="could not write the picture: No space left on device"):
+    with pytest.raises(OSError, match="could not write the image: No space left on device"):
         pictures.save_png(tmp_path / "a.png", np.zeros((8, 8, 3), np.uint8))
     assert not list(tmp_path.iterdir())

@@ -256,7 +256,7 @@ def test_networks_may_be_bfloat16_and_xt_of_any_rank():
         (lambda: make_process([]), "at least 1 step"),
         (lambda: make_process([[0.1]]), "must be a vector"),
         (lambda: make_process([0.1, 0.2], timestep_map=[0]), "timestep_map must have one entry a step"),
-        (lambda: respace(make_process([0.1, 0.2]), "3"), "asks for 3 steps where there are only 2"),
+        (lambda: respace(make_process([0.1, 0.2]), "3"), "selects 3 steps where there are only 2"),
     ],
 )
 def test_process_errors(call, message):

@@ -181,8 +181,8 @@ def test_respacing_by_an_explicit_list():
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("1001", "asks for 1001 steps where there are only 1000"),
-        ("600,1", "asks for 600 steps where there are only 500"),
+        ("1001", "selects 1001 steps where there are only 1000"),
+        ("600,1", "selects 600 steps where there are only 500"),
         ("0", "at least 1 step"),
         (0, "at least 1 step"),
         (-3, "at least 1 step"),

@@ -1,4 +1,4 @@
-"""Grids of pictures with their captions, for previews and results."""
+"""Grids of images with their captions, for previews and results."""
 
 import os
 import secrets
@@ -25,12 +25,12 @@ def grid(
     columns: int | None = None,
     cell_scale: int | None = None,
 ) -> "Image":
-    """Lay pictures out in rows, each with its caption wrapped under it.
+    """Arrange images in rows, each with its caption wrapped under it.
 
     Args:
       images: uint8[N, H, W, 3], N >= 1.
       captions: N texts, or None.
-      columns: pictures a row; the root of N, rounded up, by default.
+      columns: images per row; the square root of N, rounded up, by default.
       cell_scale: whole factor by which every pixel is repeated; by default the smallest that makes the shorter side at
         least 96 pixels.
 
@@ -99,7 +99,7 @@ def save_png(path: str | os.PathLike, image: "Image | np.ndarray") -> None:
 
     Args:
       path: ends in ".png".
-      image: a PIL picture, or uint8[H, W, 3].
+      image: a PIL image, or uint8[H, W, 3].
 
     Raises:
       OSError: when it cannot be written; nothing is left behind.
@@ -108,11 +108,11 @@ def save_png(path: str | os.PathLike, image: "Image | np.ndarray") -> None:
         from PIL import Image
 
     path = Path(path)
-    picture = Image.fromarray(image) if isinstance(image, np.ndarray) else image
+    pillow_image = Image.fromarray(image) if isinstance(image, np.ndarray) else image
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary_path(path.with_name(f".{secrets.token_hex(8)}.tmp")) as temporary:
-            picture.save(temporary, format="PNG")
+            pillow_image.save(temporary, format="PNG")
             os.replace(temporary, path)
     except OSError as error:
-        raise OSError(error.errno, f"could not write the picture: {error.strerror or error}", str(path)) from error
+        raise OSError(error.errno, f"could not write the image: {error.strerror or error}", str(path)) from error

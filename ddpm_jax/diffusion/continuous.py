@@ -102,7 +102,7 @@ def sub_vp(beta_min: float = 0.1, beta_max: float = 20.0, *, t_min: float = 1e-5
 def cosine(shift: float = 1.0, *, t_min: float = 1e-4, t_max: float = 0.9999) -> Schedule:
     """Return alpha = cos(pi t / 2), sigma = sin(pi t / 2) (VDM and Imagen's continuous cosine schedule), shifted.
 
-    log_snr = -2 log(tan(pi t / 2) / shift), alpha^2 = sigmoid(log_snr); a shift of 64 / d keeps the noise of a picture
+    log_snr = -2 log(tan(pi t / 2) / shift), alpha^2 = sigmoid(log_snr); a shift of 64 / d keeps the noise of an image
     of d pixels a side when it is seen at 64 (Hoogeboom et al. 2023, "simple diffusion", eq. 9).
 
     Raises:
@@ -203,7 +203,7 @@ def uniform_times(schedule: Schedule, num_steps: int) -> np.ndarray:
 def log_snr_times(schedule: Schedule, num_steps: int) -> np.ndarray:
     """Return N times from t_max down to t_min whose log-SNRs are evenly spaced, float64[N], found by bisection.
 
-    The grid that DPM-Solver++ takes by default for models of small pictures (Lu et al. 2022b, section 6).
+    The grid that DPM-Solver++ takes by default for models of small images (Lu et al. 2022b, section 6).
     """
     _check_grid(schedule, num_steps)
     ends = _float64(schedule.log_snr, np.array([schedule.t_max, schedule.t_min]))
@@ -285,7 +285,7 @@ def edm_preconditioned(network: Denoiser, sigma_data: float = 0.5) -> Denoiser:
 
     Args:
         network: (x, c_noise float32[B]) -> float[B, ..., C].
-        sigma_data: standard deviation of the data, > 0; 0.5 for pictures in [-1, 1].
+        sigma_data: standard deviation of the data, > 0; 0.5 for images in [-1, 1].
 
     Returns:
         A denoiser whose t is sigma.

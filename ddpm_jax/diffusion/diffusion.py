@@ -86,7 +86,7 @@ class Diffusion:
         return dataclasses.replace(self, **fields)
 
     def channels(self, data_channels: int) -> int:
-        """Return how many channels the network's output has for data of so many."""
+        """Return the number of channels of the network's output, given that of the data."""
         return data_channels * (2 if self.variance == "learned_range" else 1)
 
 

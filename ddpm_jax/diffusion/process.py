@@ -177,7 +177,7 @@ def make_process(
 def respace(process: GaussianProcess, spec: str | int | Sequence[int]) -> GaussianProcess:
     """Return the shorter process that visits only some of the timesteps, (12).
 
-    The marginals at the kept steps are unchanged, so the network is too; it goes on receiving the original timesteps
+    The marginals at the kept steps are unchanged, so the network is too; it still receives the original timesteps
     through ``timestep_map``. Respacing a respaced process composes the two.
 
     A list is timesteps, where guided-diffusion's ``space_timesteps`` takes section counts, which are a string here:

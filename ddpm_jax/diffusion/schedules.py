@@ -73,7 +73,7 @@ def reciprocal_betas(num_steps: int) -> np.ndarray:
     """Return beta_i = 1 / (T - i): 1/T, 1/(T-1), ..., 1 (Sohl-Dickstein et al. 2015, section 2.4.1; DDPM's "jsd").
 
     It takes away the same share of the data at every step: alpha_bar_i = 1 - (i + 1) / T. The last is 0, see
-    ``zero_terminal_snr`` for what that asks of a network.
+    ``zero_terminal_snr`` for what that requires of a network.
 
     Returns:
         betas, float64[T] in (0, 1].
@@ -202,7 +202,7 @@ def respaced_timesteps(num_steps: int, spec: str | int | Sequence[int]) -> list[
         spec: one of
 
             - ``"250"`` or ``250``: that many steps, evenly spaced with both end points (Improved DDPM);
-            - ``"10,10,3,2,2"``: [0, T) cut into equal sections, so many steps in each, the least noisy section first;
+            - ``"10,10,3,2,2"``: [0, T) cut into equal sections with these numbers of steps, the least noisy section first;
             - ``"ddim50"``: that many steps with one integer stride from 0 (DDIM);
             - ``"fast27"``: GLIDE's ``"10,10,3,2,2"`` with the last step T - 1 replaced by T - 3;
             - a list of timesteps, strictly increasing. (A list means the timesteps themselves, not section counts.)
@@ -211,7 +211,7 @@ def respaced_timesteps(num_steps: int, spec: str | int | Sequence[int]) -> list[
         The kept timesteps in increasing order, each in [0, T).
 
     Raises:
-        ValueError: if the spec cannot be read, asks for more steps than there are, or is a list that is not strictly
+        ValueError: if the spec cannot be read, has more steps than there are, or is a list that is not strictly
             increasing inside [0, T).
     """
     _check_num_steps(num_steps)
@@ -320,13 +320,13 @@ def _integer_stride(num_steps: int, count: int) -> list[int]:
 
 def _sections(num_steps: int, counts: Sequence[int], spec: str | int) -> list[int]:
     if min(counts) < 1:
-        raise ValueError(f"{spec=} must ask for at least 1 step in every section")
+        raise ValueError(f"{spec=} must have at least 1 step in every section")
     base, longer = divmod(num_steps, len(counts))
     kept, start = [], 0
     for section, count in enumerate(counts):
         size = base + (section < longer)
         if count > size:
-            raise ValueError(f"{spec=} asks for {count} steps where there are only {size} (of {num_steps} in all)")
+            raise ValueError(f"{spec=} selects {count} steps where there are only {size} (of {num_steps} in all)")
         stride = (size - 1) / (count - 1) if count > 1 else 0.0
         # The stride is added up, not multiplied, and rounded half to even: ties fall as in the published models.
         kept += [start + round(offset) for offset in accumulate([stride] * (count - 1), initial=0.0)]

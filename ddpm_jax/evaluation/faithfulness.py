@@ -1,6 +1,6 @@
-"""Faithfulness of generated pictures to the scenes their captions describe, measured with the raw oracle.
+"""Faithfulness of generated images to the scenes their captions describe, measured with the raw oracle.
 
-A picture counts as right in an attribute when all objects of its scene are right in it; `all` needs every attribute,
+An image counts as right in an attribute when all objects of its scene are right in it; `all` needs every attribute,
 the number of objects included. Objects are matched to the scene's by the assignment with the most agreement.
 """
 
@@ -53,7 +53,7 @@ def judge(scene: Scene, reading: Reading) -> dict[str, bool]:
 
 
 def score(images: np.ndarray, scenes: Sequence[Scene]) -> dict:
-    """Measure how many pictures show what their scenes say.
+    """Measure the shares of images that show what their scenes say.
 
     Args:
         images: uint8[N, R, R, 3].
@@ -63,7 +63,7 @@ def score(images: np.ndarray, scenes: Sequence[Scene]) -> dict:
         {"n": N, "rates": {attribute: fraction}, "examples": {attribute: bool[N]}} over `ATTRIBUTES` and "all".
 
     Raises:
-        ValueError: if there are no pictures, or not as many as scenes.
+        ValueError: if there are no images, or not as many as scenes.
     """
     if len(images) != len(scenes) or not len(scenes):
         raise ValueError(f"images and scenes must be as many and not none, got {len(images)} and {len(scenes)}.")

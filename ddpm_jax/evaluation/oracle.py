@@ -1,6 +1,6 @@
-"""Read the attributes of a shapes picture back from its pixels, by analysis and without a network.
+"""Read the attributes of a shapes image back from its pixels, by analysis and without a network.
 
-Steps: the background is the median of the picture's border; what differs from it falls into connected components; a
+Steps: the background is the median of the image's border; what differs from it falls into connected components; a
 component's colour is the palette entry C that best explains its pixels as mixtures p = B + a (C - B); the fitted
 coverage a is compared, in the least-squares sense, with a bank of coverage maps of every shape and size at every
 quarter-pixel position (and 7 % smaller and larger), made by the renderer itself.
@@ -22,7 +22,7 @@ with needs_extra("train"):
     from scipy import ndimage
 
 FOREGROUND = 45.0  # RGB distance from the background that makes a pixel foreground
-SPECK = 5 / 32**2  # a smaller component (as a fraction of the picture) is dirt, not an object
+SPECK = 5 / 32**2  # a smaller component (as a fraction of the image) is dirt, not an object
 COLOUR_TOLERANCE = 45.0  # root-mean-square RGB distance of a readable component to its palette mixture
 BACKGROUND_TOLERANCE = 45.0  # RGB distance of the border's median to a palette entry
 SHAPE_TOLERANCE = 0.10  # squared residual over squared norm of the coverage map
@@ -49,7 +49,7 @@ class ReadObject:
 
 @dataclasses.dataclass(frozen=True)
 class Reading:
-    """A picture as read: background (None if it is no palette colour) and objects, largest first."""
+    """An image as read: background (None if it is no palette colour) and objects, largest first."""
 
     background: str | None
     objects: tuple[ReadObject, ...]
@@ -155,7 +155,7 @@ def _read_object(image: np.ndarray, mask: np.ndarray, box: tuple[slice, slice], 
 
 
 def read(image: np.ndarray) -> Reading:
-    """Read a picture.
+    """Read an image.
 
     Args:
         image: uint8[R, R, 3], R >= 32.
@@ -165,7 +165,7 @@ def read(image: np.ndarray) -> Reading:
         one, readable or not.
 
     Raises:
-        ValueError: if the image is not a square uint8 picture of side 32 or more.
+        ValueError: if the image is not square, uint8 and of side 32 or more.
     """
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[0] != image.shape[1] or image.shape[2] != 3:
         raise ValueError(f"image must be uint8[R, R, 3], got {image.dtype}{list(image.shape)}.")

@@ -100,7 +100,7 @@ class Checkpoints:
 
         Args:
           trees: of arrays or of shapes. While one checkpoint is written the old ones are still there, so a fresh run
-            asks for `keep + 0.5` times the state's size, and a resumed one for that less what it already holds.
+            requires `keep + 0.5` times the state's size, and a resumed one for that less what it already holds.
         """
         size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(trees))
         needed = int(size * max(1.2, self._keep + 0.5 - len(self.steps())))

@@ -141,7 +141,7 @@ def cached_embeddings(
         transforms: bring a record to what `embed` takes.
         embed: a batch of records -> (z_image, z_text), unit vectors float32[B, D]. The batch always has `batch_size`
             rows; the last one is padded.
-        fingerprint: plain data that says what was embedded by what; a cache with another one is computed anew.
+        fingerprint: plain data that says what was embedded by what; a cache with another one is recomputed.
         batch_size: B.
         progress: True shows a bar on stderr.
 
@@ -180,13 +180,13 @@ def _apply(record: dict, transforms: tuple[Callable[[dict], dict], ...]) -> dict
 def _read(directory: Path, mark: str) -> dict[str, np.ndarray] | None:
     try:
         if (directory / "fingerprint.json").read_text() != mark:
-            logging.info("the embeddings in %s are of other data or another CLIP and are computed anew", directory)
+            logging.info("the embeddings in %s are of other data or another CLIP and are recomputed", directory)
             return None
         return {name: np.load(directory / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in NAMES}
     except FileNotFoundError:
         return None
     except (OSError, ValueError, EOFError) as error:
-        logging.warning("the embeddings in %s cannot be read and are computed anew: %s", directory, error)
+        logging.warning("the embeddings in %s cannot be read and are recomputed: %s", directory, error)
         return None
 
 

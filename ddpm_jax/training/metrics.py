@@ -21,7 +21,7 @@ FILE_NAME = "metrics.jsonl"
 
 
 class MetricWriter:
-    """Writes one JSON object a line to `<directory>/metrics.jsonl`, and scalars and pictures to TensorBoard.
+    """Writes JSON Lines to `<directory>/metrics.jsonl`, and scalars and images to TensorBoard.
 
     Lines of steps past `start_step` are dropped first: they belong to steps that are about to be made again, so that
     the file holds each step once however often the run was interrupted.
@@ -65,7 +65,7 @@ class MetricWriter:
             self._tensorboard.write_scalars(step, numbers)
 
     def write_images(self, step: int, images: Mapping[str, np.ndarray]) -> None:
-        """Send pictures, uint8[H, W, 3] each, to TensorBoard; nothing without it."""
+        """Send images, uint8[H, W, 3] each, to TensorBoard; nothing without it."""
         if self._tensorboard is not None:
             self._tensorboard.write_images(step, {name: image[None] for name, image in images.items()})
 

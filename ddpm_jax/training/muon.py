@@ -72,7 +72,7 @@ def orthogonalize(x: jax.Array) -> jax.Array:
 
 
 def _multiply(a: jax.Array, b: jax.Array) -> jax.Array:
-    # A TPU rounds the factors of float32 products to bfloat16 unless told otherwise. The usual iteration bears that,
+    # A TPU rounds the factors of float32 products to bfloat16 by default. The usual iteration bears that,
     # this one does not: A holds the squares of the singular values, so that 2^-9 of the largest would hide all below
     # 1/20 of it, and P reaches a^5 = 485, so that its rounding would be as large as the result.
     return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)

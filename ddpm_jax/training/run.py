@@ -308,7 +308,7 @@ class _Run:
         )
 
     def _eval_batches(self, stage: Stage, source: Source) -> Iterator[Mapping[str, np.ndarray]]:
-        # Made anew each time, so that each evaluation sees the same records.
+        # Created for each evaluation, so that each evaluation sees the same records.
         loader = self._loader(stage, source, num_workers=0)
         try:
             for _ in range(stage.training.eval_batches):

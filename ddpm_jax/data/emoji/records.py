@@ -33,7 +33,7 @@ VALIDATION_SHARE = 0.1
 _SUFFIXES = ("200D-2640", "200D-2642", "200D-27A1")
 _PERSONS = {"1F468": "1F9D1", "1F469": "1F9D1", "1F466": "1F9D2", "1F467": "1F9D2"}
 _SAME_FLAGS = {"HM": "AU", "BV": "NO", "SJ": "NO", "CP": "FR", "MF": "FR", "EA": "ES", "UM": "US", "DG": "IO"}
-_VARIATION = "FE0F"  # asks for the coloured form; the packages do not agree on where to write it
+_VARIATION = "FE0F"  # selects the coloured form; the packages do not agree on where to write it
 _NAMES_FILE = "package/en/data.json"
 
 

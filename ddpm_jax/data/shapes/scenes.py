@@ -1,4 +1,4 @@
-"""Captioned shapes: an endless picture-and-text data set that is computed, not downloaded.
+"""Captioned shapes: an unlimited image-text data set that is computed, not downloaded.
 
 A record is a pure function of (seed, split, index): the scene is drawn from a counter-seeded generator, rendered with
 antialiased edges, and described by `captions.caption`. Lengths are fractions of the image side, so that the
@@ -37,7 +37,7 @@ BACKGROUNDS: dict[str, tuple[int, int, int]] = {
     "black": (12, 12, 12),
     "tan": (205, 185, 145),
 }
-SIZES: dict[str, float] = {"small": 0.13, "large": 0.21}  # radius as a fraction of the picture's side
+SIZES: dict[str, float] = {"small": 0.13, "large": 0.21}  # radius as a fraction of the image's side
 PLACES: dict[str, tuple[float, float]] = {
     "center": (0.5, 0.5),
     "top left": (0.295, 0.295),
@@ -166,7 +166,7 @@ class Object:
 
 @dataclasses.dataclass(frozen=True)
 class Scene:
-    """What a picture shows.
+    """What an image shows.
 
     Attributes:
         objects: one object, or two that differ in (colour, shape).
@@ -240,7 +240,7 @@ def _two_objects(draws: _Draws, held_out: bool) -> Scene:
     first, relation, second = _two_pairs(draws, held_out)
     sizes = draws.choice(_SIZE_NAMES), draws.choice(_SIZE_NAMES)
     background = draws.choice(_BACKGROUND_NAMES)
-    # Along the axis: object `near` has the smaller coordinate; what room is left is shared out at random.
+    # Along the axis: object `near` has the smaller coordinate; the remaining space is divided at random.
     near, far = (0, 1) if relation in ("above", "left of") else (1, 0)
     apart = SIZES[sizes[0]] + SIZES[sizes[1]] + _GAP
     slack = 1.0 - 2 * _MARGIN - 2 * apart + _GAP
@@ -319,7 +319,7 @@ def render(scene: Scene, resolution: int) -> np.ndarray:
 
     Args:
         scene: what to draw.
-        resolution: side R of the picture in pixels, 16 to 256.
+        resolution: side R of the image in pixels, 16 to 256.
 
     Returns:
         uint8[R, R, 3].
@@ -346,7 +346,7 @@ class ShapesSource:
 
     Args:
         seed: non-negative; another seed is another data set.
-        resolution: side of the pictures, 16 to 256.
+        resolution: side of the images, 16 to 256.
         split: "train" (a mix of one- and two-object scenes without anything held out, a quarter of whose captions
             leave something unsaid), or one of the evaluation splits, which say everything and use random streams of
             their own: "single" (one object, a training pair), "held_out" (one object, a held-out pair), "two" (two

@@ -1,4 +1,4 @@
-"""DDIM inversion: the noise from which DDIM draws a given picture (Song, Meng & Ermon 2021, section 4.3)."""
+"""DDIM inversion: the noise from which DDIM reproduces a given image (Song, Meng & Ermon 2021, section 4.3)."""
 
 from collections.abc import Callable
 

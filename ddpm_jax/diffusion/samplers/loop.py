@@ -31,7 +31,7 @@ def sample(
     """Draw one sample for every key: start from noise and take T steps down the time grid, as one ``lax.scan``.
 
     Sample i is a function of keys[i] (and of whatever the denoiser makes of example i) only. Use it under ``jax.jit``
-    with process, parameters and keys as arguments; outside, it compiles anew for every call.
+    with process, parameters and keys as arguments; outside, every call compiles again.
 
     Args:
         process: T steps, usually from ``respace`` or ``discretize``; T network calls with most steps, see
