@@ -202,7 +202,7 @@ def respaced_timesteps(num_steps: int, spec: str | int | Sequence[int]) -> list[
         spec: one of
 
             - ``"250"`` or ``250``: that many steps, evenly spaced with both end points (Improved DDPM);
-            - ``"10,10,3,2,2"``: [0, T) cut into equal sections with these numbers of steps, the least noisy section first;
+            - ``"10,10,3,2,2"``: [0, T) cut into equal sections with these numbers of steps, from the least noisy on;
             - ``"ddim50"``: that many steps with one integer stride from 0 (DDIM);
             - ``"fast27"``: GLIDE's ``"10,10,3,2,2"`` with the last step T - 1 replaced by T - 3;
             - a list of timesteps, strictly increasing. (A list means the timesteps themselves, not section counts.)
