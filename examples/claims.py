@@ -3,7 +3,7 @@
     pip install -e '.[examples]'
     python examples/claims.py [--out DIR]
 
-trains a residual MLP on scikit-learn's digits (8 x 8 pixels, 1797 pictures, a fifth of them held out) under several
+trains a residual MLP on scikit-learn's digits (8 x 8 pixels, 1797 images, a fifth of them held out) under several
 schedules, objectives and outputs, measures what the papers measured, prints a table of what holds and draws a figure.
 Where the papers have the Frechet distance of Inception features, here is the energy distance between pixels, which
 needs no network; precision and recall are those of Kynkaanniemi et al. (2019), with pixels as features. A claim
@@ -96,7 +96,7 @@ class Model:
         self.network = Network(128 if self.variance == "learned_range" else 64)
         self.images, self.classes = jnp.asarray(images), jnp.asarray(classes, jnp.int32)
         schedule = optax.schedules.warmup_cosine_decay_schedule(0.0, 1e-3, 200, STEPS, 1e-5)
-        self.tx = optax.adam(schedule, b2=0.99)  # no clipping: it would weigh the terms of L_vlb anew
+        self.tx = optax.adam(schedule, b2=0.99)  # no clipping: it would change the weights of the terms of L_vlb
 
     def loss(self, params, key, history, importance):
         """Return the mean loss of a batch, and its timesteps and unweighted losses."""
@@ -129,7 +129,7 @@ class Model:
         return jax.lax.scan(step, state, keys)[0]
 
     def train(self, seed: int, bar: tqdm) -> None:
-        """Train anew."""
+        """Train from scratch."""
         init, keys = jax.random.split(jax.random.key(seed))
         one = jnp.zeros(1, jnp.int32)
         params = self.network.init(init, jnp.zeros((1, 64)), one, one)

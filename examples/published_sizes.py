@@ -119,7 +119,7 @@ def _prior() -> Network:
 
 
 def _decoder(unet: bool) -> Network:
-    """Return one of the two files of Karlo's decoder: the U-Net, or what it is told (text_proj)."""
+    """Return one of the two files of Karlo's decoder: the U-Net, or the projection of its conditions (text_proj)."""
     decoder = karlo.DECODER()
     mask = jax.ShapeDtypeStruct((1, 5), jnp.bool_)
     shapes = _init(decoder, (1, 64, 64, 3), (1,), (1, 768), (1, 768), (1, 5, 768), mask)

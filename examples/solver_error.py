@@ -1,4 +1,4 @@
-"""How far each sampler is from the exact answer after so many network calls: the figure of docs/samplers.md.
+"""Distance of each sampler from the exact answer against its network calls: the figure of docs/samplers.md.
 
     pip install -e '.[examples]'
     python examples/solver_error.py [--out DIR]

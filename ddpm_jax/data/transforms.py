@@ -26,7 +26,7 @@ _ORIENTATION = 0x0112  # the tag of EXIF
 class Tokenize:
     """Replace the string `key` by "tokens" int32[length] and "mask" bool[length].
 
-    A tuple of strings, the captions of a family, gives int32[size, length] and bool[size, length].
+    A tuple of strings, the captions of a group of hard negatives, gives int32[size, length] and bool[size, length].
     """
 
     tokenizer: Tokenizer

@@ -55,14 +55,14 @@ class HardNegatives:
 
 def variants(scene: Scene, rng: np.random.Generator, count: int) -> list[Scene]:
     """Return `count` training scenes, each one change away from `scene`; one may come twice if another is not found."""
-    family = [scene]
+    group = [scene]
     for _ in range(count):
         for _ in range(_TRIES):
             changed = _change_one(scene, rng) if len(scene.objects) == 1 else _change_two(scene, rng)
-            if changed not in family and is_training_scene(changed):
+            if changed not in group and is_training_scene(changed):
                 break
-        family.append(changed if is_training_scene(changed) else scene)
-    return family[1:]
+        group.append(changed if is_training_scene(changed) else scene)
+    return group[1:]
 
 
 def is_training_scene(scene: Scene) -> bool:
