@@ -262,16 +262,18 @@ def test_images_of_captions(opened):
 def test_numbers_compile_nothing_new(opened):
     """Scales, seeds, the number of prompts and their start are arguments of one program, of any numeric type."""
     both = drawn(opened, ["a b", "c"])
-    scalar = jnp.float32(2.5)  # which is a program of its own
+    # Making a JAX scalar is a program of its own.
+    scalar, same = jnp.float32(2.5), {"steps": 2, "batch_size": 1, "seed": 0}
+    kinds = [{name: kind(n) for name, n in same.items()} for kind in (np.int64, jnp.int32, np.array)]
     with no_compilation():
         for options in (
             *({"negative_prompts": "d"}, {"decoder_scale": 3.0}, {"scale": scalar}, {"seed": 2**32 - 1}),
             *({"start": 5}, {"seed": 1}),
         ):
             assert np.abs(drawn(opened, ["a b", "c"], **options) - both).max() > 1, options
-        for kind in (np.int64, jnp.int32, np.array):
-            options = {"steps": kind(2), "batch_size": kind(1), "seed": kind(0), "decoder_scale": np.float64(7.5)}
-            np.testing.assert_array_equal(drawn(opened, np.array(["a b", "c"]), **options), both)
+        for options in kinds:
+            again = drawn(opened, np.array(["a b", "c"]), decoder_scale=np.float64(7.5), **options)
+            np.testing.assert_array_equal(again, both)
         four = drawn(opened, ["a b", "c", "", "d"])
         np.testing.assert_array_equal(four[:2], both)
         for start in range(4):
