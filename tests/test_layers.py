@@ -1,5 +1,6 @@
 """Layers against numpy in float64, and the U-Net's size against a count from the description of ADM."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +11,7 @@ from ddpm_jax.models import layers
 from ddpm_jax.models.layers import (
     AttentionBlock,
     GroupNorm,
+    Resample,
     ResBlock,
     TimeEmbedding,
     attention,
@@ -56,17 +58,22 @@ def average2(x):
     return (x[:, ::2, ::2] + x[:, 1::2, ::2] + x[:, ::2, 1::2] + x[:, 1::2, 1::2]) / 4
 
 
-@pytest.mark.parametrize("dim", [8, 7])
-def test_timestep_embedding_is_cosines_then_sines(dim):
+@pytest.mark.parametrize("dim,shift", [(8, 0), (7, 0), (8, 1)])
+def test_timestep_embedding_is_cosines_then_sines(dim, shift):
     t = np.array([0, 1, 37, 999])
     half = dim // 2
-    frequencies = [10_000 ** (-i / half) for i in range(half)]
+    frequencies = [10_000 ** (-i / (half - shift)) for i in range(half)]
     expected = np.array([[np.cos(s * f) for f in frequencies] + [np.sin(s * f) for f in frequencies] for s in t])
-    out = np.asarray(timestep_embedding(jnp.asarray(t, jnp.int32), dim))
+    out = np.asarray(timestep_embedding(jnp.asarray(t, jnp.int32), dim, frequency_shift=shift))
     assert out.dtype == np.float32 and out.shape == (4, dim)
     # float32 angles up to 999 are exact to 3e-5
     np.testing.assert_allclose(out[:, : 2 * half], expected, atol=1e-4)
     assert not out[:, 2 * half :].any()
+
+
+def test_timestep_embedding_needs_a_frequency():
+    with pytest.raises(ValueError, match="dim=3 must be at least 4 with frequency_shift=1"):
+        timestep_embedding(jnp.arange(2), 3, frequency_shift=1)
 
 
 @pytest.mark.parametrize("offset,tolerance", [(0.0, 1e-5), (30.0, 1e-3)])
@@ -171,6 +178,38 @@ def test_up_and_down_sampling():
     np.testing.assert_array_equal(upsample2(x), np.repeat(np.repeat(x, 2, axis=1), 2, axis=2))
     np.testing.assert_allclose(downsample2(x), average2(f64(x)), atol=1e-6)
     np.testing.assert_array_equal(downsample2(upsample2(x)), x)
+
+
+@pytest.mark.parametrize("pad_after", [False, True])
+def test_a_convolution_that_halves_pads_all_sides_or_the_last_ones(pad_after):
+    x, module = normal(0, 1, 4, 4, 2), Resample(3, "down", pad_after=pad_after)
+    params = random_params(module.init, x)
+    p = f64(params["params"]["conv"])
+    pad = (0, 1) if pad_after else (1, 1)
+    padded = np.pad(f64(x), ((0, 0), pad, pad, (0, 0)))
+    expected = [
+        [np.einsum("hwc,hwcd->d", padded[0, 2 * i : 2 * i + 3, 2 * j : 2 * j + 3], p["kernel"]) for j in range(2)]
+        for i in range(2)
+    ]
+    np.testing.assert_allclose(module.apply(params, x)[0], np.array(expected) + p["bias"], atol=1e-5)
+
+
+@pytest.mark.parametrize("fields", [(1e-5, 0, False), (1e-6, 1, True)], ids=["adm", "ddpm"])
+def test_fields_of_a_unet_reach_all_its_layers(fields):
+    names, found = ("norm_eps", "frequency_shift", "pad_after"), set()
+
+    def note(call, args, options, context):
+        for name in ("eps", *names):
+            if hasattr(context.module, name) and not isinstance(context.module, UNet):
+                found.add(("norm_eps" if name == "eps" else name, getattr(context.module, name)))
+        return call(*args, **options)
+
+    given = {} if fields[1] == 0 else dict(zip(names, fields))
+    options = {"attention_levels": (1,), "head_channels": 4, "groups": 4, "conv_resample": True}
+    with nn.intercept_methods(note):
+        init = UNet(8, 3, (1, 1), 1, (), **options, **given).init
+        jax.eval_shape(init, jax.random.key(0), jnp.zeros((1, 4, 4, 3)), jnp.zeros(1))
+    assert found == set(zip(names, fields))
 
 
 def test_space_to_depth_keeps_every_pixel_in_row_order():

@@ -18,14 +18,17 @@ from ddpm_jax.checks import check_indices
 Dtype = Any
 
 
-def timestep_embedding(t: jax.Array, dim: int, max_period: float = 10_000.0) -> jax.Array:
-    """Embed timesteps with sinusoids: `[cos(t f_i), sin(t f_i)]`, `f_i = max_period^(-i / (dim/2))`.
+def timestep_embedding(t: jax.Array, dim: int, max_period: float = 10_000.0, *, frequency_shift: int = 0) -> jax.Array:
+    """Embed timesteps with sinusoids: `[cos(t f_i), sin(t f_i)]`, `f_i = max_period^(-i / (dim/2 - frequency_shift))`.
 
     "Attention is all you need" 3.5 in the order of the ADM, GLIDE and Karlo checkpoints. t: [B], integer or
-    float. Returns float32[B, dim]; an odd dim is padded with a zero.
+    float. frequency_shift: 1 ends at 1 / max_period, as in DDPM's code; 0 just above it, as in ADM's. Returns
+    float32[B, dim]; an odd dim is padded with a zero. Raises ValueError if dim is too small for frequency_shift.
     """
     half = dim // 2
-    frequencies = jnp.exp(-jnp.log(max_period) * jnp.arange(half, dtype=jnp.float32) / half)
+    if frequency_shift and half <= frequency_shift:
+        raise ValueError(f"{dim=} must be at least {2 * frequency_shift + 2} with {frequency_shift=}")
+    frequencies = jnp.exp(-jnp.log(max_period) * jnp.arange(half, dtype=jnp.float32) / (half - frequency_shift))
     angles = t.astype(jnp.float32)[:, None] * frequencies[None, :]
     embedding = jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
     return jnp.pad(embedding, ((0, 0), (0, dim - 2 * half)))
@@ -194,10 +197,11 @@ class TimeEmbedding(nn.Module):
     channels: int
     width: int
     dtype: Dtype = jnp.float32
+    frequency_shift: int = 0
 
     @nn.compact
     def __call__(self, t: jax.Array) -> jax.Array:
-        h = timestep_embedding(t, self.channels).astype(self.dtype)
+        h = timestep_embedding(t, self.channels, frequency_shift=self.frequency_shift).astype(self.dtype)
         h = nn.Dense(self.width, dtype=self.dtype, name="dense_0")(h)
         return nn.Dense(self.width, dtype=self.dtype, name="dense_1")(nn.silu(h))
 
@@ -265,18 +269,23 @@ class ResBlock(nn.Module):
 
 
 class Resample(nn.Module):
-    """Halve ("down") or double ("up") the resolution with a learned 3 x 3 convolution (DDPM, improved diffusion)."""
+    """Halve ("down") or double ("up") the resolution with a learned 3 x 3 convolution (DDPM, improved diffusion).
+
+    pad_after: what halves pads the image by one pixel at the bottom and on the right only, as DDPM's code does, and not
+    on all sides, as improved diffusion does.
+    """
 
     features: int
     direction: str
     dtype: Dtype = jnp.float32
+    pad_after: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         if self.direction == "up":
             return conv(self.features, 3, "conv", self.dtype)(upsample2(x))
-        # Padded on both sides, not by XLA's "SAME", which pads one side only.
-        return nn.Conv(self.features, (3, 3), strides=2, padding=((1, 1), (1, 1)), dtype=self.dtype, name="conv")(x)
+        pad = (0, 1) if self.pad_after else (1, 1)
+        return nn.Conv(self.features, (3, 3), strides=2, padding=(pad, pad), dtype=self.dtype, name="conv")(x)
 
 
 class AttentionBlock(nn.Module):

@@ -53,6 +53,9 @@ class UNet(nn.Module):
         heads_up: number of heads in the decoder, in place of heads (num_heads_upsample of guided diffusion).
         pool_resample: average pooling and nearest neighbours between levels, without parameters
             (conv_resample=False with resblock_updown=False in guided diffusion); excludes conv_resample.
+        norm_eps: epsilon of the group norms, but for those of a `SpatialTransformer`; 1e-6 in DDPM's code.
+        frequency_shift: of the time embedding, 0 or 1, see `timestep_embedding`; 1 in DDPM's code.
+        pad_after: of conv_resample, see `Resample`; True in DDPM's code.
     """
 
     channels: int
@@ -75,6 +78,9 @@ class UNet(nn.Module):
     spatial_transformer: bool = False
     heads_up: int | None = None
     pool_resample: bool = False
+    norm_eps: float = 1e-5
+    frequency_shift: int = 0
+    pad_after: bool = False
 
     @nn.compact
     def __call__(
@@ -107,7 +113,7 @@ class UNet(nn.Module):
         """
         check_image_size(x.shape[1], self.patch, len(self.channel_mult))
         check_image_size(x.shape[2], self.patch, len(self.channel_mult))
-        time = TimeEmbedding(self.channels, 4 * self.channels, self.dtype, name="time")(t)
+        time = TimeEmbedding(self.channels, 4 * self.channels, self.dtype, self.frequency_shift, name="time")(t)
         time = time if emb is None else time + emb.astype(self.dtype)
         layouts = _pyramid(layout, len(self.channel_mult)) if self.modulate and layout is not None else []
         blocks = Blocks(self, time, train, layouts, context, context_mask)
@@ -122,7 +128,7 @@ class UNet(nn.Module):
                 h = blocks.attention(h, f"up_{level}_{i}_attn", level, self.heads_up)
             if level != 0:
                 h = blocks.resample(h, f"up_{level}_sample", level - 1, "up")
-        h = nn.silu(GroupNorm(self.groups, dtype=self.dtype, name="out_norm")(h))
+        h = nn.silu(GroupNorm(self.groups, self.norm_eps, self.dtype, name="out_norm")(h))
         h = conv(self.out_channels * self.patch**2, 3, "out_conv", jnp.float32, zero=True)(h.astype(jnp.float32))
         return depth_to_space(h, self.patch)
 
@@ -134,7 +140,9 @@ class Blocks:
         self.net, self.time, self.train, self.layouts = net, time, train, layouts
         self.context, self.mask = context, mask
         self.block = nn.remat(ResBlock, static_argnums=(3,)) if net.remat else ResBlock
-        kind = SpatialTransformer if getattr(net, "spatial_transformer", False) else AttentionBlock
+        self.norms = {"eps": getattr(net, "norm_eps", 1e-5)}
+        plain = not getattr(net, "spatial_transformer", False)
+        kind, self.attention_norms = (AttentionBlock, self.norms) if plain else (SpatialTransformer, {})
         self.attention_block = nn.remat(kind) if net.remat else kind
         if net.conv_resample and net.pool_resample:
             raise ValueError("conv_resample=True and pool_resample=True contradict each other; give one of them")
@@ -145,7 +153,8 @@ class Blocks:
     def res(self, h: jax.Array, features: int, name: str, level: int, resample: str | None = None) -> jax.Array:
         """Apply a residual block; level: of its output, which selects the layout."""
         net = self.net
-        block = self.block(features, resample, net.scale_shift, net.dropout, net.groups, net.dtype, name=name)
+        fields = (features, resample, net.scale_shift, net.dropout, net.groups, net.dtype)
+        block = self.block(*fields, **self.norms, name=name)
         return block(h, self.time, self.train, self.layouts[level] if self.layouts else None)
 
     def resample(self, h: jax.Array, name: str, level: int, direction: str) -> jax.Array:
@@ -153,7 +162,8 @@ class Blocks:
         if self.net.pool_resample:
             return {"up": upsample2, "down": downsample2}[direction](h)
         if self.net.conv_resample:
-            return Resample(h.shape[-1], direction, self.net.dtype, name=name)(h)
+            after = getattr(self.net, "pad_after", False)
+            return Resample(h.shape[-1], direction, self.net.dtype, after, name=name)(h)
         return self.res(h, h.shape[-1], name, level, direction)
 
     def attention(self, h: jax.Array, name: str, level: int | None = None, heads: int | None = None) -> jax.Array:
@@ -168,7 +178,8 @@ class Blocks:
             raise ValueError(f"{heads=} must be at least 1 and divide the {h.shape[-1]} channels of the level")
         else:
             head = h.shape[-1] // heads
-        return self.attention_block(head, net.groups, net.dtype, name=name)(h, self.context, self.mask)
+        block = self.attention_block(head, net.groups, net.dtype, **self.attention_norms, name=name)
+        return block(h, self.context, self.mask)
 
     def _chosen(self, level: int, h: jax.Array) -> bool:
         """Return whether a level has attention."""

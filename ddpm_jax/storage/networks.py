@@ -52,6 +52,7 @@ _CHOICES = {"pool": adm.POOLS}
 _LARGEST, _IDS, _LEVELS = 65_536, 10_000_000, 16
 _INTEGERS = {
     "attention_levels": (0, _LEVELS - 1),
+    "frequency_shift": (0, 1),
     "heads": (1, 4096),
     "heads_up": (1, 4096),
     "layers": (1, 1000),
@@ -64,7 +65,7 @@ _INTEGERS = {
     "vocab_size": (1, _IDS),
     "word_vectors": (0, _IDS),
 }
-_NUMBERS = {"channel_mult": (1e-3, 1024.0), "dropout": (0.0, 1.0), "scale": (1e-6, 1e6)}
+_NUMBERS = {"channel_mult": (1e-3, 1024.0), "dropout": (0.0, 1.0), "norm_eps": (1e-12, 1.0), "scale": (1e-6, 1e6)}
 
 
 def describe(network: nn.Module) -> dict[str, Any]:
