@@ -21,6 +21,7 @@ from ddpm_jax.diffusion.samplers import dpm_solver_step, heun_step, plms_step, u
 from ddpm_jax.diffusion.samplers.loop import initial_noise
 from ddpm_jax.errors import LoadError
 from ddpm_jax.interop import ReadError, stable_diffusion
+from ddpm_jax.interop.diffusers_layout import OLD_NAMES
 from ddpm_jax.interop.table import ConvertError
 from ddpm_jax.models.autoencoder import Autoencoder
 from ddpm_jax.parallel.mesh import make_mesh
@@ -80,9 +81,9 @@ def test_the_old_names_of_its_attention(flat):
     """As dense layers (diffusers before 0.17) and as convolutions."""
     peer, old = weights("autoencoder"), {}
     for name, array in peer.items():
-        for before, now in stable_diffusion.OLD_NAMES.items():
-            if f"attentions.0{now}" in name:
-                name = name.replace(now, before)
+        for before, now in OLD_NAMES.items():
+            if f"attentions.0.{now}." in name:
+                name = name.replace(f".{now}.", f".{before}.")
                 array = array if flat or array.ndim == 1 else array[..., None, None]
         old[name] = array
     assert set(old) != set(peer)

@@ -1,16 +1,22 @@
 """What the networks of diffusers have in common: where a directory keeps its parts, and how blocks are called."""
 
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ddpm_jax.interop.table import Entry, conv, dense, norm
+from ddpm_jax.interop.table import IDENTITY, Entry, Layout, by_head, concatenated, conv, dense, norm
 from ddpm_jax.interop.unet import Block
 from ddpm_jax.storage.json_file import read_json
 from ddpm_jax.storage.tensor_file import ReadError, read_tensors
+from ddpm_jax.storage.tensors import Tensors, renamed
 from ddpm_jax.storage.weight_files import weights_of_part
+
+# The names that attention over pixels had before diffusers 0.17.
+OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+_OLD_NAME = re.compile(rf"(?<=attentions\.)(\d+)\.({'|'.join(OLD_NAMES)})(?=\.)")
 
 
 def read_config(
@@ -90,3 +96,21 @@ def outer(ours: str, peer: str) -> list[Entry]:
         *norm(f"{ours}out_norm", f"{peer}conv_norm_out"),
         *conv(f"{ours}out_conv", f"{peer}conv_out"),
     ]
+
+
+def attention(ours: str, peer: str, heads: int = 1) -> list[Entry]:
+    """Return the entries of attention over pixels, whose layers may be convolutions of width one in old files."""
+    turned = Layout(lambda x: x.reshape(x.shape[:2]).T, lambda x: (x.T,))
+    qkv = [f"{peer}.to_{part}" for part in "qkv"]
+    return [
+        *norm(f"{ours}/norm", f"{peer}.group_norm"),
+        Entry(f"{ours}/qkv/kernel", tuple(f"{name}.weight" for name in qkv), by_head(concatenated(turned, 3), heads)),
+        Entry(f"{ours}/qkv/bias", tuple(f"{name}.bias" for name in qkv), by_head(concatenated(IDENTITY, 3), heads)),
+        Entry(f"{ours}/out/kernel", (f"{peer}.to_out.0.weight",), turned),
+        Entry(f"{ours}/out/bias", (f"{peer}.to_out.0.bias",), IDENTITY),
+    ]
+
+
+def with_new_names(tensors: Mapping[str, np.ndarray]) -> Tensors:
+    """Return the tensors with the names that attention over pixels has since diffusers 0.17."""
+    return renamed(tensors, lambda name: _OLD_NAME.sub(lambda match: f"{match[1]}.{OLD_NAMES[match[2]]}", name))

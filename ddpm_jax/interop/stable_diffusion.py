@@ -26,14 +26,21 @@ from ddpm_jax.interop.config_fields import (
     side_of,
     tower_sizes,
 )
-from ddpm_jax.interop.diffusers_layout import block_name, outer, read_config, read_weights, res
+from ddpm_jax.interop.diffusers_layout import (
+    attention,
+    block_name,
+    outer,
+    read_config,
+    read_weights,
+    res,
+    with_new_names,
+)
 from ddpm_jax.interop.table import (
     IDENTITY,
     TRANSPOSED,
     ConvertError,
     Entry,
     Layout,
-    concatenated,
     conv,
     count,
     dense,
@@ -50,8 +57,6 @@ from ddpm_jax.storage.model_directory import Converted
 from ddpm_jax.storage.tensor_file import ReadError
 
 POINTWISE = Layout(lambda x: x.reshape(x.shape[:2]).T, lambda x: (x.T[..., None, None],))
-# The names that the attention of an autoencoder had before diffusers 0.17.
-OLD_NAMES = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
 FIELDS = {
     "vae": ("block_out_channels", "layers_per_block", "latent_channels"),
     "unet": (
@@ -284,12 +289,7 @@ def load_autoencoder(tensors: Mapping[str, np.ndarray], model: Autoencoder) -> d
     Raises:
         ConvertError: if the tensors are not those of the network; it lists which.
     """
-    renamed = {}
-    for name, array in tensors.items():
-        for old, new in OLD_NAMES.items():
-            name = name.replace(f"attentions.0{old}", f"attentions.0{new}")
-        renamed[name] = array
-    return to_ours(autoencoder_table(model), renamed, autoencoder_shapes(model))
+    return to_ours(autoencoder_table(model), with_new_names(tensors), autoencoder_shapes(model))
 
 
 def export_autoencoder(params: Mapping[str, Any], model: Autoencoder) -> dict[str, np.ndarray]:
@@ -305,7 +305,7 @@ def autoencoder_table(model: Autoencoder) -> list[Entry]:
         table += [
             *conv(f"{side}/in_conv", f"{side}.conv_in"),
             *res(f"{side}/mid_0", f"{side}.mid_block.resnets.0", False, emb=False),
-            *_plain_attention(f"{side}/mid_attn", f"{side}.mid_block.attentions.0"),
+            *attention(f"{side}/mid_attn", f"{side}.mid_block.attentions.0"),
             *res(f"{side}/mid_1", f"{side}.mid_block.resnets.1", False, emb=False),
             *norm(f"{side}/out_norm", f"{side}.conv_norm_out"),
             *conv(f"{side}/out_conv", f"{side}.conv_out"),
@@ -327,19 +327,6 @@ def autoencoder_shapes(model: Autoencoder) -> Any:
     """Return the shapes of the parameters."""
     image = jax.ShapeDtypeStruct((1, 2 * model.factor, 2 * model.factor, model.out_channels), jnp.float32)
     return jax.eval_shape(model.init, jax.random.key(0), image)["params"]
-
-
-def _plain_attention(ours: str, peer: str) -> list[Entry]:
-    """Return the entries of attention with one head, whose layers may be convolutions of width one in old files."""
-    turned = Layout(lambda x: x.reshape(x.shape[:2]).T, lambda x: (x.T,))
-    qkv = [f"{peer}.to_{part}" for part in "qkv"]
-    return [
-        *norm(f"{ours}/norm", f"{peer}.group_norm"),
-        Entry(f"{ours}/qkv/kernel", tuple(f"{name}.weight" for name in qkv), concatenated(turned, 3)),
-        Entry(f"{ours}/qkv/bias", tuple(f"{name}.bias" for name in qkv), concatenated(IDENTITY, 3)),
-        Entry(f"{ours}/out/kernel", (f"{peer}.to_out.0.weight",), turned),
-        Entry(f"{ours}/out/bias", (f"{peer}.to_out.0.bias",), IDENTITY),
-    ]
 
 
 # ---- The U-Net -------------------------------------------------------------------------------------------------------
