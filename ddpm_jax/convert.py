@@ -4,9 +4,8 @@
     python -m ddpm_jax.convert --to karlo --src WORKDIR --out DIR
 
 The first writes a directory that `ddpm_jax.pipelines.load` and `python -m ddpm_jax.sample --workdir` open, and prints
-its model card; the second writes safetensors in the layout that the source had. Families: clip, karlo,
-stable-diffusion, guided (guided and improved diffusion), glide, noised-clip, inception. Nothing that a file contains is
-run, and nothing is written unless all of it could be read.
+its model card; the second writes safetensors in the layout that the source had. docs/checkpoints.md describes the
+families. Nothing that a file contains is run, and nothing is written unless all of it could be read.
 """
 
 from ddpm_jax import cli
@@ -19,12 +18,12 @@ from pathlib import Path
 
 from absl import flags
 
+from ddpm_jax.interop import families, table
 from ddpm_jax.temporary import temporary_path
 
-KNOWN = ("clip", "karlo", "stable-diffusion", "guided", "glide", "noised-clip", "inception")
 FLAGS = flags.FlagValues()
-_FROM = flags.DEFINE_enum("from", None, KNOWN, "Family to read --src as.", flag_values=FLAGS)
-_TO = flags.DEFINE_enum("to", None, KNOWN, "Family to write a converted --src as.", flag_values=FLAGS)
+_FROM = flags.DEFINE_enum("from", None, list(families.FAMILIES), "Family to read --src as.", flag_values=FLAGS)
+_TO = flags.DEFINE_enum("to", None, list(families.FAMILIES), "Family to write a converted --src as.", flag_values=FLAGS)
 _SRC = flags.DEFINE_string("src", None, "File or directory to read.", flag_values=FLAGS)
 _OUT = flags.DEFINE_string("out", None, "Directory to make.", flag_values=FLAGS)
 _MODEL = flags.DEFINE_string("model", None, "Released network, for guided, glide and clip.", flag_values=FLAGS)
@@ -54,17 +53,7 @@ _DTYPE = flags.DEFINE_enum(
 )
 
 
-# Which options a family has; those of _ONE_FILE are of Stable Diffusion in one file only, and not of its directories.
-OPTIONS = {
-    "clip": ("model", "head_width", "activation", "part"),
-    "karlo": ("prior_clip",),
-    "stable-diffusion": ("kind", "image_size", "part"),
-    "guided": ("model", "part"),
-    "glide": ("model", "part"),
-    "noised-clip": ("part",),
-    "inception": ("part",),
-}
-_ONE_FILE = "stable-diffusion"
+_ONE_FILE = "stable-diffusion"  # its options are of one file, and not of a directory
 
 
 def main() -> None:
@@ -90,18 +79,18 @@ def main() -> None:
 def _check_options(source: Path) -> None:
     """Raise UsageError for a flag that the family does not use, before anything is read."""
     family = _FROM.value
-    used = () if family is None or (family == _ONE_FILE and source.is_dir()) else OPTIONS[family]
+    known = () if family is None else families.FAMILIES[family].options
+    used = () if family == _ONE_FILE and source.is_dir() else known
     for name in ("model", "head_width", "activation", "prior_clip", "kind", "image_size", "part"):
         if FLAGS[name].value is None or name in used:
             continue
         if family is None:
             reason = f"--to={_TO.value} writes what was converted, and has no such option"
-        elif name in OPTIONS[family]:
+        elif name in known:
             reason = f"{source} is a directory, and with --from={family} this option is for one file"
         else:
-            reason = (
-                f"--from={family} has no such option; it has {', '.join(f'--{option}' for option in OPTIONS[family])}"
-            )
+            listed = ", ".join(f"--{option}" for option in known) or "none"
+            reason = f"--from={family} has no such option; it has {listed}"
         raise cli.UsageError(f"--{name}={_given(name)} is not used: {reason}")
 
 
@@ -114,7 +103,6 @@ def _convert(source: Path, out: Path) -> None:
     import jax.numpy as jnp
     import numpy as np
 
-    from ddpm_jax.interop import families, table
     from ddpm_jax.progress import progress_bar
     from ddpm_jax.storage import model_directory as converted
 
@@ -148,7 +136,6 @@ def _heads() -> tuple[int, int] | None:
 
 
 def _export(source: Path, out: Path) -> None:
-    from ddpm_jax.interop import families
     from ddpm_jax.storage import model_directory as converted
 
     family = converted.read_description(source)["family"]

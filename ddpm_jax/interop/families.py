@@ -62,11 +62,12 @@ class Read(NamedTuple):
 
 
 class Family(NamedTuple):
-    """A family: what its source is, how it is read, and how it is written into a directory."""
+    """A family: what its source is, how it is read, how it is written into a directory, and the `Options` it uses."""
 
     source: str
     read: Callable[[Path, Options], Read]
     write: Callable[[Converted, Path], None]
+    options: tuple[str, ...] = ()
 
 
 def sha256(path: Path) -> str:
@@ -321,19 +322,25 @@ def _write_inception(converted: Converted, out: Path) -> None:
 
 
 FAMILIES = {
-    "clip": Family("a file: OpenAI's, open_clip's or transformers'", _read_clip, _write_clip),
-    "karlo": Family("a directory, diffusers' layout or the original one", _read_karlo, _write_karlo),
-    "stable-diffusion": Family(
+    "clip": Family(
+        "a file: OpenAI's, open_clip's or transformers'",
+        _read_clip,
+        _write_clip,
+        ("model", "head_width", "activation", "part"),
+    ),
+    "karlo": Family("a directory, diffusers' layout or the original one", _read_karlo, _write_karlo, ("prior_clip",)),
+    "stable-diffusion": Family(  # the options are of a file
         "a directory, diffusers' layout, or a file of the original code",
         _read_stable_diffusion,
         _write_stable_diffusion,
+        ("kind", "image_size", "part"),
     ),
-    "guided": Family("a file of guided or improved diffusion", _read_guided, _write_guided),
-    "glide": Family("a file: base or upsampler, inpainting or not", _read_glide, _write_glide),
+    "guided": Family("a file of guided or improved diffusion", _read_guided, _write_guided, ("model", "part")),
+    "glide": Family("a file: base or upsampler, inpainting or not", _read_glide, _write_glide, ("model", "part")),
     "noised-clip": Family(
-        "a directory with GLIDE's image-enc.pt and text-enc.pt", _read_noised_clip, _write_noised_clip
+        "a directory with GLIDE's image-enc.pt and text-enc.pt", _read_noised_clip, _write_noised_clip, ("part",)
     ),
-    "inception": Family("FID's pt_inception file", _read_inception, _write_inception),
+    "inception": Family("FID's pt_inception file", _read_inception, _write_inception, ("part",)),
 }
 
 
@@ -399,7 +406,12 @@ def restore_peer_files(workdir: Path, out: Path) -> None:
 
 
 def _without_missing(index: dict[str, Any], out: Path) -> dict[str, Any]:
-    """Return diffusers' list of parts without those that are not there: their weights were never read."""
+    """Return diffusers' list of parts without those that are not there: their weights were never read.
+
+    A directory without any parts holds all files itself, as the first pipelines of diffusers did.
+    """
+    if not any(path.is_dir() for path in out.iterdir()):
+        return index
     for name, part in index.items():
         if isinstance(part, list) and len(part) == 2 and not (out / name).is_dir():
             index[name] = [None, None]
