@@ -43,6 +43,13 @@ def test_an_unconditional_model_alone():
     assert pipeline.generate().shape == (1, LOW, LOW, 3)
 
 
+@pytest.mark.parametrize("num_steps,steps", [(1000, 250), (250, 250), (100, 100)])
+def test_nothing_said_of_sampling(num_steps, steps):
+    """The ancestral sampler in 250 steps, or in all that there are, clipped to the range of images."""
+    model = with_metadata(base("unconditional"), diffusion={"schedule": "cosine", "num_steps": num_steps})
+    assert dict(Cascade(model).checked().sampling) == {"base": Sampling("ancestral", steps, threshold=1.0).checked()}
+
+
 def test_labels_are_indices_or_names_one_for_all_or_one_each():
     pipeline = cascade("labels")
     cats = pipeline.generate(4, labels="cat")

@@ -30,9 +30,9 @@ from ddpm_jax.pipelines.request import (
 )
 from ddpm_jax.pipelines.stages import finite
 from ddpm_jax.pipelines.upsampling import (
-    IMAGES,
     check_upsamplers,
     default_names,
+    default_sampling,
     denoiser,
     image_size_of,
     noise_levels,
@@ -133,7 +133,8 @@ class Cascade(flax.struct.PyTreeNode):
         unknown = sorted(set(self.sampling) - set(diffusions))
         if unknown:
             raise ValueError(f"sampling has no stage {unknown[0]!r}; there are {', '.join(diffusions)}")
-        sampling = {stage: self.sampling.get(stage, IMAGES).checked(f"{stage}_") for stage in diffusions}
+        default = {stage: default_sampling(model) for stage, model in diffusions.items()}
+        sampling = {stage: how.checked(f"{stage}_") for stage, how in (default | dict(self.sampling)).items()}
         for stage, model in diffusions.items():
             check_steps(f"{stage}_steps", sampling[stage], model.diffusion)
         levels, _ = noise_levels(dict(zip(names, self.upsamplers)), self.noise_levels, {})

@@ -17,6 +17,11 @@ IMAGES = Sampling("ancestral", 250, threshold=1.0)  # the default: estimates of 
 _NOISE = 2**20  # of the keys of an example: beyond the sampler's transitions
 
 
+def default_sampling(model: Model) -> Sampling:
+    """Return how a stage is sampled that nobody said it of: `IMAGES`, or all timesteps if there are fewer than 250."""
+    return IMAGES.with_options(steps=min(IMAGES.steps, model.diffusion.num_steps))
+
+
 def image_size_of(model: Model) -> int:
     """Return the height and width of the images that a model samples.
 
