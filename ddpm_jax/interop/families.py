@@ -11,6 +11,7 @@ import numpy as np
 from ddpm_jax.data.tokenizer import ClipTokenizer
 from ddpm_jax.interop import (
     clip,
+    ddpm,
     glide,
     guided,
     inception,
@@ -272,6 +273,18 @@ def _write_guided(converted: Converted, out: Path) -> None:
     )
 
 
+def _read_ddpm(source: Path, options: Options) -> Read:
+    _needs_directory(source, "ddpm")
+    converted, assumed = ddpm.read_ddpm(source)
+    return Read(converted, assumed, _weights(source, ["unet"]) or files_of(weights_file(source, "")))
+
+
+def _write_ddpm(converted: Converted, out: Path) -> None:
+    model, metadata = converted.models["model"], converted.metadata
+    tensors = ddpm.export_ddpm(converted.params["model"], model, flip_sin_to_cos=metadata["flip_sin_to_cos"])
+    _write_parts(out, {"unet" if metadata["in_parts"] else "": tensors})
+
+
 def _read_glide(source: Path, options: Options) -> Read:
     make, size = GLIDE_MODELS[_named(options, GLIDE_MODELS)]
     file, model = _file(source), make()
@@ -336,6 +349,7 @@ FAMILIES = {
         ("kind", "image_size", "part"),
     ),
     "guided": Family("a file of guided or improved diffusion", _read_guided, _write_guided, ("model", "part")),
+    "ddpm": Family("a directory, diffusers' layout: a pipeline or its network alone", _read_ddpm, _write_ddpm),
     "glide": Family("a file: base or upsampler, inpainting or not", _read_glide, _write_glide, ("model", "part")),
     "noised-clip": Family(
         "a directory with GLIDE's image-enc.pt and text-enc.pt", _read_noised_clip, _write_noised_clip, ("part",)
