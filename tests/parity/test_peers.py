@@ -22,6 +22,7 @@ sys.path[:0] = [str(HERE), str(HERE.parent)]
 
 import test_guided_loops  # noqa: E402
 import test_interop_clip  # noqa: E402
+import test_interop_ddpm  # noqa: E402
 import test_interop_guided  # noqa: E402
 import test_interop_karlo  # noqa: E402
 import test_interop_stable_diffusion  # noqa: E402
@@ -29,7 +30,7 @@ from random_weights import random_weights  # noqa: E402
 from run_maker import key  # noqa: E402
 from safetensors.numpy import save_file  # noqa: E402
 
-from ddpm_jax.interop import guided, karlo, stable_diffusion  # noqa: E402
+from ddpm_jax.interop import ddpm, guided, karlo, stable_diffusion  # noqa: E402
 from ddpm_jax.interop.clip import export_clip, load_clip  # noqa: E402
 from ddpm_jax.interop.inception import export_inception, load_inception  # noqa: E402
 
@@ -69,6 +70,15 @@ def exported_clip() -> list:
         shapes = shapes_in(f"clip/{dialect}_gelu.npz")
         clip = load_clip(random_weights(shapes), head_width=heads)
         found.append((shapes, 0, export_clip(clip.params, dialect)))
+    return found
+
+
+def exported_ddpm() -> list:
+    """Return those of diffusers' UNet2DModel."""
+    found = []
+    for name in ("released", "defaults", "bare"):
+        model, params, how = test_interop_ddpm.loaded(name)
+        found.append((shapes_in("ddpm.npz", f"{name}/shapes"), 0, ddpm.export_ddpm(params, model, **how)))
     return found
 
 
@@ -116,6 +126,7 @@ MAKERS = {
     "make_guided_files": (exported_guided, ["guided.npz"]),
     "make_guided_loops": (exported_loops, ["guided_loops.npz"]),
     "make_clip_files": (exported_clip, [f"clip/{d}_{a}.npz" for d in ("hf", "openai") for a in ("gelu", "quick_gelu")]),
+    "make_ddpm_files": (exported_ddpm, ["ddpm.npz"]),
     "make_inception_files": (exported_inception, ["inception.npz"]),
     "make_karlo_files": (exported_karlo, ["karlo.npz"]),
     "make_stable_diffusion_files": (exported_stable_diffusion, ["stable_diffusion.npz"]),
