@@ -72,7 +72,7 @@ from ddpm_jax.data import tokenizer, transforms
 from ddpm_jax.data import image_grid as pictures
 attempt("load", pipelines.load)
 attempt("ClipTokenizer", tokenizer.ClipTokenizer)
-attempt("clip_pixels", lambda: transforms.clip_pixels([numpy.zeros((4, 4, 3), numpy.uint8)], 4))
+attempt("clip_pixels", lambda: transforms.clip_pixels([numpy.zeros((5, 5, 3), numpy.uint8)], 4))
 attempt("grid", lambda: pictures.grid(numpy.zeros((1, 4, 4, 3), numpy.uint8)))
 attempt("save_png", lambda: pictures.save_png("a.png", numpy.zeros((4, 4, 3), numpy.uint8)))
 attempt("likelihood", lambda: likelihood._solve(None, 0.0, 1.0, None, 0.1, 0.1))

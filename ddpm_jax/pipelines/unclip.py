@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from ddpm_jax.data.tokenizer import Tokenizer, tokenizer_from_config
-from ddpm_jax.data.transforms import CLIP_MEAN, CLIP_STD, resize_center_crop
+from ddpm_jax.data.transforms import resize_center_crop
 from ddpm_jax.diffusion.samplers import RecordedNoise
 from ddpm_jax.diffusion.samplers.noise import transition_keys
 from ddpm_jax.diffusion.sampling import Sampling, sample_with
@@ -33,8 +33,9 @@ from ddpm_jax.pipelines.request import (
 )
 from ddpm_jax.pipelines.stages import Text, finite
 from ddpm_jax.pipelines.upsampling import IMAGES, check_upsamplers, default_names, image_size_of, noise_levels, upsample
+from ddpm_jax.storage.clip_images import encode_images
 from ddpm_jax.storage.metadata import thaw
-from ddpm_jax.storage.model_directory import FAMILY, Model
+from ddpm_jax.storage.model_directory import Model
 from ddpm_jax.types import to_float, to_uint8
 
 Embedding = Literal["prior", "text", "image", "none"]
@@ -231,9 +232,7 @@ class UnCLIP(flax.struct.PyTreeNode):
 
     def encode_image(self, images: jax.Array) -> jax.Array:
         """Run CLIP's image tower on float32[B, S, S, 3] in [-1, 1]. Returns unit vectors, float32[B, D]."""
-        if self.clip.family != FAMILY:  # public ones were trained on normalised pixels
-            images = ((images + 1.0) / 2.0 - CLIP_MEAN.reshape(1, 1, 1, 3)) / CLIP_STD.reshape(1, 1, 1, 3)
-        return normalize(self.clip.apply(images, method=CLIP.encode_image))
+        return encode_images(self.clip, images)
 
     def sample_embedding(
         self,

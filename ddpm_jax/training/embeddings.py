@@ -2,7 +2,6 @@
 
 import dataclasses
 import errno
-import functools
 import json
 import os
 import shutil
@@ -17,7 +16,9 @@ from ddpm_jax.extras import needs_extra
 from ddpm_jax.models.clip import CLIP, normalize
 from ddpm_jax.parallel.mesh import DATA_AXIS, data_sharding, make_local_mesh, replicated
 from ddpm_jax.progress import progress_bar
+from ddpm_jax.storage.clip_images import encode_images
 from ddpm_jax.storage.fingerprint import tree_fingerprint
+from ddpm_jax.storage.model_directory import Model
 from ddpm_jax.temporary import temporary_path
 from ddpm_jax.training.describe import describe
 from ddpm_jax.types import Source, to_float
@@ -72,12 +73,12 @@ class Embedded:
         """Return the source with its embeddings, read from `directory` or computed and written there."""
         clip, mesh = models[self.role], make_local_mesh()
         params = jax.device_put(clip.params, replicated(mesh))
-        embed = jax.jit(functools.partial(_embed, clip.network))
+        embed = jax.jit(_embed)
         cache = cached_embeddings(
             directory,
             self.source if self.read is None else self.read,
             (*self.transforms, _Select(("image", "tokens", "mask"))),
-            lambda batch: embed(params, jax.device_put(batch, data_sharding(mesh))),
+            lambda batch: embed(clip.replace(params=params), jax.device_put(batch, data_sharding(mesh))),
             fingerprint={"clip": tree_fingerprint(clip.params), **self._mark()},
             batch_size=-(-self.batch_size // mesh.shape[DATA_AXIS]) * mesh.shape[DATA_AXIS],
             progress=progress,
@@ -95,10 +96,9 @@ class _Select:
         return {name: record[name] for name in self.names}
 
 
-def _embed(clip: CLIP, params: Any, batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
-    z_text, _ = clip.apply(params, batch["tokens"], batch["mask"], method=CLIP.encode_text)
-    z_image = clip.apply(params, to_float(batch["image"]), method=CLIP.encode_image)
-    return normalize(z_image), normalize(z_text)
+def _embed(clip: Model, batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    z_text, _ = clip.apply(batch["tokens"], batch["mask"], method=CLIP.encode_text)
+    return encode_images(clip, to_float(batch["image"])), normalize(z_text)
 
 
 class EmbeddedSource:

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ddpm_jax.models.clip import CLIP, normalize
+from ddpm_jax.storage.clip_images import encode_images
 from ddpm_jax.training.tasks.keys import named_keys
 from ddpm_jax.types import to_float
 
@@ -97,7 +97,7 @@ def with_image_embedding(frozen: Any, batch: Batch, role: str) -> Batch:
     size = clip.network.vision.image_size
     if x.shape[1:3] != (size, size):
         x = jax.image.resize(x, (x.shape[0], size, size, 3), "cubic")
-    return batch | {"z_image": normalize(clip.apply(x, method=CLIP.encode_image))}
+    return batch | {"z_image": encode_images(clip, x)}
 
 
 def mix_colours(key: jax.Array, x: jax.Array) -> jax.Array:
