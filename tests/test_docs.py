@@ -149,3 +149,11 @@ def test_the_data(tmp_path, monkeypatch):
 def test_no_page_with_python_blocks_is_forgotten():
     ran = re.findall(r"run\(\"(.*)\"\)", Path(__file__).read_text())
     assert sorted(ran) == sorted(page for page in PAGES if blocks(page))
+
+
+def test_the_training(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = run("docs/training.md")
+    assert names["samples"].shape == (4, 16, 16, 3) and names["samples"].dtype == np.uint8
+    (stage,) = names["stages"](names["get_config"]())
+    assert stage.name == "base" and stage.training.num_steps == 2
