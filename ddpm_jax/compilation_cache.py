@@ -24,7 +24,7 @@ _FAILURE = re.compile(r"Error (reading|writing) persistent compilation cache ent
 
 
 def use_compilation_cache() -> Path | None:
-    """Let JAX keep compiled programs on disk and find them there; return the directory, or None without a cache.
+    """Store compiled programs on disk and reuse them; return the directory, or None without a cache.
 
     What the user has said counts instead: the environment variables JAX_COMPILATION_CACHE_DIR (empty for no cache) and
     JAX_ENABLE_COMPILATION_CACHE, or the options of `jax.config` of these names. A directory that cannot be used costs

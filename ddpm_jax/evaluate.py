@@ -47,10 +47,10 @@ def main() -> None:
     if not isinstance(pipeline, UnCLIP):
         raise cli.UsageError(f"--workdir={_WORKDIR.value} holds no UnCLIP, and only that is measured on captions")
     out.mkdir(parents=True, exist_ok=True)
-    how = {"num_captions": _NUM.value, "seed": _SEED.value, "show": cli.show}
-    report.write_faithfulness(pipeline, out, **how)
+    kwargs = {"num_captions": _NUM.value, "seed": _SEED.value, "show": cli.show}
+    report.write_faithfulness(pipeline, out, **kwargs)
     if _COMPARE.value:
-        report.write_comparison(pipeline, out, **how)
+        report.write_comparison(pipeline, out, **kwargs)
 
 
 if __name__ == "__main__":

@@ -175,17 +175,17 @@ def _how(pipeline: Any, count: int) -> dict[str, Any]:
     from ddpm_jax.parallel.mesh import make_local_mesh
     from ddpm_jax.pipelines import Cascade, UnCLIP
 
-    how: dict[str, Any] = {"seed": _SEED.value, "start": _START.value, "mesh": make_local_mesh(at_most=count)}
+    kwargs: dict[str, Any] = {"seed": _SEED.value, "start": _START.value, "mesh": make_local_mesh(at_most=count)}
     if isinstance(pipeline, (UnCLIP, Cascade)):
-        how["batch_size"] = min(pipeline.batch_size, count)
+        kwargs["batch_size"] = min(pipeline.batch_size, count)
     if _BATCH.value is not None:
-        how["batch_size"] = _BATCH.value
+        kwargs["batch_size"] = _BATCH.value
     fields = (*OPTIONS, "noise_level")
     for name in FLAGS:
         if name in fields or name.endswith(tuple(f"_{field}" for field in fields)):
             value = FLAGS[name].value
-            how |= {} if value is None else {name: value}
-    return how
+            kwargs |= {} if value is None else {name: value}
+    return kwargs
 
 
 def _shown(images: np.ndarray) -> np.ndarray:

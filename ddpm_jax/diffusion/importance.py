@@ -1,13 +1,13 @@
 r"""Importance sampling of timesteps by the second moment of their losses (Improved DDPM, section 3.3).
 
-The terms L_t of the variational bound differ by orders of magnitude, so one uniformly drawn step estimates their sum
+The terms L_t of the variational bound differ by orders of magnitude, so one uniformly sampled step estimates their sum
 with much noise. Drawn with p_t and weighted by 1 / (T p_t), a step estimates it without bias, and with the least
 variance for
 
     p_t \propto sqrt(E[L_t^2])     (eq. 18)
 
 The expectation is the mean over the last losses seen at t, ten in the paper, and until every step has as many, steps
-are drawn uniformly. All of it is arrays: the history is part of the training state.
+are sampled uniformly. All of it is arrays: the history is part of the training state.
 """
 
 from typing import Literal
@@ -108,7 +108,7 @@ def record_losses(history: LossHistory, t: jax.Array, losses: jax.Array) -> Loss
     first, end = (jnp.searchsorted(ordered, ordered, side=side).astype(jnp.int32) for side in ("left", "right"))
     earlier = jnp.zeros_like(order).at[by_step].set(order - first)
     later = jnp.zeros_like(order).at[by_step].set(end - 1 - order)
-    # Of more than K losses at one step the last K are kept: two writes to one place would have no order.
+    # Of more than K losses at one step the last K are stored: two writes to one place would have no order.
     row = jnp.where(later < length, t, history.losses.shape[0])
     place = (history.counts[t] + earlier) % length
     losses = jax.lax.stop_gradient(losses).astype(jnp.float32)

@@ -1,12 +1,12 @@
 """Random keys: which are accepted, and how keys are derived so that it holds for every generator of JAX.
 
-Functions that draw once from one key use the generator that the key belongs to (``one_key``). Where each example has a
-key of its own, all keys become Threefry keys first (``example_keys`` and ``key_vector``), because the other generators
-do not keep what samplers promise:
+Functions that sample once from one key use the generator that the key belongs to (``one_key``). Where each example
+has its own key, all keys become Threefry keys first (``example_keys`` and ``key_vector``), because the other generators
+do not have the properties that samplers promise:
 
 - under "unsafe_rbg", ``fold_in(fold_in(key, a), b)`` equals ``fold_in(fold_in(key, b), a)``, so that the noise of
   different transitions would be the same, and a key that is derived under ``vmap`` depends on its batch;
-- under "rbg" and "unsafe_rbg", what is drawn under ``vmap`` depends on the batch and on its first key.
+- under "rbg" and "unsafe_rbg", samples under ``vmap`` depends on the batch and on its first key.
 
 Keys of the old style (``jax.random.PRNGKey``, arrays of uint32) are accepted everywhere.
 """

@@ -32,7 +32,7 @@ def variational_bound(
 ) -> dict[str, jax.Array]:
     """Return the negative variational bound of each example, L_T + sum_t L_t (DDPM eq. 5), in bits per dimension.
 
-    Every L_t is estimated with one draw of noise; the average over examples, and over calls with other keys, is the
+    Every L_t is estimated with one noise sample; the average over examples, and over calls with other keys, is the
     bound. The published numbers of DDPM, Improved DDPM and ADM are this, with x0 clipped (``static_threshold``).
 
     Args:
@@ -101,7 +101,7 @@ def ode_log_likelihood(
         log p(x0) = log p_prior(x_T) + integral of div v(x_t, t) dt over [t_min, t_max],   dx = v dt, (4) of continuous
 
     with the divergence estimated without bias by e . grad(v . e), E e e^T = I (Hutchinson), one e an example. Solved by
-    diffrax' Tsit5 with a step of its own for every example, so that none depends on its batch.
+    diffrax' Tsit5 with a separate step size for every example, so that none depends on its batch.
 
     Args:
         schedule: from ``continuous``; x0 is taken to be data at t_min.

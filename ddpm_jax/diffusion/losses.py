@@ -6,7 +6,7 @@ steps:
     L_vlb = L_T + sum_{t = 1 .. T-1} KL(q(x_{t-1} | x_t, x0) || p(x_{t-1} | x_t)) - log p(x0 | x_0)
 
 where, with t = 0 the least noisy step, the last term is the likelihood of 8-bit data under a Gaussian integrated over
-the 256 bins (DDPM eq. 13). L_T has no parameters. One uniformly drawn step, times T, estimates the sum without bias.
+the 256 bins (DDPM eq. 13). L_T has no parameters. One uniformly sampled step, times T, estimates the sum without bias.
 
     simple:  || target - output ||^2                      (DDPM eq. 14)
     vlb:     T * L_t                                      (Improved DDPM eq. 4)
@@ -72,8 +72,8 @@ def denoising_loss(
             it would leave the variance half untrained.
         weighting: log_snr float32[B] -> weight float32[B] of the squared error, e.g. ``min_snr(5.0, kind)``.
         vlb_weight: lambda of the hybrid objective.
-        t: int32[B] in [0, T), instead of uniform draws.
-        noise: float[B, ..., C], instead of standard normal draws.
+        t: int32[B] in [0, T), instead of uniform samples.
+        noise: float[B, ..., C], instead of standard normal samples.
 
     Returns:
         loss, float32[B], and aux, each float32[B]: "mse", the unweighted squared error, mean over dimensions; and for
@@ -138,8 +138,8 @@ def continuous_loss(
         kind: what the network predicts: "eps", "x0", "v" or "score".
         objective: "simple" or "likelihood".
         weighting: log_snr float32[B] -> weight float32[B], with "simple".
-        t: float32[B] in [t_min, t_max], instead of uniform draws, e.g. ``stratified_times`` or ``log_normal_times``.
-        noise: float[B, ..., C], instead of standard normal draws.
+        t: float32[B] in [t_min, t_max], instead of uniform samples, e.g. ``stratified_times`` or ``log_normal_times``.
+        noise: float[B, ..., C], instead of standard normal samples.
 
     Returns:
         loss, float32[B], and aux: "mse", the unweighted squared error of the output, float32[B].
@@ -188,9 +188,9 @@ def log_normal_times(key: jax.Array, batch_size: int, mean: float = -1.2, std: f
 
 
 def stratified_timesteps(key: jax.Array, batch_size: int, num_steps: int) -> jax.Array:
-    """Draw timesteps that are uniform each and evenly spread over the batch (Kingma et al. 2021, VDM, appendix I.1).
+    """Sample timesteps that are uniform each and evenly spread over the batch (Kingma et al. 2021, VDM, appendix I.1).
 
-    t_i = floor(T ((u + i / B) mod 1)) with one u for the batch: a batch's loss varies less than with independent draws.
+    t_i = floor(T ((u + i / B) mod 1)) with one u for the batch: the loss varies less than with independent samples.
 
     Args:
         key: one key.

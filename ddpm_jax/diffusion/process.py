@@ -5,7 +5,7 @@ beta_t in (0, 1), t = 0 .. T - 1, alpha_t = 1 - beta_t and x_{-1} = x0 the clean
 
     (1)  q(x_t | x_{t-1}) = N(sqrt(alpha_t) x_{t-1}, beta_t I)
 
-Composing Gaussians gives any x_t in one draw, with alpha_bar_t = prod_{s <= t} alpha_s (DDPM eq. 4):
+Composing Gaussians gives any x_t in one sample, with alpha_bar_t = prod_{s <= t} alpha_s (DDPM eq. 4):
 
     (2)  x_t = sqrt(alpha_bar_t) x0 + sqrt(1 - alpha_bar_t) eps,   eps ~ N(0, I)
 
@@ -35,7 +35,7 @@ output v in [-1, 1] (Improved DDPM eq. 15, in the [-1, 1] form of its code):
 
 beta_tilde_0 = 0 has no logarithm; its log is replaced by that of beta_tilde_1 ("clipped"), as in the DDPM code.
 
-A process that keeps only timesteps S_0 < S_1 < ... has the same marginals (2) at those steps, hence (Improved DDPM
+A process of only the timesteps S_0 < S_1 < ... has the same marginals (2) at those steps, hence (Improved DDPM
 eq. 19)
 
     (12) beta'_i = 1 - alpha_bar_{S_i} / alpha_bar_{S_{i-1}}
@@ -175,9 +175,9 @@ def make_process(
 
 
 def respace(process: GaussianProcess, spec: str | int | Sequence[int]) -> GaussianProcess:
-    """Return the shorter process that visits only some of the timesteps, (12).
+    """Return the process of a subset of the timesteps, (12).
 
-    The marginals at the kept steps are unchanged, so the network is too; it still receives the original timesteps
+    The marginals at the chosen steps are unchanged, so the network is too; it still receives the original timesteps
     through ``timestep_map``. Respacing a respaced process composes the two.
 
     A list is timesteps, where guided-diffusion's ``space_timesteps`` takes section counts, which are a string here:
@@ -188,39 +188,41 @@ def respace(process: GaussianProcess, spec: str | int | Sequence[int]) -> Gaussi
         spec: see ``schedules.respaced_timesteps``.
 
     Returns:
-        A GaussianProcess of as many steps as the spec keeps.
+        A GaussianProcess with as many steps as the spec selects.
 
     Raises:
         ValueError: if the spec is invalid for T steps, or the process does not preserve variance (see ``discretize``).
     """
     if not process.variance_preserving:
         raise ValueError("only a process with alpha^2 + sigma^2 = 1 can be respaced; use discretize at fewer times")
-    kept = np.asarray(respaced_timesteps(steps := process.num_steps, spec))
-    shorter = _kept(process, kept) if is_known(process) else _kept_traced(process, kept)
+    chosen = np.asarray(respaced_timesteps(steps := process.num_steps, spec))
+    shorter = _respaced(process, chosen) if is_known(process) else _respaced_traced(process, chosen)
     return shorter.replace(
-        zero_terminal=process.zero_terminal and bool(kept[-1] == steps - 1),
-        shortened=process.shortened or len(kept) < steps,
-        **left_steps_out(process.reach, process.ends, steps, kept, published=isinstance(spec, (str, int, np.integer))),
+        zero_terminal=process.zero_terminal and bool(chosen[-1] == steps - 1),
+        shortened=process.shortened or len(chosen) < steps,
+        **left_steps_out(
+            process.reach, process.ends, steps, chosen, published=isinstance(spec, (str, int, np.integer))
+        ),
     )
 
 
-def _kept(process: GaussianProcess, kept: np.ndarray) -> GaussianProcess:
+def _respaced(process: GaussianProcess, chosen: np.ndarray) -> GaussianProcess:
     """Respace a process whose numbers are known, in float64."""
-    alpha_bar = (np.asarray(process.alpha_bar, np.float64) + np.asarray(process.alpha_bar_low, np.float64))[kept]
+    alpha_bar = (np.asarray(process.alpha_bar, np.float64) + np.asarray(process.alpha_bar_low, np.float64))[chosen]
     betas = 1.0 - alpha_bar / np.append(1.0, alpha_bar[:-1])
-    return _preserving(betas, alpha_bar, np.asarray(process.timestep_map)[kept], process.betas.dtype)
+    return _preserving(betas, alpha_bar, np.asarray(process.timestep_map)[chosen], process.betas.dtype)
 
 
-def _kept_traced(process: GaussianProcess, kept: np.ndarray) -> GaussianProcess:
+def _respaced_traced(process: GaussianProcess, chosen: np.ndarray) -> GaussianProcess:
     """Respace a traced process, in the dtype of its tables; (12) is a difference of the two parts of alpha_bar."""
-    high, low = process.alpha_bar[kept], process.alpha_bar_low[kept]
+    high, low = process.alpha_bar[chosen], process.alpha_bar_low[chosen]
     one, zero = jnp.ones_like(high[:1]), jnp.zeros_like(high[:1])
     high_prev, low_prev = jnp.append(one, high[:-1]), jnp.append(zero, low[:-1])
     betas = ((high_prev - high) + (low_prev - low)) / high_prev
-    alpha, sigma = process.sqrt_alpha_bar[kept], process.sqrt_one_minus_alpha_bar[kept]
+    alpha, sigma = process.sqrt_alpha_bar[chosen], process.sqrt_one_minus_alpha_bar[chosen]
     alpha_prev, var, var_prev = jnp.append(one, alpha[:-1]), sigma**2, jnp.append(zero, sigma[:-1] ** 2)
     variance = betas * var_prev / var
-    clipped = jnp.append(variance[1:2] if len(kept) > 1 else betas[:1], variance[1:])
+    clipped = jnp.append(variance[1:2] if len(chosen) > 1 else betas[:1], variance[1:])
     return process.replace(
         betas=betas,
         alpha_bar=high,
@@ -234,8 +236,8 @@ def _kept_traced(process: GaussianProcess, kept: np.ndarray) -> GaussianProcess:
         posterior_log_variance=jnp.log(clipped),
         log_betas=jnp.log(betas),
         large_log_variance=jnp.log(jnp.append(clipped[:1], betas[1:])),
-        log_snr=process.log_snr[kept],
-        timestep_map=process.timestep_map[kept],
+        log_snr=process.log_snr[chosen],
+        timestep_map=process.timestep_map[chosen],
     )
 
 

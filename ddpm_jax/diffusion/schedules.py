@@ -195,7 +195,7 @@ def zero_terminal_snr(betas: np.ndarray) -> np.ndarray:
 
 
 def respaced_timesteps(num_steps: int, spec: str | int | Sequence[int]) -> list[int]:
-    """Choose which of T timesteps a shorter process keeps.
+    """Choose the timesteps of a shorter process out of T.
 
     Args:
         num_steps: T, the length of the original process.
@@ -208,7 +208,7 @@ def respaced_timesteps(num_steps: int, spec: str | int | Sequence[int]) -> list[
             - a list of timesteps, strictly increasing. (A list means the timesteps themselves, not section counts.)
 
     Returns:
-        The kept timesteps in increasing order, each in [0, T).
+        The chosen timesteps in increasing order, each in [0, T).
 
     Raises:
         ValueError: if the spec cannot be read, has more steps than there are, or is a list that is not strictly
@@ -266,19 +266,19 @@ def spaced_timesteps(num_steps: int, count: int, spacing: str = "leading", offse
 
 
 def left_steps_out(
-    reach: float, ends: tuple[float, ...], num_steps: int, kept: Sequence[int], *, published: bool = False
+    reach: float, ends: tuple[float, ...], num_steps: int, chosen: Sequence[int], *, published: bool = False
 ) -> dict[str, Any]:
-    """Return ``reach`` and ``ends`` of the process that keeps some steps of a ``GaussianProcess``.
+    """Return ``reach`` and ``ends`` of the process of a subset of the steps of a ``GaussianProcess``.
 
     Args:
         reach, ends: of the process.
         num_steps: its number of steps.
-        kept: the steps that stay, increasing.
+        chosen: the steps of the subset, increasing.
         published: True for the published rules, which leave ``reach`` as it is.
     """
     shares = ends or tuple((i + 1) / num_steps for i in range(num_steps))
-    last = reach if published or kept[-1] == num_steps - 1 else shares[kept[-1]]
-    return {"reach": last, "ends": ends if len(kept) == num_steps else tuple(shares[i] for i in kept)}
+    last = reach if published or chosen[-1] == num_steps - 1 else shares[chosen[-1]]
+    return {"reach": last, "ends": ends if len(chosen) == num_steps else tuple(shares[i] for i in chosen)}
 
 
 def _scale(name: str, num_steps: int, beta_start: float, beta_end: float) -> float:
@@ -322,16 +322,16 @@ def _sections(num_steps: int, counts: Sequence[int], spec: str | int) -> list[in
     if min(counts) < 1:
         raise ValueError(f"{spec=} must have at least 1 step in every section")
     base, longer = divmod(num_steps, len(counts))
-    kept, start = [], 0
+    chosen, start = [], 0
     for section, count in enumerate(counts):
         size = base + (section < longer)
         if count > size:
             raise ValueError(f"{spec=} selects {count} steps where there are only {size} (of {num_steps} in all)")
         stride = (size - 1) / (count - 1) if count > 1 else 0.0
         # The stride is added up, not multiplied, and rounded half to even: ties fall as in the published models.
-        kept += [start + round(offset) for offset in accumulate([stride] * (count - 1), initial=0.0)]
+        chosen += [start + round(offset) for offset in accumulate([stride] * (count - 1), initial=0.0)]
         start += size
-    return kept
+    return chosen
 
 
 def _fast27(num_steps: int) -> list[int]:

@@ -36,7 +36,7 @@ def measure(
     num_captions: int,
     seed: int,
     progress: bool = True,
-    **how: Any,
+    **kwargs: Any,
 ) -> dict[str, Any]:
     """Sample an image for each of a split's captions and read it back.
 
@@ -46,7 +46,7 @@ def measure(
         num_captions: N.
         seed: of captions and noise.
         progress: True shows a bar on stderr.
-        **how: options of `UnCLIP.generate`; embedding="image" takes the embedding of the true image.
+        **kwargs: options of `UnCLIP.generate`; embedding="image" takes the embedding of the true image.
 
     Returns:
         The result of `faithfulness.score`, and "captions" and "images" uint8[N, R, R, 3].
@@ -56,11 +56,11 @@ def measure(
     source = ShapesSource(seed, pipeline.clip.network.vision.image_size, split)
     records = [source[i] for i in range(num_captions)]
     captions = [record["caption"] for record in records]
-    if how.get("embedding") == "image":
-        how["images"] = np.stack([record["image"] for record in records])
+    if kwargs.get("embedding") == "image":
+        kwargs["images"] = np.stack([record["image"] for record in records])
     hidden = not progress or jax.process_index() != 0
     with progress_bar(num_captions, description=split, unit="image", shown=not hidden) as bar:
-        images = pipeline.generate(captions, seed=seed, report=bar.update, **how)
+        images = pipeline.generate(captions, seed=seed, report=bar.update, **kwargs)
     scored = faithfulness.score(images, [source.scene(i) for i in range(num_captions)])
     return scored | {"captions": captions, "images": images}
 
@@ -73,23 +73,23 @@ def measure_all(
     splits: Sequence[str] = tuple(SPLITS),
     progress: bool = True,
     on_result: Callable[[str, dict[str, Any]], None] | None = None,
-    **how: Any,
+    **kwargs: Any,
 ) -> dict[str, dict[str, Any]]:
-    """Measure every split with the whole pipeline; **how as in `measure`. Returns split -> result of `measure`."""
+    """Measure every split with the whole pipeline; **kwargs as in `measure`. Returns split -> result of `measure`."""
     results = {}
     for split in splits:
-        results[split] = measure(pipeline, split, num_captions=num_captions, seed=seed, progress=progress, **how)
+        results[split] = measure(pipeline, split, num_captions=num_captions, seed=seed, progress=progress, **kwargs)
         if on_result is not None:
             on_result(split, results[split])
     return results
 
 
 def compare_conditions(
-    pipeline: UnCLIP, *, num_captions: int, seed: int, split: str = "single", progress: bool = True, **how: Any
+    pipeline: UnCLIP, *, num_captions: int, seed: int, split: str = "single", progress: bool = True, **kwargs: Any
 ) -> dict[str, dict[str, Any]]:
     """Measure one split with each of `CONDITIONS` ("why a prior?"). Returns condition -> result of `measure`."""
     return {
-        name: measure(pipeline, split, num_captions=num_captions, seed=seed, progress=progress, **how, **condition)
+        name: measure(pipeline, split, num_captions=num_captions, seed=seed, progress=progress, **kwargs, **condition)
         for name, condition in CONDITIONS.items()
     }
 

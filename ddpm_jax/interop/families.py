@@ -55,7 +55,7 @@ class Options(NamedTuple):
 
 
 class Read(NamedTuple):
-    """What was read, what was assumed on the way, and the files that it came from."""
+    """What was read, the defaults that were used, and the files that it came from."""
 
     converted: Converted
     assumed: dict[str, Any]
@@ -257,9 +257,9 @@ def _write_clip(converted: Converted, out: Path) -> None:
 def _read_guided(source: Path, options: Options) -> Read:
     published = guided.PUBLISHED[_named(options, guided.PUBLISHED)]
     file, model = _file(source), published.model()
-    how = {"image_size": published.image_size, "new_attention_order": published.new_attention_order}
+    kwargs = {"image_size": published.image_size, "new_attention_order": published.new_attention_order}
     tensors, taken = _part(file, guided.MARKS, options)
-    params = guided.load_guided(tensors, model, **how)
+    params = guided.load_guided(tensors, model, **kwargs)
     chosen = {name: value for name, value in published._asdict().items() if name != "model"}
     metadata = {"model": options.model} | chosen | guided.metadata_of(published, model)
     converted = Converted("guided", {"model": model}, {"model": params}, metadata)
@@ -267,9 +267,9 @@ def _read_guided(source: Path, options: Options) -> Read:
 
 
 def _write_guided(converted: Converted, out: Path) -> None:
-    how = {name: converted.metadata[name] for name in ("image_size", "new_attention_order")}
+    kwargs = {name: converted.metadata[name] for name in ("image_size", "new_attention_order")}
     write_tensors(
-        out, "model", guided.export_guided(converted.params["model"], converted.models["model"], **how), whole=True
+        out, "model", guided.export_guided(converted.params["model"], converted.models["model"], **kwargs), whole=True
     )
 
 

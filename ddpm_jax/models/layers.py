@@ -117,8 +117,8 @@ def _group_norm_forward(x: jax.Array, gain: jax.Array, offset: jax.Array, groups
     return (x32 * _wide(a, x) + _wide(offset - mean * a, x)).astype(x.dtype), (x, gain, mean, inv)
 
 
-def _group_norm_backward(groups: int, eps: float, kept: tuple, g: jax.Array) -> tuple:
-    x, gain, mean, inv = kept
+def _group_norm_backward(groups: int, eps: float, residuals: tuple, g: jax.Array) -> tuple:
+    x, gain, mean, inv = residuals
     x32, g32, space = x.astype(jnp.float32), g.astype(jnp.float32), tuple(range(1, x.ndim - 1))
     positions = math.prod(x.shape[1:-1])
     d_offset = g32.sum(space)
@@ -159,7 +159,7 @@ class GroupNorm(nn.Module):
 
 
 def conv(features: int, size: int, name: str, dtype: Dtype, zero: bool = False) -> nn.Conv:
-    """Build a size x size convolution that keeps the resolution; `zero` starts it at zero."""
+    """Build a size x size convolution that preserves the resolution; `zero` starts it at zero."""
     kernel = nn.initializers.zeros if zero else nn.initializers.lecun_normal()
     pad = size // 2
     return nn.Conv(features, (size, size), padding=((pad, pad), (pad, pad)), kernel_init=kernel, dtype=dtype, name=name)

@@ -86,7 +86,7 @@ class RecurrentTextEncoder(nn.Module):
             raise ValueError(f"width={self.width} must be even: each direction has half of it")
         half, init = self.width // 2, nn.initializers.normal(0.3)
         x = Embed(self.vocab_size, half, embedding_init=init, dtype=self.dtype, name="token")(tokens)
-        keep = jnp.stack([mask, mask[:, ::-1]])[..., None].swapaxes(1, 2)
+        masks = jnp.stack([mask, mask[:, ::-1]])[..., None].swapaxes(1, 2)
         for i in range(self.layers):
             both = [
                 nn.Dense(3 * half, dtype=self.dtype, name=f"in_{i}_{name}")(y)
@@ -97,31 +97,31 @@ class RecurrentTextEncoder(nn.Module):
                 for name in ("ahead", "back")
             ]
             bias = self.param(f"bias_{i}", nn.initializers.zeros, (2, 1, half), jnp.float32)
-            states = _gru(jnp.stack(both), keep, *(v.astype(self.dtype) for v in (jnp.stack(matrices), bias)))
+            states = _gru(jnp.stack(both), masks, *(v.astype(self.dtype) for v in (jnp.stack(matrices), bias)))
             x = jnp.concatenate([states[0], states[1][:, ::-1]], axis=-1)
         return nn.LayerNorm(epsilon=1e-5, dtype=self.dtype, name="ln_final")(x)
 
 
-def _gru(inputs: jax.Array, keep: jax.Array, matrix: jax.Array, bias: jax.Array) -> jax.Array:
-    """Run gated recurrent networks, one a direction, over all tokens; the state waits where keep is False.
+def _gru(inputs: jax.Array, mask: jax.Array, matrix: jax.Array, bias: jax.Array) -> jax.Array:
+    """Run gated recurrent networks, one per direction, over all tokens; the state is unchanged where mask is False.
 
       r, z = sigmoid(a_r + U_r h), sigmoid(a_z + U_z h);  n = tanh(a_n + r (U_n h + b));  h' = (1 - z) n + z h
 
-    inputs: [2, B, L, 3 W], a of (r, z, n); keep: bool[2, L, B, 1]; matrix: [2, W, 3 W]; bias: [2, 1, W].
+    inputs: [2, B, L, 3 W], a of (r, z, n); mask: bool[2, L, B, 1]; matrix: [2, W, 3 W]; bias: [2, 1, W].
     Returns the states, [2, B, L, W].
     """
 
     def step(h: jax.Array, token: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        (a_r, a_z, a_n), kept = jnp.split(token[0], 3, axis=-1), token[1]
+        (a_r, a_z, a_n), real = jnp.split(token[0], 3, axis=-1), token[1]
         u_r, u_z, u_n = jnp.split(jnp.einsum("dbw,dwv->dbv", h, matrix), 3, axis=-1)
         r, z = nn.sigmoid(a_r + u_r), nn.sigmoid(a_z + u_z)
         n = jnp.tanh(a_n + r * (u_n + bias))
-        h = jnp.where(kept, (1 - z) * n + z * h, h)
+        h = jnp.where(real, (1 - z) * n + z * h, h)
         return h, h
 
     start = jnp.zeros((*inputs.shape[:2], matrix.shape[1]), inputs.dtype)
-    # A loop's turns cost more than the small products in them, so short captions have none.
-    tokens = (inputs.transpose(2, 0, 1, 3), keep.swapaxes(0, 1))
+    # Iterations cost more than the small products in them, so short captions are unrolled.
+    tokens = (inputs.transpose(2, 0, 1, 3), mask.swapaxes(0, 1))
     states = jax.lax.scan(step, start, tokens, unroll=min(inputs.shape[2], 32))[1]
     return states.transpose(1, 2, 0, 3)
 

@@ -265,8 +265,8 @@ class Karlo(flax.struct.PyTreeNode):
         """
         if self.prior is None:
             raise ValueError("this pipeline has no prior, which samples embeddings of captions; use variations")
-        how = {"seed": seed, "start": start, "batch_size": batch_size, "mesh": mesh, "report": report}
-        return self._sample(as_prompts(prompts), None, negative_prompts, options, **how)
+        kwargs = {"seed": seed, "start": start, "batch_size": batch_size, "mesh": mesh, "report": report}
+        return self._sample(as_prompts(prompts), None, negative_prompts, options, **kwargs)
 
     def variations(
         self,
@@ -314,8 +314,8 @@ class Karlo(flax.struct.PyTreeNode):
             )
         if not np.isfinite(pixels).all():
             raise ValueError("pixels has values that are not finite (NaN or infinity)")
-        how = {"seed": seed, "start": start, "batch_size": batch_size, "mesh": mesh, "report": report}
-        return self._sample([""] * len(pixels), pixels, negative_prompts, options, **how)
+        kwargs = {"seed": seed, "start": start, "batch_size": batch_size, "mesh": mesh, "report": report}
+        return self._sample([""] * len(pixels), pixels, negative_prompts, options, **kwargs)
 
     def _sample(
         self,

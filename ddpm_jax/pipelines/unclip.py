@@ -204,11 +204,11 @@ class UnCLIP(flax.struct.PyTreeNode):
         # Without the tokenizer, which the compiled program would keep alive.
         pipeline = pipeline.replace(sampling=sampling, noise_levels=levels, tokenizer=None, batch_size=0)
         pipeline, place, unit = on_mesh(mesh, pipeline)
-        how = {"embedding": embedding, "use_text": bool(use_text), "low_res": bool(low_res)}
+        static = {"embedding": embedding, "use_text": bool(use_text), "low_res": bool(low_res)}
 
         def run(*arrays: Any) -> tuple[jax.Array, tuple[jax.Array, ...]]:
             try:
-                return _generate(pipeline, np.uint32(as_seed(seed)), *arrays, **how)
+                return _generate(pipeline, np.uint32(as_seed(seed)), *arrays, **static)
             except flax.errors.FlaxError as error:
                 reason = str(error).partition(" (http")[0]
                 raise ValueError(f"the parameters do not fit the networks: {reason}") from error

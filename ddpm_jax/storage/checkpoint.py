@@ -58,7 +58,7 @@ class Checkpoints:
 
     Args:
       directory: the stage's directory; it is created unless `read_only`.
-      keep: how many of the newest checkpoints stay, at least 1.
+      keep: number of the newest checkpoints to retain, at least 1.
       read_only: True neither creates nor moves nor deletes anything.
 
     Raises:

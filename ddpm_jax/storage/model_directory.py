@@ -209,7 +209,7 @@ def write_tensors(
 ) -> None:
     """Write arrays as `name`.safetensors, or as shards and their index if they are larger than half a gigabyte.
 
-    whole: no shards, for peers that know none; the arrays are then in memory twice.
+    whole: no shards, for libraries without support for shards; the arrays are then in memory twice.
 
     Raises:
         ValueError: if dtype cannot hold a value.

@@ -99,7 +99,7 @@ def fit(
     Args:
       task: what is trained.
       loader: gives batches whose arrays share a leading axis; put where the checkpoint says before the first batch.
-      name: of the stage, kept in every checkpoint.
+      name: of the stage, stored in every checkpoint.
       example: a batch of the form of the loader's, of any number of examples: previews are of them, and their shapes
         are those that the network is made for.
       workdir: the stage's directory: checkpoints/, previews/, metrics.jsonl.
@@ -108,8 +108,8 @@ def fit(
       mesh: where it runs.
       seed: of the parameters and of all noise.
       ema_decay, ema_warmup, accumulate: see `make_train_step`.
-      config: what the result depends on, plain data, kept in every checkpoint; a run with another one is refused.
-      version: the package's version, kept in every checkpoint.
+      config: what the result depends on, plain data, stored in every checkpoint; a run with another one is refused.
+      version: the package's version, stored in every checkpoint.
       frozen: a tree with models whose parameters are not trained; when it is not None, `task.prepare(frozen, batch)`
         runs under its own jit before each step.
       checkpoint_every, log_every: in steps, at least 1; the last step does both.

@@ -101,7 +101,7 @@ class Stage:
     Attributes:
         name: of its directory, `<workdir>/<name>/`, which holds model.json, checkpoints/, previews/ and metrics.jsonl.
         task: network, loss and previews.
-        source: random-access records, see `data`; a fingerprint of it is kept with every checkpoint.
+        source: random-access records, see `data`; its fingerprint is stored in every checkpoint.
         transforms: applied to each record, on the host.
         training: batch size, optimizer and so on.
         needs: role -> the name of an earlier stage, or the path of a model directory. Their models are given to

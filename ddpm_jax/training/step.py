@@ -56,7 +56,7 @@ def make_train_step(
       ema_decay: decay of the parameters' moving average, in [0, 1).
       ema_warmup: see `ema_decay_at`.
       accumulate: micro-batches a batch is cut into, one after the other; it must divide B. The update is that of the
-        whole batch up to rounding, except that each micro-batch draws its own noise.
+        whole batch up to rounding, except that each micro-batch samples its own noise.
       schedule: adds the learning rate to the metrics.
 
     Returns:

@@ -73,7 +73,7 @@ class _Plain:
 
 
 class _Random:
-    """Chooses uniformly; a caption draws all its numbers in one generator call, which is what keeps it cheap."""
+    """Chooses uniformly; a caption takes all its random numbers from one generator call, which is cheap."""
 
     def __init__(self, rng: np.random.Generator):
         self._next = iter(rng.random(16).tolist()).__next__

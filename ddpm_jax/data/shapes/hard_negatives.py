@@ -45,7 +45,7 @@ class HardNegatives:
     def __getitem__(self, index: SupportsIndex) -> dict:
         index = index.__index__()
         record = self.source[index]
-        # 1 keeps this stream apart from the one that the scene itself is drawn from.
+        # 1 keeps this stream apart from the one that the scene itself is sampled from.
         rng = np.random.default_rng((self.source.seed, index, 1))
         scenes = variants(self.source.scene(index), rng, self.size - 1)
         images = [record["image"], *(shapes.render(scene, self.source.resolution) for scene in scenes)]
@@ -87,10 +87,10 @@ def _change_object(thing: Object, rng: np.random.Generator) -> Object:
 
 
 def _change_one(scene: Scene, rng: np.random.Generator) -> Scene:
-    draw, (thing,) = rng.random(), scene.objects
-    if draw < 0.15:
+    u, (thing,) = rng.random(), scene.objects
+    if u < 0.15:
         return dataclasses.replace(scene, background=_other(shapes.BACKGROUNDS, scene.background, rng))
-    if draw < 0.4:
+    if u < 0.4:
         place = _other(shapes.PLACES, scene.place, rng)
         x, y = shapes.PLACES[place]
         return dataclasses.replace(scene, place=place, objects=(dataclasses.replace(thing, x=x, y=y),))
@@ -100,8 +100,8 @@ def _change_one(scene: Scene, rng: np.random.Generator) -> Scene:
 def _change_two(scene: Scene, rng: np.random.Generator) -> Scene:
     """Swap what the two objects are, a single attribute of theirs, or change one of them."""
     first, second = scene.objects
-    draw = rng.random()
-    if draw < 0.5:
+    u = rng.random()
+    if u < 0.5:
         names = (("colour",), ("shape",), ("colour", "shape"))[int(rng.integers(3))]
         swapped = tuple(
             dataclasses.replace(thing, **{name: getattr(other, name) for name in names})

@@ -1,6 +1,6 @@
 """Captioned shapes: an unlimited image-text data set that is computed, not downloaded.
 
-A record is a pure function of (seed, split, index): the scene is drawn from a counter-seeded generator, rendered with
+A record is a pure function of (seed, split, index): the scene is sampled with a counter-seeded generator, rendered with
 antialiased edges, and described by `captions.caption`. Lengths are fractions of the image side, so that the
 same scene exists at every resolution from 16 to 256. x grows to the right and y downwards.
 
@@ -46,10 +46,10 @@ PLACES: dict[str, tuple[float, float]] = {
     "bottom right": (0.705, 0.705),
 }
 RELATIONS: tuple[str, ...] = ("above", "below", "left of", "right of")
-VERSION = 1  # of what is drawn for a seed; part of the fingerprint
+VERSION = 1  # of what is generated for a seed; part of the fingerprint
 SPLITS: tuple[str, ...] = ("train", "single", "held_out", "two", "two_held_out")
 
-_PLACE_JITTER = {"center": 0.06}  # half-width of the square a centre is drawn from; 0.045 for the corners
+_PLACE_JITTER = {"center": 0.06}  # half-width of the square a centre is sampled from; 0.045 for the corners
 _CORNER_JITTER = 0.045
 _PLACE_BORDER = 0.11  # |coordinate - 1/2| below this reads as the middle, above it as a side
 _MARGIN = 0.035  # least distance of an object to the frame
@@ -198,7 +198,7 @@ def relation_of(first: tuple[float, float], second: tuple[float, float]) -> str:
 
 
 class _Draws:
-    """Uniform numbers drawn in one call: one Generator call per attribute would cost more than the rendering."""
+    """Uniform numbers sampled in one call: one Generator call per attribute would cost more than the rendering."""
 
     def __init__(self, rng: np.random.Generator):
         self._next = iter(rng.random(24).tolist()).__next__
@@ -318,7 +318,7 @@ def render(scene: Scene, resolution: int) -> np.ndarray:
     """Render a scene.
 
     Args:
-        scene: what to draw.
+        scene: what to render.
         resolution: side R of the image in pixels, 16 to 256.
 
     Returns:

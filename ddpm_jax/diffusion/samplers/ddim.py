@@ -22,7 +22,7 @@ def ddim_step(eta: float = 0.0) -> Step:
     step.
 
     Args:
-        eta: in [0, 1]; with 0 no noise is drawn at all, unless it is traced.
+        eta: in [0, 1]; with 0 no noise is sampled, unless it is traced.
 
     Returns:
         A Step.

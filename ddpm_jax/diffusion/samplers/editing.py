@@ -98,14 +98,14 @@ def repaint_step(x0: jax.Array, mask: jax.Array, *, step: Step | None = None, re
         predict_fn: PredictFn, keys: jax.Array, xt: jax.Array, here: Point, there: Point, carry: Any
     ) -> tuple[jax.Array, Any]:
         check_draws(keys, xt, 3 * resample - 1, f"repaint_step with {resample=}")
-        keep = jnp.broadcast_to(jnp.asarray(mask, xt.dtype), xt.shape)
-        known = jnp.where(keep > 0.0, x0.astype(xt.dtype), 0.0)
+        weight = jnp.broadcast_to(jnp.asarray(mask, xt.dtype), xt.shape)
+        known = jnp.where(weight > 0.0, x0.astype(xt.dtype), 0.0)
 
         def fill(x: jax.Array, number: jax.Array) -> jax.Array:
             of = lambda part: transition_keys(keys, 3 * number + part)  # noqa: E731
-            drawn, _ = step.update(predict_fn, of(0), x, here, there, carry)
+            sampled, _ = step.update(predict_fn, of(0), x, here, there, carry)
             noised = there.alpha * known + there.sigma * per_example_normal(of(1), x)
-            return jnp.where(keep > 0.0, keep * noised + (1.0 - keep) * drawn, drawn)
+            return jnp.where(weight > 0.0, weight * noised + (1.0 - weight) * sampled, sampled)
 
         def again(number: jax.Array, x: jax.Array) -> jax.Array:
             back = per_example_normal(transition_keys(keys, 3 * number - 1), x)

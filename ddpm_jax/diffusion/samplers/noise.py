@@ -13,7 +13,7 @@ from ddpm_jax.diffusion.keys import fold_in, key_vector, one_key, threefry
 
 @struct.dataclass
 class RecordedNoise:
-    """Noise to use in place of keys, e.g. what another implementation has drawn, wherever keys [B] are taken.
+    """Noise to use in place of keys, e.g. that of another implementation, wherever keys [B] are taken.
 
     The leading axis is the batch, as that of keys, so that ``vmap`` and sharding treat both alike:
 
@@ -58,7 +58,7 @@ class RecordedNoise:
 def example_keys(key: jax.Array, n: int, start: int | jax.Array = 0) -> jax.Array:
     """Return the keys of examples start .. start + n - 1: fold_in(key, index).
 
-    Key i depends on i alone, so a set of samples can be drawn in batches of any size and on any number of devices, with
+    Key i depends on i alone, so samples can be generated in batches of any size and on any number of devices, with
     a key of any generator: the keys returned are Threefry's (see ``ddpm_jax.diffusion.keys``).
 
     Args:
@@ -130,7 +130,7 @@ def per_example_normal(keys: jax.Array | RecordedNoise, like: jax.Array) -> jax.
 
     In a loop around a small network the noise is most of the work. In float32, bits become normals as in
     ``jax.random.normal``, but both words of every Threefry block are used and all rounds are one fused loop over the
-    batch, which is several times faster on a CPU. Other dtypes are drawn by ``jax.random.normal``. Keys of another
+    batch, which is several times faster on a CPU. Other dtypes are sampled by ``jax.random.normal``. Keys of another
     generator become Threefry keys first (see ``ddpm_jax.diffusion.keys``). Recorded noise is returned as it is.
     """
     if isinstance(keys, RecordedNoise):

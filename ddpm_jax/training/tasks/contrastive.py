@@ -24,7 +24,7 @@ class ContrastiveTask:
 
     Attributes:
         model: CLIP.
-        tokenizer: kept in model.json, since the text tower is of no use without it.
+        tokenizer: stored in model.json, since the text tower cannot be used without it.
     """
 
     model: CLIP

@@ -41,7 +41,7 @@ class DiffusionTask:
         objective: "simple", "hybrid" or "vlb"; see `diffusion.losses`.
         weighting: log_snr float32[B] -> weight float32[B] of the squared error, or None.
         vlb_weight: of the bound in the hybrid objective.
-        timesteps: how t is drawn: "uniform", "stratified" or "importance" (`diffusion.importance`).
+        timesteps: how t is sampled: "uniform", "stratified" or "importance" (`diffusion.importance`).
         sampling: of the previews; None makes none.
     """
 
@@ -65,7 +65,7 @@ class DiffusionTask:
 
     @property
     def extra_state(self) -> LossHistory | None:
-        """The history of losses that importance sampling draws timesteps from."""
+        """The history of losses that importance sampling of timesteps uses."""
         return loss_history(self.diffusion.num_steps) if self.timesteps == "importance" else None
 
     def update_extra_state(self, extra_state: LossHistory, aux: tuple[jax.Array, jax.Array]) -> LossHistory:
