@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ.setdefault("GLIBC_TUNABLES", "")  # programs that tests run in this process must not start anew
+os.environ.setdefault("GLIBC_TUNABLES", "")  # programs that tests run in this process must not restart themselves
 # Compiling takes most of the time of the tests, and of the programs that they start; what it makes runs once or twice.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "true")
 

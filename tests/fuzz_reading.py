@@ -50,7 +50,7 @@ def mutated(data: bytes, rng: random.Random) -> bytes:
 
 
 def refused(kind: str, count: int, directory: Path, seed: int = 0) -> int:
-    """Read so many mutated files of a kind, and return how many were refused."""
+    """Read this number of mutated files of a kind, and return the number that were refused."""
     intact, rng, number = good(kind, directory), random.Random(f"{kind} {seed}"), 0
     for _ in tqdm(range(count), desc=kind, unit="file", disable=count < 1000):
         (directory / "mutated").write_bytes(mutated(intact, rng))

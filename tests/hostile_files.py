@@ -88,7 +88,7 @@ def place_case(name: str, make: Callable[[Path], object], file: str = "file") ->
 
 
 def index(*pairs: tuple[str, str]) -> bytes:
-    """Return an index of shards, with names as often as they are given."""
+    """Return an index of shards, with names repeated as they are given."""
     listed = ", ".join(f"{json.dumps(name)}: {json.dumps(shard)}" for name, shard in pairs)
     return f'{{"weight_map": {{{listed}}}}}'.encode()
 

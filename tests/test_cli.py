@@ -348,7 +348,7 @@ def test_a_stage_that_has_saved_nothing_may_be_changed(call, clip_run):
 
 
 def test_a_stage_goes_on_with_its_own_clip_only(call, trained, tmp_path):
-    """CLIP was trained anew under the stages that were trained with the old one."""
+    """CLIP was trained again under the stages that were trained with the old one."""
     other = shutil.copytree(trained, tmp_path / "other")
     status, _, err = call("train", *train_flags(tmp_path / "new", seed=3), "--stage", "clip")
     assert status == 0, err
@@ -411,7 +411,7 @@ def test_a_full_disk_at_the_first_file(call, tmp_path):
         assert not [name for name in listing(disk) if "tmp" in name]
 
 
-# ---- Prompts and pictures --------------------------------------------------------------------------------------------
+# ---- Prompts and images ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

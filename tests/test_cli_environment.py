@@ -69,12 +69,12 @@ for module in pkgutil.walk_packages(ddpm_jax.__path__, "ddpm_jax."):
 from ddpm_jax import pipelines
 from ddpm_jax.diffusion import likelihood
 from ddpm_jax.data import tokenizer, transforms
-from ddpm_jax.data import image_grid as pictures
+from ddpm_jax.data import image_grid
 attempt("load", pipelines.load)
 attempt("ClipTokenizer", tokenizer.ClipTokenizer)
 attempt("clip_pixels", lambda: transforms.clip_pixels([numpy.zeros((5, 5, 3), numpy.uint8)], 4))
-attempt("grid", lambda: pictures.grid(numpy.zeros((1, 4, 4, 3), numpy.uint8)))
-attempt("save_png", lambda: pictures.save_png("a.png", numpy.zeros((4, 4, 3), numpy.uint8)))
+attempt("grid", lambda: image_grid.grid(numpy.zeros((1, 4, 4, 3), numpy.uint8)))
+attempt("save_png", lambda: image_grid.save_png("a.png", numpy.zeros((4, 4, 3), numpy.uint8)))
 attempt("likelihood", lambda: likelihood._solve(None, 0.0, 1.0, None, 0.1, 0.1))
 """
     status, out, err = run_python(code)

@@ -1,4 +1,4 @@
-"""Guided and improved diffusion from noise to picture: the published code's loops, from noise that it recorded."""
+"""Guided and improved diffusion from noise to image: the published code's loops, from noise that it recorded."""
 
 import json
 from pathlib import Path
@@ -138,7 +138,7 @@ def test_guidance_is_seen(kind, least):
 
 @pytest.mark.parametrize("name,spec,step", [("improved", "6", None), ("improved_ddim", "ddim6", ddim_step())])
 def test_improved_diffusion(draw, name, spec, step):
-    """4000 steps of the cosine schedule, of which the network is told a quarter: rescale_timesteps."""
+    """4000 steps of the cosine schedule, a quarter of which the network is conditioned on: rescale_timesteps."""
     process = respace(make_process(cosine_betas(4000)), spec)
     rate = 1000 / PUBLISHED["imagenet64_uncond_100M_1500K"].num_steps
     agrees(draw(lambda params, keys: drawn(process, improved(params, rate), keys, step=step)), name)

@@ -35,7 +35,7 @@ SHORT = respace(make_process(linear_betas(1000)), "6")
 VP = vp_linear()
 CONTINUOUS = discretize(VP, uniform_times(VP, 6))
 EDM = discretize(edm(), karras_times(edm(), 6))
-PICTURE = jnp.linspace(-1, 1, 48).reshape(1, *SHAPE)
+IMAGE = jnp.linspace(-1, 1, 48).reshape(1, *SHAPE)
 
 SAMPLERS = {
     "ancestral": (SHORT, ancestral_step()),
@@ -51,7 +51,7 @@ SAMPLERS = {
     "predictor_corrector": (SHORT, predictor_corrector_step()),
     "euler_maruyama": (CONTINUOUS, euler_maruyama_step(VP)),
     "heun_churn": (EDM, heun_step(0.3)),
-    "repaint": (SHORT, repaint_step(PICTURE, jnp.arange(4)[:, None, None] < 2, resample=2)),
+    "repaint": (SHORT, repaint_step(IMAGE, jnp.arange(4)[:, None, None] < 2, resample=2)),
 }
 
 
@@ -95,7 +95,7 @@ def test_every_step(name):
 
 
 def test_sdedit():
-    guide = lambda keys: jnp.broadcast_to(PICTURE, (len(keys), *SHAPE))  # noqa: E731
+    guide = lambda keys: jnp.broadcast_to(IMAGE, (len(keys), *SHAPE))  # noqa: E731
     agrees(jax.jit(lambda keys: sdedit(SHORT, network(0.1), keys, guide(keys), kind="x0")))
 
 

@@ -164,7 +164,7 @@ def test_the_sizes_of_improved_diffusion(channels, millions):
 
 @pytest.mark.parametrize("name", [name for name in PUBLISHED if not name.endswith("classifier")])
 def test_the_published_processes_are_the_peers(name):
-    """The schedule, its length, and whether the network is told t or t * 1000 / num_steps."""
+    """The schedule, its length, and whether the network is conditioned on t or t * 1000 / num_steps."""
     published, peer = PUBLISHED[name], PROCESSES[name]
     assert (published.num_steps, published.rescale_timesteps) == (peer["num_steps"], peer["rescale_timesteps"])
     betas = {"linear": linear_betas, "cosine": cosine_betas}[published.schedule](published.num_steps)

@@ -27,7 +27,7 @@ def test_every_feature_is_the_peers():
     assert set(found) == set(FEATURES)
     for name in FEATURES:
         theirs = PEER[f"out/{name}"]
-        assert theirs.std(0).mean() > 0.01 * np.abs(theirs).mean()  # between pictures: the features are alive
+        assert theirs.std(0).mean() > 0.01 * np.abs(theirs).mean()  # between images: the features are alive
         np.testing.assert_allclose(found[name], theirs, atol=2e-5 * max(1.0, np.abs(theirs).max()), err_msg=name)
     back = export_inception(params)
     assert set(back) == set(peer)

@@ -202,7 +202,7 @@ def test_the_pipeline_from_captions(pipeline):
     np.testing.assert_allclose(images, PEER["pipeline/text"], atol=2e-3)
 
 
-def test_variations_of_a_picture(pipeline):
+def test_variations_of_an_image(pipeline):
     @fast_jit
     def run(noise):
         empty = text_of(pipeline, ["", ""])
@@ -389,22 +389,22 @@ def asked(opened, monkeypatch):
     return ask
 
 
-PICTURE = np.random.default_rng(0).integers(0, 256, (40, 30, 3), np.uint8)
+IMAGE = np.random.default_rng(0).integers(0, 256, (40, 30, 3), np.uint8)
 FORMS = {
-    "uint8": [PICTURE],
-    "one image": PICTURE,
-    "PIL": Image.fromarray(PICTURE),
-    "floats": PICTURE / 255.0,
-    "opaque": np.dstack([PICTURE, np.full((40, 30), 255, np.uint8)]),
-    "prepared": clip_pixels([PICTURE], 16),
-    "prepared, in a list": list(clip_pixels([PICTURE], 16)),
-    "JAX": jnp.asarray(PICTURE),
+    "uint8": [IMAGE],
+    "one image": IMAGE,
+    "PIL": Image.fromarray(IMAGE),
+    "floats": IMAGE / 255.0,
+    "opaque": np.dstack([IMAGE, np.full((40, 30), 255, np.uint8)]),
+    "prepared": clip_pixels([IMAGE], 16),
+    "prepared, in a list": list(clip_pixels([IMAGE], 16)),
+    "JAX": jnp.asarray(IMAGE),
 }
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_variations_take_images_in_every_form(asked, opened, form):
-    wanted = clip_pixels([PICTURE], 16)  # compared with transformers' in test_interop_clip.py
+    wanted = clip_pixels([IMAGE], 16)  # compared with transformers' in test_interop_clip.py
     pixels, options, _ = asked("variations", FORMS[form])
     np.testing.assert_array_equal(pixels, wanted)
     if form in ("uint8", "PIL"):
@@ -414,15 +414,15 @@ def test_variations_take_images_in_every_form(asked, opened, form):
 
 def test_the_images_that_variations_refuse(opened):
     for pixels, message in {
-        "range": (2.0 * PICTURE / 255 - 1, r"images\[0\] has float values from -1 to 1; they must be in \[0, 1\]"),
-        "raw": (PICTURE.astype(np.float32), r"give those of \[0, 255\] as uint8"),
+        "range": (2.0 * IMAGE / 255 - 1, r"images\[0\] has float values from -1 to 1; they must be in \[0, 1\]"),
+        "raw": (IMAGE.astype(np.float32), r"give those of \[0, 255\] as uint8"),
         "none": ([], "images must hold at least one image"),
         "nan": (np.full((2, 16, 16, 3), np.nan), r"images\[0\] has values that are not finite"),
     }.values():
         with pytest.raises(ValueError, match=message):
             opened.variations(pixels)
     with pytest.raises(ValueError, match=r"pixels with prepared=True must be float32\[N, 16, 16, 3\].*uint8\[1, 40"):
-        opened.variations(PICTURE[None], prepared=True)
+        opened.variations(IMAGE[None], prepared=True)
 
 
 def test_pixels_of_another_preprocessing(asked):
@@ -431,11 +431,11 @@ def test_pixels_of_another_preprocessing(asked):
 
 
 def test_encode_image_prepares_what_is_no_float_array(opened):
-    wanted = opened.encode_image(clip_pixels([PICTURE], 16))
-    for images in ([PICTURE], PICTURE[None], Image.fromarray(PICTURE)):
+    wanted = opened.encode_image(clip_pixels([IMAGE], 16))
+    for images in ([IMAGE], IMAGE[None], Image.fromarray(IMAGE)):
         np.testing.assert_array_equal(opened.encode_image(images), wanted)
     with pytest.warns(UserWarning, match="images has values up to 255, which images that clip_pixels normalised do"):
-        opened.encode_image(PICTURE[None, :16, :16].astype(np.float32))
+        opened.encode_image(IMAGE[None, :16, :16].astype(np.float32))
 
 
 def test_options_mean_the_same_in_every_type(asked):

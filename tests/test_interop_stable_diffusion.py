@@ -406,7 +406,7 @@ def test_wrong_options_are_refused_in_a_sentence(opened, name, value, message):
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_numbers_that_are_not_finite_are_no_picture(opened, value):
+def test_numbers_that_are_not_finite_are_no_image(opened, value):
     """Of two prompts the one that reaches the broken number is named."""
     places = {
         "text encoder": ("text", "token", "embedding"),

@@ -18,7 +18,7 @@ import pytest
 from PIL import Image
 from toy_training import BATCH, ToyLoader, ToyTask, run, toy_batch
 
-from ddpm_jax.data import image_grid as pictures
+from ddpm_jax.data import image_grid
 from ddpm_jax.data.loader import make_loader
 from ddpm_jax.storage.checkpoint import CheckpointError, Checkpoints, restore_params
 from ddpm_jax.training.loop import Interrupted, TrainingDiverged
@@ -436,12 +436,12 @@ def test_format_flops():
     assert format_flops(1.26e12) == "1.3 TFLOP/s"
 
 
-def test_grid_places_pictures_and_writes_captions():
+def test_grid_places_images_and_writes_captions():
     images = np.stack([np.full((16, 16, 3), 40 * n, np.uint8) for n in range(5)])
     captions = ["", "a small green star above a large red ring on a gray background", "b", "c", "d" * 80]
-    with_captions = pictures.grid(images, captions, columns=2)
-    bare = pictures.grid(images, columns=2)
-    # 16 pixels are repeated 6 times to reach 96, with 6 pixels between the pictures.
+    with_captions = image_grid.grid(images, captions, columns=2)
+    bare = image_grid.grid(images, columns=2)
+    # 16 pixels are repeated 6 times to reach 96, with 6 pixels between the images.
     assert bare.size == (2 * 96 + 3 * 6, 3 * 96 + 4 * 6)
     assert bare.getpixel((6, 6)) == (0, 0, 0) and bare.getpixel((108 + 95, 6)) == (40, 40, 40)
     assert bare.getpixel((6, 210)) == (160, 160, 160)
@@ -451,33 +451,33 @@ def test_grid_places_pictures_and_writes_captions():
 
 
 def test_wrap_breaks_between_words():
-    assert pictures.wrap("aa bb cc", 5, len) == ["aa bb", "cc"]
-    assert pictures.wrap("abcdefgh ij", 3, len) == ["abc", "def", "gh", "ij"]
-    assert pictures.wrap("", 3, len) == []
+    assert image_grid.wrap("aa bb cc", 5, len) == ["aa bb", "cc"]
+    assert image_grid.wrap("abcdefgh ij", 3, len) == ["abc", "def", "gh", "ij"]
+    assert image_grid.wrap("", 3, len) == []
 
 
 @pytest.mark.parametrize(
     "images", [np.zeros((2, 8, 8, 3), np.float32), np.zeros((8, 8, 3), np.uint8), np.zeros((0, 8, 8, 3), np.uint8)]
 )
-def test_grid_refuses_what_is_not_pictures(images):
+def test_grid_refuses_what_is_not_images(images):
     with pytest.raises(ValueError, match=r"images must be uint8\[N, H, W, 3\]"):
-        pictures.grid(images)
+        image_grid.grid(images)
 
 
 def test_grid_refuses_another_number_of_captions():
     with pytest.raises(ValueError, match="there are 1 captions for 2 images"):
-        pictures.grid(np.zeros((2, 8, 8, 3), np.uint8), ["one"])
+        image_grid.grid(np.zeros((2, 8, 8, 3), np.uint8), ["one"])
 
 
 def test_save_png_is_whole_or_absent(tmp_path):
     image = np.random.default_rng(0).integers(0, 256, (8, 8, 3), np.uint8)
-    pictures.save_png(tmp_path / "new" / "a.png", image)
-    pictures.save_png(tmp_path / "new" / f"{'n' * 251}.png", image)  # the longest name of most file systems
+    image_grid.save_png(tmp_path / "new" / "a.png", image)
+    image_grid.save_png(tmp_path / "new" / f"{'n' * 251}.png", image)  # the longest name of most file systems
     (tmp_path / "new" / f"{'n' * 251}.png").unlink()
     np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "new" / "a.png")), image)
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="could not write the image: .*a.png"):
-        pictures.save_png(tmp_path / "file" / "a.png", image)
+        image_grid.save_png(tmp_path / "file" / "a.png", image)
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["a.png", "file", "new"]
 
 
@@ -490,5 +490,5 @@ def test_save_png_on_a_full_disk(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Image.Image, "save", full)
     with pytest.raises(OSError, match="could not write the image: No space left on device"):
-        pictures.save_png(tmp_path / "a.png", np.zeros((8, 8, 3), np.uint8))
+        image_grid.save_png(tmp_path / "a.png", np.zeros((8, 8, 3), np.uint8))
     assert not list(tmp_path.iterdir())

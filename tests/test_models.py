@@ -113,7 +113,7 @@ def test_a_dropped_caption_leaves_no_trace(name, own_text):
     assert (run() != dropped).reshape(B, -1).any(1).all()
 
 
-def test_with_both_dropped_nothing_but_the_picture_and_the_time_matters():
+def test_with_both_dropped_nothing_but_the_image_and_the_time_matters():
     _, run = bound("decoder")
     null = {"keep_image": NONE, "keep_text": NONE}
     np.testing.assert_array_equal(run(**null), run(**null, **OTHER))
@@ -235,7 +235,7 @@ def test_places_have_float32_logits_in_half_precision():
 
 
 def test_places_tell_the_order_of_words():
-    """What the sum of words cannot do: with the other paths of the caption closed, swapped words change the picture."""
+    """What the sum of words cannot do: with the other paths of the caption closed, swapped words change the image."""
     params, run = bound("decoder", True)
     assert params["params"]["places"]["query"].shape == (2, 8 * 8, 16)
     params = with_zeros(params, "params", "text_emb")
@@ -381,7 +381,7 @@ def make_upsampler():
     return Upsampler(UNet(16, 3, (1, 2), 1, (), mid_attention=False, groups=4))
 
 
-def test_the_upsampler_sees_the_small_picture_has_no_attention_and_fits_every_size():
+def test_the_upsampler_sees_the_small_image_has_no_attention_and_fits_every_size():
     upsampler = make_upsampler()
     x, low = normal(0, 2, 8, 8, 3), normal(1, 2, 4, 4, 3)
     params = random_params(upsampler.init, x, T[:2], low)
@@ -391,7 +391,7 @@ def test_the_upsampler_sees_the_small_picture_has_no_attention_and_fits_every_si
     out = run(params, x, T[:2], low)
     assert (out != run(params, x, T[:2], low.at[1].add(0.1)))[1].any()
     np.testing.assert_array_equal(out[0], run(params, x, T[:2], low.at[1].add(0.1))[0])
-    # The same parameters on a larger picture; the small one is resized, so any ratio will do.
+    # The same parameters on a larger image; the small one is resized, so any ratio will do.
     larger = jax.eval_shape(upsampler.apply, params, jnp.zeros((2, 32, 16, 3)), T[:2], low)
     assert larger.shape == (2, 32, 16, 3)
 
@@ -467,7 +467,7 @@ def test_clip_names_what_does_not_fit():
         jax.eval_shape(heads.init, jax.random.key(0), TOKENS)
 
 
-def test_a_convolutional_stem_shrinks_the_picture_before_the_patches():
+def test_a_convolutional_stem_shrinks_the_image_before_the_patches():
     """Two layers of stride 2 in front of patches of 8 pixels: 2 x 2 tokens of 2 x 2 feature vectors each."""
     images = jnp.clip(normal(0, B, 16, 16, 3), -1, 1)
     vision = VisionTransformer(16, 8, 8, 1, 2, stem=(4, 6))

@@ -35,7 +35,7 @@ def one(shape, colour="blue", size="large", background="white", x=0.5, y=0.5):
 
 
 def paint(distance, radius, resolution=32):
-    """A blue picture on white of {distance < 0}, coordinates in units of the radius."""
+    """A blue image on white of {distance < 0}, coordinates in units of the radius."""
     grid = ((np.arange(resolution) + 0.5) / resolution - 0.5) / radius
     alpha = np.clip(0.5 - distance(grid[None, :], grid[:, None]) * radius * resolution, 0, 1)[..., None]
     white, blue = np.array(BACKGROUNDS["white"]), np.array(COLOURS["blue"])
@@ -119,20 +119,20 @@ def test_what_is_no_shape_is_not_read_as_one(name):
 def test_wrong_things_are_wrong():
     scene = scene_from(0, 0, split="two")
     first, second = scene.objects
-    picture = render(scene, 32)
+    image = render(scene, 32)
     changes = {
         "shape": dataclasses.replace(first, shape=next(s for s in SHAPES if s not in (first.shape, second.shape))),
         "colour": dataclasses.replace(first, colour=next(c for c in COLOURS if c not in (first.colour, second.colour))),
         "size": dataclasses.replace(first, size="small" if first.size == "large" else "large"),
     }
     for attribute, changed in changes.items():
-        verdict = judge(dataclasses.replace(scene, objects=(changed, second)), read(picture))
+        verdict = judge(dataclasses.replace(scene, objects=(changed, second)), read(image))
         assert [name for name in (*ATTRIBUTES, "all") if not verdict[name]] == [attribute, "all"]
     opposite = {"above": "below", "below": "above", "left of": "right of", "right of": "left of"}[scene.relation]
-    verdict = judge(dataclasses.replace(scene, relation=opposite), read(picture))
+    verdict = judge(dataclasses.replace(scene, relation=opposite), read(image))
     assert [name for name in (*ATTRIBUTES, "all") if not verdict[name]] == ["position", "all"]
     other = "black" if scene.background != "black" else "white"
-    verdict = judge(dataclasses.replace(scene, background=other), read(picture))
+    verdict = judge(dataclasses.replace(scene, background=other), read(image))
     assert [name for name in (*ATTRIBUTES, "all") if not verdict[name]] == ["background", "all"]
 
 
@@ -155,7 +155,7 @@ def test_missing_and_merged_objects_are_wrong():
     assert read(empty).objects == () and not judge(one("star"), read(empty))["all"]
 
 
-def test_noise_pictures_and_strange_backgrounds_are_unreadable():
+def test_noise_images_and_strange_backgrounds_are_unreadable():
     rng = np.random.default_rng(0)
     for _ in range(20):
         noise = rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)

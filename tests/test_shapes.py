@@ -180,7 +180,7 @@ def test_render_colours_and_orientation():
 
 
 def test_edges_are_antialiased():
-    # Moving a shape by a tenth of a pixel changes the picture, and the mean brightness stays.
+    # Moving a shape by a tenth of a pixel changes the image, and the mean brightness stays.
     images = [render(Scene((Object("ring", "blue", "small", x, 0.5),), "white"), 32) for x in (0.5, 0.5 + 0.1 / 32)]
     assert (images[0] != images[1]).any() and abs(images[0].mean() - images[1].mean()) < 0.5
 
@@ -205,7 +205,7 @@ def test_bad_arguments():
 
 
 def digest(source):
-    """Of the first 200 records, pictures and words."""
+    """Of the first 200 records, images and words."""
     records = [source[i] for i in range(200)]
     return hashlib.sha256(b"".join(r["image"].tobytes() + r["caption"].encode() for r in records)).hexdigest()
 

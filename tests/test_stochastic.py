@@ -1,4 +1,4 @@
-"""Samplers that draw noise, and those that keep to a picture, against Gaussian data whose network is known."""
+"""Stochastic samplers and image editing against Gaussian data whose network is known."""
 
 import math
 
@@ -64,7 +64,7 @@ CASES = {
 
 @pytest.mark.parametrize("name", CASES)
 def test_gaussian_data_come_back(name):
-    """To the discretisation of so many steps, 2 %, and four standard errors."""
+    """To the discretisation of these numbers of steps, 2 %, and four standard errors."""
     schedule, times, step = CASES[name]
     process = continuous.discretize(schedule, times)
     draw = jax.jit(lambda keys: sample(process, schedule_denoiser(schedule), keys, (1,), step=step))
@@ -269,11 +269,13 @@ def test_measurements_are_kept():
     assert float(jnp.abs(larger[:, ::2] - larger[:, 1::2]).max()) > 1e-3  # and not the measurement enlarged
 
 
-def test_progress_is_told_now_and_then():
-    process, told = respace(make_process(cosine_betas(1000)), "25"), []
-    draw = jax.jit(lambda keys: sample(process, lambda xt, t: xt, keys, (1,), progress=told.append, progress_every=10))
+def test_progress_is_reported_now_and_then():
+    process, reported = respace(make_process(cosine_betas(1000)), "25"), []
+    draw = jax.jit(
+        lambda keys: sample(process, lambda xt, t: xt, keys, (1,), progress=reported.append, progress_every=10)
+    )
     jax.block_until_ready(draw(example_keys(jax.random.key(0), 2)))
     jax.effects_barrier()
-    assert sorted(told) == [10, 20, 25]
+    assert sorted(reported) == [10, 20, 25]
     with pytest.raises(ValueError, match="progress_every=0"):
         sample(process, lambda xt, t: xt, example_keys(jax.random.key(0), 1), (1,), progress=print, progress_every=0)

@@ -38,7 +38,7 @@ def randomize(model: torch.nn.Module) -> torch.nn.Module:
 
 
 def inputs() -> tuple[torch.Tensor, torch.Tensor]:
-    """Return pictures and captions of different lengths; padded with 0, and in one case with the end token."""
+    """Return images and captions of different lengths; padded with 0, and in one case with the end token."""
     tokens = torch.zeros(3, 16, dtype=torch.long)
     tokens[0, :6] = torch.tensor([62, 5, 9, 11, 7, 63])
     tokens[1] = torch.tensor([62, *range(1, 15), 63])
@@ -108,7 +108,7 @@ def stand_in_for_torchvision() -> None:
 
 
 def preprocessing() -> None:
-    """Write what transformers' image processor, the one of Pillow, makes of pictures of several sizes."""
+    """Write what transformers' image processor, the one of Pillow, makes of images of several sizes."""
     from PIL import Image
     from transformers import CLIPImageProcessorPil
 

@@ -86,7 +86,7 @@ def record_noise() -> list[torch.Tensor]:
     """Have the pipelines draw from a generator of ours, and return the list that their draws are added to.
 
     At the first step a rounding error of eps is 2e4 times as large in x0; with one seed in a few the clip does not hide
-    it, and the pictures of two float32 programs differ in a pixel.
+    it, and the images of two float32 programs differ in a pixel.
     """
     drawn, generator = [], torch.Generator().manual_seed(12)
 
@@ -170,7 +170,7 @@ def main() -> None:
     }
     given = {"timestep": t, "proj_embedding": z_text, "encoder_hidden_states": hidden, "attention_mask": mask}
     out = {"prior": networks["prior"](zt, **given).predicted_image_embedding}
-    # Guidance doubles the batch there: its first half has the learned embedding in place of the picture's.
+    # Guidance doubles the batch there: its first half has the learned embedding in place of the image's.
     context, emb = networks["text_proj"](
         image_embeddings=z_image,
         prompt_embeds=torch.cat([z_text, z_text]),

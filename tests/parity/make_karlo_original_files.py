@@ -20,7 +20,7 @@ import torch
 
 sys.path.append(str(Path(__file__).parent.parent))
 sys.path.append(sys.argv[1])
-# clip/__init__.py wants torchvision, for pictures from files.
+# clip/__init__.py wants torchvision, for images from files.
 package = types.ModuleType("clip")
 package.__path__ = importlib.util.find_spec("clip").submodule_search_locations
 sys.modules["clip"] = package

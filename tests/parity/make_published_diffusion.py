@@ -126,7 +126,7 @@ def means(out: dict) -> None:
 
 
 def bounds(out: dict) -> None:
-    """Add the terms of the variational bound of pictures of eight bits."""
+    """Add the terms of the variational bound of images of eight bits."""
     rng = np.random.default_rng(0)
     pixels = rng.integers(0, 256, SHAPE)
     pixels[0, 0, 0, :2] = 0, 255  # the outermost bins are treated apart

@@ -18,7 +18,7 @@ sys.path[:0] = [str(HERE), str(HERE.parent)]
 
 
 def key(shapes: dict[str, tuple[int, ...]], seed: int = 0) -> str:
-    """Return the name of the file with the weights of so many tensors."""
+    """Return the name of the file with the weights of this number of tensors."""
     text = json.dumps([sorted((name, list(shape)) for name, shape in shapes.items()), seed])
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 

@@ -3,7 +3,7 @@
     pip install -e '.[test,parity]' && pip install --no-deps -r tests/parity/requirements.txt
     python -m pytest tests/parity
 
-The tests beside this directory compare with files, so that they need no torch; here the files are made anew. Each
+The tests beside this directory compare with files, so that they need no torch; here the files are regenerated. Each
 network of a peer gets its weights from a file that `export_*` wrote (strictly: names, shapes, nothing over), runs, and
 has to return what it returned with the weights that were imported. Nothing is skipped: without a peer this fails.
 GLIDE and Karlo's original code are on no package registry; their files are made from a copy of their repositories.
