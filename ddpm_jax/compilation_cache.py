@@ -1,7 +1,7 @@
 """JAX's persistent compilation cache, in the user's cache directory, for the commands.
 
-Importing the package changes nothing of JAX; a command calls `use_compilation_cache`. JAX bounds a cache only with a
-lock and a second file for every entry, and a process that is killed between the two breaks it for good; so the
+Importing the package does not configure JAX; a command calls `use_compilation_cache`. JAX bounds a cache only with a
+lock and a second file for every entry, and a process that is killed between the two corrupts it permanently; so the
 directory has no limit of JAX's and is cut down here, once a process.
 """
 

@@ -22,34 +22,45 @@ from ddpm_jax.interop import families, table
 from ddpm_jax.temporary import temporary_path
 
 FLAGS = flags.FlagValues()
-_FROM = flags.DEFINE_enum("from", None, list(families.FAMILIES), "Family to read --src as.", flag_values=FLAGS)
-_TO = flags.DEFINE_enum("to", None, list(families.FAMILIES), "Family to write a converted --src as.", flag_values=FLAGS)
+_FROM = flags.DEFINE_enum("from", None, list(families.FAMILIES), "Checkpoint family of --src.", flag_values=FLAGS)
+_TO = flags.DEFINE_enum(
+    "to", None, list(families.FAMILIES), "Checkpoint family to export a converted --src to.", flag_values=FLAGS
+)
 _SRC = flags.DEFINE_string("src", None, "File or directory to read.", flag_values=FLAGS)
-_OUT = flags.DEFINE_string("out", None, "Directory to make.", flag_values=FLAGS)
-_MODEL = flags.DEFINE_string("model", None, "Released network, for guided, glide and clip.", flag_values=FLAGS)
+_OUT = flags.DEFINE_string("out", None, "Directory to create.", flag_values=FLAGS)
+_MODEL = flags.DEFINE_string(
+    "model", None, "Name of a released network; for guided, glide and clip.", flag_values=FLAGS
+)
 _HEAD = flags.DEFINE_list(
-    "head_width", None, "Width of a head, for clip; of the text and the image tower: 64,80.", flag_values=FLAGS
+    "head_width",
+    None,
+    "Channels of an attention head, for clip: one number, or those of the text and the image tower (64,80).",
+    flag_values=FLAGS,
 )
 _ACTIVATION = flags.DEFINE_enum(
-    "activation", None, ["quick_gelu", "gelu"], "Of clip; gelu for most of open_clip's.", flag_values=FLAGS
+    "activation",
+    None,
+    ["quick_gelu", "gelu"],
+    "Activation, for clip; gelu for most checkpoints of open_clip.",
+    flag_values=FLAGS,
 )
 _CLIP = cli.define_finite(
     "prior_clip", None, "Bound of what Karlo's prior predicts; by its layout 5 or 10.", lower_bound=0.0,
     flag_values=FLAGS,
 )  # fmt: skip
 _KIND = flags.DEFINE_enum(
-    "kind", None, ["eps", "v"], "What Stable Diffusion in one file predicts: eps by default, v at 768 pixels.",
+    "kind", None, ["eps", "v"], "Prediction type of Stable Diffusion in one file: eps by default, v at 768 pixels.",
     flag_values=FLAGS,
 )  # fmt: skip
 _SIZE = flags.DEFINE_integer(
-    "image_size", None, "Of the images of Stable Diffusion in one file, 512 by default.", lower_bound=1,
+    "image_size", None, "Image size of Stable Diffusion in one file, 512 by default.", lower_bound=1,
     flag_values=FLAGS,
 )  # fmt: skip
 _PART = flags.DEFINE_string(
     "part", None, "Part of a training checkpoint, such as ema; the raw parameters by default.", flag_values=FLAGS
 )
 _DTYPE = flags.DEFINE_enum(
-    "dtype", "float32", ["float32", "float16", "bfloat16"], "Of the parameters in --out.", flag_values=FLAGS
+    "dtype", "float32", ["float32", "float16", "bfloat16"], "Data type of the parameters in --out.", flag_values=FLAGS
 )
 
 
@@ -113,7 +124,7 @@ def _convert(source: Path, out: Path) -> None:
     try:
         read = families.FAMILIES[_FROM.value].read(source, options)
     except (LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
-        # A file or a config that is not of the family has what nothing above thought of.
+        # A file or a config that is not of the family may fail in ways that are not checked above.
         reason = f"{type(error).__name__}: {error}"
         raise table.ConvertError(f"{source} does not fit {_FROM.value} ({reason})") from error
     sums = {}

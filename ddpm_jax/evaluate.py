@@ -19,7 +19,7 @@ _WORKDIR = flags.DEFINE_string(
 _OUT = flags.DEFINE_string(
     "out", None, "Directory for the results; the workdir if it is one. Created if missing.", flag_values=FLAGS
 )
-_NUM = flags.DEFINE_integer("num_captions", 512, "Captions a row.", lower_bound=1, flag_values=FLAGS)
+_NUM = flags.DEFINE_integer("num_captions", 512, "Captions per row of the table.", lower_bound=1, flag_values=FLAGS)
 _SEED = flags.DEFINE_integer(
     "seed",
     1,

@@ -37,16 +37,23 @@ _MIN_SIDE = flags.DEFINE_integer(
     flag_values=FLAGS,
 )
 _FORMAT = flags.DEFINE_enum(
-    "format", "png", ["png", "webp", "jpeg"], "How images are stored; png and webp lose nothing.", flag_values=FLAGS
+    "format",
+    "png",
+    ["png", "webp", "jpeg"],
+    "Image format of the records; png and webp are lossless.",
+    flag_values=FLAGS,
 )
-_QUALITY = flags.DEFINE_integer("quality", 95, "Of jpeg.", lower_bound=1, upper_bound=100, flag_values=FLAGS)
+_QUALITY = flags.DEFINE_integer("quality", 95, "Quality of jpeg.", lower_bound=1, upper_bound=100, flag_values=FLAGS)
 _DUPLICATES = flags.DEFINE_bool(
-    "keep_duplicates", False, "Keep images whose pixels are those of an earlier one.", flag_values=FLAGS
+    "keep_duplicates", False, "Include images whose pixels equal those of an earlier one.", flag_values=FLAGS
 )
 _MAX_SKIPPED = flags.DEFINE_string(
-    "max_skipped", "0.1", "Stop when more is skipped: a number of images, or a fraction such as 0.1.", flag_values=FLAGS
+    "max_skipped",
+    "0.1",
+    "Stop when more images are skipped than this number, or fraction, such as 0.1.",
+    flag_values=FLAGS,
 )
-_SHARD = flags.DEFINE_integer("shard_records", 1024, "Images read for a shard.", lower_bound=1, flag_values=FLAGS)
+_SHARD = flags.DEFINE_integer("shard_records", 1024, "Source records per shard.", lower_bound=1, flag_values=FLAGS)
 _WORKERS = flags.DEFINE_integer(
     "workers", None, "Processes that decode and encode; one for each core if none.", lower_bound=1, flag_values=FLAGS
 )
@@ -56,12 +63,12 @@ _EMBED = flags.DEFINE_multi_string(
     "Model directory of a CLIP or an autoencoder, whose embeddings are stored as well; may be repeated.",
     flag_values=FLAGS,
 )
-_BATCH = flags.DEFINE_integer("batch_size", 64, "Images embedded at a time.", lower_bound=1, flag_values=FLAGS)
+_BATCH = flags.DEFINE_integer("batch_size", 64, "Batch size of the embeddings.", lower_bound=1, flag_values=FLAGS)
 _INDEX = flags.DEFINE_integer(
-    "process_index", 0, "Number of this process, where several share the work.", lower_bound=0, flag_values=FLAGS
+    "process_index", 0, "Index of this process, where several share the work.", lower_bound=0, flag_values=FLAGS
 )
 _COUNT = flags.DEFINE_integer(
-    "process_count", 1, "How many processes share the work, on one file system.", lower_bound=1, flag_values=FLAGS
+    "process_count", 1, "Number of processes that share the work, on one file system.", lower_bound=1, flag_values=FLAGS
 )
 _WORDS = {"none": None, "true": True, "false": False}
 

@@ -22,15 +22,15 @@ from ddpm_jax.diffusion.samplers import SAMPLERS
 from ddpm_jax.diffusion.sampling import Sampling
 
 FLAGS = flags.FlagValues()
-_PROMPT = flags.DEFINE_multi_string("prompt", None, "What to show; may be repeated.", flag_values=FLAGS)
+_PROMPT = flags.DEFINE_multi_string("prompt", None, "Caption of an image; may be repeated.", flag_values=FLAGS)
 _NEGATIVE = flags.DEFINE_multi_string(
-    "negative_prompt", None, "What guidance leads away from: one, or one for each prompt.", flag_values=FLAGS
+    "negative_prompt", None, "Negative prompt of guidance: one, or one for each prompt.", flag_values=FLAGS
 )
 _LABEL = flags.DEFINE_multi_string("label", None, "A class, by name or index; may be repeated.", flag_values=FLAGS)
 _NUM_IMAGES = flags.DEFINE_integer(
     "num_images", None, "Number of images of a pipeline without captions.", lower_bound=1, flag_values=FLAGS
 )
-_COUNT = flags.DEFINE_integer("count", 1, "Images a prompt or label.", lower_bound=1, flag_values=FLAGS)
+_COUNT = flags.DEFINE_integer("count", 1, "Images per prompt or label.", lower_bound=1, flag_values=FLAGS)
 _OUT = flags.DEFINE_string("out", None, "PNG file to write.", flag_values=FLAGS)
 _WORKDIR = flags.DEFINE_string(
     "workdir",
@@ -42,10 +42,10 @@ _SEED = flags.DEFINE_integer(
     "seed", 0, "Seed of all random numbers.", lower_bound=0, upper_bound=cli.MAX_SEED, flag_values=FLAGS
 )
 _START = flags.DEFINE_integer(
-    "start", 0, "Index of the first image, to sample one of a larger set again.", lower_bound=0, flag_values=FLAGS
+    "start", 0, "Index of the first image; reproduces a part of a larger set.", lower_bound=0, flag_values=FLAGS
 )
-_BATCH = flags.DEFINE_integer("batch_size", None, "Images at a time.", lower_bound=1, flag_values=FLAGS)
-_COLUMNS = flags.DEFINE_integer("columns", None, "Images a row.", lower_bound=1, flag_values=FLAGS)
+_BATCH = flags.DEFINE_integer("batch_size", None, "Images sampled together.", lower_bound=1, flag_values=FLAGS)
+_COLUMNS = flags.DEFINE_integer("columns", None, "Images per row of the PNG.", lower_bound=1, flag_values=FLAGS)
 _RAW = flags.DEFINE_bool("raw_weights", False, "Use raw instead of averaged weights of a workdir.", flag_values=FLAGS)
 _HELP = {
     "sampler": "Sampler of the main stage; docs/samplers.md compares them.",

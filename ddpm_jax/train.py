@@ -24,7 +24,7 @@ _STAGE = flags.DEFINE_multi_string(
     "stage", None, "Train this stage only; may be repeated. All stages by default.", flag_values=FLAGS
 )
 _EVALUATE = flags.DEFINE_bool(
-    "evaluate", True, "Evaluate at the end of a run of all stages, if the recipe says how.", flag_values=FLAGS
+    "evaluate", True, "Evaluate after all stages, if the recipe has an evaluate function.", flag_values=FLAGS
 )
 
 

@@ -249,7 +249,7 @@ def _allow_open_files(count: int) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class _Part:
-    """What the reader wants to know about a shard, so that it does not open all of them to count their records."""
+    """What the reader needs to know about a shard, so that it does not open all shards to count their records."""
 
     filename: str
     examples_in_shard: int

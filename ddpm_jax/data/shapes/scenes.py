@@ -8,7 +8,7 @@ Geometry. A shape of radius r fits the square [-r, r]^2 around its centre, its b
 longer side is 2 r (the square is drawn a little smaller, 2 * 0.86 r, to look as big as the circle). With the signed
 distance d in pixels (negative inside), a pixel's coverage is clip(1/2 - d, 0, 1): a one-pixel linear edge.
 
-Held out for good: eight of the 64 (colour, shape) pairs, one for each colour and each shape, and 16 of the 128
+Held out of training: eight of the 64 (colour, shape) pairs, one for each colour and each shape, and 16 of the 128
 relations between shapes ("A above B" and "B below A" are one relation). The training split yields none of them.
 """
 
