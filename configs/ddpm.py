@@ -58,6 +58,9 @@ def get_config(variant: str = "") -> ConfigDict:
         "groups": 32,
         "conv_resample": True,
         "scale_shift": False,
+        "norm_eps": 1e-6,
+        "frequency_shift": 1,
+        "pad_after": True,
         "remat": False,
     }
     config.attention_resolutions = (16,)
@@ -182,7 +185,7 @@ def small(config: ConfigDict) -> None:
     config.unet.update(
         channels=96, channel_mult=(1, 1), heads=placeholder(int), conv_resample=False, scale_shift=True, dropout=0.0
     )
-    config.unet.update(patch=4, head_channels=32)
+    config.unet.update(patch=4, head_channels=32, norm_eps=1e-5, frequency_shift=0, pad_after=False)
     config.attention_resolutions = (8, 4)
     config.diffusion.update(schedule="cosine", prediction="v")
     config.sample.update(sampler="dpm_solver", steps="25")
