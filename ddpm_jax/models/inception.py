@@ -53,7 +53,13 @@ def _largest(x: jax.Array, stride: int = 2) -> jax.Array:
 
 
 class Mixed(nn.Module):
-    """A block of branches side by side. kind: "a" to "e" as in the paper's figures 5 to 7; widths: of what varies."""
+    """A block of parallel branches, concatenated.
+
+    Attributes:
+        kind: "a" to "e" as in the paper's figures 5 to 7.
+        width: channels of the layers whose width varies between blocks of one kind.
+        pool: of the pooling branch of kind "e".
+    """
 
     kind: Literal["a", "b", "c", "d", "e"]
     width: int = 0

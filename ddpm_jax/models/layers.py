@@ -54,8 +54,8 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None =
 
     In half precision both products are accumulated in float32, and only the softmax weights and the result are rounded.
 
-    q: [B, N, H, D]; k: [B, M, H, D]; v: [B, M, H, E]; mask: bool, broadcastable to [B, H, N, M], True where a key may
-    be seen. A query that may see no key at all gets zeros. Returns [B, N, H, E] in v's dtype.
+    q: [B, N, H, D]; k: [B, M, H, D]; v: [B, M, H, E]; mask: bool, broadcastable to [B, H, N, M], True at keys
+    that are attended to. A query whose keys are all masked gets zeros. Returns [B, N, H, E] in v's dtype.
 
     The heads are folded into the batch, since batched matmuls over (batch x heads) are what every backend runs
     fastest without a fused kernel; a fused kernel would replace this one function.
@@ -137,6 +137,11 @@ class GroupNorm(nn.Module):
 
     `y = n * scale + bias` with learned scale and bias, then `y * (1 + s) + b` where given (AdaGN, ADM 3). Raises
     ValueError if groups do not divide C.
+
+    Attributes:
+        groups: number of groups.
+        eps: added to the variance.
+        dtype: of the result; statistics are float32.
     """
 
     groups: int = 32
@@ -291,8 +296,14 @@ class Resample(nn.Module):
 class AttentionBlock(nn.Module):
     """Self-attention over pixels whose keys and values are preceded by those of a context (GLIDE 3, ADM 3).
 
-    x: [B, H, W, C]; context: [B, M, D] or None; context_mask: bool[B, M], True where a context token may be seen.
-    Heads are `head_channels` wide each. The output projection starts at zero.
+    x: [B, H, W, C]; context: [B, M, D] or None; context_mask: bool[B, M], True at tokens that are attended to. The
+    output projection is initialised to zero.
+
+    Attributes:
+        head_channels: channels of an attention head; divides C.
+        groups: groups of the norm; divides C.
+        dtype: in which the layers compute; parameters are float32.
+        eps: of the norm.
     """
 
     head_channels: int = 64

@@ -16,9 +16,14 @@ class SpatialTransformer(nn.Module):
     `h = in(GN(x))`, then `h + attn(ln_1(h))`, `h + cross(ln_2(h), context)`, `h + mlp(ln_3(h))` with a gated mlp,
     `a * gelu(g)` (GEGLU, Shazeer 2020), and `x + out(h)`. Queries, keys and values have no bias.
 
-    x: [B, H, W, C]; context: [B, M, D]; context_mask: bool[B, M], True where a token may be seen, or None for all.
-    Heads are head_channels wide each. The output projection starts at zero.
-    Raises ValueError without a context, or if head_channels does not divide C.
+    x: [B, H, W, C]; context: [B, M, D]; context_mask: bool[B, M], True at tokens that are attended to, or None for
+    all. The output projection is initialised to zero. Raises ValueError without a context, or if head_channels does not
+    divide C.
+
+    Attributes:
+        head_channels: channels of an attention head; divides C.
+        groups: groups of the norm; divides C.
+        dtype: in which the layers compute; parameters are float32.
     """
 
     head_channels: int = 64
