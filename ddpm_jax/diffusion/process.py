@@ -9,8 +9,7 @@ Composing Gaussians gives any x_t in one sample, with alpha_bar_t = prod_{s <= t
 
     (2)  x_t = sqrt(alpha_bar_t) x0 + sqrt(1 - alpha_bar_t) eps,   eps ~ N(0, I)
 
-Bayes' rule on (1) and (2), with alpha_bar_prev = alpha_bar_{t-1} and alpha_bar_{-1} = 1, gives the posterior
-(DDPM eqs. 6 and 7):
+Bayes' rule, with alpha_bar_prev = alpha_bar_{t-1} and alpha_bar_{-1} = 1, gives the posterior (DDPM eqs. 6 and 7):
 
     (3)  q(x_{t-1} | x_t, x0) = N(c_x0 x0 + c_xt x_t, beta_tilde_t I)
     (4)  c_x0 = beta_t sqrt(alpha_bar_prev) / (1 - alpha_bar_t)
@@ -35,8 +34,7 @@ output v in [-1, 1] (Improved DDPM eq. 15, in the [-1, 1] form of its code):
 
 beta_tilde_0 = 0 has no logarithm; its log is replaced by that of beta_tilde_1 ("clipped"), as in the DDPM code.
 
-A process of only the timesteps S_0 < S_1 < ... has the same marginals (2) at those steps, hence (Improved DDPM
-eq. 19)
+A process of only the timesteps S_0 < S_1 < ... has the same marginals (2) there, so (Improved DDPM, eq. 19)
 
     (12) beta'_i = 1 - alpha_bar_{S_i} / alpha_bar_{S_{i-1}}
 

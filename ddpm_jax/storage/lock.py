@@ -27,7 +27,7 @@ def lock_workdir(path: str | os.PathLike) -> Iterator[None]:
     path = Path(path)
     try:
         path.mkdir(parents=True, exist_ok=True)
-        file = open(path / ".lock", "a+")  # noqa: SIM115 (closed below, after the error of opening it is told apart)
+        file = open(path / ".lock", "a+")  # noqa: SIM115 (closed below, after errors of opening it are distinguished)
     except OSError as error:
         raise CheckpointError(f"workdir {path} cannot be used: {error.strerror}") from error
     with file:
