@@ -326,6 +326,10 @@ def call_recipe(recipe: Any, name: str, config: Any) -> Any:
         return None
     with _recipe_errors(path, ""):
         found = getattr(recipe, name)(config)
+    if name == "pipeline" and not hasattr(found, "write"):
+        raise UsageError(f"pipeline(config) of {path} must return a PipelineDescription, got {type(found).__name__}")
+    if name == "stages" and found in ((), []):
+        raise UsageError(f"stages(config) of {path} returned no stage")
     if name == "stages" and not (isinstance(found, (list, tuple)) and found and all(map(_is_stage, found))):
         raise UsageError(f"stages(config) of {path} must return a tuple of Stage objects, got {type(found).__name__}")
     return found

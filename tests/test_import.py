@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import ddpm_jax
 
@@ -33,3 +34,21 @@ def test_public_names_exist():
     assert ddpm_jax.__version__ == "0.1.0"
     assert all(hasattr(ddpm_jax, name) for name in ddpm_jax.__all__)
     assert ddpm_jax.__all__ == sorted(ddpm_jax.__all__)
+
+
+def test_importing_everything_starts_no_device():
+    """A command says how many CPU devices there are after its recipe was imported, and a pod joins after it too."""
+    recipes = sorted(str(path) for path in (Path(__file__).parents[1] / "configs").glob("*.py"))
+    code = (
+        "import importlib, pkgutil, sys, ddpm_jax\n"
+        "from ddpm_jax.cli import load_recipe\n"
+        "from jax._src import xla_bridge\n"
+        "for module in pkgutil.walk_packages(ddpm_jax.__path__, 'ddpm_jax.'):\n"
+        "    if not module.name.endswith('dataset_builder'):\n"
+        "        importlib.import_module(module.name)\n"
+        f"for path in {recipes}:\n"
+        "    load_recipe(path).get_config()\n"
+        "assert not xla_bridge._backends, xla_bridge._backends\n"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr

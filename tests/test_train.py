@@ -23,7 +23,17 @@ from ddpm_jax.parallel.mesh import make_mesh
 from ddpm_jax.storage.checkpoint import CheckpointError, Checkpoints, restore_params
 from ddpm_jax.storage.lock import WorkdirInUse, lock_workdir
 from ddpm_jax.storage.model_directory import open_model
-from ddpm_jax.training import ClassifierTask, ContrastiveTask, DiffusionTask, Images, Labels, Stage, Training, train
+from ddpm_jax.training import (
+    ClassifierTask,
+    ContrastiveTask,
+    DiffusionTask,
+    Images,
+    Labels,
+    LowResolution,
+    Stage,
+    Training,
+    train,
+)
 from ddpm_jax.training.metrics import read_metrics
 from ddpm_jax.training.run import is_trained
 
@@ -246,7 +256,7 @@ def school(tmp_path_factory):
 def test_a_stage_learns_from_the_averaged_parameters_of_another(school):
     """The first loss of the student, by hand."""
     described = json.loads((school / "teacher" / "model.json").read_text())
-    assert described["networks"]["model"] == {"class": "Brightness", "channels": 4}
+    assert described["networks"]["model"] == {"class": "test_train.Brightness", "channels": 4}
     assert described["metadata"]["image_size"] == SIZE
     config = restore_params(school / "student")[1]
     assert set(config["needs"]) == {"teacher"} and len(config["needs"]["teacher"]) == 64
@@ -422,6 +432,8 @@ def test_two_runs_in_one_directory_are_refused(tmp_path):
 
 def test_a_pipeline_is_written_beside_the_stages(tmp_path):
     class Pipeline:
+        models = {"base": "base", "upsamplers": ["base"]}
+
         def write(self, workdir):
             (workdir / "pipeline.json").write_text("{}")
 
@@ -498,3 +510,32 @@ def test_a_class_conditional_diffusion_model_of_arrays_in_memory(tmp_path):
     assert model.network == stage.task.model and model.diffusion == Diffusion("cosine", 20)
     assert model.metadata["labels"]["null"] == 3 and tuple(model.metadata["labels"]["names"]) == ("a", "b", "c")
     assert_same_bits(model.params, restore_params(tmp_path / "run" / "base")[0])
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        (np.zeros((8, 9, 9, 3), np.uint8), "images of the records must be 8 x 8 x 3, got 9 x 9 x 3"),
+        (np.zeros((8, 8, 8, 3), np.float32), "images of the records must be uint8"),
+    ],
+)
+def test_images_of_another_size_or_type_are_refused(images, message):
+    task = DiffusionTask(model=None, diffusion=Diffusion(), x0=Images(8))
+    with pytest.raises(ValueError, match=message):
+        task.clean({"image": images})
+    upsampler = DiffusionTask(model=None, diffusion=Diffusion(), x0=Images(16), conditions=(LowResolution(8, 2),))
+    assert upsampler.clean({"image": np.zeros((2, 8, 8, 3), np.uint8)}).shape == (2, 8, 8, 3)
+    with pytest.raises(ValueError, match="must be 4 x 4 x 3, got 8 x 8 x 3"):
+        ClassifierTask(model=None, diffusion=Diffusion(), x0=Images(4)).x0({"image": np.zeros((2, 8, 8, 3), np.uint8)})
+
+
+def test_a_pipeline_of_models_that_are_not_there_is_refused_before_training(tmp_path):
+    class Pipeline:
+        models = {"base": "bose"}
+
+    refused(
+        ValueError,
+        ("the pipeline's base is 'bose', which is neither a stage (", "nor a model directory"),
+        lambda: run(make_stage(), tmp_path / "run", pipeline=Pipeline()),
+    )
+    assert not (tmp_path / "run").exists()

@@ -74,7 +74,7 @@ class Diffusion:
         for name, options in {"prediction": get_args(Kind), "variance": get_args(Variance)}.items():
             if getattr(self, name) not in options:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be one of {', '.join(map(repr, options))}")
-        _process(self.schedule, self.num_steps)
+        _betas(self.schedule, self.num_steps)
 
     @property
     def process(self) -> GaussianProcess:
@@ -90,8 +90,20 @@ class Diffusion:
         return data_channels * (2 if self.variance == "learned_range" else 1)
 
 
+# By numpy alone: a module may make a Diffusion when it is imported, before JAX has chosen its devices.
+@functools.lru_cache(maxsize=64)
+def _betas(schedule: str | tuple[float, ...], num_steps: int) -> np.ndarray:
+    betas = SCHEDULES[schedule](num_steps) if isinstance(schedule, str) else np.array(schedule, np.float64)
+    if not (np.all((betas > 0.0) & (betas <= 1.0)) and np.all(betas[:-1] < 1.0)) or betas[0] == 1.0:
+        raise ValueError(
+            f"betas must be inside (0, 1), or 1 at the last of several steps, got values from {betas.min():g} to "
+            f"{betas.max():g}"
+        )
+    return betas
+
+
 @functools.lru_cache(maxsize=64)
 def _process(schedule: str | tuple[float, ...], num_steps: int) -> GaussianProcess:
-    betas = SCHEDULES[schedule](num_steps) if isinstance(schedule, str) else np.array(schedule, np.float64)
+    betas = _betas(schedule, num_steps)
     with jax.ensure_compile_time_eval():  # the tables are numbers, also where this runs inside a jitted function
         return make_process(betas)

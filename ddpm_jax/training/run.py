@@ -86,6 +86,8 @@ def train(
     stages = (stages,) if isinstance(stages, Stage) else tuple(stages)
     run = _Run(stages, Path(workdir), make_mesh({"data": -1}) if mesh is None else mesh)
     chosen = [run.stages[name] for name in run.check_names(names)]
+    if pipeline is not None:
+        _check_pipeline(pipeline, run)
     # Before the lock, which would leave its file in a directory that is not ours.
     _check_workdir(run.workdir)
     for stage in chosen:
@@ -323,6 +325,17 @@ class _Roles(dict):
 
     def __missing__(self, role: str) -> Any:
         raise ValueError(f"its task needs a model for the role {role!r}; give the stage needs={{{role!r}: ...}}")
+
+
+def _check_pipeline(pipeline: Any, run: _Run) -> None:
+    """Raise ValueError for a role of a pipeline whose model is neither a stage of the run nor a directory."""
+    for role, place in pipeline.models.items():
+        for each in [place] if isinstance(place, str | os.PathLike) else place:
+            if str(each) not in run.stages and not (run.workdir / each).is_dir():
+                raise ValueError(
+                    f"the pipeline's {role} is {str(each)!r}, which is neither a stage ({', '.join(run.stages)}) nor a "
+                    "model directory"
+                )
 
 
 def _make_optimizer(stage: Stage, mesh: Mesh | None) -> Any:

@@ -77,6 +77,8 @@ class Training:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int):
                 raise ValueError(f"{name}={value!r} must be an integer")
+            if value > 10**9 and name != "seed":
+                raise ValueError(f"{name}={value} must be at most {10**9}")
             if value < leasts.get(name, value):
                 raise ValueError(f"{name}={value} must be at least {leasts[name]}")
         for name in _FLOATS:
@@ -124,6 +126,8 @@ class Stage:
             raise ValueError(
                 f"name={self.name!r} of a stage must be letters, digits, - and _, since it names a directory"
             )
+        if self.name == "embeddings":
+            raise ValueError("name='embeddings' of a stage is a directory of the run itself; give another name")
         if not isinstance(self.training, Training):
             raise ValueError(f"training of stage {self.name} must be a Training, got {type(self.training).__name__}")
         try:

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ddpm_jax.storage.clip_images import encode_images
 from ddpm_jax.training.tasks.keys import named_keys
@@ -38,9 +39,29 @@ class Images:
         del frozen
         return batch
 
-    def __call__(self, batch: Batch, key: jax.Array | None = None) -> jax.Array:
-        """Return x0, float32[B, H, W, C]; key: of the step's randomness, None for none."""
-        x0 = to_float(batch["image"])
+    def __call__(self, batch: Batch, key: jax.Array | None = None, *, crops: bool = False) -> jax.Array:
+        """Return x0, float32[B, H, W, C].
+
+        Args:
+            batch: has "image", uint8[B, H, W, C].
+            key: of the step's randomness, None for none.
+            crops: True allows images that are smaller than `size`.
+
+        Raises:
+            ValueError: if the images are not of this dtype, size and number of channels.
+        """
+        images = batch["image"]
+        if images.dtype != np.uint8:
+            raise ValueError(f"images of the records must be uint8, whose white is 255, got {images.dtype}")
+        height, width, channels = images.shape[1:] if images.ndim == 4 else (0, 0, 0)
+        whole = height == width == self.size
+        smaller = crops and 0 < height <= self.size and 0 < width <= self.size
+        if channels != self.channels or not (whole or smaller):
+            raise ValueError(
+                f"images of the records must be {self.size} x {self.size} x {self.channels}, got "
+                f"{' x '.join(map(str, images.shape[1:]))}; transforms such as CenterCrop({self.size}) bring them there"
+            )
+        x0 = to_float(images)
         if self.mix_colours and key is not None:
             (own,) = named_keys(key, "mix_colours")
             x0 = mix_colours(own, x0)

@@ -72,9 +72,15 @@ class DiffusionTask:
         """Return the history with a step's losses in it."""
         return record_losses(extra_state, *aux)
 
+    def clean(self, batch: Batch, key: jax.Array | None = None) -> jax.Array:
+        """Return clean data; an upsampler, whose network is given low-resolution images, may train on crops."""
+        if not isinstance(self.x0, Images):
+            return self.x0(batch, key)
+        return self.x0(batch, key, crops=any(condition.name == "low_resolution" for condition in self.conditions))
+
     def init(self, key: jax.Array, batch: Batch) -> Any:
         """Return new parameters."""
-        x0 = self.x0(batch)
+        x0 = self.clean(batch)
         return self.model.init(key, x0, jnp.zeros(x0.shape[0], jnp.int32), **self._arguments(batch, x0, None))
 
     def prepare(self, frozen: Any, batch: Batch) -> Batch:
@@ -87,7 +93,7 @@ class DiffusionTask:
         self, params: Any, batch: Batch, key: jax.Array, extra_state: LossHistory | None = None
     ) -> tuple[jax.Array, dict[str, Any]]:
         """Return the loss of every example; with a history, weighted so that its mean is the mean over timesteps."""
-        x0 = self.x0(batch, key)
+        x0 = self.clean(batch, key)
         noise_key, dropout_key, t_key = named_keys(key, "noise", "dropout", "timesteps")
         arguments = self._arguments(batch, x0, key)
         denoise = self.denoiser(params, arguments, train=True, rngs={"dropout": dropout_key})
@@ -107,7 +113,7 @@ class DiffusionTask:
 
     def eval_loss(self, params: Any, batch: Batch, key: jax.Array) -> tuple[jax.Array, dict[str, Any]]:
         """Return the loss with complete conditions, without dropout, at timesteps spread over the process."""
-        x0 = self.x0(batch)
+        x0 = self.clean(batch)
         noise_key, t_key = named_keys(key, "noise", "timesteps")
         t = stratified_timesteps(t_key, x0.shape[0], self.diffusion.num_steps)
         return self._denoising_loss(self.denoiser(params, self._arguments(batch, x0, None)), noise_key, x0, t)
@@ -181,7 +187,7 @@ def _preview(
     held: _ByIdentity, sampling: Sampling, params: Any, batch: Batch, key: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     task = held.task
-    x0 = task.x0(batch)
+    x0 = task.clean(batch)
     arguments = task._arguments(batch, x0, None)
     null = None if sampling.scale is None else task.null_arguments(arguments)
     images = sample_with(
