@@ -432,7 +432,7 @@ def test_two_runs_in_one_directory_are_refused(tmp_path):
 
 def test_a_pipeline_is_written_beside_the_stages(tmp_path):
     class Pipeline:
-        models = {"base": "base", "upsamplers": ["base"]}
+        models = {"base": "own", "upsamplers": ["own"]}
 
         def write(self, workdir):
             (workdir / "pipeline.json").write_text("{}")
