@@ -196,6 +196,8 @@ def test_smoke_of_unclip_trains_every_stage(tmp_path):
 def test_smoke_of_ddpm_continues_bit_for_bit(tmp_path):
     config = FILES["ddpm"].get_config("smoke")
     config.training.update(progress=False, preview_every=0, eval_every=0)
+    config.unet.channel_mult = (1,)  # compiling is what takes the time
+    config.attention_resolutions = (4,)
     (stage,) = FILES["ddpm"].stages(config)
     train(stage, tmp_path / "whole")
     config.training.num_steps = 1
@@ -209,6 +211,8 @@ def test_smoke_of_ddpm_continues_bit_for_bit(tmp_path):
 def test_smoke_of_adm_is_sampled_with_its_classifier(tmp_path):
     config = FILES["adm"].get_config("smoke")
     config.progress = False
+    config.base.unet.channel_mult = (1,)  # compiling is what takes the time
+    config.base.attention_resolutions = (4,)
     config.base.training.preview_every = 0
     config.upsampler.training.update(num_steps=1, preview_every=0, eval_every=0)
     train(FILES["adm"].stages(config), tmp_path / "run", pipeline=FILES["adm"].pipeline(config))
