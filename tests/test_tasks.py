@@ -187,15 +187,15 @@ class Recorder:
         return jnp.zeros_like(xt)
 
 
-def decoder_task(network, *, drop_image=0.1, drop_text=0.5, **options):
+def decoder_task(network, *, drop_image=0.1, drop_text=0.5, size=SIZE, **options):
     conditions = (ImageEmbedding(drop=drop_image), Captions(L, drop=drop_text, own_tokens=True))
-    return DiffusionTask(model=network, diffusion=DIFFUSION, x0=Images(SIZE), conditions=conditions, **options)
+    return DiffusionTask(model=network, diffusion=DIFFUSION, x0=Images(size), conditions=conditions, **options)
 
 
 def drops(seed, n=4000):
     network = Recorder()
     batch = make_batch(n) | {"image": jnp.zeros((n, 1, 1, 3), jnp.uint8)}
-    decoder_task(network).loss({}, batch, jax.random.key(seed))
+    decoder_task(network, size=1).loss({}, batch, jax.random.key(seed))
     return (np.asarray(network.options[name]) for name in ("keep_image", "keep_text"))
 
 
@@ -225,7 +225,7 @@ def test_dropout_is_on_in_training_and_the_conditions_arrive_where_they_belong()
 def test_timesteps_are_drawn_by_importance():
     """With a history that favours two steps almost only those are drawn, and the weights keep the mean over all."""
     network = Recorder()
-    task = decoder_task(network, timesteps="importance")
+    task = decoder_task(network, timesteps="importance", size=1)
     assert task.extra_state.losses.shape == (PROCESS.num_steps, 10)
     losses = jnp.full((PROCESS.num_steps, 10), 1e-6).at[jnp.array([3, 40])].set(1.0)
     history = task.extra_state.replace(losses=losses, counts=jnp.full(PROCESS.num_steps, 10))
@@ -239,7 +239,7 @@ def test_timesteps_are_drawn_by_importance():
     seen = np.isin(t, (3, 40))
     np.testing.assert_allclose(loss[seen], unweighted[seen] / (PROCESS.num_steps * p), rtol=1e-3)
     factor = np.asarray(loss) / np.asarray(unweighted)
-    plain = decoder_task(network, timesteps="uniform")
+    plain = decoder_task(network, timesteps="uniform", size=1)
     assert plain.extra_state is None
     np.testing.assert_allclose(metrics["mse"], factor * unweighted, rtol=1e-5)  # simple: the loss is the squared error
     for wrong, given in ((task, ()), (plain, (history,))):
