@@ -13,7 +13,12 @@ import jax.numpy as jnp
 
 from ddpm_jax.checks import check_static
 from ddpm_jax.diffusion.diffusion import Diffusion
-from ddpm_jax.diffusion.guidance import classifier_free, classifier_guided, log_prob_gradient
+from ddpm_jax.diffusion.guidance import (
+    classifier_free,
+    classifier_guided,
+    dynamic_threshold,
+    log_prob_gradient,
+)
 from ddpm_jax.diffusion.process import GaussianProcess, respace
 from ddpm_jax.diffusion.samplers import SAMPLERS, RecordedNoise, sample
 from ddpm_jax.types import Denoiser, Step
@@ -155,15 +160,10 @@ class Sampling:
         if self.threshold is None and self.quantile is None:
             return None
         bound = 1.0 if self.threshold is None else self.threshold
-
-        def transform(x0: jax.Array) -> jax.Array:
-            if self.quantile is None:
-                return bounded(x0, bound)
-            size = jnp.quantile(jnp.abs(x0).reshape(x0.shape[0], -1), self.quantile, axis=1)
-            size = jnp.maximum(size, bound).reshape((-1,) + (1,) * (x0.ndim - 1))
-            return jnp.where(jnp.isfinite(x0), jnp.clip(x0, -size, size) * (bound / size), jnp.nan)
-
-        return transform
+        if self.quantile is None:
+            return lambda x0: bounded(x0, bound)
+        threshold = dynamic_threshold(self.quantile, bound)
+        return lambda x0: jnp.where(jnp.isfinite(x0), threshold(x0), jnp.nan)
 
 
 def bounded(values: jax.Array, bound: float | jax.Array = 1.0) -> jax.Array:

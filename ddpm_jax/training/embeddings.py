@@ -12,6 +12,7 @@ from typing import Any, SupportsIndex
 import jax
 import numpy as np
 
+from ddpm_jax.data.transforms import Select
 from ddpm_jax.extras import needs_extra
 from ddpm_jax.models.clip import CLIP, normalize
 from ddpm_jax.parallel.mesh import DATA_AXIS, data_sharding, make_local_mesh, replicated
@@ -77,23 +78,13 @@ class Embedded:
         cache = cached_embeddings(
             directory,
             self.source if self.read is None else self.read,
-            (*self.transforms, _Select(("image", "tokens", "mask"))),
+            (*self.transforms, Select(("image", "tokens", "mask"))),
             lambda batch: embed(clip.replace(params=params), jax.device_put(batch, data_sharding(mesh))),
             fingerprint={"clip": tree_fingerprint(clip.params), **self._mark()},
             batch_size=-(-self.batch_size // mesh.shape[DATA_AXIS]) * mesh.shape[DATA_AXIS],
             progress=progress,
         )
         return EmbeddedSource(self.source, cache)
-
-
-class _Select:
-    """Keep some entries of a record."""
-
-    def __init__(self, names: tuple[str, ...]):
-        self.names = names
-
-    def __call__(self, record: dict) -> dict:
-        return {name: record[name] for name in self.names}
 
 
 def _embed(clip: Model, batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
