@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-Kind = Literal["eps", "x0", "v", "score", "mean"]
+PredictionType = Literal["eps", "x0", "v", "score", "mean"]
 """What a network predicts: the noise, the clean data, v = alpha eps - sigma x0 (Salimans & Ho 2022), the score
 grad log q(x_t) = -eps / sigma, or the mean of the reverse step (DDPM's ablation)."""
 

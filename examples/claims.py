@@ -47,7 +47,7 @@ T, BATCH, STEPS, WIDTH, NULL, SEEDS = 1000, 128, 5000, 128, 10, 3
 PROCESS = {"linear": make_process(linear_betas(T)), "cosine": make_process(cosine_betas(T))}
 MODELS = {
     "simple, linear": {"schedule": "linear", "variance": "fixed_large"},
-    "mean, linear": {"schedule": "linear", "variance": "fixed_large", "kind": "mean"},
+    "mean, linear": {"schedule": "linear", "variance": "fixed_large", "prediction": "mean"},
     "simple": {"schedule": "cosine", "variance": "fixed_large"},
     "hybrid": {"schedule": "cosine", "variance": "learned_range", "objective": "hybrid"},
     "vlb": {"schedule": "cosine", "variance": "learned_range", "objective": "vlb"},
@@ -86,10 +86,10 @@ class Model:
     """One network, how it is trained and what it is asked."""
 
     def __init__(self, name: str, images: np.ndarray, classes: np.ndarray):
-        settings = {"kind": "eps", "objective": "simple", "importance": False} | MODELS[name]
-        self.process, self.kind, self.variance = (
+        settings = {"prediction": "eps", "objective": "simple", "importance": False} | MODELS[name]
+        self.process, self.prediction, self.variance = (
             PROCESS[settings["schedule"]],
-            settings["kind"],
+            settings["prediction"],
             settings["variance"],
         )
         self.objective, self.importance = settings["objective"], settings["importance"]
@@ -107,7 +107,7 @@ class Model:
         if importance:
             t, weight = importance_timesteps(t_key, BATCH, history)
         denoise = lambda xt, t: self.network.apply(params, xt, t, y)  # noqa: E731
-        options = {"kind": self.kind, "variance": self.variance, "objective": self.objective}
+        options = {"prediction": self.prediction, "variance": self.variance, "objective": self.objective}
         loss, _ = denoising_loss(self.process, denoise, key, self.images[rows], t=t, **options)
         return jnp.mean(weight * loss), (t, loss)
 
@@ -148,7 +148,7 @@ class Model:
     @functools.partial(jax.jit, static_argnums=0)
     def _bits(self, params, keys, images, classes):
         denoise = lambda xt, t: self.network.apply(params, xt, t, classes)  # noqa: E731
-        options = {"kind": self.kind, "variance": self.variance, "x0_transform": static_threshold()}
+        options = {"prediction": self.prediction, "variance": self.variance, "x0_transform": static_threshold()}
         return variational_bound(self.process, denoise, keys, images, **options)["total"]
 
     def draw(self, classes: np.ndarray, seed: int, steps: int = T, **options) -> np.ndarray:
@@ -164,7 +164,7 @@ class Model:
         of = lambda y: lambda xt, t: self.network.apply(params, xt, t, y)  # noqa: E731
         denoise = classifier_free(of(classes), of(jnp.full_like(classes, NULL)), options["scale"])
         step = ancestral_step() if options["eta"] is None else ddim_step(options["eta"])
-        how = {"kind": self.kind, "variance": options["variance"], "x0_transform": static_threshold()}
+        how = {"prediction": self.prediction, "variance": options["variance"], "x0_transform": static_threshold()}
         return sample(respace(self.process, str(steps)), denoise, keys, (64,), step=step, **how)
 
     def gradient_norms(self, importance: bool, seed: int, count: int = 400) -> np.ndarray:

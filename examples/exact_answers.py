@@ -295,7 +295,7 @@ def bound_row(levels: int = 64, n: int = 2**14) -> None:
         return mean + jnp.sqrt(alpha_bar) * std**2 * (xt - jnp.sqrt(alpha_bar) * mean) / total
 
     data = jnp.broadcast_to(jnp.asarray(x0), (n, levels))
-    run = jax.jit(lambda keys: variational_bound(process, denoise, keys, data, kind="x0")["total"])
+    run = jax.jit(lambda keys: variational_bound(process, denoise, keys, data, prediction="x0")["total"])
     exact = bound_expected(betas, x0, mean, std).mean()
     likelihood_row("variational bound, T = 100", "pixels", exact, np.asarray(run(example_keys(jax.random.key(0), n))))
 

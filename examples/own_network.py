@@ -19,7 +19,7 @@ from ddpm_jax import cosine_betas, denoising_loss, example_keys, make_process, r
 from ddpm_jax.diffusion.samplers import dpm_solver_step
 
 PROCESS = make_process(cosine_betas(1000))
-KIND = "v"  # eps says little about x0 at the noisy end of the cosine schedule, and would need a threshold there
+PREDICTION = "v"  # eps says little about x0 at the noisy end of the cosine schedule, and would need a threshold there
 WIDTH, STEPS, BATCH = 128, 1500, 256
 
 
@@ -80,8 +80,10 @@ def train(params: Any, apply: Callable[[Any, jax.Array, jax.Array], jax.Array]) 
         params, opt_state = state
         data_key, loss_key = jax.random.split(key)
         x0 = spiral(data_key, BATCH)
-        mean_loss = lambda p: denoising_loss(PROCESS, lambda xt, t: apply(p, xt, t), loss_key, x0, kind=KIND)[0].mean()
-        loss, grads = jax.value_and_grad(mean_loss)(params)
+        losses = lambda p: denoising_loss(PROCESS, lambda xt, t: apply(p, xt, t), loss_key, x0, prediction=PREDICTION)[
+            0
+        ]
+        loss, grads = jax.value_and_grad(lambda p: losses(p).mean())(params)
         updates, opt_state = tx.update(grads, opt_state, params)
         return (optax.apply_updates(params, updates), opt_state), loss
 
@@ -93,9 +95,8 @@ def train(params: Any, apply: Callable[[Any, jax.Array, jax.Array], jax.Array]) 
 def draw(params: Any, apply: Callable[[Any, jax.Array, jax.Array], jax.Array], n: int) -> jax.Array:
     """Return n samples: 30 steps of DPM-Solver++ 2M."""
     keys = example_keys(jax.random.key(1), n)
-    run = lambda p, keys: sample(
-        respace(PROCESS, "30"), lambda xt, t: apply(p, xt, t), keys, (2,), step=dpm_solver_step(2), kind=KIND
-    )
+    process, step = respace(PROCESS, "30"), dpm_solver_step(2)
+    run = lambda p, keys: sample(process, lambda xt, t: apply(p, xt, t), keys, (2,), step=step, prediction=PREDICTION)
     return jax.jit(run)(params, keys)
 
 

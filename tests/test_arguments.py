@@ -78,15 +78,15 @@ def other(xt, t):
 BY_TIMESTEP = {
     "q_sample": lambda t: q_sample(FULL, X, t, X),
     "q_posterior": lambda t: q_posterior(FULL, X, X, t)[0],
-    "predict": lambda t: predict(FULL, X, X, t, kind="eps", variance="fixed_large").log_variance,
-    "vlb_terms": lambda t: vlb_terms(FULL, predict(FULL, X, X, t, kind="x0"), X, X, t),
+    "predict": lambda t: predict(FULL, X, X, t, prediction="eps", variance="fixed_large").log_variance,
+    "vlb_terms": lambda t: vlb_terms(FULL, predict(FULL, X, X, t, prediction="x0"), X, X, t),
     "guidance": lambda t: classifier_guided(FULL, net, lambda x, t: x.sum(-1), 1.0)(X, t),
     "embedding": lambda t: Embed(1000, 2).apply({"params": {"embedding": jnp.ones((1000, 2))}}, t),
 }
-for kind in ("eps", "x0", "v", "score", "mean"):
-    BY_TIMESTEP[f"target {kind}"] = lambda t, kind=kind: target(FULL, X, X, t, kind=kind)
-    BY_TIMESTEP[f"loss {kind}"] = lambda t, kind=kind: denoising_loss(
-        FULL, lambda xt, t: jnp.zeros(xt.shape), jax.random.key(0), X, t=t, noise=X, kind=kind
+for prediction in ("eps", "x0", "v", "score", "mean"):
+    BY_TIMESTEP[f"target {prediction}"] = lambda t, prediction=prediction: target(FULL, X, X, t, prediction=prediction)
+    BY_TIMESTEP[f"loss {prediction}"] = lambda t, prediction=prediction: denoising_loss(
+        FULL, lambda xt, t: jnp.zeros(xt.shape), jax.random.key(0), X, t=t, noise=X, prediction=prediction
     )[0]
 BY_TIMESTEP["weighted loss"] = lambda t: denoising_loss(
     FULL, net, jax.random.key(0), X, t=t, noise=X, weighting=min_snr(5.0, "eps")
@@ -156,12 +156,12 @@ def log_prob(xt, t):
     return -jnp.square(xt - 1.0).sum(-1)
 
 
-@pytest.mark.parametrize("kind", ["eps", "x0", "v", "score"])
-def test_guidance_reads_the_same_of_the_respaced_process(kind):
+@pytest.mark.parametrize("prediction", ["eps", "x0", "v", "score"])
+def test_guidance_reads_the_same_of_the_respaced_process(prediction):
     """Levels belong to original timesteps; twice respaced, and truncated, they are still found."""
     t = SHORT.timestep_map[jnp.array([3, 1, 0])]
-    guided = lambda p: classifier_guided(p, net, log_prob, 2.0, kind=kind)(X, t)
-    implied = lambda p: implicit_gradient(p, net, other, 2.0, kind=kind)(X, t)
+    guided = lambda p: classifier_guided(p, net, log_prob, 2.0, prediction=prediction)(X, t)
+    implied = lambda p: implicit_gradient(p, net, other, 2.0, prediction=prediction)(X, t)
     for run in (guided, implied):
         expected = run(FULL)
         for process in (SHORT, respace(respace(FULL, "10"), "4")):
@@ -236,14 +236,14 @@ OPTIONS = {
     "interval": (lambda v: classifier_free(net, other, 2.0, interval=(0, v))(X, jnp.arange(3)), 1, None),
     "eta": (lambda v: drawn(step=ddim_step(v)), 0.5, 1.5),
     "snr": (lambda v: drawn(step=predictor_corrector_step(snr=v)), 0.1, 1.5),
-    "gamma": (lambda v: sample(EDM, net, KEYS, (2,), step=heun_step(v), kind="x0"), 0.2, 0.9),
+    "gamma": (lambda v: sample(EDM, net, KEYS, (2,), step=heun_step(v), prediction="x0"), 0.2, 0.9),
     "static_threshold": (lambda v: drawn(x0_transform=static_threshold(v)), 0.5, -1.0),
     "quantile": (lambda v: drawn(x0_transform=dynamic_threshold(v)), 0.5, 2.0),
     "bound": (lambda v: drawn(x0_transform=dynamic_threshold(0.9, v)), 0.5, 0.0),
     "min_snr": (lambda v: min_snr(v, "eps")(FULL.log_snr), 5.0, 0.0),
     "power": (lambda v: snr_power(v, 2.0, "x0")(FULL.log_snr), 0.5, 1.5),
-    "p2": (lambda v: p2(v, kind="v")(FULL.log_snr), 0.5, -0.5),
-    "p2 k": (lambda v: p2(1.0, v, kind="v")(FULL.log_snr), 0.5, 0.0),
+    "p2": (lambda v: p2(v, prediction="v")(FULL.log_snr), 0.5, -0.5),
+    "p2 k": (lambda v: p2(1.0, v, prediction="v")(FULL.log_snr), 0.5, 0.0),
     "sigma_data": (lambda v: edm_weighting(v)(FULL.log_snr), 0.5, 0.0),
     "sigma_data of the network": (lambda v: edm_preconditioned(net, v)(X, jnp.ones(3)), 0.5, 0.0),
     "bins": (lambda v: bits_per_dimension(jnp.ones(3), 12, v), 256, None),
@@ -456,17 +456,18 @@ def test_indices_of_a_small_type():
     ids = jnp.array([3, 250])
     np.testing.assert_array_equal(embed.apply(params, ids.astype(jnp.uint8)), embed.apply(params, ids))
     process, x0 = make_process(cosine_betas(1000)), jnp.ones((2, 3))
-    for kind in ("eps", "v"):
-        wide, small = (target(process, x0, 2 * x0, t, kind=kind) for t in (ids, ids.astype(jnp.uint8)))
+    for prediction in ("eps", "v"):
+        wide, small = (target(process, x0, 2 * x0, t, prediction=prediction) for t in (ids, ids.astype(jnp.uint8)))
         np.testing.assert_array_equal(small, wide)
 
 
-@pytest.mark.parametrize("kind", ["x0", "v"])
-def test_a_classifier_does_not_shift_pure_noise(kind):
+@pytest.mark.parametrize("prediction", ["x0", "v"])
+def test_a_classifier_does_not_shift_pure_noise(prediction):
     process = make_process(zero_terminal_snr(linear_betas(100)))
     xt, t = jnp.ones((2, 3)), jnp.array([99, 98])
     network = lambda xt, t: 0.5 * xt
-    guided = classifier_guided(process, network, lambda xt, t: -jnp.sum(xt**2, axis=-1), 2.0, kind=kind)(xt, t)
+    log_prob = lambda xt, t: -jnp.sum(xt**2, axis=-1)
+    guided = classifier_guided(process, network, log_prob, 2.0, prediction=prediction)(xt, t)
     np.testing.assert_array_equal(guided[0], network(xt, t)[0])
     assert np.isfinite(guided[1]).all() and (guided[1] != network(xt, t)[1]).all()
 

@@ -124,13 +124,13 @@ def test_edm_preconditioning():
     np.testing.assert_allclose(denoise(jnp.asarray(x, jnp.float32), jnp.asarray([sigma])), expected, rtol=1e-6)
     weight = edm_weighting(d)(jnp.log(1 / jnp.asarray([sigma]) ** 2))
     np.testing.assert_allclose(weight, (sigma**2 + d**2) / (sigma * d) ** 2, rtol=1e-5)
-    for kind, to_x0 in {"eps": sigma**2, "v": sigma**2 / (1 + sigma**2)}.items():
-        of_kind = edm_weighting(d, kind=kind)(jnp.log(1 / jnp.asarray([sigma]) ** 2))
-        np.testing.assert_allclose(of_kind, weight * to_x0, rtol=1e-5)
+    for prediction, to_x0 in {"eps": sigma**2, "v": sigma**2 / (1 + sigma**2)}.items():
+        weights = edm_weighting(d, prediction=prediction)(jnp.log(1 / jnp.asarray([sigma]) ** 2))
+        np.testing.assert_allclose(weights, weight * to_x0, rtol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["eps", "x0", "v", "score"])
-def test_the_likelihood_objective_is_the_same_for_every_kind(kind):
+@pytest.mark.parametrize("prediction", ["eps", "x0", "v", "score"])
+def test_the_likelihood_objective_is_the_same_for_every_prediction_type(prediction):
     """E over the noise at a fixed t, data N(0.3, 0.5^2) and its exact network: rate alpha^2 s^2 / (2 var ln 2)."""
     schedule, n, s = continuous.vp_linear(), 20_000, 0.5
     keys = jax.random.split(jax.random.key(0), 2)
@@ -140,15 +140,15 @@ def test_the_likelihood_objective_is_the_same_for_every_kind(kind):
         alpha, sigma = schedule.alpha(t)[:, None], schedule.sigma(t)[:, None]
         eps = sigma * (xt - alpha * 0.3) / (alpha**2 * s**2 + sigma**2)
         x0 = (xt - sigma * eps) / alpha
-        return {"eps": eps, "x0": x0, "v": alpha * eps - sigma * x0, "score": -eps / sigma}[kind]
+        return {"eps": eps, "x0": x0, "v": alpha * eps - sigma * x0, "score": -eps / sigma}[prediction]
 
     at = jnp.full((n,), 0.4)
-    loss, aux = continuous_loss(schedule, denoise, keys[1], x0, kind=kind, objective="likelihood", t=at)
+    loss, aux = continuous_loss(schedule, denoise, keys[1], x0, prediction=prediction, objective="likelihood", t=at)
     b = 0.1 * 0.4 + 0.5 * 0.16 * 19.9
     alpha2, sigma2, beta = np.exp(-b), 1 - np.exp(-b), 0.1 + 19.9 * 0.4
     expected = 0.5 * beta / sigma2 * alpha2 * s**2 / (alpha2 * s**2 + sigma2) / np.log(2)
     assert float(loss.mean()) == pytest.approx(expected * (1 - 1e-5), rel=4.5 * np.sqrt(2 / n))
-    simple, _ = continuous_loss(schedule, denoise, keys[1], x0, kind=kind, t=at)
+    simple, _ = continuous_loss(schedule, denoise, keys[1], x0, prediction=prediction, t=at)
     np.testing.assert_array_equal(simple, aux["mse"])
 
 
@@ -168,7 +168,7 @@ def test_heun_on_edm_follows_the_exact_path_with_order_two():
 
     def error(num_steps):
         process = continuous.discretize(continuous.edm(), continuous.karras_times(continuous.edm(), num_steps))
-        draw = jax.jit(lambda x: sample(process, denoise, keys, (1,), step=heun_step(), kind="x0", x_init=x))
+        draw = jax.jit(lambda x: sample(process, denoise, keys, (1,), step=heun_step(), prediction="x0", x_init=x))
         return np.abs(np.asarray(draw(start)) - exact).max()
 
     coarse, fine = error(36), error(72)
@@ -194,7 +194,7 @@ def test_heun_on_edm_follows_the_exact_path_with_order_two():
         ),
         (lambda: continuous.edm_preconditioned(lambda x, c: x, 0.0), "sigma_data=0.0 must be positive"),
         (lambda: edm_weighting(-1.0), "sigma_data=-1.0 must be positive"),
-        (lambda: edm_weighting(kind="mean"), "kind='mean' must be one of"),
+        (lambda: edm_weighting(prediction="mean"), "prediction='mean' must be one of"),
     ],
 )
 def test_errors_name_the_argument(make, message):
@@ -204,7 +204,7 @@ def test_errors_name_the_argument(make, message):
 
 def test_v_is_refused_where_variance_is_not_preserved():
     process = continuous.discretize(continuous.ve(), [0.9, 0.5])
-    with pytest.raises(ValueError, match="kind='v' needs a process with alpha"):
-        sample(process, lambda x, t: x, example_keys(jax.random.key(0), 1), (1,), kind="v")
-    with pytest.raises(ValueError, match="kind='v' must be 'eps', 'x0', 'score', or where"):
-        continuous_loss(continuous.ve(), lambda x, t: x, jax.random.key(0), jnp.ones((1, 1)), kind="v")
+    with pytest.raises(ValueError, match="prediction='v' needs a process with alpha"):
+        sample(process, lambda x, t: x, example_keys(jax.random.key(0), 1), (1,), prediction="v")
+    with pytest.raises(ValueError, match="prediction='v' must be 'eps', 'x0', 'score', or where"):
+        continuous_loss(continuous.ve(), lambda x, t: x, jax.random.key(0), jnp.ones((1, 1)), prediction="v")

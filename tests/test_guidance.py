@@ -179,11 +179,11 @@ def _x0_given_xt(xt, t):
     return MEAN + jnp.sqrt(alpha_bar) * STD**2 * (xt - jnp.sqrt(alpha_bar) * MEAN) / total, variance
 
 
-def _network(kind):
+def _network(prediction):
     def denoise(xt, t):
         x0 = _x0_given_xt(xt, t)[0]
         alpha, sigma = (v[t][:, None] for v in (PROCESS.sqrt_alpha_bar, PROCESS.sqrt_one_minus_alpha_bar))
-        return target(PROCESS, x0, (xt - alpha * x0) / sigma, t, kind=kind)
+        return target(PROCESS, x0, (xt - alpha * x0) / sigma, t, prediction=prediction)
 
     return denoise
 
@@ -194,16 +194,17 @@ def _log_prob(xt, t):
     return (-0.5 * (SEEN - mean) ** 2 / (variance + NOISE**2))[:, 0]
 
 
-@pytest.mark.parametrize("kind", ["eps", "x0", "v"])
+@pytest.mark.parametrize("prediction", ["eps", "x0", "v"])
 @pytest.mark.parametrize("name", ["ddim", "ancestral"])
-def test_the_exact_classifier_gives_the_exact_posterior(kind, name):
+def test_the_exact_classifier_gives_the_exact_posterior(prediction, name):
     """Gaussian data seen through Gaussian noise have a Gaussian posterior."""
     n, short = 4096, respace(PROCESS, "500")
     if name == "ddim":
-        denoise, step = classifier_guided(PROCESS, _network(kind), _log_prob, 1.0, kind=kind), ddim_step()
+        step = ddim_step()
+        denoise = classifier_guided(PROCESS, _network(prediction), _log_prob, 1.0, prediction=prediction)
     else:
-        denoise, step = _network(kind), ancestral_step(guide=lambda xt, t: log_prob_gradient(_log_prob, xt, t))
-    draw = jax.jit(lambda keys: sample(short, denoise, keys, (1,), step=step, kind=kind))
+        denoise, step = _network(prediction), ancestral_step(guide=lambda xt, t: log_prob_gradient(_log_prob, xt, t))
+    draw = jax.jit(lambda keys: sample(short, denoise, keys, (1,), step=step, prediction=prediction))
     x0 = draw(example_keys(jax.random.key(0), n))
     variance = 1 / (1 / STD**2 + 1 / NOISE**2)
     mean = variance * (MEAN / STD**2 + SEEN / NOISE**2)
@@ -223,29 +224,29 @@ def test_classifier_guidance_leaves_the_variance_half_and_scales_by_example():
     np.testing.assert_allclose(out[:, :2], 0.1 * xt - sigma * scale * (-2 * np.asarray(xt)), rtol=1e-5)
     with pytest.raises(ValueError, match="log_prob must return one number an example"):
         log_prob_gradient(lambda xt, t: xt, xt, t)
-    with pytest.raises(ValueError, match="kind='noise' must be one of"):
-        classifier_guided(PROCESS, double, log_prob, 1.0, kind="noise")
+    with pytest.raises(ValueError, match="prediction='noise' must be one of"):
+        classifier_guided(PROCESS, double, log_prob, 1.0, prediction="noise")
 
 
-def _of_gaussian(mean, std, kind):
+def _of_gaussian(mean, std, prediction):
     """The exact network of data N(mean, std^2), by Bayes' rule."""
 
     def denoise(xt, t):
         alpha, sigma = (v[t][:, None] for v in (PROCESS.sqrt_alpha_bar, PROCESS.sqrt_one_minus_alpha_bar))
         eps = sigma * (xt - alpha * mean) / (alpha**2 * std**2 + sigma**2)
-        return target(PROCESS, (xt - sigma * eps) / alpha, eps, t, kind=kind)
+        return target(PROCESS, (xt - sigma * eps) / alpha, eps, t, prediction=prediction)
 
     return denoise
 
 
-@pytest.mark.parametrize("kind", ["eps", "x0", "v", "score"])
-def test_the_implicit_gradient_is_that_of_the_log_ratio(kind):
+@pytest.mark.parametrize("prediction", ["eps", "x0", "v", "score"])
+def test_the_implicit_gradient_is_that_of_the_log_ratio(prediction):
     """Against log N(xt; alpha m, alpha^2 s^2 + sigma^2) of both distributions, in numpy and float64."""
     xt, t = jnp.array([[0.3], [-1.2], [0.8]]), jnp.array([20, 400, 800])
     cond, null = (1.0, 0.3), (0.2, 0.9)
     scale = jnp.array([0.0, 1.0, 2.5])
-    double = lambda xt, t: jnp.concatenate([_of_gaussian(*cond, kind)(xt, t), jnp.full_like(xt, 0.7)], axis=-1)
-    gradient = implicit_gradient(PROCESS, double, _of_gaussian(*null, kind), scale, kind=kind)(xt, t)
+    double = lambda xt, t: jnp.concatenate([_of_gaussian(*cond, prediction)(xt, t), jnp.full_like(xt, 0.7)], axis=-1)
+    gradient = implicit_gradient(PROCESS, double, _of_gaussian(*null, prediction), scale, prediction=prediction)(xt, t)
     alpha_bar = np.asarray(PROCESS.alpha_bar, np.float64)[np.asarray(t)][:, None]
     slopes = [
         -(np.asarray(xt, np.float64) - np.sqrt(alpha_bar) * mean) / (alpha_bar * std**2 + 1 - alpha_bar)
@@ -265,14 +266,16 @@ def test_guidance_is_weighted_by_the_learned_variance_of_every_channel():
     grid = time_grid(PROCESS)
     step, point, there = ancestral_step(guide), *(jax.tree.map(lambda a, i=i: a[i], grid) for i in (699, 700))
     keys = example_keys(jax.random.key(0), 1)
-    predict_fn = lambda xt, point: predict(PROCESS, network(0.8)(xt, t), xt, t, kind="eps", variance="learned_range")
+    predict_fn = lambda xt, point: predict(
+        PROCESS, network(0.8)(xt, t), xt, t, prediction="eps", variance="learned_range"
+    )
     moved = step.update(predict_fn, keys, xt, point, there, ())[0]
     still = ancestral_step().update(predict_fn, keys, xt, point, there, ())[0]
     variance = np.exp([float(PROCESS.posterior_log_variance[300]), float(PROCESS.log_betas[300])])
     assert int(point.t) == 300
     np.testing.assert_allclose((moved - still)[0], variance * np.asarray(guide(xt, t))[0], rtol=1e-3)
-    with pytest.raises(ValueError, match="kind='mean' must be one of"):
-        implicit_gradient(PROCESS, network(0.8), network(0.8), kind="mean")
+    with pytest.raises(ValueError, match="prediction='mean' must be one of"):
+        implicit_gradient(PROCESS, network(0.8), network(0.8), prediction="mean")
 
 
 def test_clip_guidance_moves_samples_towards_their_text():

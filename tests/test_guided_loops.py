@@ -112,11 +112,11 @@ def test_ddim_with_a_classifier(draw):
         network = adm(params)
 
         def clipped(xt, t):
-            options = {"kind": "eps", "variance": "learned_range", "x0_transform": static_threshold()}
+            options = {"prediction": "eps", "variance": "learned_range", "x0_transform": static_threshold()}
             return predict(PROCESS, network(xt, t), xt, t, **options).x0
 
-        guided = classifier_guided(PROCESS, clipped, log_prob(params), SCALE, kind="x0")
-        options = {"kind": "x0", "variance": "fixed_small", "x0_transform": None, "step": ddim_step()}
+        guided = classifier_guided(PROCESS, clipped, log_prob(params), SCALE, prediction="x0")
+        options = {"prediction": "x0", "variance": "fixed_small", "x0_transform": None, "step": ddim_step()}
         return drawn(respace(PROCESS, "ddim6"), guided, keys, **options)
 
     agrees(draw(sampler), "ddim_guided")

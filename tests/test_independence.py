@@ -90,13 +90,13 @@ def agrees(draw):
 def test_every_step(name):
     process, step = SAMPLERS[name]
     denoise = classifier_free(network(0.3), network(0.0), 2.0)
-    options = {"kind": "x0", "x0_transform": static_threshold()}
+    options = {"prediction": "x0", "x0_transform": static_threshold()}
     agrees(jax.jit(lambda keys: sample(process, denoise, keys, SHAPE, step=step, **options)))
 
 
 def test_sdedit():
     guide = lambda keys: jnp.broadcast_to(IMAGE, (len(keys), *SHAPE))  # noqa: E731
-    agrees(jax.jit(lambda keys: sdedit(SHORT, network(0.1), keys, guide(keys), kind="x0")))
+    agrees(jax.jit(lambda keys: sdedit(SHORT, network(0.1), keys, guide(keys), prediction="x0")))
 
 
 @pytest.mark.parametrize("size", [1, 6, 7])

@@ -340,7 +340,7 @@ def test_every_sampler_can_be_chosen(opened, sampler):
         network = lambda text: (
             lambda zt, t: karlo.prior.apply({"params": karlo.params["prior"]}, zt, t, text.z, text.hidden, text.mask)
         )
-        how = {"step": make(**options), "kind": "x0", "x0_transform": static_threshold(3.0)}
+        how = {"step": make(**options), "prediction": "x0", "x0_transform": static_threshold(3.0)}
         process = Sampling(steps=4).process(karlo_pipeline.DIFFUSION["prior"])
         x0 = sample(process, classifier_free(network(text), network(null), 2.0), keys, (D,), **how)
         mean, std = karlo.statistics

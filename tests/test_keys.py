@@ -48,7 +48,7 @@ def network(xt, t):
 
 
 def drawn(keys, step, **options):
-    return sample(SHORT, network, keys, SHAPE, step=step, kind="x0", **options)
+    return sample(SHORT, network, keys, SHAPE, step=step, prediction="x0", **options)
 
 
 # ---- Generators ------------------------------------------------------------------------------------------------------
@@ -224,7 +224,7 @@ def test_recorded_noise_in_closed_form():
     """A network that returns x0 = 0: DDIM with eta 1 multiplies and adds what it is given."""
     values = np.random.default_rng(0).normal(size=(2, 5, 3))
     zero = lambda xt, t: jnp.zeros_like(xt)
-    run = lambda noise: sample(SHORT, zero, noise, (3,), step=ancestral_step(), kind="x0", trajectory=True)
+    run = lambda noise: sample(SHORT, zero, noise, (3,), step=ancestral_step(), prediction="x0", trajectory=True)
     _, states = jax.jit(run)(RecordedNoise(jnp.asarray(values, jnp.float32)))
     alpha_bar = np.cumprod(1 - linear_betas(1000))[np.asarray(SHORT.timestep_map)]
     before, x = np.append(1, alpha_bar[:-1]), values[:, 0]
@@ -239,7 +239,7 @@ def test_recorded_noise_of_sdedit_and_the_bound():
     keys, x0 = example_keys(jax.random.key(2), 2), jnp.full((2, *SHAPE), 0.25)
     noise = record(keys, ())
     half = RecordedNoise(noise.values[:, :3])
-    run = jax.jit(lambda keys: sdedit(SHORT, network, keys, x0, strength=0.5, kind="x0"))
+    run = jax.jit(lambda keys: sdedit(SHORT, network, keys, x0, strength=0.5, prediction="x0"))
     np.testing.assert_allclose(run(half), run(keys), atol=1e-6)
     bound = jax.jit(lambda keys: variational_bound(SHORT, network, keys, x0)["total"])
     np.testing.assert_allclose(bound(noise), bound(keys), rtol=1e-6)

@@ -58,7 +58,9 @@ def denoiser(process):
 
 def test_every_term_has_its_expectation():
     process, n = make_process(BETAS), 20_000
-    bound = jax.jit(lambda keys: variational_bound(process, denoiser(process), keys, jnp.full((n, 1), X0), kind="x0"))
+    bound = jax.jit(
+        lambda keys: variational_bound(process, denoiser(process), keys, jnp.full((n, 1), X0), prediction="x0")
+    )
     bound = bound(example_keys(jax.random.key(0), n))
     assert bound["terms"].shape == bound["mse"].shape == (n, 12) and bound["total"].shape == (n,)
     error = np.asarray(bound["terms"], np.float64).std(0) / math.sqrt(n)
@@ -171,8 +173,8 @@ def test_likelihood_errors():
         ode_log_likelihood(SCHEDULE, gaussian_eps, keys, x)
     with pytest.raises(ValueError, match="probe='sobol' must be"):
         ode_log_likelihood(SCHEDULE, gaussian_eps, keys, x[:1], probe="sobol")
-    with pytest.raises(ValueError, match="kind='mean' must be"):
-        ode_sample(SCHEDULE, gaussian_eps, keys, (2,), kind="mean")
+    with pytest.raises(ValueError, match="prediction='mean' must be"):
+        ode_sample(SCHEDULE, gaussian_eps, keys, (2,), prediction="mean")
     with pytest.raises(ValueError, match=r"must return \(1, 2\) for one example, got \(2, 2\): a condition for each"):
         ode_sample(SCHEDULE, lambda xt, t: xt + x, keys, (2,))
     with pytest.raises(ValueError, match=r"x_init must have shape \(1, 2\)"):
@@ -185,7 +187,7 @@ def test_each_example_has_its_condition():
     """A network that knows x0, which the flow then reaches."""
     cond = jnp.asarray([[-0.5], [0.2], [0.9]])
     draw = lambda keys: ode_sample(
-        SCHEDULE, lambda xt, t, c: jnp.broadcast_to(c, xt.shape), keys, (1,), kind="x0", cond=cond
+        SCHEDULE, lambda xt, t, c: jnp.broadcast_to(c, xt.shape), keys, (1,), prediction="x0", cond=cond
     )
     np.testing.assert_allclose(jax.jit(draw)(example_keys(jax.random.key(0), 3))[0], cond, atol=0.05)
 

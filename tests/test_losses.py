@@ -30,7 +30,7 @@ BETAS = {"linear": linear_betas(1000), "cosine": cosine_betas(1000)}
 
 @functools.partial(jax.jit, static_argnames="variance")
 def _vlb_of_x0(process, output, x0, xt, t, *, variance):
-    return vlb_terms(process, predict(process, output, xt, t, kind="x0", variance=variance), x0, xt, t)
+    return vlb_terms(process, predict(process, output, xt, t, prediction="x0", variance=variance), x0, xt, t)
 
 
 def _images(batch=8, channels=3):
@@ -126,13 +126,13 @@ def test_simple_loss_of_a_zero_output_is_one():
     assert float(loss.mean()) == pytest.approx(1.0, abs=5 * math.sqrt(2 / x0.size))  # the variance of eps^2 is 2
 
 
-@pytest.mark.parametrize("kind", ["eps", "x0", "v"])
-def test_simple_loss_of_the_true_target_is_zero(kind):
+@pytest.mark.parametrize("prediction", ["eps", "x0", "v"])
+def test_simple_loss_of_the_true_target_is_zero(prediction):
     process = make_process(BETAS["cosine"])
     x0, noise = _images(), jax.random.normal(KEY, (8, 4, 4, 3))
     t = jnp.arange(8, dtype=jnp.int32) * 100
-    right = target(process, x0, noise, t, kind=kind)
-    loss, _ = denoising_loss(process, lambda xt, t: right, KEY, x0, kind=kind, t=t, noise=noise)
+    right = target(process, x0, noise, t, prediction=prediction)
+    loss, _ = denoising_loss(process, lambda xt, t: right, KEY, x0, prediction=prediction, t=t, noise=noise)
     np.testing.assert_array_equal(loss, 0.0)
 
 
@@ -210,16 +210,16 @@ def test_bfloat16_networks_give_float32_losses():
     assert {leaf.dtype.name for leaf in jax.tree.leaves((loss, aux))} == {"float32"}
 
 
-@pytest.mark.parametrize("kind", ["eps", "x0", "v"])
-def test_min_snr_is_one_weight_on_x0(kind):
+@pytest.mark.parametrize("prediction", ["eps", "x0", "v"])
+def test_min_snr_is_one_weight_on_x0(prediction):
     process = make_process(BETAS["cosine"])
     x0, noise = _images(10), jax.random.normal(KEY, (10, 4, 4, 3))
     t = jnp.arange(10, dtype=jnp.int32) * 90 + 5
     wrong = 0.8 * x0 + 0.1
     xt = q_sample(process, x0, t, noise)
-    read = predict(process, wrong, xt, t, kind="x0")  # the same mistake, expressed in each kind
-    output = target(process, read.x0, read.eps, t, kind=kind)
-    options = {"kind": kind, "t": t, "noise": noise, "weighting": min_snr(5.0, kind)}
+    read = predict(process, wrong, xt, t, prediction="x0")  # the same mistake, expressed in each prediction type
+    output = target(process, read.x0, read.eps, t, prediction=prediction)
+    options = {"prediction": prediction, "t": t, "noise": noise, "weighting": min_snr(5.0, prediction)}
     loss, _ = denoising_loss(process, lambda xt, t: output, KEY, x0, **options)
     snr = np.exp(np.asarray(process.log_snr, np.float64))[np.asarray(t)]
     expected = np.minimum(snr, 5.0) * np.mean(np.asarray(wrong - x0, np.float64) ** 2, axis=(1, 2, 3))
@@ -256,7 +256,7 @@ def test_contrastive_loss_limits():
         ({"variance": "learned_range"}, "would leave variance='learned_range' untrained"),
         ({"objective": "vlb", "weighting": min_snr(5.0, "eps")}, "weighting applies to the squared error"),
         ({"objective": "hybrid", "variance": "learned_range"}, "2C = 6 channels"),
-        ({"kind": "noise"}, "kind='noise' must be one of"),
+        ({"prediction": "noise"}, "prediction='noise' must be one of"),
         ({"t": jnp.zeros(3, jnp.int32)}, "t must be integers of shape"),
         ({"noise": jnp.zeros((8, 4))}, "eps must have the shape of x0"),
     ],
@@ -271,20 +271,20 @@ def test_other_errors():
         denoising_loss(make_process(BETAS["linear"]), lambda xt, t: xt, KEY, jnp.zeros((2, 4, 4, 3), jnp.uint8))
     with pytest.raises(ValueError, match="gamma=0 must be positive"):
         min_snr(0, "eps")
-    with pytest.raises(ValueError, match="kind='noise'"):
+    with pytest.raises(ValueError, match="prediction='noise'"):
         min_snr(5.0, "noise")
     with pytest.raises(ValueError, match="of one shape"):
         contrastive_loss(jnp.zeros((2, 3)), jnp.zeros((3, 3)), jnp.zeros(()))
 
 
-@pytest.mark.parametrize("kind", ["eps", "x0", "v"])
+@pytest.mark.parametrize("prediction", ["eps", "x0", "v"])
 @pytest.mark.parametrize(("power", "bound"), [(0.5, 4.0), (0.0, 1.0), (1.0, 5.0)])
-def test_snr_power_is_one_weight_on_x0_for_every_kind(kind, power, bound):
+def test_snr_power_is_one_weight_on_x0_for_every_prediction_type(prediction, power, bound):
     log_snr = np.linspace(-8.0, 8.0, 33)
     snr = np.exp(log_snr)
     # The squared error of x0 is that of eps / snr and that of v / (snr + 1).
-    on_x0 = {"x0": 1.0, "eps": snr, "v": snr + 1.0}[kind]
-    weight = snr_power(power, bound, kind)(jnp.asarray(log_snr, jnp.float32))
+    on_x0 = {"x0": 1.0, "eps": snr, "v": snr + 1.0}[prediction]
+    weight = snr_power(power, bound, prediction)(jnp.asarray(log_snr, jnp.float32))
     np.testing.assert_allclose(np.asarray(weight) * on_x0, np.minimum(snr**power, bound), rtol=2e-5)
 
 
@@ -311,27 +311,31 @@ def test_p2_is_one_weight_on_the_error_of_eps_whatever_the_network_predicts(gamm
     log_snr = jnp.linspace(-12, 12, 25)
     snr = np.exp(np.asarray(log_snr, np.float64))
     on_eps = 1 / (k + snr) ** gamma
-    np.testing.assert_allclose(p2(gamma, k, kind="eps")(log_snr), on_eps, rtol=2e-5)
-    np.testing.assert_allclose(p2(gamma, k, kind="x0")(log_snr), on_eps * snr, rtol=2e-5)
-    np.testing.assert_allclose(p2(gamma, k, kind="v")(log_snr), on_eps * snr / (snr + 1), rtol=2e-5)
+    np.testing.assert_allclose(p2(gamma, k, prediction="eps")(log_snr), on_eps, rtol=2e-5)
+    np.testing.assert_allclose(p2(gamma, k, prediction="x0")(log_snr), on_eps * snr, rtol=2e-5)
+    np.testing.assert_allclose(p2(gamma, k, prediction="v")(log_snr), on_eps * snr / (snr + 1), rtol=2e-5)
 
 
-@pytest.mark.parametrize("options", [{"gamma": -1.0}, {"gamma": 1.0, "k": 0.0}, {"gamma": 1.0, "kind": "noise"}])
+@pytest.mark.parametrize("options", [{"gamma": -1.0}, {"gamma": 1.0, "k": 0.0}, {"gamma": 1.0, "prediction": "noise"}])
 def test_p2_errors(options):
     with pytest.raises(ValueError, match="must"):
-        p2(**{"kind": "eps"} | options)
+        p2(**{"prediction": "eps"} | options)
 
 
-@pytest.mark.parametrize("kind", ["x0", "v"])
+@pytest.mark.parametrize("prediction", ["x0", "v"])
 @pytest.mark.parametrize("weighting", [None, "plain", "min_snr", "p2"])
-def test_losses_are_finite_where_a_process_ends_in_pure_noise(kind, weighting):
+def test_losses_are_finite_where_a_process_ends_in_pure_noise(prediction, weighting):
     process = make_process(reciprocal_betas(10))
-    chosen = {"plain": lambda: snr_power(0.0, 1.0, kind), "min_snr": lambda: min_snr(5.0, kind)}
-    chosen |= {"p2": lambda: p2(1.0, kind=kind)}
-    options = {"kind": kind, "weighting": chosen[weighting]() if weighting else None, "t": jnp.array([0, 9])}
+    chosen = {"plain": lambda: snr_power(0.0, 1.0, prediction), "min_snr": lambda: min_snr(5.0, prediction)}
+    chosen |= {"p2": lambda: p2(1.0, prediction=prediction)}
+    options = {
+        "prediction": prediction,
+        "weighting": chosen[weighting]() if weighting else None,
+        "t": jnp.array([0, 9]),
+    }
     loss, _ = denoising_loss(process, lambda xt, t: jnp.zeros_like(xt), KEY, jnp.ones((2, 3)), **options)
     assert np.isfinite(loss).all()
-    if kind == "x0" and weighting in (None, "plain"):
+    if prediction == "x0" and weighting in (None, "plain"):
         np.testing.assert_allclose(loss, 1.0)  # the error of 0 as an estimate of 1
-    with pytest.raises(ValueError, match="kind='eps' could not be sampled from pure noise"):
+    with pytest.raises(ValueError, match="prediction='eps' could not be sampled from pure noise"):
         denoising_loss(process, lambda xt, t: xt, KEY, jnp.ones((2, 3)))

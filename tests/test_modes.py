@@ -100,11 +100,11 @@ STEPS = {
 }
 
 
-def sampled(where, step, kind="x0", **options):
+def sampled(where, step, prediction="x0", **options):
     def run(w):
         process = grid(where, w.dtype)
         start = w[1] * process.prior_std.astype(w.dtype) * noise_like(w)
-        return sample(process, net(w), keys(), (4,), step=step(), kind=kind, x_init=start, **options)
+        return sample(process, net(w), keys(), (4,), step=step(), prediction=prediction, x_init=start, **options)
 
     return run
 
@@ -112,16 +112,16 @@ def sampled(where, step, kind="x0", **options):
 def repainted(w):
     known = jnp.where(jnp.arange(4) < 2, data(w), jnp.inf)
     step = repaint_step(known, jnp.arange(4) < 2, resample=2)
-    return sample(grid("cosine", w.dtype), net(w), keys(), (4,), step=step, kind="x0")
+    return sample(grid("cosine", w.dtype), net(w), keys(), (4,), step=step, prediction="x0")
 
 
 def moments(w):
-    return analytic_moments(grid("pure", w.dtype), net(w), keys(), data(w), kind="v")
+    return analytic_moments(grid("pure", w.dtype), net(w), keys(), data(w), prediction="v")
 
 
 def by_moments(w):
     step = analytic_step(moments(w))
-    return sample(grid("pure", w.dtype), net(w), keys(), (4,), step=step, kind="v")
+    return sample(grid("pure", w.dtype), net(w), keys(), (4,), step=step, prediction="v")
 
 
 def restored(w):
@@ -134,9 +134,15 @@ def read(w):
     process, t = long("cosine", w.dtype), jnp.asarray([0, 700], jnp.int32)
     xt = q_sample(process, data(w), t, noise_like(w))
     return (
-        [predict(process, net(w)(xt, t), xt, t, kind=kind) for kind in ("eps", "x0", "v", "score", "mean")],
-        [target(process, data(w), noise_like(w), t, kind=kind) for kind in ("eps", "x0", "v", "score", "mean")],
-        predict(process, net(w)(xt, t), xt, t, kind="x0", variance="fixed_large"),
+        [
+            predict(process, net(w)(xt, t), xt, t, prediction=prediction)
+            for prediction in ("eps", "x0", "v", "score", "mean")
+        ],
+        [
+            target(process, data(w), noise_like(w), t, prediction=prediction)
+            for prediction in ("eps", "x0", "v", "score", "mean")
+        ],
+        predict(process, net(w)(xt, t), xt, t, prediction="x0", variance="fixed_large"),
         q_posterior(process, data(w), xt, t),
     )
 
@@ -151,8 +157,8 @@ def loss(where, **options):
     return run
 
 
-def loss_in_time(schedule, kind, **options):
-    return lambda w: losses.continuous_loss(schedule, net(w), key(), data(w), kind=kind, **options)
+def loss_in_time(schedule, prediction, **options):
+    return lambda w: losses.continuous_loss(schedule, net(w), key(), data(w), prediction=prediction, **options)
 
 
 def learned(w):
@@ -165,8 +171,8 @@ def learned(w):
 
 def weights(w):
     log_snr = jnp.asarray([-5.0, 0.5], w.dtype) * w[1]
-    made = [losses.min_snr(5.0, "eps"), losses.snr_power(0.5, 2.0, "v"), losses.p2(0.5, kind="x0")]
-    return [weighting(log_snr) for weighting in (*made, losses.edm_weighting(kind="eps"))]
+    made = [losses.min_snr(5.0, "eps"), losses.snr_power(0.5, 2.0, "v"), losses.p2(0.5, prediction="x0")]
+    return [weighting(log_snr) for weighting in (*made, losses.edm_weighting(prediction="eps"))]
 
 
 def terms(w):
@@ -183,7 +189,13 @@ def guided(w):
     cond, null = net(w), lambda xt, t: 0.5 * w[0] * xt
     denoise = classifier_free(cond, null, jnp.asarray([1.0, 2.0], jnp.float32), rescale=0.3, interval=(0, 700))
     return sample(
-        grid("cosine", w.dtype), denoise, keys(), (4,), step=ddim_step(), kind="x0", x0_transform=dynamic_threshold()
+        grid("cosine", w.dtype),
+        denoise,
+        keys(),
+        (4,),
+        step=ddim_step(),
+        prediction="x0",
+        x0_transform=dynamic_threshold(),
     )
 
 
@@ -195,10 +207,10 @@ def several(w):
 def by_classifier(w):
     full = long("cosine", w.dtype)
     log_prob = lambda xt, t: -jnp.sum(w[0] * xt**2, axis=-1)
-    denoise = classifier_guided(full, net(w), log_prob, 0.1, kind="v")
-    guide = implicit_gradient(full, net(w), lambda xt, t: 0.2 * xt, 0.1, kind="v")
+    denoise = classifier_guided(full, net(w), log_prob, 0.1, prediction="v")
+    guide = implicit_gradient(full, net(w), lambda xt, t: 0.2 * xt, 0.1, prediction="v")
     steps = ddim_step(), ancestral_step(guide)
-    out = [sample(grid("cosine", w.dtype), denoise, keys(), (4,), step=step, kind="v") for step in steps]
+    out = [sample(grid("cosine", w.dtype), denoise, keys(), (4,), step=step, prediction="v") for step in steps]
     return out, log_prob_gradient(log_prob, data(w), jnp.zeros(2, jnp.int32))
 
 
@@ -209,7 +221,7 @@ def preconditioned(w):
 def density(probe):
     def run(w):
         found, _ = likelihood.ode_log_likelihood(
-            VP, net(w), keys(), data(w), kind="x0", probe=probe, rtol=1e-6, atol=1e-6
+            VP, net(w), keys(), data(w), prediction="x0", probe=probe, rtol=1e-6, atol=1e-6
         )
         return likelihood.bits_per_dimension(found, 4)
 
@@ -218,12 +230,12 @@ def density(probe):
 
 def flowed(w):
     start = w[1] * noise_like(w)
-    return likelihood.ode_sample(VP, net(w), keys(), (4,), kind="x0", x_init=start, rtol=1e-6, atol=1e-6)[0]
+    return likelihood.ode_sample(VP, net(w), keys(), (4,), prediction="x0", x_init=start, rtol=1e-6, atol=1e-6)[0]
 
 
 def bound(w):
     return likelihood.variational_bound(
-        grid("cosine", w.dtype), net(w), keys(), data(w), kind="x0", x0_transform=static_threshold(2.0)
+        grid("cosine", w.dtype), net(w), keys(), data(w), prediction="x0", x0_transform=static_threshold(2.0)
     )
 
 
@@ -235,14 +247,14 @@ CASES = {
     "repaint": repainted,
     "analytic moments": moments,
     "analytic, its moments": by_moments,
-    "invert": lambda w: invert(grid("cosine", w.dtype), net(w), data(w), kind="x0", iterations=2),
-    "sdedit": lambda w: sdedit(grid("cosine", w.dtype), net(w), keys(), data(w), kind="x0"),
+    "invert": lambda w: invert(grid("cosine", w.dtype), net(w), data(w), prediction="x0", iterations=2),
+    "sdedit": lambda w: sdedit(grid("cosine", w.dtype), net(w), keys(), data(w), prediction="x0"),
     "measurements": restored,
     "predict and target": read,
-    **{f"loss, {kind}": loss("cosine", kind=kind) for kind in ("score", "mean")},
-    "loss, pure": loss("pure", kind="v", weighting=losses.min_snr(5.0, "v")),
+    **{f"loss, {prediction}": loss("cosine", prediction=prediction) for prediction in ("score", "mean")},
+    "loss, pure": loss("pure", prediction="v", weighting=losses.min_snr(5.0, "v")),
     "loss, hybrid": loss("cosine", objective="hybrid", variance="learned_range", noise=True),
-    "loss, vlb": loss("pure", kind="x0", objective="vlb", noise=True),
+    "loss, vlb": loss("pure", prediction="x0", objective="vlb", noise=True),
     "loss in time, likelihood": loss_in_time(continuous.cosine(), "v", objective="likelihood"),
     "loss in time, sub-VP": loss_in_time(continuous.sub_vp(), "eps"),
     "loss in time, EDM": loss_in_time(EDM, "x0", weighting=losses.edm_weighting()),

@@ -26,7 +26,7 @@ from ddpm_jax import (
 from ddpm_jax.diffusion.schedules import reciprocal_betas, zero_terminal_snr
 
 BETAS = {"linear": linear_betas(1000), "cosine": cosine_betas(1000)}
-KINDS = ("eps", "x0", "v")
+PREDICTIONS = ("eps", "x0", "v")
 
 
 def _batch(seed=0, shape=(6, 2, 3, 4), num_steps=1000):
@@ -104,29 +104,31 @@ def test_q_sample_composes_single_steps():
     np.testing.assert_allclose(q_sample(process, zero, t, one), [[np.sqrt(variance)]], rtol=1e-6)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("prediction", PREDICTIONS)
 @pytest.mark.parametrize("variance", ["fixed_small", "fixed_large"])
-def test_predict_inverts_target(kind, variance):
+def test_predict_inverts_target(prediction, variance):
     process = make_process(BETAS["linear"])
     x0, eps, t = _batch()
     xt = q_sample(process, x0, t, eps)
-    prediction = predict(process, target(process, x0, eps, t, kind=kind), xt, t, kind=kind, variance=variance)
+    read = predict(
+        process, target(process, x0, eps, t, prediction=prediction), xt, t, prediction=prediction, variance=variance
+    )
     # x0 from eps divides by alpha, 0.006 at the last step; eps from x0 divides by sigma, 0.01 at the first.
-    np.testing.assert_allclose(prediction.x0, x0, atol=1e-4)
-    np.testing.assert_allclose(prediction.eps, eps, atol=1e-4)
-    np.testing.assert_allclose(prediction.mean, q_posterior(process, x0, xt, t)[0], atol=2e-6)
+    np.testing.assert_allclose(read.x0, x0, atol=1e-4)
+    np.testing.assert_allclose(read.eps, eps, atol=1e-4)
+    np.testing.assert_allclose(read.mean, q_posterior(process, x0, xt, t)[0], atol=2e-6)
 
 
-@pytest.mark.parametrize("source", KINDS)
-@pytest.mark.parametrize("destination", KINDS)
+@pytest.mark.parametrize("source", PREDICTIONS)
+@pytest.mark.parametrize("destination", PREDICTIONS)
 def test_kinds_convert_into_each_other(source, destination):
     process = make_process(BETAS["cosine"])
-    x0, eps, t = _batch(num_steps=900)  # alpha is 0.15 there: every kind determines the others
+    x0, eps, t = _batch(num_steps=900)  # alpha is 0.15 there: every prediction type determines the others
     xt = q_sample(process, x0, t, eps)
-    read = predict(process, target(process, x0, eps, t, kind=source), xt, t, kind=source)
+    read = predict(process, target(process, x0, eps, t, prediction=source), xt, t, prediction=source)
     np.testing.assert_allclose(
-        target(process, read.x0, read.eps, t, kind=destination),
-        target(process, x0, eps, t, kind=destination),
+        target(process, read.x0, read.eps, t, prediction=destination),
+        target(process, x0, eps, t, prediction=destination),
         atol=1e-4,
     )
 
@@ -138,8 +140,8 @@ def test_fixed_variances(schedule):
     x0, eps, t = _batch()
     alpha_bar = np.cumprod(1 - betas)
     tilde = betas * (1 - np.append(1, alpha_bar[:-1])) / (1 - alpha_bar)
-    small = predict(process, eps, x0, t, kind="eps")
-    large = predict(process, eps, x0, t, kind="eps", variance="fixed_large")
+    small = predict(process, eps, x0, t, prediction="eps")
+    large = predict(process, eps, x0, t, prediction="eps", variance="fixed_large")
     np.testing.assert_allclose(small.variance[:, 0, 0, 0], tilde[t], rtol=1e-6)
     np.testing.assert_allclose(small.log_variance[1:, 0, 0, 0], np.log(tilde[t[1:]]), rtol=1e-6)
     np.testing.assert_allclose(large.variance[:, 0, 0, 0], np.where(t == 0, tilde[1], betas[t]), rtol=1e-5)
@@ -156,18 +158,18 @@ def test_learned_range_interpolates_logs():
     tilde[0] = tilde[1]
     for v in (-1.0, -0.3, 1.0):
         output = jnp.concatenate([eps, jnp.full_like(eps, v)], axis=-1)
-        prediction = predict(process, output, x0, t, kind="eps", variance="learned_range")
+        read = predict(process, output, x0, t, prediction="eps", variance="learned_range")
         expected = betas[t] ** ((1 + v) / 2) * tilde[t] ** ((1 - v) / 2)
-        np.testing.assert_allclose(prediction.variance[:, 1, 2, 3], expected, rtol=1e-5)
-        np.testing.assert_allclose(prediction.x0, predict(process, eps, x0, t, kind="eps").x0)
+        np.testing.assert_allclose(read.variance[:, 1, 2, 3], expected, rtol=1e-5)
+        np.testing.assert_allclose(read.x0, predict(process, eps, x0, t, prediction="eps").x0)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_x0_transform_changes_eps_and_mean_with_it(kind):
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_x0_transform_changes_eps_and_mean_with_it(prediction):
     process = make_process(BETAS["cosine"])
     x0, eps, t = _batch()
     xt = q_sample(process, x0, t, eps)
-    clipped = predict(process, 3.0 * eps, xt, t, kind=kind, x0_transform=static_threshold(0.5))
+    clipped = predict(process, 3.0 * eps, xt, t, prediction=prediction, x0_transform=static_threshold(0.5))
     assert float(jnp.abs(clipped.x0).max()) == 0.5
     np.testing.assert_allclose(q_sample(process, clipped.x0, t, clipped.eps), xt, atol=1e-5)
     np.testing.assert_allclose(clipped.mean, q_posterior(process, clipped.x0, xt, t)[0])
@@ -209,9 +211,9 @@ def test_a_single_step_has_finite_tables():
     assert all(bool(jnp.all(jnp.isfinite(table))) for table in jax.tree.leaves(process))
 
 
-@pytest.mark.parametrize("kind", ["x0", "v"])
+@pytest.mark.parametrize("prediction", ["x0", "v"])
 @pytest.mark.parametrize("step", [ancestral_step(), ddim_step(0.0), ddim_step(1.0)])
-def test_a_process_that_ends_in_pure_noise_gives_a_point_back(kind, step):
+def test_a_process_that_ends_in_pure_noise_gives_a_point_back(prediction, step):
     """All data are one point c: the exact network is known, and every sampler must return c."""
     process = respace(make_process(zero_terminal_snr(linear_betas(1000))), "10")
     assert process.zero_terminal and process.alpha_bar[-1] == 0.0
@@ -221,29 +223,31 @@ def test_a_process_that_ends_in_pure_noise_gives_a_point_back(kind, step):
     def denoise(xt, t):
         alpha, sigma = full.sqrt_alpha_bar[t][:, None], full.sqrt_one_minus_alpha_bar[t][:, None]
         x0 = jnp.broadcast_to(c, xt.shape)
-        return x0 if kind == "x0" else alpha * (xt - alpha * x0) / sigma - sigma * x0
+        return x0 if prediction == "x0" else alpha * (xt - alpha * x0) / sigma - sigma * x0
 
-    x0 = sample(process, denoise, example_keys(jax.random.key(0), 4), (2,), step=step, kind=kind)
+    x0 = sample(process, denoise, example_keys(jax.random.key(0), 4), (2,), step=step, prediction=prediction)
     np.testing.assert_allclose(x0, np.broadcast_to(c, (4, 2)), atol=1e-3)
 
 
 def test_pure_noise_says_nothing_about_x0_through_eps():
     process = make_process(reciprocal_betas(10))
     xt, t = jnp.ones((2, 3)), jnp.array([9, 0])
-    with pytest.raises(ValueError, match="kind='eps' cannot give x0 at the last step, where alpha_bar is 0"):
-        predict(process, xt, xt, t, kind="eps")
-    for kind in ("x0", "v"):
-        assert all(np.isfinite(field).all() for field in jax.tree.leaves(predict(process, xt, xt, t, kind=kind)))
+    with pytest.raises(ValueError, match="prediction='eps' cannot give x0 at the last step, where alpha_bar is 0"):
+        predict(process, xt, xt, t, prediction="eps")
+    for prediction in ("x0", "v"):
+        assert all(
+            np.isfinite(field).all() for field in jax.tree.leaves(predict(process, xt, xt, t, prediction=prediction))
+        )
 
 
 def test_networks_may_be_bfloat16_and_xt_of_any_rank():
     process = make_process(BETAS["linear"])
     for shape in [(6,), (6, 5), (6, 2, 3, 4, 5)]:
         x0, eps, t = _batch(shape=shape)
-        options = {"kind": "v", "variance": "fixed_large"}
-        prediction = jax.eval_shape(lambda *a, o=options: predict(process, *a, **o), eps.astype(jnp.bfloat16), x0, t)
-        assert {leaf.dtype.name for leaf in jax.tree.leaves(prediction)} == {"float32"}
-        assert {leaf.shape for leaf in jax.tree.leaves(prediction)} == {shape}
+        options = {"prediction": "v", "variance": "fixed_large"}
+        read = jax.eval_shape(lambda *a, o=options: predict(process, *a, **o), eps.astype(jnp.bfloat16), x0, t)
+        assert {leaf.dtype.name for leaf in jax.tree.leaves(read)} == {"float32"}
+        assert {leaf.shape for leaf in jax.tree.leaves(read)} == {shape}
 
 
 @pytest.mark.parametrize(
@@ -267,10 +271,10 @@ def test_process_errors(call, message):
 @pytest.mark.parametrize(
     ("channels", "options", "message"),
     [
-        (4, {"kind": "noise"}, "kind='noise' must be one of"),
-        (4, {"kind": "eps", "variance": "large"}, "variance='large' must be one of"),
-        (4, {"kind": "eps", "variance": "learned_range"}, "needs an output with 2C = 8 channels, got output"),
-        (8, {"kind": "eps"}, "variance='fixed_small' needs an output of the shape of xt"),
+        (4, {"prediction": "noise"}, "prediction='noise' must be one of"),
+        (4, {"prediction": "eps", "variance": "large"}, "variance='large' must be one of"),
+        (4, {"prediction": "eps", "variance": "learned_range"}, "needs an output with 2C = 8 channels, got output"),
+        (8, {"prediction": "eps"}, "variance='fixed_small' needs an output of the shape of xt"),
     ],
 )
 def test_predict_errors(channels, options, message):
@@ -289,5 +293,5 @@ def test_shape_errors():
         q_sample(process, x, jnp.zeros(3, jnp.int32), x)
     with pytest.raises(ValueError, match="t must be integers of shape"):
         q_sample(process, x, jnp.zeros(2), x)
-    with pytest.raises(ValueError, match="kind='noise' must be one of"):
-        target(process, x, x, t, kind="noise")
+    with pytest.raises(ValueError, match="prediction='noise' must be one of"):
+        target(process, x, x, t, prediction="noise")

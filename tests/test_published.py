@@ -115,7 +115,7 @@ def test_a_network_of_the_mean_and_a_threshold(float64):
     threshold = static_threshold()
 
     def draw(step, transform):
-        return sample(process, prediction, recorded(), (4, 4, 3), step=step, kind="mean", x0_transform=transform)
+        return sample(process, prediction, recorded(), (4, 4, 3), step=step, prediction="mean", x0_transform=transform)
 
     theirs = {name: nhwc(PUBLISHED[f"mean/{name}"]) for name in ("ancestral/False", "ancestral/True", "ddim/True")}
     np.testing.assert_array_equal(theirs["ancestral/True"], theirs["ancestral/False"])
@@ -124,7 +124,7 @@ def test_a_network_of_the_mean_and_a_threshold(float64):
     assert np.abs(theirs["ddim/True"] - nhwc(PUBLISHED["mean/ddim/False"])).max() > 0.1
     # Here the mean follows from the clipped x0, (3), for every kind.
     t, xt = jnp.array([12, 12]), jnp.asarray(nhwc(PUBLISHED["start"]))
-    read = predict(process, prediction(xt, t), xt, t, kind="mean", x0_transform=threshold)
+    read = predict(process, prediction(xt, t), xt, t, prediction="mean", x0_transform=threshold)
     alpha_bar = np.cumprod(1 - linear_betas(25))
     beta, last = linear_betas(25)[12], alpha_bar[11]
     c_x0, c_xt = beta * last**0.5 / (1 - alpha_bar[12]), (1 - last) * (1 - beta) ** 0.5 / (1 - alpha_bar[12])
@@ -143,7 +143,9 @@ def test_terms_of_the_variational_bound(schedule, float64):
         t = jnp.broadcast_to(step, (2,))
         xt = q_sample(process, x0, t, noises[step])
         output = network(xt, process.timestep_map[t])
-        read = predict(process, output, xt, t, kind="eps", variance="learned_range", x0_transform=static_threshold())
+        read = predict(
+            process, output, xt, t, prediction="eps", variance="learned_range", x0_transform=static_threshold()
+        )
         return vlb_terms(process, read, x0, xt, t)
 
     ours = np.stack([term(jnp.int32(step)) for step in range(25)])
@@ -178,5 +180,5 @@ def test_solvers_of_diffusers(name, step, float64):
     if name == "plms":
         before, t = jnp.asarray(theirs[-2]), jnp.zeros(2, jnp.int32)
         output = prediction(before, process.timestep_map[t])
-        theirs = np.concatenate([theirs[:-1], predict(process, output, before, t, kind="eps").x0[None]])
+        theirs = np.concatenate([theirs[:-1], predict(process, output, before, t, prediction="eps").x0[None]])
     np.testing.assert_allclose(states, theirs, rtol=1e-4, atol=1e-4 * np.abs(theirs).max())

@@ -32,7 +32,7 @@ def _column(table, t, xt):
     return table[t].reshape(t.shape + (1,) * (xt.ndim - 1))
 
 
-def _gaussian_denoiser(process, kind="eps"):
+def _gaussian_denoiser(process, prediction="eps"):
     """The exact network for data N(MEAN, STD^2), from the original process."""
 
     def denoise(xt, t):
@@ -40,7 +40,7 @@ def _gaussian_denoiser(process, kind="eps"):
         variance = alpha_bar * STD**2 + 1 - alpha_bar
         eps = jnp.sqrt(1 - alpha_bar) * (xt - jnp.sqrt(alpha_bar) * MEAN) / variance
         x0 = MEAN + jnp.sqrt(alpha_bar) * STD**2 * (xt - jnp.sqrt(alpha_bar) * MEAN) / variance
-        return eps if kind == "eps" else target(process, x0, eps, t, kind=kind)
+        return eps if prediction == "eps" else target(process, x0, eps, t, prediction=prediction)
 
     return denoise
 
@@ -89,12 +89,12 @@ def test_gaussian_data_come_back_with_the_exact_mean_and_variance(name, eta, spe
         assert (mean, math.sqrt(variance)) == pytest.approx((MEAN, STD), rel=0.01)
 
 
-@pytest.mark.parametrize("kind", ["eps", "x0", "v"])
-def test_the_right_learned_variance_makes_ten_steps_exact(kind):
+@pytest.mark.parametrize("prediction", ["eps", "x0", "v"])
+def test_the_right_learned_variance_makes_ten_steps_exact(prediction):
     """With Gaussian data the reverse step is Gaussian, inside the learned range, and known: no discretisation error."""
     process = make_process(BETAS["linear"])
     short, n = respace(process, "10"), 16384
-    denoise = _gaussian_denoiser(process, kind)
+    denoise = _gaussian_denoiser(process, prediction)
 
     def with_variance(xt, t):
         index = jnp.searchsorted(short.timestep_map, t)
@@ -106,7 +106,7 @@ def test_the_right_learned_variance_makes_ten_steps_exact(kind):
         return jnp.concatenate([denoise(xt, t), jnp.broadcast_to(v[:, None], xt.shape)], axis=-1)
 
     def draw(keys):
-        return sample(short, with_variance, keys, (1,), kind=kind, variance="learned_range")
+        return sample(short, with_variance, keys, (1,), prediction=prediction, variance="learned_range")
 
     x0 = jax.jit(draw)(example_keys(jax.random.key(0), n))
     assert float(x0.mean()) == pytest.approx(MEAN, abs=4 * STD / math.sqrt(n) + 1e-3)
@@ -164,7 +164,7 @@ def test_ddim_converges_with_order_one():
 def test_ddim_with_eta_one_is_ancestral(schedule, spec):
     process = make_process(BETAS[schedule])
     short, denoise, keys = respace(process, spec), _gaussian_denoiser(process, "v"), example_keys(jax.random.key(0), 8)
-    draw = jax.jit(lambda keys, step: sample(short, denoise, keys, (3,), step=step, kind="v"), static_argnums=1)
+    draw = jax.jit(lambda keys, step: sample(short, denoise, keys, (3,), step=step, prediction="v"), static_argnums=1)
     np.testing.assert_allclose(draw(keys, ddim_step(1.0)), draw(keys, ancestral_step()), atol=2e-5)
 
 
@@ -203,7 +203,7 @@ def test_no_noise_enters_the_data():
     process = respace(make_process(BETAS["cosine"]), [700])
     keys = example_keys(jax.random.key(0), 4)
     for step in (ancestral_step(), ddim_step(1.0)):
-        x0 = sample(process, lambda xt, t: jnp.full_like(xt, 0.25), keys, (2,), step=step, kind="x0")
+        x0 = sample(process, lambda xt, t: jnp.full_like(xt, 0.25), keys, (2,), step=step, prediction="x0")
         np.testing.assert_allclose(x0, 0.25, rtol=1e-6)
 
 
@@ -299,7 +299,7 @@ def test_a_second_call_does_not_compile_again(small):
         ({"keys": jax.random.key(0)}, "keys must be a vector of keys, .*one key"),
         ({"keys": jnp.zeros((2, 3), jnp.uint32)}, "keys must be a vector of keys"),
         ({"x_init": jnp.zeros((2, 4))}, r"x_init must have shape \(2, 3\)"),
-        ({"kind": "noise"}, "kind='noise' must be one of"),
+        ({"prediction": "noise"}, "prediction='noise' must be one of"),
         ({"variance": "learned"}, "variance='learned' must be one of"),
         ({"variance": "learned_range"}, "2C = 6 channels"),
         ({"denoise": lambda xt, t: xt[:, :1]}, "needs an output of the shape of xt"),

@@ -261,7 +261,7 @@ def test_sample_with_is_the_composition_by_hand_bit_for_bit(name):
             keys,
             SHAPE,
             step=make_step(MOMENTS[process.timestep_map]),
-            kind="v",
+            prediction="v",
             variance="fixed_small",
             x0_transform=lambda x0: jnp.where(jnp.isfinite(x0), jnp.clip(x0, -1.0, 1.0), jnp.nan),
         )

@@ -75,7 +75,14 @@ def test_the_error_falls_with_the_order_of_the_solver(name):
         for stride in strides:
             short = respace(process, list(range(2400, 8001, stride)))
             draw = lambda keys, short=short: sample(
-                short, gaussian_denoiser(process), keys, (1,), step=step, kind="x0", x_init=at(8000), trajectory=True
+                short,
+                gaussian_denoiser(process),
+                keys,
+                (1,),
+                step=step,
+                prediction="x0",
+                x_init=at(8000),
+                trajectory=True,
             )
             states = jax.jit(draw)(keys)[1]
             assert states.dtype == jnp.float64
@@ -88,7 +95,7 @@ def test_the_error_falls_with_the_order_of_the_solver(name):
 def test_the_sde_keeps_the_mean_and_the_variance_of_the_data(name):
     process, n = make_process(cosine_betas(1000)), 16384
     draw = lambda keys: sample(
-        respace(process, "200"), gaussian_denoiser(process), keys, (1,), step=SDE[name], kind="x0"
+        respace(process, "200"), gaussian_denoiser(process), keys, (1,), step=SDE[name], prediction="x0"
     )
     x0 = jax.jit(draw)(example_keys(jax.random.key(0), n))
     assert float(x0.mean()) == pytest.approx(MEAN, abs=4 * STD / math.sqrt(n) + 2e-3)
@@ -100,7 +107,8 @@ def test_order_one_is_ddim():
     process = make_process(cosine_betas(1000))
     short, keys = respace(process, "15"), example_keys(jax.random.key(0), 8)
     draw = jax.jit(
-        lambda keys, step: sample(short, gaussian_denoiser(process), keys, (3,), step=step, kind="x0"), static_argnums=1
+        lambda keys, step: sample(short, gaussian_denoiser(process), keys, (3,), step=step, prediction="x0"),
+        static_argnums=1,
     )
     np.testing.assert_allclose(draw(keys, dpm_solver_step(1)), draw(keys, ddim_step()), atol=2e-5)
     np.testing.assert_allclose(draw(keys, deis_step(1)), draw(keys, ddim_step()), atol=2e-5)
@@ -113,7 +121,7 @@ def test_one_point_of_data_comes_back_exactly(name):
     step = ODE[name][0] if name in ODE else SDE[name]
     process = respace(make_process(linear_betas(1000)), "7")
     denoise = lambda xt, t: jnp.full_like(xt, -0.4)
-    x0 = sample(process, denoise, example_keys(jax.random.key(0), 4), (2,), step=step, kind="x0")
+    x0 = sample(process, denoise, example_keys(jax.random.key(0), 4), (2,), step=step, prediction="x0")
     np.testing.assert_allclose(x0, -0.4, rtol=5e-5)
 
 
@@ -167,7 +175,9 @@ def test_every_step_starts_from_pure_noise():
     steps = [ancestral_step(), *(step for step, _ in ODE.values()), *SDE.values(), unipc_step(3)]
     steps += [predictor_corrector_step(), analytic_step(jnp.full(12, 0.9), bound=1.0), analytic_step(jnp.full(12, 0.9))]
     run = jax.jit(
-        lambda keys: [sample(short, gaussian_denoiser(process), keys, (2,), step=step, kind="x0") for step in steps]
+        lambda keys: [
+            sample(short, gaussian_denoiser(process), keys, (2,), step=step, prediction="x0") for step in steps
+        ]
     )
     for x0 in run(example_keys(jax.random.key(0), 4)):
         assert np.all(np.abs(x0) < 5.0)  # which NaN is not
@@ -177,7 +187,7 @@ def test_every_step_starts_from_pure_noise():
         example_keys(jax.random.key(0), 4),
         (2,),
         step=predictor_corrector_step(),
-        kind="v",
+        prediction="v",
     )
     assert np.all(np.isfinite(untrained))
 
@@ -190,7 +200,7 @@ def test_few_steps_from_almost_pure_noise_extrapolate_little(steps):
     solvers = {name: ODE[name][0] for name in ("plms", "heun", "dpm_2", "unipc_2", "deis_2", "deis_3")}
     run = jax.jit(
         lambda keys: {
-            name: sample(short, gaussian_denoiser(process), keys, (1,), step=step, kind="x0")
+            name: sample(short, gaussian_denoiser(process), keys, (1,), step=step, prediction="x0")
             for name, step in solvers.items()
         }
     )
@@ -212,7 +222,9 @@ def test_samples_of_discrete_points_end_in_them():
     short, keys = respace(process, "50"), example_keys(jax.random.key(0), 1000)
     solvers = {name: ODE[name][0] for name in ("plms", "heun", "dpm_2", "unipc_2", "deis_2", "deis_3")}
     run = jax.jit(
-        lambda keys: {name: sample(short, denoise, keys, (2,), step=step, kind="x0") for name, step in solvers.items()}
+        lambda keys: {
+            name: sample(short, denoise, keys, (2,), step=step, prediction="x0") for name, step in solvers.items()
+        }
     )
     for name, x0 in run(keys).items():
         distance = np.linalg.norm(np.asarray(x0)[:, None] - np.asarray(points), axis=-1).min(1)
@@ -236,8 +248,8 @@ def test_inversion_is_undone_by_sampling():
             short = respace(process, steps)
 
             def run(x0):
-                xt = invert(short, denoise, x0, kind="x0", iterations=iterations)
-                return sample(short, denoise, keys, (1,), step=ddim_step(), kind="x0", x_init=xt)
+                xt = invert(short, denoise, x0, prediction="x0", iterations=iterations)
+                return sample(short, denoise, keys, (1,), step=ddim_step(), prediction="x0", x_init=xt)
 
             return np.abs(np.asarray(jax.jit(run)(data)) - data).max()
 
@@ -250,7 +262,8 @@ def test_inversion_finds_the_noise_of_the_exact_flow():
     """On Gaussian data the probability-flow ODE keeps (x - alpha m) / std(x)."""
     process = make_process(linear_betas(1000))
     data = jnp.linspace(-1.0, 1.0, 5)[:, None]
-    xt, states = jax.jit(lambda x0: invert(process, gaussian_denoiser(process), x0, kind="x0", trajectory=True))(data)
+    denoise = gaussian_denoiser(process)
+    xt, states = jax.jit(lambda x0: invert(process, denoise, x0, prediction="x0", trajectory=True))(data)
     alpha, variance = process.sqrt_alpha_bar[-1], 1 - process.alpha_bar[-1] * (1 - STD**2)
     np.testing.assert_allclose(xt, alpha * MEAN + jnp.sqrt(variance) * (data - MEAN) / STD, atol=0.02)
     assert states.shape == (1000, 5, 1)

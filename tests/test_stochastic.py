@@ -178,24 +178,24 @@ def test_the_analytic_variance_makes_ten_steps_exact():
     np.testing.assert_allclose(bounded, plain, atol=1e-3)
 
 
-@pytest.mark.parametrize("kind", ["score", "mean"])
-def test_the_other_kinds_are_read_back(kind):
+@pytest.mark.parametrize("prediction", ["score", "mean"])
+def test_the_other_prediction_types_are_read_back(prediction):
     process = make_process(cosine_betas(1000))
     keys = jax.random.split(jax.random.key(0), 2)
     x0, eps = (jax.random.normal(key, (5, 3)) for key in keys)
     t = jnp.asarray([1, 10, 300, 700, 900])
     xt = q_sample(process, x0, t, eps)
-    output = target(process, x0, eps, t, kind=kind)
-    prediction = predict(process, output, xt, t, kind=kind)
+    output = target(process, x0, eps, t, prediction=prediction)
+    read = predict(process, output, xt, t, prediction=prediction)
     # The mean holds c_x0 x0 with c_x0 as small as 1e-3: that much less of x0 is left in float32.
-    np.testing.assert_allclose(prediction.x0, x0, atol=2e-4 if kind == "score" else 5e-3)
-    np.testing.assert_allclose(prediction.mean, predict(process, x0, xt, t, kind="x0").mean, atol=1e-4)
+    np.testing.assert_allclose(read.x0, x0, atol=2e-4 if prediction == "score" else 5e-3)
+    np.testing.assert_allclose(read.mean, predict(process, x0, xt, t, prediction="x0").mean, atol=1e-4)
 
 
 def test_the_mean_is_refused_where_steps_are_left_out():
     process = respace(make_process(cosine_betas(1000)), "10")
-    with pytest.raises(ValueError, match="kind='mean' needs all the steps"):
-        sample(process, lambda xt, t: xt, example_keys(jax.random.key(0), 1), (1,), kind="mean")
+    with pytest.raises(ValueError, match="prediction='mean' needs all the steps"):
+        sample(process, lambda xt, t: xt, example_keys(jax.random.key(0), 1), (1,), prediction="mean")
 
 
 def test_repaint_keeps_what_is_known_and_draws_the_rest_from_the_conditional():
@@ -259,7 +259,7 @@ def test_measurements_are_kept():
     @jax.jit
     def draw(grey, small):
         run = lambda keep: sample(
-            process, lambda x, t: 0.4 * jnp.tanh(x), keys, (4, 4, 3), kind="x0", x0_transform=keep
+            process, lambda x, t: 0.4 * jnp.tanh(x), keys, (4, 4, 3), prediction="x0", x0_transform=keep
         )
         return run(grey_of(grey)), run(average_of(small, 2))
 

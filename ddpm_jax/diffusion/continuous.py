@@ -48,10 +48,10 @@ class Schedule:
     prior_std: float = 1.0
     variance_preserving: bool = True
 
-    def check_kind(self, kind: str) -> None:
+    def check_prediction(self, prediction: str) -> None:
         """Raise ValueError for what a network of this process cannot predict."""
-        if kind not in ("eps", "x0", "v", "score") or (kind == "v" and not self.variance_preserving):
-            raise ValueError(f"{kind=} must be 'eps', 'x0', 'score', or where alpha^2 + sigma^2 = 1 'v'")
+        if prediction not in ("eps", "x0", "v", "score") or (prediction == "v" and not self.variance_preserving):
+            raise ValueError(f"{prediction=} must be 'eps', 'x0', 'score', or where alpha^2 + sigma^2 = 1 'v'")
 
     def alpha(self, t: jax.Array) -> jax.Array:
         """Return the scale of the data."""
@@ -276,7 +276,7 @@ def discretize(
 
 
 def edm_preconditioned(network: Denoiser, sigma_data: float = 0.5) -> Denoiser:
-    """Wrap a raw network F as EDM's denoiser of x0 (eq. 7 and table 1), for ``edm`` and kind="x0".
+    """Wrap a raw network F as EDM's denoiser of x0 (eq. 7 and table 1), for ``edm`` and prediction="x0".
 
     D(x, sigma) = c_skip x + c_out F(c_in x, c_noise),   with d = sigma_data
 

@@ -18,7 +18,7 @@ from ddpm_jax.diffusion.schedules import (
     reciprocal_betas,
     sigmoid_betas,
 )
-from ddpm_jax.types import Kind, Variance
+from ddpm_jax.types import PredictionType, Variance
 
 MAX_STEPS = 100_000  # of a process: more would be a mistake in a file, and tables of that size are slow to make
 SCHEDULES: dict[str, Callable[[int], np.ndarray]] = {
@@ -49,7 +49,7 @@ class Diffusion:
 
     schedule: str | tuple[float, ...] = "cosine"
     num_steps: int = 1000
-    prediction: Kind = "eps"
+    prediction: PredictionType = "eps"
     variance: Variance = "fixed_small"
 
     def __post_init__(self):
@@ -71,7 +71,7 @@ class Diffusion:
             object.__setattr__(self, "schedule", betas)
             if len(self.schedule) != self.num_steps:
                 raise ValueError(f"schedule has {len(self.schedule)} betas, and num_steps={self.num_steps}")
-        for name, options in {"prediction": get_args(Kind), "variance": get_args(Variance)}.items():
+        for name, options in {"prediction": get_args(PredictionType), "variance": get_args(Variance)}.items():
             if getattr(self, name) not in options:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be one of {', '.join(map(repr, options))}")
         _betas(self.schedule, self.num_steps)

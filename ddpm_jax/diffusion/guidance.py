@@ -13,7 +13,7 @@ import numpy as np
 from ddpm_jax.checks import check_number, check_static, is_known, look_up
 from ddpm_jax.diffusion.keys import one_key
 from ddpm_jax.diffusion.process import GaussianProcess, to_x0_eps
-from ddpm_jax.types import Denoiser, Kind
+from ddpm_jax.types import Denoiser, PredictionType
 
 
 def keep_mask(key: jax.Array, rate: float, batch_size: int) -> jax.Array:
@@ -124,18 +124,18 @@ def classifier_guided(
     log_prob: Callable[[jax.Array, jax.Array], jax.Array],
     scale: float | jax.Array,
     *,
-    kind: Kind = "eps",
+    prediction: PredictionType = "eps",
 ) -> Denoiser:
     """Guide a denoiser by the gradient of a classifier, for DDIM and ODE solvers (Dhariwal & Nichol 2021, algorithm 2).
 
         eps_guided = eps - sigma_t scale grad_xt log p(y | xt)
 
-    and the same shift in the terms of another kind: x0 + sigma_t^2 / alpha_t scale grad, v - sigma_t / alpha_t scale
+    and the same shift for the other prediction types: x0 + sigma_t^2 / alpha_t scale grad, v - sigma_t / alpha_t scale
     grad, and none of these where alpha_t = 0. A variance half passes through. For ancestral sampling, whose mean
     the paper shifts by the variance times the gradient (algorithm 1), see ``ancestral_step(guide=...)``.
 
     A sampler's ``x0_transform`` acts on the guided x0. The published code clips x0 before it is shifted, and not after:
-    give this the clipped x0 as ``denoise``, with kind="x0".
+    give this the clipped x0 as ``denoise``, with prediction="x0".
 
     Args:
         process: the one that the network was trained with or the respaced one that is sampled, which read the same:
@@ -144,16 +144,16 @@ def classifier_guided(
         log_prob: (xt, t) -> float[B], log p(y | xt) of each example, e.g. a noised classifier's log-softmax at y. CLIP
             guidance (GLIDE, section 2.4) is this with the dot product of noised image and text embeddings.
         scale: a float, or float[B].
-        kind: what the network predicts.
+        prediction: what the network predicts.
 
     Returns:
         A denoiser, float32.
 
     Raises:
-        ValueError: for an unknown kind, and when called, if log_prob does not return one number an example, t is not
-            an integer, or the process has no such timestep. Of a traced t that it does not have the output is NaN.
+        ValueError: for an unknown prediction type, and when called, if log_prob does not return one number an example, t
+            is not an integer, or the process has no such timestep. Of a traced t that it does not have the output is NaN.
     """
-    _check_shiftable(kind)
+    _check_shiftable(prediction)
     _check_scale(scale)
 
     def guided(xt: jax.Array, t: jax.Array) -> jax.Array:
@@ -164,7 +164,7 @@ def classifier_guided(
         # Pure noise, alpha = 0, says nothing about y: x0 and v are not shifted there.
         per_alpha = jnp.where(alpha > 0.0, sigma / jnp.where(alpha > 0.0, alpha, 1.0), 0.0)
         per_alpha = jnp.where(jnp.isnan(alpha), alpha, per_alpha)
-        shift = {"eps": -sigma, "x0": sigma * per_alpha, "v": -per_alpha, "score": 1.0}[kind] * push
+        shift = {"eps": -sigma, "x0": sigma * per_alpha, "v": -per_alpha, "score": 1.0}[prediction] * push
         channels = xt.shape[-1]
         return jnp.concatenate([output[..., :channels] + shift, output[..., channels:]], axis=-1)
 
@@ -177,7 +177,7 @@ def implicit_gradient(
     null: Denoiser,
     scale: float | jax.Array = 1.0,
     *,
-    kind: Kind = "eps",
+    prediction: PredictionType = "eps",
 ) -> Callable[[jax.Array, jax.Array], jax.Array]:
     """Return the gradient of the classifier that a network and its null condition make (Ho & Salimans 2022, section 3).
 
@@ -197,16 +197,16 @@ def implicit_gradient(
         cond: the denoiser with its condition closed over; a variance half is not read.
         null: the same network with the null condition closed over.
         scale: of the gradient; a float, or float[B].
-        kind: what the networks predict: "eps", "x0", "v" or "score".
+        prediction: what the networks predict: "eps", "x0", "v" or "score".
 
     Returns:
         (xt, t) -> float32[B, ...], for integer t.
 
     Raises:
-        ValueError: for an unknown kind, and when called, if t is not an integer or no timestep of the process. Of a
-            traced t that it does not have the gradient is NaN.
+        ValueError: for an unknown prediction type, and when called, if t is not an integer or no timestep of the process. Of
+            a traced t that it does not have the gradient is NaN.
     """
-    _check_shiftable(kind)
+    _check_shiftable(prediction)
     _check_scale(scale)
 
     def gradient(xt: jax.Array, t: jax.Array) -> jax.Array:
@@ -214,7 +214,8 @@ def implicit_gradient(
 
         def eps(denoise: Denoiser) -> jax.Array:
             output = denoise(xt, t)[..., : xt.shape[-1]]
-            return to_x0_eps(output.astype(jnp.promote_types(output.dtype, jnp.float32)), xt, alpha, sigma, kind)[1]
+            output = output.astype(jnp.promote_types(output.dtype, jnp.float32))
+            return to_x0_eps(output, xt, alpha, sigma, prediction)[1]
 
         return _per_example(scale, xt) * (eps(null) - eps(cond)) / sigma
 
@@ -275,9 +276,9 @@ def dynamic_threshold(quantile: float = 0.995, bound: float = 1.0) -> Callable[[
     return transform
 
 
-def _check_shiftable(kind: str) -> None:
-    if kind not in (kinds := ("eps", "x0", "v", "score")):
-        raise ValueError(f"{kind=} must be one of {kinds}")
+def _check_shiftable(prediction: str) -> None:
+    if prediction not in (options := ("eps", "x0", "v", "score")):
+        raise ValueError(f"{prediction=} must be one of {options}")
 
 
 def _levels(process: GaussianProcess, xt: jax.Array, t: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -17,7 +17,7 @@ from ddpm_jax.diffusion.losses import normal_kl, vlb_terms
 from ddpm_jax.diffusion.process import GaussianProcess, predict, q_sample, to_x0_eps
 from ddpm_jax.diffusion.samplers.noise import check_entries, check_keys, per_example_normal, transition_keys
 from ddpm_jax.extras import needs_extra
-from ddpm_jax.types import Denoiser, Kind, Variance
+from ddpm_jax.types import Denoiser, PredictionType, Variance
 
 
 def variational_bound(
@@ -26,7 +26,7 @@ def variational_bound(
     keys: jax.Array,
     x0: jax.Array,
     *,
-    kind: Kind = "eps",
+    prediction: PredictionType = "eps",
     variance: Variance = "fixed_small",
     x0_transform: Callable[[jax.Array], jax.Array] | None = None,
 ) -> dict[str, jax.Array]:
@@ -40,15 +40,15 @@ def variational_bound(
         denoise: the network, as in ``sample``. It is called T times, in one ``lax.scan``.
         keys: typed keys [B], from ``example_keys``; example i uses keys[i] alone.
         x0: float[B, ..., C], 8-bit data in [-1, 1].
-        kind, variance, x0_transform: as in ``sample``.
+        prediction, variance, x0_transform: as in ``sample``.
 
     Returns:
         "total" and "prior" (L_T, without parameters), float32[B]; "terms" (L_0 .. L_{T-1}) and "mse" (the mean squared
         error of eps), float32[B, T].
 
     Raises:
-        ValueError: if shapes do not fit, kind, variance and the network's output contradict each other, or x0 is not
-            in [-1, 1]. Under jit, where its numbers are not known yet, L_0 and the total of such an example are NaN.
+        ValueError: if shapes do not fit, prediction, variance and the network's output contradict each other, or x0 is
+            not in [-1, 1]. Under jit, where its numbers are not known yet, L_0 and the total of such an example are NaN.
     """
     keys = check_entries(check_keys(keys, x0.shape[0]), process.num_steps)
     x0 = x0.astype(process.betas.dtype)
@@ -62,8 +62,8 @@ def variational_bound(
         eps = per_example_normal(transition_keys(keys, step), x0)
         xt = q_sample(process, x0, t, eps)
         output = denoise(xt, process.timestep_map[t])
-        prediction = predict(process, output, xt, t, kind=kind, variance=variance, x0_transform=x0_transform)
-        return None, (vlb_terms(process, prediction, x0, xt, t), mean((prediction.eps - eps) ** 2))
+        step = predict(process, output, xt, t, prediction=prediction, variance=variance, x0_transform=x0_transform)
+        return None, (vlb_terms(process, step, x0, xt, t), mean((step.eps - eps) ** 2))
 
     _, (terms, mse) = jax.lax.scan(term, None, jnp.arange(process.num_steps, dtype=jnp.int32))
     prior = prior_kl(process, x0)
@@ -90,7 +90,7 @@ def ode_log_likelihood(
     keys: jax.Array,
     x0: jax.Array,
     *,
-    kind: Kind = "eps",
+    prediction: PredictionType = "eps",
     probe: Literal["rademacher", "gaussian", "exact"] = "rademacher",
     rtol: float = 1e-5,
     atol: float = 1e-5,
@@ -109,7 +109,7 @@ def ode_log_likelihood(
             batch by ``vmap``, so that what differs between examples cannot be closed over: that is ``cond``.
         keys: typed keys [B], for the probes; example i uses keys[i] alone.
         x0: float[B, ..., C].
-        kind: "eps", "x0", "v" or "score".
+        prediction: "eps", "x0", "v" or "score".
         probe: the distribution of e; "exact" takes the whole trace, one backward pass for each dimension.
         rtol, atol: of the adaptive solver; atol is of the data's unit.
         cond: a tree of arrays [B, ...], one condition for each example; with it the network is called as
@@ -120,12 +120,12 @@ def ode_log_likelihood(
 
     Raises:
         ImportError: without diffrax.
-        ValueError: for an unknown probe or kind, or if keys or the network's output do not fit.
+        ValueError: for an unknown probe or prediction, or if keys or the network's output do not fit.
     """
     if probe not in ("rademacher", "gaussian", "exact"):
         raise ValueError(f"{probe=} must be 'rademacher', 'gaussian' or 'exact'")
     keys = key_vector(keys, x0.shape[0])
-    velocity = _velocity(schedule, denoise, kind)
+    velocity = _velocity(schedule, denoise, prediction)
 
     def one(key: jax.Array, x: jax.Array, cond: Any) -> tuple[jax.Array, jax.Array]:
         draw = jax.random.normal if probe == "gaussian" else jax.random.rademacher
@@ -156,7 +156,7 @@ def ode_sample(
     keys: jax.Array,
     shape: tuple[int, ...],
     *,
-    kind: Kind = "eps",
+    prediction: PredictionType = "eps",
     rtol: float = 1e-5,
     atol: float = 1e-5,
     x_init: jax.Array | None = None,
@@ -165,7 +165,7 @@ def ode_sample(
     """Draw samples by the probability-flow ODE with an adaptive solver (score SDE, section 4.3), from t_max to t_min.
 
     Args:
-        schedule, denoise, kind, rtol, atol, cond: as in ``ode_log_likelihood``.
+        schedule, denoise, prediction, rtol, atol, cond: as in ``ode_log_likelihood``.
         keys: typed keys [B]; sample i is a function of keys[i] alone.
         shape: of one example.
         x_init: float[B, *shape] to start from, instead of noise.
@@ -175,7 +175,7 @@ def ode_sample(
 
     Raises:
         ImportError: without diffrax.
-        ValueError: for an unknown kind, or if keys, x_init or the network's output do not fit.
+        ValueError: for an unknown prediction type, or if keys, x_init or the network's output do not fit.
     """
     keys = check_keys(keys)
     if x_init is None:
@@ -183,7 +183,7 @@ def ode_sample(
         x_init = schedule.prior_std * per_example_normal(transition_keys(keys, 0), like)
     if x_init.shape != (keys.shape[0], *shape):
         raise ValueError(f"x_init must have shape {(keys.shape[0], *shape)} (keys, *shape), got {x_init.shape}")
-    velocity = _velocity(schedule, denoise, kind)
+    velocity = _velocity(schedule, denoise, prediction)
 
     def one(x: jax.Array, cond: Any) -> tuple[jax.Array, jax.Array]:
         return _solve(lambda t, x, args: velocity(x, t, cond), schedule.t_max, schedule.t_min, x, rtol, atol)
@@ -213,9 +213,11 @@ def dequantize(keys: jax.Array, images: jax.Array) -> jax.Array:
     return (images.astype(jnp.float32) + u) / 128.0 - 1.0
 
 
-def _velocity(schedule: Schedule, denoise: Callable, kind: Kind) -> Callable[[jax.Array, jax.Array, Any], jax.Array]:
+def _velocity(
+    schedule: Schedule, denoise: Callable, prediction: PredictionType
+) -> Callable[[jax.Array, jax.Array, Any], jax.Array]:
     """Return v of the ODE for one example: x, t [], its condition -> dx/dt."""
-    schedule.check_kind(kind)
+    schedule.check_prediction(prediction)
 
     def velocity(x: jax.Array, t: jax.Array, cond: Any) -> jax.Array:
         t = jnp.asarray(t, x.dtype)
@@ -227,7 +229,7 @@ def _velocity(schedule: Schedule, denoise: Callable, kind: Kind) -> Callable[[ja
                 f"the network must return {(1, *x.shape)} for one example, got {output.shape}: a condition for each "
                 "example goes in as cond, and a learned variance must be cut off"
             )
-        _, eps = to_x0_eps(output[0].astype(x.dtype), x, alpha, sigma, kind)
+        _, eps = to_x0_eps(output[0].astype(x.dtype), x, alpha, sigma, prediction)
         return schedule.drift(t) * x + 0.5 * schedule.diffusion_squared(t) * eps / sigma
 
     return velocity

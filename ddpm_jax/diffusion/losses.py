@@ -37,11 +37,11 @@ from ddpm_jax.diffusion.process import (
     target,
     to_x0_eps,
 )
-from ddpm_jax.types import Denoiser, Kind, Variance
+from ddpm_jax.types import Denoiser, PredictionType, Variance
 
 Objective = Literal["simple", "hybrid", "vlb"]
 OBJECTIVES = ("simple", "hybrid", "vlb")
-WEIGHTED_KINDS = ("eps", "x0", "v")
+WEIGHTED_PREDICTIONS = ("eps", "x0", "v")
 Weighting = Callable[[jax.Array], jax.Array]
 
 
@@ -51,7 +51,7 @@ def denoising_loss(
     key: jax.Array,
     x0: jax.Array,
     *,
-    kind: Kind = "eps",
+    prediction: PredictionType = "eps",
     objective: Objective = "simple",
     variance: Variance = "fixed_small",
     weighting: Weighting | None = None,
@@ -66,11 +66,11 @@ def denoising_loss(
         denoise: the network, parameters and conditions closed over.
         key: one key, for t and noise.
         x0: float[B, ..., C], clean data; in [-1, 1] where L_0 is to mean bits of 8-bit data.
-        kind: what the network predicts: "eps", "x0", "v", "score" or "mean".
+        prediction: what the network predicts: "eps", "x0", "v", "score" or "mean".
         objective: "simple", "hybrid" or "vlb".
         variance: "fixed_small", "fixed_large" or "learned_range"; "hybrid" needs the last, "simple" excludes it, since
             it would leave the variance half untrained.
-        weighting: log_snr float32[B] -> weight float32[B] of the squared error, e.g. ``min_snr(5.0, kind)``.
+        weighting: log_snr float32[B] -> weight float32[B] of the squared error, e.g. ``min_snr(5.0, prediction)``.
         vlb_weight: lambda of the hybrid objective.
         t: int32[B] in [0, T), instead of uniform samples.
         noise: float[B, ..., C], instead of standard normal samples.
@@ -84,8 +84,8 @@ def denoising_loss(
             predict eps could not be sampled from, since the process ends in pure noise. Traced t out of range give NaN.
     """
     check_objective(objective, variance, weighting)
-    if kind in ("eps", "score") and process.zero_terminal:
-        raise ValueError(f"{kind=} could not be sampled from pure noise, where alpha_bar is 0; use kind='v' or 'x0'")
+    if prediction in ("eps", "score") and process.zero_terminal:
+        raise ValueError(f"{prediction=} could not be sampled from pure noise, where alpha_bar is 0; use 'v' or 'x0'")
     check_data(x0)
     x0 = x0.astype(process.betas.dtype)
     t_key, noise_key = jax.random.split(one_key(key))
@@ -97,14 +97,16 @@ def denoising_loss(
     xt = q_sample(process, x0, t, noise)
     output = denoise(xt, look_up(process.timestep_map, t)).astype(x0.dtype)
     mean_output, range_output = split_output(output, xt, variance)
-    mse = _mean_per_example((target(process, x0, noise, t, kind=kind) - mean_output) ** 2)
+    mse = _mean_per_example((target(process, x0, noise, t, prediction=prediction) - mean_output) ** 2)
     aux = {"mse": mse}
     if objective == "simple":
         return _weighted(process, mse, t, weighting), aux
     if objective == "hybrid":
         # The squared error alone trains the mean; the bound would drown it in noise (Improved DDPM, section 3.1).
         output = jnp.concatenate([jax.lax.stop_gradient(mean_output), range_output], axis=-1)
-    aux["vlb"] = vlb_terms(process, predict(process, output, xt, t, kind=kind, variance=variance), x0, xt, t)
+    aux["vlb"] = vlb_terms(
+        process, predict(process, output, xt, t, prediction=prediction, variance=variance), x0, xt, t
+    )
     vlb = process.num_steps * aux["vlb"]
     if objective == "vlb":
         return vlb, aux
@@ -117,7 +119,7 @@ def continuous_loss(
     key: jax.Array,
     x0: jax.Array,
     *,
-    kind: Kind = "eps",
+    prediction: PredictionType = "eps",
     objective: Literal["simple", "likelihood"] = "simple",
     weighting: Weighting | None = None,
     t: jax.Array | None = None,
@@ -135,7 +137,7 @@ def continuous_loss(
         denoise: the network, parameters and conditions closed over; receives t itself, float32[B].
         key: one key, for t and noise.
         x0: float[B, ..., C], clean data.
-        kind: what the network predicts: "eps", "x0", "v" or "score".
+        prediction: what the network predicts: "eps", "x0", "v" or "score".
         objective: "simple" or "likelihood".
         weighting: log_snr float32[B] -> weight float32[B], with "simple".
         t: float32[B] in [t_min, t_max], instead of uniform samples, e.g. ``stratified_times`` or ``log_normal_times``.
@@ -147,7 +149,7 @@ def continuous_loss(
     Raises:
         ValueError: if an option is unknown, options contradict each other, or x0 is not a batch of floats.
     """
-    schedule.check_kind(kind)
+    schedule.check_prediction(prediction)
     if objective not in ("simple", "likelihood") or (objective == "likelihood" and weighting is not None):
         raise ValueError(f"{objective=} must be 'simple', or 'likelihood' without a weighting, which it has")
     check_data(x0)
@@ -166,11 +168,11 @@ def continuous_loss(
     output = denoise(xt, t).astype(x0.dtype)
     if output.shape != x0.shape:
         raise ValueError(f"the network must return the shape of x0 {x0.shape}, got {output.shape}")
-    goal = {"eps": noise, "x0": x0, "v": alpha * noise - sigma * x0, "score": -noise / sigma}[kind]
+    goal = {"eps": noise, "x0": x0, "v": alpha * noise - sigma * x0, "score": -noise / sigma}[prediction]
     mse = _mean_per_example((goal - output) ** 2)
     if objective == "simple":
         return mse if weighting is None else weighting(schedule.log_snr(t)) * mse, {"mse": mse}
-    _, eps = to_x0_eps(output, xt, alpha, sigma, kind)
+    _, eps = to_x0_eps(output, xt, alpha, sigma, prediction)
     rate = schedule.diffusion_squared(t) / jnp.square(schedule.sigma(t))  # -d log_snr / dt
     nats = 0.5 * rate * _mean_per_example((noise - eps) ** 2)
     return (schedule.t_max - schedule.t_min) * nats / math.log(2.0), {"mse": mse}
@@ -267,26 +269,26 @@ def discretized_log_likelihood(x: jax.Array, mean: jax.Array, log_scale: jax.Arr
     return jnp.where(x < -0.999, below, jnp.where(x > 0.999, above, inside))
 
 
-def min_snr(gamma: float, kind: Kind) -> Weighting:
-    """Return min-SNR-gamma weights of the squared error of a network of this kind (Hang et al. 2023, section 3.4).
+def min_snr(gamma: float, prediction: PredictionType) -> Weighting:
+    """Return min-SNR-gamma weights of the squared error (Hang et al. 2023, section 3.4).
 
     min(snr, gamma) for x0, min(snr, gamma) / snr for eps, min(snr, gamma) / (snr + 1) for v: the same weight on x0.
 
     Args:
         gamma: where the weight stops growing, > 0; 5 in the paper.
-        kind: "eps", "x0" or "v".
+        prediction: "eps", "x0" or "v".
 
     Returns:
         log_snr float32[B] -> weight float32[B].
 
     Raises:
-        ValueError: if gamma <= 0 or kind is unknown. A traced gamma <= 0 gives NaN.
+        ValueError: if gamma <= 0 or prediction is unknown. A traced gamma <= 0 gives NaN.
     """
     gamma = check_number("gamma", gamma, lambda v: v > 0, "must be positive")
-    return snr_power(1.0, gamma, kind)
+    return snr_power(1.0, gamma, prediction)
 
 
-def snr_power(power: float, bound: float, kind: Kind) -> Weighting:
+def snr_power(power: float, bound: float, prediction: PredictionType) -> Weighting:
     """Return weights that amount to min(snr^power, bound) on the squared error of x0, whatever the network predicts.
 
     power = 1 is min-SNR, 0 with bound 1 the plain error of x0. In between, steps at which x0 is half hidden count more
@@ -295,7 +297,7 @@ def snr_power(power: float, bound: float, kind: Kind) -> Weighting:
     Args:
         power: in [0, 1].
         bound: where the weight stops growing, > 0.
-        kind: "eps", "x0" or "v".
+        prediction: "eps", "x0" or "v".
 
     Returns:
         log_snr float32[B] -> weight float32[B].
@@ -305,19 +307,19 @@ def snr_power(power: float, bound: float, kind: Kind) -> Weighting:
     """
     power = check_number("power", power, lambda v: (v >= 0) & (v <= 1), "must be in [0, 1]")
     log_bound = _log(check_number("bound", bound, lambda v: (v > 0) | (v != v), "must be positive"))
-    return _weighting(lambda log_snr: jnp.minimum(power * log_snr, log_bound), kind)
+    return _weighting(lambda log_snr: jnp.minimum(power * log_snr, log_bound), prediction)
 
 
-def p2(gamma: float, k: float = 1.0, *, kind: Kind) -> Weighting:
+def p2(gamma: float, k: float = 1.0, *, prediction: PredictionType) -> Weighting:
     """Return the perception-prioritised weights of Choi et al. 2022 (eq. 8): 1 / (k + snr)^gamma on the error of eps.
 
-    On a network of another kind the weight is what amounts to that on eps: times snr for x0, times snr / (snr + 1)
+    For another prediction type the weight is what amounts to that on eps: times snr for x0, times snr / (snr + 1)
     for v. gamma = 0 is the plain error of eps.
 
     Args:
         gamma: >= 0; 0.5 or 1 in the paper.
         k: > 0; 1 in the paper.
-        kind: "eps", "x0" or "v".
+        prediction: "eps", "x0" or "v".
 
     Returns:
         log_snr float32[B] -> weight float32[B].
@@ -327,20 +329,20 @@ def p2(gamma: float, k: float = 1.0, *, kind: Kind) -> Weighting:
     """
     gamma = check_number("gamma", gamma, lambda v: v >= 0, "must not be negative")
     log_k = _log(check_number("k", k, lambda v: v > 0, "must be positive"))
-    return _weighting(lambda log_snr: log_snr - gamma * jnp.logaddexp(log_k, log_snr), kind)
+    return _weighting(lambda log_snr: log_snr - gamma * jnp.logaddexp(log_k, log_snr), prediction)
 
 
-def edm_weighting(sigma_data: float = 0.5, *, kind: Kind = "x0") -> Weighting:
+def edm_weighting(sigma_data: float = 0.5, *, prediction: PredictionType = "x0") -> Weighting:
     """Return EDM's weights (table 1): (sigma^2 + d^2) / (sigma d)^2 = snr + 1 / d^2 on the squared error of x0.
 
-    On a network of another kind the weight is what amounts to that on x0. Arguments: sigma_data > 0, the standard
-    deviation d of the data; kind "eps", "x0" or "v".
+    For another prediction type the weight is what amounts to that on x0. Arguments: sigma_data > 0, the standard
+    deviation d of the data; prediction "eps", "x0" or "v".
 
     Raises:
         ValueError: if an argument is out of its range. A traced one that is gives NaN.
     """
     log_sigma = _log(check_number("sigma_data", sigma_data, lambda v: v > 0, "must be positive"))
-    return _weighting(lambda log_snr: jnp.logaddexp(log_snr, -2.0 * log_sigma), kind)
+    return _weighting(lambda log_snr: jnp.logaddexp(log_snr, -2.0 * log_sigma), prediction)
 
 
 def contrastive_loss(
@@ -408,14 +410,14 @@ def _stratified(key: jax.Array, batch_size: int) -> jax.Array:
     return (u + jnp.arange(batch_size, dtype=jnp.float32) / batch_size) % 1.0
 
 
-def _weighting(log_weight: Callable[[jax.Array], jax.Array], kind: Kind) -> Weighting:
-    """Return what a weight on the squared error of x0 amounts to for a network of this kind; both by log_snr."""
-    if kind not in WEIGHTED_KINDS:
-        raise ValueError(f"{kind=} must be one of {WEIGHTED_KINDS}")
+def _weighting(log_weight: Callable[[jax.Array], jax.Array], prediction: PredictionType) -> Weighting:
+    """Convert a weight of the squared error of x0 to one of this prediction type; both are functions of log_snr."""
+    if prediction not in WEIGHTED_PREDICTIONS:
+        raise ValueError(f"{prediction=} must be one of {WEIGHTED_PREDICTIONS}")
 
     def weight(log_snr: jax.Array) -> jax.Array:
         log_snr = jnp.maximum(log_snr, -60.0)  # it is -inf where alpha_bar is 0, and 0 * inf has no value
-        by_kind = {"x0": 0.0, "eps": log_snr, "v": jax.nn.softplus(log_snr)}
-        return jnp.exp(log_weight(log_snr) - by_kind[kind])
+        relative = {"x0": 0.0, "eps": log_snr, "v": jax.nn.softplus(log_snr)}
+        return jnp.exp(log_weight(log_snr) - relative[prediction])
 
     return weight

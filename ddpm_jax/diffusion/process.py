@@ -58,9 +58,9 @@ from flax import struct
 
 from ddpm_jax.checks import check_indices, check_static, is_known, look_up
 from ddpm_jax.diffusion.schedules import left_steps_out, respaced_timesteps
-from ddpm_jax.types import Kind, Variance
+from ddpm_jax.types import PredictionType, Variance
 
-KINDS = ("eps", "x0", "v", "score", "mean")
+PREDICTIONS = ("eps", "x0", "v", "score", "mean")
 VARIANCES = ("fixed_small", "fixed_large", "learned_range")
 
 
@@ -337,32 +337,34 @@ def q_posterior(
     return mean, variance, log_variance
 
 
-def target(process: GaussianProcess, x0: jax.Array, eps: jax.Array, t: jax.Array, *, kind: Kind) -> jax.Array:
-    """Return what a network of this kind should output: eps, x0, v = alpha eps - sigma x0 (8), -eps / sigma, or (3).
+def target(
+    process: GaussianProcess, x0: jax.Array, eps: jax.Array, t: jax.Array, *, prediction: PredictionType
+) -> jax.Array:
+    """Return the training target: eps, x0, v = alpha eps - sigma x0 (8), the score -eps / sigma, or the mean (3).
 
     Args:
         process: T steps.
         x0: float[B, ...].
         eps: float[B, ...].
         t: int32[B] in [0, T).
-        kind: "eps", "x0", "v", "score" or "mean".
+        prediction: "eps", "x0", "v", "score" or "mean".
 
     Returns:
         The target, [B, ...].
 
     Raises:
-        ValueError: if kind is unknown or does not go with the process, the shapes do not fit, or t is out of range.
+        ValueError: if prediction is unknown or does not fit the process, the shapes do not fit, or t is out of range.
             Traced t out of range give NaN.
     """
-    _check_kind(kind, process)
+    _check_prediction(prediction, process)
     _check_shapes(process, x0, t, eps, "eps")
-    if kind in ("eps", "x0"):
+    if prediction in ("eps", "x0"):
         # 1, or NaN where t is out of range: under debug_nans NaN must not be made where it is not used.
-        return _at(jnp.ones_like(process.betas), t, x0) * (eps if kind == "eps" else x0)
-    if kind == "mean":
+        return _at(jnp.ones_like(process.betas), t, x0) * (eps if prediction == "eps" else x0)
+    if prediction == "mean":
         return q_posterior(process, x0, q_sample(process, x0, t, eps), t)[0]
     sigma = _at(process.sqrt_one_minus_alpha_bar, t, x0)
-    return -eps / sigma if kind == "score" else _at(process.sqrt_alpha_bar, t, x0) * eps - sigma * x0
+    return -eps / sigma if prediction == "score" else _at(process.sqrt_alpha_bar, t, x0) * eps - sigma * x0
 
 
 def predict(
@@ -371,7 +373,7 @@ def predict(
     xt: jax.Array,
     t: jax.Array,
     *,
-    kind: Kind,
+    prediction: PredictionType,
     variance: Variance = "fixed_small",
     x0_transform: Callable[[jax.Array], jax.Array] | None = None,
     at: tuple[jax.Array, jax.Array] | None = None,
@@ -383,36 +385,36 @@ def predict(
         output: float[B, ..., C], or [B, ..., 2C] with variance="learned_range"; any float dtype.
         xt: float[B, ..., C], the network's input.
         t: int32[B] in [0, T), steps of this process (not original timesteps).
-        kind: what the network predicts: "eps", "x0", "v", "score" or "mean".
+        prediction: what the network predicts: "eps", "x0", "v", "score" or "mean".
         variance: "fixed_small", "fixed_large" or "learned_range".
         x0_transform: applied to the estimate of x0, e.g. ``guidance.static_threshold()``; eps then follows by (7). It
             is here, and not a wrapper around the denoiser, because a clipped x0 written back as eps at alpha = 1e-4
-            would be lost to cancellation. The mean (3) follows from it for every kind. With kind="mean" the code of
+            would be lost to cancellation. The mean (3) follows from it for every type. With "mean" the code of
             DDPM and guided-diffusion keeps the network's mean there, and clips only the x0 that it reports: leave the
             transform out to reproduce their ancestral samples. Their DDIM uses the clipped x0, as here.
         at: (alpha, sigma) of xt, scalars, where it lies between the process' steps (EDM's churn): x0 and eps are read
-            there; mean and variance are still those of step t, and so is what kind="mean" is read by.
+            there; mean and variance are still those of step t, also where the network predicts the mean.
 
     Returns:
         A Prediction in the dtype of the tables.
 
     Raises:
-        ValueError: if kind or variance is unknown, the output does not have the channels they need, v is asked of a
-            process that does not preserve variance, the mean of one with steps left out, eps or the score is to give x0
-            back from pure noise, or t is out of range. Traced t out of range give NaN.
+        ValueError: if prediction or variance is unknown, the output does not have the channels they need, prediction is
+            "v" and the process does not preserve variance, or "mean" and it has steps left out, or "eps" or "score" and
+            it ends in pure noise, or t is out of range. Traced t out of range give NaN.
     """
-    _check_kind(kind, process)
+    _check_prediction(prediction, process)
     _check_t(process, t, xt)
-    if kind in ("eps", "score") and process.zero_terminal:
-        raise ValueError(f"{kind=} cannot give x0 at the last step, where alpha_bar is 0; use kind='v' or 'x0'")
+    if prediction in ("eps", "score") and process.zero_terminal:
+        raise ValueError(f"{prediction=} cannot give x0 at the last step, where alpha_bar is 0; use 'v' or 'x0'")
     mean_output, range_output = split_output(output.astype(process.betas.dtype), xt, variance)
     xt = xt.astype(process.betas.dtype)
     if at is None:
         at = _at(process.sqrt_alpha_bar, t, xt), _at(process.sqrt_one_minus_alpha_bar, t, xt)
-    if kind == "mean":
+    if prediction == "mean":
         mean_output = mean_output - _at(process.posterior_coef_xt, t, xt) * xt
-        mean_output, kind = mean_output / _at(process.posterior_coef_x0, t, xt), "x0"  # (3)
-    x0, eps = to_x0_eps(mean_output, xt, *at, kind)
+        mean_output, prediction = mean_output / _at(process.posterior_coef_x0, t, xt), "x0"  # (3)
+    x0, eps = to_x0_eps(mean_output, xt, *at, prediction)
     if x0_transform is not None:
         x0 = x0_transform(x0)
         eps = (xt - at[0] * x0) / at[1]  # (7)
@@ -458,17 +460,17 @@ def split_output(output: jax.Array, xt: jax.Array, variance: Variance) -> tuple[
 
 
 def to_x0_eps(
-    output: jax.Array, xt: jax.Array, alpha: jax.Array, sigma: jax.Array, kind: Kind
+    output: jax.Array, xt: jax.Array, alpha: jax.Array, sigma: jax.Array, prediction: PredictionType
 ) -> tuple[jax.Array, jax.Array]:
-    """Return x0 and eps of an output of kind "eps", "x0", "v" or "score" at xt = alpha x0 + sigma eps, (6) to (8).
+    """Return x0 and eps from a prediction of "eps", "x0", "v" or "score" at xt = alpha x0 + sigma eps, (6) to (8).
 
     v needs alpha^2 + sigma^2 = 1. alpha and sigma broadcast to xt.
     """
-    if kind == "x0":
+    if prediction == "x0":
         return output, (xt - alpha * output) / sigma  # (7)
-    if kind == "v":
+    if prediction == "v":
         return alpha * xt - sigma * output, sigma * xt + alpha * output  # (8)
-    eps = output if kind == "eps" else -sigma * output
+    eps = output if prediction == "eps" else -sigma * output
     return (xt - sigma * eps) / alpha, eps  # (6)
 
 
@@ -477,13 +479,13 @@ def _at(table: jax.Array, t: jax.Array, like: jax.Array) -> jax.Array:
     return look_up(table, t).reshape(t.shape + (1,) * (like.ndim - 1))
 
 
-def _check_kind(kind: str, process: GaussianProcess) -> None:
-    if kind not in KINDS:
-        raise ValueError(f"{kind=} must be one of {KINDS}")
-    if kind == "v" and not process.variance_preserving:
-        raise ValueError("kind='v' needs a process with alpha^2 + sigma^2 = 1; use 'eps', 'x0' or 'score'")
-    if kind == "mean" and process.shortened:
-        raise ValueError("kind='mean' needs all the steps it was trained on: the mean of a step depends on its length")
+def _check_prediction(prediction: str, process: GaussianProcess) -> None:
+    if prediction not in PREDICTIONS:
+        raise ValueError(f"{prediction=} must be one of {PREDICTIONS}")
+    if prediction == "v" and not process.variance_preserving:
+        raise ValueError("prediction='v' needs a process with alpha^2 + sigma^2 = 1; use 'eps', 'x0' or 'score'")
+    if prediction == "mean" and process.shortened:
+        raise ValueError("prediction='mean' needs all the steps of training: the mean of a step depends on its length")
 
 
 def _check_t(process: GaussianProcess, t: jax.Array, x: jax.Array) -> None:

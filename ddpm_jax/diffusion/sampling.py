@@ -214,8 +214,8 @@ def sample_with(
         if sampling.sampler == "ancestral":
             guide = lambda xt, t: sampling.classifier_scale * log_prob_gradient(log_prob, xt, t)
         else:
-            kind = diffusion.prediction
-            denoise = classifier_guided(process, denoise, log_prob, sampling.classifier_scale, kind=kind)
+            prediction = diffusion.prediction
+            denoise = classifier_guided(process, denoise, log_prob, sampling.classifier_scale, prediction=prediction)
     short_moments = None if moments is None else moments[process.timestep_map]
     return sample(
         process,
@@ -223,7 +223,7 @@ def sample_with(
         keys,
         shape,
         step=sampling.step(guide, short_moments),
-        kind=diffusion.prediction,
+        prediction=diffusion.prediction,
         variance=diffusion.variance,
         x0_transform=sampling.x0_transform(),
         **options,

@@ -48,7 +48,7 @@ def sdedit(
         keys: keys [B], or ``RecordedNoise`` for the steps that are taken.
         x0: float[B, ..., C], the guide.
         strength: fraction of the T steps that are taken, in (0, 1]; larger values preserve less of the guide.
-        options: ``step``, ``kind``, ``variance``, ``x0_transform``, ``trajectory`` as in ``sample``.
+        options: ``step``, ``prediction``, ``variance``, ``x0_transform``, ``trajectory`` as in ``sample``.
 
     Returns:
         As ``sample``.

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from ddpm_jax.checks import check_data, check_static
 from ddpm_jax.diffusion.process import GaussianProcess, predict
 from ddpm_jax.diffusion.samplers.grid import time_grid
-from ddpm_jax.types import Denoiser, Kind, Variance
+from ddpm_jax.types import Denoiser, PredictionType, Variance
 
 
 def invert(
@@ -16,7 +16,7 @@ def invert(
     denoise: Denoiser,
     x0: jax.Array,
     *,
-    kind: Kind = "eps",
+    prediction: PredictionType = "eps",
     variance: Variance = "fixed_small",
     x0_transform: Callable[[jax.Array], jax.Array] | None = None,
     iterations: int = 1,
@@ -35,7 +35,7 @@ def invert(
         process: T steps, as for the sampling that is to bring x0 back.
         denoise: the network, as in ``sample``.
         x0: float[B, ...], data.
-        kind, variance, x0_transform: as in ``sample``.
+        prediction, variance, x0_transform: as in ``sample``.
         iterations: network calls at every step, at least 1.
         trajectory: also return the state after every step.
 
@@ -44,7 +44,7 @@ def invert(
         float32[T, B, ...], whose last entry it is.
 
     Raises:
-        ValueError: if iterations < 1, or kind, variance and the network's output contradict each other.
+        ValueError: if iterations < 1, or prediction, variance and the network's output contradict each other.
     """
     check_data(x0)
     check_static("trajectory", trajectory, "since it decides what is returned")
@@ -58,7 +58,9 @@ def invert(
         def closer(_: jax.Array, x: jax.Array) -> jax.Array:
             t, index = (jnp.broadcast_to(value, x.shape[:1]) for value in (point.t, point.index))
             output = denoise(x, t)
-            eps = predict(process, output, x, index, kind=kind, variance=variance, x0_transform=x0_transform).eps
+            eps = predict(
+                process, output, x, index, prediction=prediction, variance=variance, x0_transform=x0_transform
+            ).eps
             return point.alpha / below.alpha * (low - below.sigma * eps) + point.sigma * eps
 
         x = jax.lax.fori_loop(0, iterations, closer, low)

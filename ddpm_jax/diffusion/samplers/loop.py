@@ -10,7 +10,7 @@ from ddpm_jax.diffusion.process import GaussianProcess, Prediction, predict
 from ddpm_jax.diffusion.samplers.ancestral import ancestral_step
 from ddpm_jax.diffusion.samplers.grid import Point, time_grid
 from ddpm_jax.diffusion.samplers.noise import RecordedNoise, check_keys, per_example_normal, transition_keys
-from ddpm_jax.types import Denoiser, Kind, Step, Variance
+from ddpm_jax.types import Denoiser, PredictionType, Step, Variance
 
 
 def sample(
@@ -20,7 +20,7 @@ def sample(
     shape: tuple[int, ...],
     *,
     step: Step | None = None,
-    kind: Kind = "eps",
+    prediction: PredictionType = "eps",
     variance: Variance = "fixed_small",
     x0_transform: Callable[[jax.Array], jax.Array] | None = None,
     x_init: jax.Array | None = None,
@@ -42,7 +42,7 @@ def sample(
             implementation.
         shape: of one example, e.g. (H, W, C) or (D,).
         step: ``ancestral_step()`` by default, ``ddim_step(eta)``, ...
-        kind: what the network predicts: "eps", "x0", "v", "score" or "mean".
+        prediction: what the network predicts: "eps", "x0", "v", "score" or "mean".
         variance: "fixed_small", "fixed_large" or "learned_range".
         x0_transform: applied to every estimate of x0, e.g. ``guidance.static_threshold()``.
         x_init: float[B, *shape] to start from, instead of noise of standard deviation ``process.prior_std``. Needed
@@ -56,8 +56,8 @@ def sample(
         x0, float32[B, *shape]; with ``trajectory`` the pair of it and float32[T, B, *shape], whose last entry it is.
 
     Raises:
-        ValueError: if keys or x_init do not fit, kind, variance and the network's output contradict each other, the
-            process ends too early to start from noise, or progress_every < 1.
+        ValueError: if keys or x_init do not fit, prediction, variance and the network's output contradict each other,
+            the process ends too early to start from noise, or progress_every < 1.
     """
     keys = check_keys(keys)
     if isinstance(keys, RecordedNoise) and keys.values.shape[1:2] != (process.num_steps + 1,):
@@ -82,7 +82,9 @@ def sample(
         output = denoise(xt, jnp.broadcast_to(point.t, xt.shape[:1]))
         index = jnp.broadcast_to(point.index, xt.shape[:1])
         at = (point.alpha, point.sigma)
-        return predict(process, output, xt, index, kind=kind, variance=variance, x0_transform=x0_transform, at=at)
+        return predict(
+            process, output, xt, index, prediction=prediction, variance=variance, x0_transform=x0_transform, at=at
+        )
 
     def transition(state: tuple, inputs: tuple) -> tuple[tuple, jax.Array | None]:
         xt, carry = state

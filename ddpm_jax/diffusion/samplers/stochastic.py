@@ -16,7 +16,7 @@ from ddpm_jax.diffusion.samplers.noise import (
     per_example_normal,
     transition_keys,
 )
-from ddpm_jax.types import Denoiser, Kind, PredictFn, Step
+from ddpm_jax.types import Denoiser, PredictFn, PredictionType, Step
 
 
 def reverse_diffusion_step() -> Step:
@@ -165,7 +165,7 @@ def analytic_step(second_moment: jax.Array, bound: float | None = None) -> Step:
 
 
 def analytic_moments(
-    process: GaussianProcess, denoise: Denoiser, keys: jax.Array, x0: jax.Array, *, kind: Kind = "eps"
+    process: GaussianProcess, denoise: Denoiser, keys: jax.Array, x0: jax.Array, *, prediction: PredictionType = "eps"
 ) -> jax.Array:
     """Return E |eps_hat(x_t)|^2 / D at every step, the Monte-Carlo estimate that ``analytic_step`` needs (eq. 8).
 
@@ -174,7 +174,7 @@ def analytic_moments(
         denoise: the network, without guidance.
         keys: keys [B], for the noise; or ``RecordedNoise``, values[:, t] for step t.
         x0: float[B, ..., C], data; the more examples, the better.
-        kind: what the network predicts. A learned variance half is not used.
+        prediction: what the network predicts. A learned variance half is not used.
 
     Returns:
         float32[T], to be stored beside the model.
@@ -189,6 +189,6 @@ def analytic_moments(
         t = jnp.broadcast_to(step, x0.shape[:1])
         xt = q_sample(process, x0, t, per_example_normal(transition_keys(keys, step), x0))
         output = denoise(xt, process.timestep_map[t])[..., : x0.shape[-1]]
-        return None, jnp.mean(jnp.square(predict(process, output, xt, t, kind=kind).eps))
+        return None, jnp.mean(jnp.square(predict(process, output, xt, t, prediction=prediction).eps))
 
     return jax.lax.scan(moment, None, jnp.arange(process.num_steps, dtype=jnp.int32))[1]

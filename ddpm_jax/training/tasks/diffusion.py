@@ -124,7 +124,7 @@ class DiffusionTask:
             denoise,
             key,
             x0,
-            kind=self.diffusion.prediction,
+            prediction=self.diffusion.prediction,
             objective=self.objective,
             variance=self.diffusion.variance,
             weighting=self.weighting,
