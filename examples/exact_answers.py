@@ -117,7 +117,7 @@ def discrete(betas: np.ndarray, spec: str) -> tuple:
 
     def denoiser(data: str) -> Callable:
         at = lambda table, t: table[t][:, None]
-        return lambda xt, t: exact_eps(data, xt, at(long.sqrt_alpha_bar, t), at(long.sqrt_one_minus_alpha_bar, t))
+        return lambda xt, t: exact_eps(data, xt, at(long.alpha, t), at(long.sigma, t))
 
     return respace(long, spec), denoiser
 
@@ -171,9 +171,7 @@ def slope(step: Step) -> float:
     """
     process = make_process(linear_betas(8001), dtype=jnp.float64)
     at = lambda table, t: table[t][:, None]
-    denoise = lambda xt, t: exact_eps(
-        "mixture", xt, at(process.sqrt_alpha_bar, t), at(process.sqrt_one_minus_alpha_bar, t)
-    )
+    denoise = lambda xt, t: exact_eps("mixture", xt, at(process.alpha, t), at(process.sigma, t))
     start = jnp.asarray(np.random.default_rng(0).standard_normal((16, 2)))
 
     def end(stride: int, step: Step) -> np.ndarray:

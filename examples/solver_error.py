@@ -43,8 +43,8 @@ SDE = {
 def flow(start: np.ndarray) -> np.ndarray:
     """Return where the probability flow dy/ds = eps, y = x / alpha, s = sigma / alpha, leads from x_T, at s = 0."""
     process = make_process(linear_betas(1000), dtype=jnp.float64)
-    alpha = float(process.sqrt_alpha_bar[-1])
-    high, low = float(process.sqrt_one_minus_alpha_bar[-1]) / alpha, 1e-6
+    alpha = float(process.alpha[-1])
+    high, low = float(process.sigma[-1]) / alpha, 1e-6
 
     @jax.jit
     def velocity(log_s: jax.Array, y: jax.Array) -> jax.Array:

@@ -183,7 +183,7 @@ def test_guidance_at_timesteps_that_its_process_lacks():
 def test_guided_samples_are_those_of_the_posterior():
     """Data N(0, s^2) seen through noise of variance 1, as case 30: with either process the same samples."""
     seen, s = 1.0, 0.7
-    levels = lambda t: (FULL.sqrt_alpha_bar[t][:, None], FULL.sqrt_one_minus_alpha_bar[t][:, None])
+    levels = lambda t: (FULL.alpha[t][:, None], FULL.sigma[t][:, None])
 
     def eps(xt, t):
         a, sigma = levels(t)

@@ -60,7 +60,7 @@ def test_a_preserving_schedule_becomes_the_discrete_process_of_its_betas():
     up = times[::-1]
     alpha_bar = np.exp(-(0.1 * up + 0.5 * up**2 * 19.9))
     same = make_process(1 - alpha_bar / np.append(1.0, alpha_bar[:-1]))
-    for name in ("betas", "alpha_bar", "sqrt_one_minus_alpha_bar", "posterior_coef_x0", "posterior_coef_xt", "log_snr"):
+    for name in ("betas", "alpha_bar", "sigma", "posterior_coef_x0", "posterior_coef_xt", "log_snr"):
         np.testing.assert_allclose(getattr(process, name), getattr(same, name), rtol=3e-6, atol=1e-12, err_msg=name)
     np.testing.assert_allclose(process.timestep_map, up, rtol=1e-6)
     assert process.timestep_map.dtype == jnp.float32
@@ -72,7 +72,7 @@ def test_a_step_of_the_discrete_process_composes_to_the_marginals(name):
     with jax.enable_x64(True):
         process = continuous.discretize(CLOSED[name][0], np.linspace(0.9, 0.1, 9), dtype=jnp.float64)
     process = jax.tree.map(np.asarray, process)
-    alpha, sigma, betas = process.sqrt_alpha_bar, process.sqrt_one_minus_alpha_bar, process.betas[1:]
+    alpha, sigma, betas = process.alpha, process.sigma, process.betas[1:]
     ratio = alpha[1:] / alpha[:-1]
     np.testing.assert_allclose(ratio**2 * sigma[:-1] ** 2 + betas, sigma[1:] ** 2, rtol=1e-12)
     # Bayes on two Gaussians: precision of x_{t-1} given x_t and x0.

@@ -182,7 +182,7 @@ def _x0_given_xt(xt, t):
 def _network(prediction):
     def denoise(xt, t):
         x0 = _x0_given_xt(xt, t)[0]
-        alpha, sigma = (v[t][:, None] for v in (PROCESS.sqrt_alpha_bar, PROCESS.sqrt_one_minus_alpha_bar))
+        alpha, sigma = (v[t][:, None] for v in (PROCESS.alpha, PROCESS.sigma))
         return target(PROCESS, x0, (xt - alpha * x0) / sigma, t, prediction=prediction)
 
     return denoise
@@ -219,7 +219,7 @@ def test_classifier_guidance_leaves_the_variance_half_and_scales_by_example():
     double = lambda xt, t: jnp.concatenate([0.1 * xt, jnp.full_like(xt, 0.7)], axis=-1)
     out = np.asarray(classifier_guided(PROCESS, double, log_prob, jnp.array([0.0, 1.0, 2.0]))(xt, t))
     np.testing.assert_array_equal(out[:, 2:], np.float32(0.7))
-    sigma = np.asarray(PROCESS.sqrt_one_minus_alpha_bar)[np.asarray(t)][:, None]
+    sigma = np.asarray(PROCESS.sigma)[np.asarray(t)][:, None]
     scale = np.array([[0.0], [1.0], [2.0]])
     np.testing.assert_allclose(out[:, :2], 0.1 * xt - sigma * scale * (-2 * np.asarray(xt)), rtol=1e-5)
     with pytest.raises(ValueError, match="log_prob must return one number an example"):
@@ -232,7 +232,7 @@ def _of_gaussian(mean, std, prediction):
     """The exact network of data N(mean, std^2), by Bayes' rule."""
 
     def denoise(xt, t):
-        alpha, sigma = (v[t][:, None] for v in (PROCESS.sqrt_alpha_bar, PROCESS.sqrt_one_minus_alpha_bar))
+        alpha, sigma = (v[t][:, None] for v in (PROCESS.alpha, PROCESS.sigma))
         eps = sigma * (xt - alpha * mean) / (alpha**2 * std**2 + sigma**2)
         return target(PROCESS, (xt - sigma * eps) / alpha, eps, t, prediction=prediction)
 

@@ -166,8 +166,8 @@ def rounded_as_diffusers_does():
         beta[0] = betas[0]  # the step before is t = -1
         variance = (1 - before) / (1 - here) * beta
         return process.replace(
-            sqrt_alpha_bar=jnp.asarray(np.sqrt(here)),
-            sqrt_one_minus_alpha_bar=jnp.asarray(np.sqrt(1 - here)),
+            alpha=jnp.asarray(np.sqrt(here)),
+            sigma=jnp.asarray(np.sqrt(1 - here)),
             posterior_coef_x0=jnp.asarray(np.sqrt(before) * beta / (1 - here)),
             posterior_coef_xt=jnp.asarray(np.sqrt(1 - beta) * (1 - before) / (1 - here)),
             posterior_log_variance=jnp.asarray(np.log(np.maximum(variance, f(1e-20)))),

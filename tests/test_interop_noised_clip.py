@@ -85,7 +85,7 @@ def test_the_gradient_is_the_peers(params):
         gradient, guided = both(params)
     size = np.abs(theirs).max()
     np.testing.assert_allclose(gradient, theirs, atol=2e-5 * size)
-    sigma = process.sqrt_one_minus_alpha_bar[T].reshape(3, 1, 1, 1)
+    sigma = process.sigma[T].reshape(3, 1, 1, 1)
     np.testing.assert_allclose(guided, -sigma * theirs, atol=2e-5 * size)
 
 

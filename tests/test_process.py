@@ -55,8 +55,8 @@ def test_tables_are_float64_products(schedule):
         "betas": betas,
         "alpha_bar": alpha_bar,
         "alpha_bar_prev": np.append(1, alpha_bar[:-1]),
-        "sqrt_alpha_bar": np.sqrt(alpha_bar),
-        "sqrt_one_minus_alpha_bar": np.sqrt(1 - alpha_bar),
+        "alpha": np.sqrt(alpha_bar),
+        "sigma": np.sqrt(1 - alpha_bar),
         "log_snr": np.log(alpha_bar / (1 - alpha_bar)),
         "log_betas": np.log(betas),
     }
@@ -221,7 +221,7 @@ def test_a_process_that_ends_in_pure_noise_gives_a_point_back(prediction, step):
     full = make_process(zero_terminal_snr(linear_betas(1000)))
 
     def denoise(xt, t):
-        alpha, sigma = full.sqrt_alpha_bar[t][:, None], full.sqrt_one_minus_alpha_bar[t][:, None]
+        alpha, sigma = full.alpha[t][:, None], full.sigma[t][:, None]
         x0 = jnp.broadcast_to(c, xt.shape)
         return x0 if prediction == "x0" else alpha * (xt - alpha * x0) / sigma - sigma * x0
 

@@ -70,7 +70,7 @@ def test_the_error_falls_with_the_order_of_the_solver(name):
         z = np.linspace(-1.5, 1.5, 7)[:, None]
         keys = example_keys(jax.random.key(0), 7)
         # The ODE keeps z = (x - alpha m) / std(x) constant along a path.
-        at = lambda i: (process.sqrt_alpha_bar[i] * MEAN) + jnp.sqrt(1 - process.alpha_bar[i] * (1 - STD**2)) * z
+        at = lambda i: (process.alpha[i] * MEAN) + jnp.sqrt(1 - process.alpha_bar[i] * (1 - STD**2)) * z
         strides, errors = [80, 40, 20], []
         for stride in strides:
             short = respace(process, list(range(2400, 8001, stride)))
@@ -215,7 +215,7 @@ def test_samples_of_discrete_points_end_in_them():
     points = jnp.stack(jnp.meshgrid(jnp.linspace(-1.0, 1.0, 10), jnp.linspace(-1.0, 1.0, 10)), -1).reshape(100, 2)
 
     def denoise(xt, t):
-        alpha, sigma = process.sqrt_alpha_bar[t], process.sqrt_one_minus_alpha_bar[t]
+        alpha, sigma = process.alpha[t], process.sigma[t]
         distances = jnp.sum((xt[:, None] - alpha[:, None, None] * points[None]) ** 2, axis=-1)
         return jax.nn.softmax(-0.5 * distances / sigma[:, None] ** 2, axis=-1) @ points
 
@@ -264,7 +264,7 @@ def test_inversion_finds_the_noise_of_the_exact_flow():
     data = jnp.linspace(-1.0, 1.0, 5)[:, None]
     denoise = gaussian_denoiser(process)
     xt, states = jax.jit(lambda x0: invert(process, denoise, x0, prediction="x0", trajectory=True))(data)
-    alpha, variance = process.sqrt_alpha_bar[-1], 1 - process.alpha_bar[-1] * (1 - STD**2)
+    alpha, variance = process.alpha[-1], 1 - process.alpha_bar[-1] * (1 - STD**2)
     np.testing.assert_allclose(xt, alpha * MEAN + jnp.sqrt(variance) * (data - MEAN) / STD, atol=0.02)
     assert states.shape == (1000, 5, 1)
     np.testing.assert_array_equal(states[-1], xt)

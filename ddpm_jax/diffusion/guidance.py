@@ -150,8 +150,8 @@ def classifier_guided(
         A denoiser, float32.
 
     Raises:
-        ValueError: for an unknown prediction type, and when called, if log_prob does not return one number an example, t
-            is not an integer, or the process has no such timestep. Of a traced t that it does not have the output is NaN.
+        ValueError: for an unknown prediction type; when called, if log_prob does not return one number an example, or t
+            is not an integer timestep of the process. For a traced t out of range the output is NaN.
     """
     _check_shiftable(prediction)
     _check_scale(scale)
@@ -203,8 +203,8 @@ def implicit_gradient(
         (xt, t) -> float32[B, ...], for integer t.
 
     Raises:
-        ValueError: for an unknown prediction type, and when called, if t is not an integer or no timestep of the process. Of
-            a traced t that it does not have the gradient is NaN.
+        ValueError: for an unknown prediction type; when called, if t is not an integer timestep of the process. For
+            a traced t out of range the gradient is NaN.
     """
     _check_shiftable(prediction)
     _check_scale(scale)
@@ -294,7 +294,7 @@ def _levels(process: GaussianProcess, xt: jax.Array, t: jax.Array) -> tuple[jax.
         raise ValueError(f"t must be timesteps of the process that guidance was given, which does not have {missing}")
     index = jnp.where(found, place, process.num_steps)
     wide = lambda table: look_up(table, index).reshape(t.shape + (1,) * (xt.ndim - 1))  # noqa: E731
-    return wide(process.sqrt_alpha_bar), wide(process.sqrt_one_minus_alpha_bar)
+    return wide(process.alpha), wide(process.sigma)
 
 
 def _check_scale(scale: float | jax.Array) -> None:

@@ -48,7 +48,7 @@ def variational_bound(
 
     Raises:
         ValueError: if shapes do not fit, prediction, variance and the network's output contradict each other, or x0 is
-            not in [-1, 1]. Under jit, where its numbers are not known yet, L_0 and the total of such an example are NaN.
+            not in [-1, 1]. Under jit, where x0 is not known, L_0 and the total of such an example are NaN.
     """
     keys = check_entries(check_keys(keys, x0.shape[0]), process.num_steps)
     x0 = x0.astype(process.betas.dtype)
@@ -77,8 +77,8 @@ def prior_kl(process: GaussianProcess, x0: jax.Array) -> jax.Array:
 
     x0: float[B, ...]; prior_std is the process', 1 where variance is preserved.
     """
-    mean = process.sqrt_alpha_bar[-1] * x0.astype(process.betas.dtype)
-    log_variance = jnp.broadcast_to(2.0 * jnp.log(process.sqrt_one_minus_alpha_bar[-1]), mean.shape)
+    mean = process.alpha[-1] * x0.astype(process.betas.dtype)
+    log_variance = jnp.broadcast_to(2.0 * jnp.log(process.sigma[-1]), mean.shape)
     prior = jnp.broadcast_to(2.0 * jnp.log(process.prior_std), mean.shape)
     kl = normal_kl(mean, log_variance, jnp.zeros_like(mean), prior)
     return jnp.mean(kl, axis=tuple(range(1, x0.ndim))) / math.log(2.0)

@@ -71,10 +71,9 @@ class GaussianProcess:
     Attributes:
         betas: beta_t of (1), or (13).
         alpha_bar: alpha_bar_t of (2); alpha^2 in any case.
-        alpha_bar_low: what float32 leaves of alpha_bar; ``respace`` adds both in float64, since (12) subtracts
-            neighbours that agree to four digits.
+        alpha_bar_low: alpha_bar minus its float32 value; ``respace`` adds both, since (12) cancels four digits.
         alpha_bar_prev: alpha_bar_{t-1}, 1 at t = 0.
-        sqrt_alpha_bar, sqrt_one_minus_alpha_bar: alpha and sigma of (6) to (8) and (13).
+        alpha, sigma: of (6) to (8) and (13); x_t = alpha x0 + sigma eps.
         posterior_coef_x0, posterior_coef_xt: (4), or (14).
         posterior_variance, posterior_log_variance: (5), and its clipped log.
         log_betas, large_log_variance: log beta_t, and the log of (10).
@@ -94,8 +93,8 @@ class GaussianProcess:
     alpha_bar: jax.Array
     alpha_bar_low: jax.Array
     alpha_bar_prev: jax.Array
-    sqrt_alpha_bar: jax.Array
-    sqrt_one_minus_alpha_bar: jax.Array
+    alpha: jax.Array
+    sigma: jax.Array
     posterior_coef_x0: jax.Array
     posterior_coef_xt: jax.Array
     posterior_variance: jax.Array
@@ -217,7 +216,7 @@ def _respaced_traced(process: GaussianProcess, chosen: np.ndarray) -> GaussianPr
     one, zero = jnp.ones_like(high[:1]), jnp.zeros_like(high[:1])
     high_prev, low_prev = jnp.append(one, high[:-1]), jnp.append(zero, low[:-1])
     betas = ((high_prev - high) + (low_prev - low)) / high_prev
-    alpha, sigma = process.sqrt_alpha_bar[chosen], process.sqrt_one_minus_alpha_bar[chosen]
+    alpha, sigma = process.alpha[chosen], process.sigma[chosen]
     alpha_prev, var, var_prev = jnp.append(one, alpha[:-1]), sigma**2, jnp.append(zero, sigma[:-1] ** 2)
     variance = betas * var_prev / var
     clipped = jnp.append(variance[1:2] if len(chosen) > 1 else betas[:1], variance[1:])
@@ -226,8 +225,8 @@ def _respaced_traced(process: GaussianProcess, chosen: np.ndarray) -> GaussianPr
         alpha_bar=high,
         alpha_bar_low=low,
         alpha_bar_prev=high_prev,
-        sqrt_alpha_bar=alpha,
-        sqrt_one_minus_alpha_bar=sigma,
+        alpha=alpha,
+        sigma=sigma,
         posterior_coef_x0=betas * alpha_prev / var,
         posterior_coef_xt=var_prev * (alpha / alpha_prev) / var,
         posterior_variance=variance,
@@ -277,8 +276,8 @@ def from_tables(
         alpha_bar=table(alpha_bar),
         alpha_bar_low=table(alpha_bar - rounded),
         alpha_bar_prev=table(alpha_prev**2),
-        sqrt_alpha_bar=table(alpha),
-        sqrt_one_minus_alpha_bar=table(sigma),
+        alpha=table(alpha),
+        sigma=table(sigma),
         posterior_coef_x0=table(betas * alpha_prev / var),  # (4), (14)
         posterior_coef_xt=table(var_prev * (alpha / alpha_prev) / var),  # (4), (14)
         posterior_variance=table(posterior_variance),
@@ -310,7 +309,7 @@ def q_sample(process: GaussianProcess, x0: jax.Array, t: jax.Array, eps: jax.Arr
         ValueError: if the shapes do not fit or t is out of range. Traced t out of range give NaN.
     """
     _check_shapes(process, x0, t, eps, "eps")
-    return _at(process.sqrt_alpha_bar, t, x0) * x0 + _at(process.sqrt_one_minus_alpha_bar, t, x0) * eps
+    return _at(process.alpha, t, x0) * x0 + _at(process.sigma, t, x0) * eps
 
 
 def q_posterior(
@@ -363,8 +362,8 @@ def target(
         return _at(jnp.ones_like(process.betas), t, x0) * (eps if prediction == "eps" else x0)
     if prediction == "mean":
         return q_posterior(process, x0, q_sample(process, x0, t, eps), t)[0]
-    sigma = _at(process.sqrt_one_minus_alpha_bar, t, x0)
-    return -eps / sigma if prediction == "score" else _at(process.sqrt_alpha_bar, t, x0) * eps - sigma * x0
+    sigma = _at(process.sigma, t, x0)
+    return -eps / sigma if prediction == "score" else _at(process.alpha, t, x0) * eps - sigma * x0
 
 
 def predict(
@@ -388,10 +387,9 @@ def predict(
         prediction: what the network predicts: "eps", "x0", "v", "score" or "mean".
         variance: "fixed_small", "fixed_large" or "learned_range".
         x0_transform: applied to the estimate of x0, e.g. ``guidance.static_threshold()``; eps then follows by (7). It
-            is here, and not a wrapper around the denoiser, because a clipped x0 written back as eps at alpha = 1e-4
-            would be lost to cancellation. The mean (3) follows from it for every type. With "mean" the code of
-            DDPM and guided-diffusion keeps the network's mean there, and clips only the x0 that it reports: leave the
-            transform out to reproduce their ancestral samples. Their DDIM uses the clipped x0, as here.
+            is not a wrapper of the denoiser, because a clipped x0 written back as eps at alpha = 1e-4 is lost to
+            cancellation. The mean (3) follows from it. With "mean", DDPM and guided-diffusion keep the network's mean
+            and clip only the x0 that they report: omit it to reproduce their ancestral samples, not their DDIM.
         at: (alpha, sigma) of xt, scalars, where it lies between the process' steps (EDM's churn): x0 and eps are read
             there; mean and variance are still those of step t, also where the network predicts the mean.
 
@@ -410,7 +408,7 @@ def predict(
     mean_output, range_output = split_output(output.astype(process.betas.dtype), xt, variance)
     xt = xt.astype(process.betas.dtype)
     if at is None:
-        at = _at(process.sqrt_alpha_bar, t, xt), _at(process.sqrt_one_minus_alpha_bar, t, xt)
+        at = _at(process.alpha, t, xt), _at(process.sigma, t, xt)
     if prediction == "mean":
         mean_output = mean_output - _at(process.posterior_coef_xt, t, xt) * xt
         mean_output, prediction = mean_output / _at(process.posterior_coef_x0, t, xt), "x0"  # (3)

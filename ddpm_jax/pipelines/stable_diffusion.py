@@ -231,7 +231,7 @@ class StableDiffusion(flax.struct.PyTreeNode):
 
 def _ending_at(process: GaussianProcess, step: Step) -> Step:
     """Return a step whose last transition ends at the noise of the process' first timestep, and not at the data."""
-    alpha, sigma = process.sqrt_alpha_bar[0], process.sqrt_one_minus_alpha_bar[0]
+    alpha, sigma = process.alpha[0], process.sigma[0]
 
     def update(predict_fn: PredictFn, keys: jax.Array, xt: jax.Array, here: Point, there: Point, carry: Any) -> tuple:
         last = there.sigma == 0.0

@@ -45,8 +45,8 @@ def time_grid(process: GaussianProcess) -> Point:
     return Point(
         index=downwards(jnp.arange(process.num_steps, dtype=jnp.int32), -1),
         t=downwards(process.timestep_map, -1),
-        alpha=downwards(process.sqrt_alpha_bar.astype(dtype), 1.0),
-        sigma=downwards(process.sqrt_one_minus_alpha_bar.astype(dtype), 0.0),
+        alpha=downwards(process.alpha.astype(dtype), 1.0),
+        sigma=downwards(process.sigma.astype(dtype), 0.0),
         beta=downwards(process.betas, 0.0),
         time_is_sigma=process.time_is_sigma,
         num_steps=process.num_steps,
