@@ -104,8 +104,8 @@ def get_config(variant: str = "") -> ConfigDict:
         "attention_resolutions": (4,),
         "context_width": 128,
         "image_tokens": 4,
-        "layout_channels": 64,
-        "layout_heads": 8,
+        "cond_map_channels": 64,
+        "cond_map_heads": 8,
         "text_encoder": {"kind": "gru", "width": 128, "layers": 1, "heads": 2},  # heads: of kind "transformer"
         "diffusion": {"schedule": "cosine", "num_steps": 1000, "prediction": "x0"},
         "timesteps": "stratified",
@@ -245,8 +245,8 @@ def decoder(config: ConfigDict, vocab_size: int) -> Decoder:
         c.image_tokens,
         text_embedding=False,
         word_vectors=vocab_size,
-        layout_channels=c.layout_channels,
-        layout_heads=c.layout_heads,
+        cond_map_channels=c.cond_map_channels,
+        cond_map_heads=c.cond_map_heads,
         text_encoder=encoder,
     )
 
@@ -315,7 +315,7 @@ def smoke(config: ConfigDict) -> None:
     config.clip.update(text={"width": 16, "layers": 1, "heads": 2})
     config.prior.update(width=16, layers=1, heads=2)
     config.decoder.unet.update(channels=32, head_channels=16, patch=4)
-    config.decoder.update(context_width=16, attention_resolutions=(2,), layout_channels=4)
+    config.decoder.update(context_width=16, attention_resolutions=(2,), cond_map_channels=4)
     # Its recurrent networks are one piece for every token, and take long to compile.
     config.decoder.text_encoder.update(kind="transformer", width=16, layers=1, heads=2)
     config.upsampler.unet.update(channels=32, channel_mult=(1, 1), patch=8)

@@ -257,49 +257,49 @@ def test_res_block_is_the_published_one(resample, features, scale_shift):
 @pytest.mark.parametrize("resample", [None, "down", "up"])
 def test_a_layout_scales_and_shifts_every_position_by_itself(resample):
     size = {None: 4, "down": 2, "up": 8}[resample]
-    x, emb, layout = normal(0, 2, 4, 4, 8), normal(1, 2, 6), normal(2, 2, size, size, 5)
+    x, emb, cond_map = normal(0, 2, 4, 4, 8), normal(1, 2, 6), normal(2, 2, size, size, 5)
     module = ResBlock(8, resample, groups=4)
-    apply = lambda params, x, emb, layout: module.apply(params, x, emb, False, layout)
-    params = random_params(lambda *args: module.init(*args[:3], False, args[3]), x, emb, layout)
+    apply = lambda params, x, emb, cond_map: module.apply(params, x, emb, False, cond_map)
+    params = random_params(lambda *args: module.init(*args[:3], False, args[3]), x, emb, cond_map)
     p = f64(params["params"])
     move = {None: lambda y: y, "down": average2, "up": lambda y: np.repeat(np.repeat(y, 2, 1), 2, 2)}[resample]
     h = silu(group_norm(f64(x), 4, p["norm_1"]["scale"], p["norm_1"]["bias"]))
     h = conv3(move(h), p["conv_1"]["kernel"], p["conv_1"]["bias"])
     e = (silu(f64(emb)) @ p["emb"]["kernel"] + p["emb"]["bias"])[:, None, None, :]
-    e = e + f64(layout) @ p["layout_emb"]["kernel"]
+    e = e + f64(cond_map) @ p["layout_emb"]["kernel"]
     h = group_norm(h, 4, p["norm_2"]["scale"], p["norm_2"]["bias"]) * (1 + e[..., :8]) + e[..., 8:]
     h = conv3(silu(h), p["conv_2"]["kernel"], p["conv_2"]["bias"])
-    np.testing.assert_allclose(fast_jit(apply)(params, x, emb, layout), move(f64(x)) + h, atol=5e-5)
+    np.testing.assert_allclose(fast_jit(apply)(params, x, emb, cond_map), move(f64(x)) + h, atol=5e-5)
 
 
 def test_a_layout_needs_scale_and_shift():
     block = ResBlock(8, scale_shift=False, groups=4)
-    with pytest.raises(ValueError, match="a layout scales and shifts, which scale_shift=False does not"):
+    with pytest.raises(ValueError, match="cond_map needs scale_shift=True"):
         jax.eval_shape(
             block.init, jax.random.key(0), normal(0, 2, 4, 4, 8), normal(1, 2, 6), False, normal(2, 2, 4, 4, 5)
         )
 
 
 @pytest.mark.parametrize("modulate", [False, True])
-def test_the_layout_reaches_every_block_of_its_level_only_if_it_modulates(modulate):
-    """With a stem blind to the layout, it can arrive through the blocks alone, averaged down to their level."""
+def test_the_cond_map_reaches_every_block_of_its_level_only_if_it_modulates(modulate):
+    """Zero the stem's weights of the map: only the blocks can read it, averaged down to their level."""
     unet = UNet(16, 3, (1, 2), 1, (), mid_attention=False, groups=4, modulate=modulate)
-    x, t, layout = normal(0, 2, 4, 4, 3), jnp.array([3, 500]), normal(1, 2, 4, 4, 5)
-    run = fast_jit(lambda params, layout: unet.apply(params, x, t, layout=layout))
-    params = random_params(lambda key: unet.init(key, x, t, layout=layout))
+    x, t, cond_map = normal(0, 2, 4, 4, 3), jnp.array([3, 500]), normal(1, 2, 4, 4, 5)
+    run = fast_jit(lambda params, cond_map: unet.apply(params, x, t, cond_map=cond_map))
+    params = random_params(lambda key: unet.init(key, x, t, cond_map=cond_map))
     kernel = params["params"]["in_conv"]["kernel"].at[:, :, 3:].set(0)
     params = {"params": params["params"] | {"in_conv": params["params"]["in_conv"] | {"kernel": kernel}}}
     blocks = {name: p for name, p in params["params"].items() if "conv_1" in p}
     assert len(blocks) == 10 and all(("layout_emb" in p) == modulate for p in blocks.values())
-    assert (run(params, layout) != run(params, -layout)).any() == modulate
+    assert (run(params, cond_map) != run(params, -cond_map)).any() == modulate
     if not modulate:
         return
-    # Blocks of the lower level read averages of 2 x 2 of silu(layout): what keeps these does not matter to them.
+    # Blocks of the lower level read averages of 2 x 2 of silu(cond_map): what keeps these does not matter to them.
     for name in ("down_0_0", "up_0_0", "up_0_1", "up_1_sample"):
         params = with_zeros(params, "params", name, "layout_emb")
-    swapped = layout[:, :, jnp.array([1, 0, 3, 2])]
-    np.testing.assert_allclose(run(params, layout), run(params, swapped), atol=1e-4)
-    assert np.abs(run(params, layout) - run(params, -layout)).max() > 1e-2
+    swapped = cond_map[:, :, jnp.array([1, 0, 3, 2])]
+    np.testing.assert_allclose(run(params, cond_map), run(params, swapped), atol=1e-4)
+    assert np.abs(run(params, cond_map) - run(params, -cond_map)).max() > 1e-2
 
 
 def test_blocks_begin_as_their_skip():

@@ -52,8 +52,8 @@ def make_decoder(own_text=False, **options):
     unet = UNet(16, 3, (1, 2), 1, (4,), head_channels=8, groups=4, modulate=own_text, **options)
     own = {}
     if own_text:
-        own = {"word_vectors": VOCAB, "layout_heads": 2, "text_encoder": encoder(causal=False, **options)}
-    return Decoder(unet, D, 8, layout_channels=3, dtype=unet.dtype, **own)
+        own = {"word_vectors": VOCAB, "cond_map_heads": 2, "text_encoder": encoder(causal=False, **options)}
+    return Decoder(unet, D, 8, cond_map_channels=3, dtype=unet.dtype, **own)
 
 
 def make_prior(own_text=False, **options):

@@ -103,8 +103,8 @@ def make_task(name, **options):
             8,
             text_embedding=False,
             word_vectors=VOCAB,
-            layout_channels=3,
-            layout_heads=2,
+            cond_map_channels=3,
+            cond_map_heads=2,
             text_encoder=RecurrentTextEncoder(VOCAB, 8, name="text_encoder"),
         )
         diffusion, loss = DIFFUSION.replace(variance="learned_range"), {"objective": "hybrid"}

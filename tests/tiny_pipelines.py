@@ -73,8 +73,8 @@ def decoder():
         WIDTH,
         text_embedding=False,
         word_vectors=WORDS,
-        layout_channels=4,
-        layout_heads=2,
+        cond_map_channels=4,
+        cond_map_heads=2,
         text_encoder=TextEncoder(WORDS, LENGTH, WIDTH, 1, 2, causal=False),
     )
     z, tokens = zeros(1, WIDTH), zeros(1, LENGTH, dtype=np.int32)

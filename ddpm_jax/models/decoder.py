@@ -17,7 +17,7 @@ class Decoder(nn.Module):
     The image embedding is projected and added to the time embedding, and projected to `image_tokens` context tokens
     that precede the text tokens. Dropped conditions have no influence: the image embedding is replaced by learned null
     vectors, text tokens are masked and left out of the sum of word vectors, and the text embedding is replaced by a
-    learned one. word_vectors, layout_channels, layout_heads and text_encoder are not in the paper.
+    learned one. word_vectors, cond_map_channels, cond_map_heads and text_encoder are not in the paper.
 
     Attributes:
         unet: the U-Net.
@@ -28,12 +28,12 @@ class Decoder(nn.Module):
         word_vectors: size of the vocabulary, or 0. A learned vector for every token is added to the time embedding,
             besides the text encoder's output: it generalises to pairs of words that training does not contain, since
             the sum says the same about a shape whatever its colour. It needs a text_encoder, that is, token ids.
-        layout_channels: E, or 0. The embedding is projected to a map of the U-Net's grid with E channels, which is
+        cond_map_channels: E, or 0. The embedding is projected to a map of the U-Net's grid with E channels, which is
             concatenated to the noised image: convolutions localise a global vector by their padding alone, which small
             networks are slow to learn.
-        layout_heads: heads of a `GridCrossAttention` whose result is added to that map, or 0: each spatial position
+        cond_map_heads: heads of a `GridCrossAttention` whose result is added to that map, or 0: each spatial position
             cross-attends to the caption tokens, which binds attributes to one of several objects. It needs
-            layout_channels and word_vectors.
+            cond_map_channels and word_vectors.
         text_encoder: reads token ids and is trained with the decoder; None if `text` is hidden states.
         dtype: in which the layers compute; parameters are float32.
     """
@@ -44,8 +44,8 @@ class Decoder(nn.Module):
     image_tokens: int = 4
     text_embedding: bool = True
     word_vectors: int = 0
-    layout_channels: int = 0
-    layout_heads: int = 0
+    cond_map_channels: int = 0
+    cond_map_heads: int = 0
     text_encoder: nn.Module | None = None
     dtype: Any = jnp.float32
 
@@ -82,9 +82,9 @@ class Decoder(nn.Module):
         Raises:
             ValueError: if fields contradict each other.
         """
-        check_layout(self.layout_heads, self.layout_channels, self.word_vectors)
-        if self.unet.modulate and not self.layout_channels:
-            raise ValueError("modulate=True of the U-Net needs layout_channels, got layout_channels=0")
+        check_cond_map(self.cond_map_heads, self.cond_map_channels, self.word_vectors)
+        if self.unet.modulate and not self.cond_map_channels:
+            raise ValueError("modulate=True of the U-Net needs cond_map_channels, got cond_map_channels=0")
         b = xt.shape[0]
         keep_image = jnp.ones(b, bool) if keep_image is None else keep_image
         keep_text = jnp.ones(b, bool) if keep_text is None else keep_text
@@ -111,14 +111,14 @@ class Decoder(nn.Module):
         hidden = jnp.where(keep_text[:, None, None], hidden, 0)
         context = jnp.concatenate([tokens, hidden], axis=1)
         mask = jnp.pad(seen, ((0, 0), (k, 0)), constant_values=True)
-        layout = None
-        if self.layout_channels:
-            grid = (xt.shape[1] // self.unet.patch, xt.shape[2] // self.unet.patch, self.layout_channels)
-            layout = dense(math.prod(grid), "layout")(nn.silu(emb)).reshape(b, *grid)
-            if self.layout_heads:
-                attend = GridCrossAttention(grid, self.layout_heads, self.word_vectors, self.dtype, name="places")
-                layout = layout + attend(hidden, ids, seen)
-        return self.unet(xt, t, emb, context, mask, layout, train=train)
+        cond_map = None  # its parameters have older names, which select their initial values
+        if self.cond_map_channels:
+            grid = (xt.shape[1] // self.unet.patch, xt.shape[2] // self.unet.patch, self.cond_map_channels)
+            cond_map = dense(math.prod(grid), "layout")(nn.silu(emb)).reshape(b, *grid)
+            if self.cond_map_heads:
+                attention = GridCrossAttention(grid, self.cond_map_heads, self.word_vectors, self.dtype, name="places")
+                cond_map = cond_map + attention(hidden, ids, seen)
+        return self.unet(xt, t, emb, context, mask, cond_map, train=train)
 
     def _words(self, tokens: jax.Array, width: int) -> jax.Array:
         if self.text_encoder is None:
@@ -128,11 +128,11 @@ class Decoder(nn.Module):
         return Embed(self.word_vectors, width, dtype=self.dtype, embedding_init=init, name="words")(tokens)
 
 
-def check_layout(heads: int, channels: int, word_vectors: int) -> None:
-    """Raise ValueError unless layout_heads has the word vectors and the map that it needs."""
+def check_cond_map(heads: int, channels: int, word_vectors: int) -> None:
+    """Raise ValueError unless cond_map_heads has the word vectors and the map that it needs."""
     if heads and not (channels and word_vectors):
         raise ValueError(
-            f"layout_heads={heads} needs layout_channels and word_vectors, got layout_channels={channels} and "
+            f"cond_map_heads={heads} needs cond_map_channels and word_vectors, got cond_map_channels={channels} and "
             f"word_vectors={word_vectors}"
         )
 

@@ -219,7 +219,7 @@ class ResBlock(nn.Module):
     `scale_shift` the projection is added before the second norm.
 
     emb: float[B, E], or None for an unconditional network, such as an autoencoder.
-    layout: float[B, H, W, E] at the size of the output; its projection is added to (scale, shift) at each position
+    cond_map: float[B, H, W, E] at the size of the output; its projection is added to (scale, shift) at each position
     (spatially adaptive normalisation, Park et al. 2019).
 
     Attributes:
@@ -242,7 +242,7 @@ class ResBlock(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, emb: jax.Array | None, train: bool = False, layout: jax.Array | None = None
+        self, x: jax.Array, emb: jax.Array | None, train: bool = False, cond_map: jax.Array | None = None
     ) -> jax.Array:
         norm = lambda name: GroupNorm(self.groups, self.eps, self.dtype, name=name)  # noqa: E731
         resample: Callable = {None: lambda y: y, "up": upsample2, "down": downsample2}[self.resample]
@@ -253,11 +253,11 @@ class ResBlock(nn.Module):
             emb = nn.Dense(width, dtype=self.dtype, name="emb")(nn.silu(emb))
         if emb is None:
             h = norm("norm_2")(h)
-        elif layout is not None:
+        elif cond_map is not None:
             if not self.scale_shift:
-                raise ValueError("a layout scales and shifts, which scale_shift=False does not")
+                raise ValueError("cond_map needs scale_shift=True, got scale_shift=False")
             init = nn.initializers.normal(0.02)
-            here = nn.Dense(width, use_bias=False, kernel_init=init, dtype=self.dtype, name="layout_emb")(layout)
+            here = nn.Dense(width, use_bias=False, kernel_init=init, dtype=self.dtype, name="layout_emb")(cond_map)
             scale, shift = jnp.split(emb[:, None, None, :] + here, 2, axis=-1)
             h = norm("norm_2")(h).astype(jnp.float32) * (1 + scale.astype(jnp.float32)) + shift.astype(jnp.float32)
             h = h.astype(self.dtype)

@@ -42,7 +42,7 @@ class UNet(nn.Module):
         scale_shift: adaptive group norm; False adds the embedding before the second norm, see `ResBlock`.
         mid_attention: attention between the middle's residual blocks; False and attention_levels=() give the network
             without attention that DALL-E 2 uses for upsampling.
-        modulate: True scales and shifts the features of every block by the layout, averaged down to its level, too.
+        modulate: True scales and shifts the features of every block by `cond_map`, averaged down to its level, too.
         dropout: rate of dropout inside residual blocks, in [0, 1).
         groups: groups of the group norms; divides the channels of every level.
         remat: True recomputes the activations of each block in the backward pass, which saves memory.
@@ -90,7 +90,7 @@ class UNet(nn.Module):
         emb: jax.Array | None = None,
         context: jax.Array | None = None,
         context_mask: jax.Array | None = None,
-        layout: jax.Array | None = None,
+        cond_map: jax.Array | None = None,
         *,
         train: bool = False,
     ) -> jax.Array:
@@ -102,7 +102,7 @@ class UNet(nn.Module):
             emb: float[B, 4 * channels], added to the time embedding, or None.
             context: float[B, M, D], tokens that the attention layers also attend to, or None.
             context_mask: bool[B, M], True at tokens that are attended to; None for all.
-            layout: float[B, H / patch, W / patch, E], concatenated to the stem's output, or None.
+            cond_map: float[B, H / patch, W / patch, E], concatenated to the stem's output, or None.
             train: True turns dropout on, which needs an rng "dropout".
 
         Returns:
@@ -115,11 +115,11 @@ class UNet(nn.Module):
         check_image_size(x.shape[2], self.patch, len(self.channel_mult))
         time = TimeEmbedding(self.channels, 4 * self.channels, self.dtype, self.frequency_shift, name="time")(t)
         time = time if emb is None else time + emb.astype(self.dtype)
-        layouts = _pyramid(layout, len(self.channel_mult)) if self.modulate and layout is not None else []
-        blocks = Blocks(self, time, train, layouts, context, context_mask)
+        cond_maps = _pyramid(cond_map, len(self.channel_mult)) if self.modulate and cond_map is not None else []
+        blocks = Blocks(self, time, train, cond_maps, context, context_mask)
         h = space_to_depth(x.astype(self.dtype), self.patch)
-        if layout is not None:
-            h = jnp.concatenate([h, layout.astype(self.dtype)], axis=-1)
+        if cond_map is not None:
+            h = jnp.concatenate([h, cond_map.astype(self.dtype)], axis=-1)
         h, skips = encode(blocks, h, self.mid_attention)
         for level, mult in reversed(list(enumerate(self.channel_mult))):
             for i in range(self.num_res_blocks + 1):
@@ -136,8 +136,8 @@ class UNet(nn.Module):
 class Blocks:
     """Factory of the blocks of a U-Net `net`, used inside its call; it holds the inputs that all blocks share."""
 
-    def __init__(self, net: Any, time: jax.Array, train: bool, layouts: list, context: Any = None, mask: Any = None):
-        self.net, self.time, self.train, self.layouts = net, time, train, layouts
+    def __init__(self, net: Any, time: jax.Array, train: bool, cond_maps: list, context: Any = None, mask: Any = None):
+        self.net, self.time, self.train, self.cond_maps = net, time, train, cond_maps
         self.context, self.mask = context, mask
         self.block = nn.remat(ResBlock, static_argnums=(3,)) if net.remat else ResBlock
         self.norms = {"eps": getattr(net, "norm_eps", 1e-5)}
@@ -151,11 +151,11 @@ class Blocks:
             raise ValueError(f"attention_levels={levels} must lie between 0 and {last}, the coarsest level")
 
     def res(self, h: jax.Array, features: int, name: str, level: int, resample: str | None = None) -> jax.Array:
-        """Apply a residual block; level: of its output, which selects the layout."""
+        """Apply a residual block; level: of its output, which selects the conditioning map."""
         net = self.net
         fields = (features, resample, net.scale_shift, net.dropout, net.groups, net.dtype)
         block = self.block(*fields, **self.norms, name=name)
-        return block(h, self.time, self.train, self.layouts[level] if self.layouts else None)
+        return block(h, self.time, self.train, self.cond_maps[level] if self.cond_maps else None)
 
     def resample(self, h: jax.Array, name: str, level: int, direction: str) -> jax.Array:
         """Change the resolution by 2 to that of the level; direction: "up" or "down"."""
@@ -218,9 +218,9 @@ def encode(blocks: Blocks, h: jax.Array, mid_attention: bool) -> tuple[jax.Array
     return blocks.res(h, h.shape[-1], "mid_1", last), skips
 
 
-def _pyramid(layout: jax.Array, levels: int) -> list[jax.Array]:
-    """Return the layout averaged down to each level, [B, height, width, E], the finest first."""
-    maps = [nn.silu(layout)]
+def _pyramid(cond_map: jax.Array, levels: int) -> list[jax.Array]:
+    """Return the conditioning map, averaged down to each level, [B, height, width, E], the finest first."""
+    maps = [nn.silu(cond_map)]
     for _ in range(1, levels):
         maps.append(downsample2(maps[-1]))
     return maps

@@ -196,7 +196,7 @@ def _glide(net: glide.Glide, shapes: Shapes, metadata: Mapping[str, Any]) -> _In
 
 def _decoder(net: decoder.Decoder, shapes: Shapes, metadata: Mapping[str, Any]) -> _Inputs:
     size = _side(net.unet, metadata)
-    image = _floats(1, size, size, _channels(net.unet, shapes, "unet/", net.layout_channels))
+    image = _floats(1, size, size, _channels(net.unet, shapes, "unet/", net.cond_map_channels))
     z = _floats(1, net.embed_dim)
     return _Inputs((image, _ints(1), z, z, *_text(net, shapes, getattr(net.text_encoder, "context", 4))))
 

@@ -56,8 +56,8 @@ _INTEGERS = {
     "heads": (1, 4096),
     "heads_up": (1, 4096),
     "layers": (1, 1000),
-    "layout_channels": (0, _LARGEST),
-    "layout_heads": (0, 4096),
+    "cond_map_channels": (0, _LARGEST),
+    "cond_map_heads": (0, 4096),
     "num_classes": (1, _IDS),
     "num_res_blocks": (1, 100),
     "num_steps": (1, 100_000),
@@ -65,6 +65,8 @@ _INTEGERS = {
     "vocab_size": (1, _IDS),
     "word_vectors": (0, _IDS),
 }
+# Fields of model.json that had another name.
+_RENAMED = {"layout_channels": "cond_map_channels", "layout_heads": "cond_map_heads"}
 _NUMBERS = {"channel_mult": (1e-3, 1024.0), "dropout": (0.0, 1.0), "norm_eps": (1e-12, 1.0), "scale": (1e-6, 1e6)}
 
 
@@ -141,6 +143,7 @@ def _build(description: Any, where: str, dtype: Any, allowed: tuple[type[nn.Modu
     for key, value in description.items():
         if key == "class":
             continue
+        key = _RENAMED.get(key, key)
         if key not in fields:
             near = difflib.get_close_matches(str(key), fields, 1, cutoff=0.0)
             hint = f"; did you mean {near[0]}?" if near else ""
