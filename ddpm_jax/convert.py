@@ -48,8 +48,9 @@ _CLIP = cli.define_finite(
     "prior_clip", None, "Bound of what Karlo's prior predicts; by its layout 5 or 10.", lower_bound=0.0,
     flag_values=FLAGS,
 )  # fmt: skip
-_KIND = flags.DEFINE_enum(
-    "kind", None, ["eps", "v"], "Prediction type of Stable Diffusion in one file: eps by default, v at 768 pixels.",
+_PREDICTION = flags.DEFINE_enum(
+    "prediction", None, ["eps", "v"],
+    "Prediction type of Stable Diffusion in one file: eps by default, v at 768 pixels.",
     flag_values=FLAGS,
 )  # fmt: skip
 _SIZE = flags.DEFINE_integer(
@@ -92,7 +93,7 @@ def _check_options(source: Path) -> None:
     family = _FROM.value
     known = () if family is None else families.FAMILIES[family].options
     used = () if family == _ONE_FILE and source.is_dir() else known
-    for name in ("model", "head_width", "activation", "prior_clip", "kind", "image_size", "part"):
+    for name in ("model", "head_width", "activation", "prior_clip", "prediction", "image_size", "part"):
         if FLAGS[name].value is None or name in used:
             continue
         if family is None:
@@ -119,7 +120,7 @@ def _convert(source: Path, out: Path) -> None:
 
     options = families.Options(
         *(_MODEL.value, _heads(), _ACTIVATION.value, _CLIP.value),
-        *(_KIND.value or "eps", _SIZE.value or 512, _PART.value),
+        *(_PREDICTION.value or "eps", _SIZE.value or 512, _PART.value),
     )
     try:
         read = families.FAMILIES[_FROM.value].read(source, options)

@@ -34,7 +34,7 @@ OPTIONS = {
     "head_width": "64",
     "activation": "gelu",
     "prior_clip": 5,
-    "kind": "eps",
+    "prediction": "eps",
     "image_size": 512,
     "part": "ema",
 }
@@ -118,7 +118,7 @@ def test_stable_diffusion_draws_by_the_command(tmp_path, capsys):
     described.write_text(json.dumps(json.loads(described.read_text()) | {"vocab_size": 49408}))
     run(capsys, from_="stable-diffusion", src=source, out=tmp_path / "ours")
     ours = load(tmp_path / "ours")
-    assert isinstance(ours, StableDiffusion) and (ours.kind, ours.image_size) == ("eps", 16)
+    assert isinstance(ours, StableDiffusion) and (ours.prediction, ours.image_size) == ("eps", 16)
     drawn = start("sample", "--prompt=a cat", f"--workdir={tmp_path / 'ours'}", f"--out={tmp_path / 'cat.png'}")
     status, out, err = finish(drawn)
     assert status == 0 and "1 images of 16 x 16 pixels" in out, err
@@ -135,7 +135,7 @@ def test_stable_diffusion_in_one_file(tmp_path, capsys, monkeypatch):
     opened = test_interop_latent_diffusion.read(tmp_path / "model.safetensors")
     monkeypatch.setattr(families.latent_diffusion, "read_stable_diffusion_file", lambda *_, **__: opened)
     flags = {"src": tmp_path / "model.safetensors", "out": tmp_path / "ours"}
-    assert "- kind: eps" in run(capsys, from_="stable-diffusion", **flags).splitlines()
+    assert "- prediction: eps" in run(capsys, from_="stable-diffusion", **flags).splitlines()
     equal(load(tmp_path / "ours").params, opened.params)
     run(capsys, to="stable-diffusion", src=tmp_path / "ours", out=tmp_path / "back")
     same_tensors(load_file(tmp_path / "back" / "model.safetensors"), tensors)

@@ -60,7 +60,7 @@ def test_a_file_of_version_1(tmp_path):
     directory = open_stable_diffusion(parts.directory(tmp_path / "directory"))
     jax.tree.map(np.testing.assert_array_equal, ours.params, directory.params)
     np.testing.assert_array_equal(ours.process.betas, directory.process.betas)
-    assert (ours.kind, ours.latent_size, ours.tokenizer.pad) == ("eps", 8, ours.tokenizer.eot)
+    assert (ours.prediction, ours.latent_size, ours.tokenizer.pad) == ("eps", 8, ours.tokenizer.eot)
     assert ours.text == directory.text
     parts.same(latent_diffusion.export_stable_diffusion_file(file), tensors)
 
@@ -68,9 +68,9 @@ def test_a_file_of_version_1(tmp_path):
 def test_a_file_of_version_2(tmp_path):
     """Its text encoder is open_clip's without the last layer, and its projections are dense layers."""
     tensors = write(tmp_path / "model.safetensors", second=True)
-    ours = read(tmp_path / "model.safetensors", unet="unet2", kind="v")
+    ours = read(tmp_path / "model.safetensors", unet="unet2", prediction="v")
     text = ours.models["text"]
-    assert (ours.metadata["kind"], ours.metadata["tokenizer"]["pad"], text.layers) == ("v", 0, 1)
+    assert (ours.metadata["prediction"], ours.metadata["tokenizer"]["pad"], text.layers) == ("v", 0, 1)
     model, whole = stable_diffusion.load_text_encoder(parts.weights("text"), head_width=8, activation="gelu")
     assert model.layers == 2 and text == model.copy(layers=1)
     del whole["transformer"]["block_1"]
@@ -83,7 +83,7 @@ def test_a_file_of_version_2(tmp_path):
     for name, array in back.items():
         np.testing.assert_array_equal(array, tensors[name], err_msg=name)
     save_file(back, tmp_path / "back.safetensors")
-    again = read(tmp_path / "back.safetensors", unet="unet2", kind="v")
+    again = read(tmp_path / "back.safetensors", unet="unet2", prediction="v")
     jax.tree.map(np.testing.assert_array_equal, again.params, ours.params)
 
 
@@ -105,8 +105,8 @@ def test_what_is_refused(tmp_path):
         read(tmp_path / "other.safetensors")
     with pytest.raises(ReadError, match="does not exist"):
         read(tmp_path / "none.safetensors")
-    with pytest.raises(ValueError, match='kind=\'x0\' must be "eps" or "v"'):
-        read(path, kind="x0")
+    with pytest.raises(ValueError, match='prediction=\'x0\' must be "eps" or "v"'):
+        read(path, prediction="x0")
     with pytest.raises(ValueError, match="image_size=500 must be a multiple of 64"):
         latent_diffusion.read_stable_diffusion_file(path, image_size=500)
 

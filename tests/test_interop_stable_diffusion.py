@@ -142,7 +142,7 @@ def test_the_pipeline(tmp_path, drawn):
     kind = "epsilon" if name == "unet1" else "v_prediction"
     schedule = {"prediction_type": kind} | (ZERO_SNR if drawn == "zero" else {})
     pipeline = open_stable_diffusion(directory(tmp_path, name, **schedule))
-    assert (pipeline.image_size, pipeline.kind) == (16, "eps" if name == "unet1" else "v")
+    assert (pipeline.image_size, pipeline.prediction) == (16, "eps" if name == "unet1" else "v")
     noise = jnp.zeros((2, 6, *given("noise").shape[1:])).at[:, 0].set(given("noise"))
     process = respace(pipeline.process, pipeline.timesteps(5))
 
@@ -437,8 +437,8 @@ def test_numbers_of_a_model_directory_are_checked(tmp_path):
     for change, message in (
         ({"latent_size": 10**9}, "metadata.latent_size=1000000000 must be an integer in"),
         ({"latent_size": 0}, "metadata.latent_size=0 must be an integer in"),
-        ({"kind": "score"}, "metadata.kind='score' must be 'eps', 'v' or 'x0'"),
-        ({"kind": None}, "metadata lacks the field kind"),
+        ({"prediction": "score"}, "metadata.prediction='score' must be 'eps', 'v' or 'x0'"),
+        ({"prediction": None}, "metadata lacks the field prediction"),
         ({"schedule": []}, "metadata.schedule must be an object with .* it lacks num_train_timesteps"),
         ({"schedule": schedule | {"num_train_timesteps": 10**9}}, "num_train_timesteps=1000000000 .it must be a whole"),
         ({"schedule": schedule | {"beta_end": -1}}, "metadata.schedule: the scheduler's betas do not fit"),

@@ -41,15 +41,15 @@ class Options(NamedTuple):
     model: the name of a released network, for guided ("256x256_diffusion"), glide ("base") and clip ("ViT-H-14").
     head_width (of the text and the image tower), activation: of a CLIP; None takes what the model's name or the
     config.json beside the file says, and OpenAI's 64 and quick_gelu without them. prior_clip: of Karlo; None takes what
-    its scheduler says, or 5 in diffusers' layout and 10 in the original one. kind, image_size: of Stable Diffusion in
-    one file. part: of a training checkpoint, as `read_tensors` takes it ("ema"); None takes the raw parameters.
+    its scheduler says, or 5 in diffusers' layout and 10 in the original one. prediction, image_size: of Stable
+    Diffusion in one file. part: of a training checkpoint, as `read_tensors` takes it ("ema"); None: the raw parameters.
     """
 
     model: str | None = None
     head_width: tuple[int, int] | None = None
     activation: str | None = None
     prior_clip: float | None = None
-    kind: str = "eps"
+    prediction: str = "eps"
     image_size: int = 512
     part: str | None = None
 
@@ -162,10 +162,10 @@ def _read_stable_diffusion(source: Path, options: Options) -> Read:
         }
         return Read(read, assumed, _weights(source, ["text_encoder", "unet", "vae"]))
     read = latent_diffusion.read_stable_diffusion_file(
-        source, kind=options.kind, image_size=options.image_size, part=options.part
+        source, prediction=options.prediction, image_size=options.image_size, part=options.part
     )
     assumed = {
-        "kind": options.kind,
+        "prediction": options.prediction,
         "image_size": options.image_size,
         "schedule": latent_diffusion.SCHEDULE,
         "averages": "left out, if the file has them" if options.part is None else f"of {options.part}",
@@ -346,7 +346,7 @@ FAMILIES = {
         "a directory, diffusers' layout, or a file of the original code",
         _read_stable_diffusion,
         _write_stable_diffusion,
-        ("kind", "image_size", "part"),
+        ("prediction", "image_size", "part"),
     ),
     "guided": Family("a file of guided or improved diffusion", _read_guided, _write_guided, ("model", "part")),
     "ddpm": Family("a directory, diffusers' layout: a pipeline or its network alone", _read_ddpm, _write_ddpm),

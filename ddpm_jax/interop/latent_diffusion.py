@@ -51,7 +51,7 @@ _ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_o
 def read_stable_diffusion_file(
     path: str | Path,
     *,
-    kind: str = "eps",
+    prediction: str = "eps",
     image_size: int = 512,
     unet: UNet | None = None,
     autoencoder: Autoencoder | None = None,
@@ -66,7 +66,7 @@ def read_stable_diffusion_file(
 
     Args:
         path: the file. That it is of version 2, its text encoder (open_clip's) says.
-        kind: what the U-Net predicts: "eps", or "v" for version 2 at 768 pixels.
+        prediction: what the U-Net predicts: "eps", or "v" for version 2 at 768 pixels.
         image_size: of the images that it was trained on.
         unet, autoencoder: the networks; by default the published ones of the version.
         head_width: of the text encoder's attention.
@@ -79,10 +79,10 @@ def read_stable_diffusion_file(
     Raises:
         ReadError: if the file cannot be read.
         ConvertError: if its tensors are not those of the networks.
-        ValueError: for an unknown kind, or an image_size that the networks cannot halve.
+        ValueError: for an unknown prediction type, or an image_size that the networks cannot halve.
     """
-    if kind not in ("eps", "v"):
-        raise ValueError(f'{kind=} must be "eps" or "v"')
+    if prediction not in ("eps", "v"):
+        raise ValueError(f'{prediction=} must be "eps" or "v"')
     tensors = state_dict(read_tensors(path, part=part))
     second = f"{OPEN_CLIP}token_embedding.weight" in tensors
     autoencoder = sd.AUTOENCODER(dtype=dtype) if autoencoder is None else autoencoder
@@ -106,7 +106,7 @@ def read_stable_diffusion_file(
     }  # fmt: skip
     metadata = {
         "layout": "original",
-        "kind": kind,
+        "prediction": prediction,
         "latent_size": image_size // autoencoder.factor,
         "schedule": SCHEDULE,
         "tokenizer": {"kind": "clip", "pad": 0 if second else "eot"},

@@ -67,7 +67,7 @@ FIELDS = {
     "scheduler": ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule"),
 }
 _NOT_UNET = "the U-Net is not one of Stable Diffusion 1 or 2"
-KINDS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
+PREDICTIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
 BETAS = {"scaled_linear": quadratic_betas, "linear": linear_betas}
 
 
@@ -118,7 +118,7 @@ def read_stable_diffusion(directory: str | Path, *, dtype: Any = jnp.float32) ->
         {"text": text_params, "unet": unet_params, "autoencoder": autoencoder_params},
         {
             "layout": "diffusers",
-            "kind": KINDS[schedule.get("prediction_type", "epsilon")],
+            "prediction": PREDICTIONS[schedule.get("prediction_type", "epsilon")],
             "latent_size": latent_size,
             "schedule": schedule,
             "linear_projection": bool(unet_config.get("use_linear_projection", False)),
@@ -150,11 +150,11 @@ def process_of(config: Mapping[str, Any]) -> GaussianProcess:
         ConvertError: if its schedule or its prediction is not supported, or it has a field that is not.
     """
     check_fields(config, config_fields.SCHEDULER, "the scheduler is not supported")
-    schedule, kind = config["beta_schedule"], config.get("prediction_type", "epsilon")
-    if schedule not in BETAS or kind not in KINDS:
+    schedule, prediction = config["beta_schedule"], config.get("prediction_type", "epsilon")
+    if schedule not in BETAS or prediction not in PREDICTIONS:
         raise ConvertError(
-            f"the scheduler has beta_schedule={schedule!r} and prediction_type={kind!r}; known are {', '.join(BETAS)} "
-            f"and {', '.join(KINDS)}"
+            f"the scheduler has beta_schedule={schedule!r} and prediction_type={prediction!r}; known are "
+            f"{', '.join(BETAS)} and {', '.join(PREDICTIONS)}"
         )
     steps = config["num_train_timesteps"]
     scale = steps / 1000  # ours are scaled to the number of steps, theirs are not

@@ -80,7 +80,8 @@ def _check_stable_diffusion(converted: Converted) -> None:
     metadata = converted.metadata
     _check(metadata, "tokenizer", lambda where, value: None)
     _check(metadata, "latent_size", integer(1, _LARGEST))
-    _check(metadata, "kind", _kind)
+    metadata.setdefault("prediction", metadata.get("kind"))  # its name in earlier versions
+    _check(metadata, "prediction", _prediction)
     _check(metadata, "schedule", _schedule)
 
 
@@ -97,7 +98,7 @@ def _sizes(where: str, value: Any) -> None:
         integer(1, _LARGEST)(f"{where}[{place}]", size)
 
 
-def _kind(where: str, value: Any) -> None:
+def _prediction(where: str, value: Any) -> None:
     if value not in ("eps", "v", "x0"):
         raise LoadError(f"{where}={value!r:.60} must be 'eps', 'v' or 'x0'")
 

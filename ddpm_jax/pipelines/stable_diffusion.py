@@ -59,7 +59,7 @@ class StableDiffusion(flax.struct.PyTreeNode):
         unet: predicts in latents.
         autoencoder: of images and latents.
         tokenizer: CLIP's.
-        kind: what the U-Net predicts, "eps" (version 1) or "v" (version 2, 768).
+        prediction: what the U-Net predicts, "eps" (version 1) or "v" (version 2, 768).
         latent_size: height and width of the latents that it was trained on.
         timestep_spacing, steps_offset, set_alpha_to_one: of the scheduler's config; see `timesteps`, and False ends the
             last step of DDIM at the noise of t = 0 in place of the predicted x0.
@@ -72,7 +72,7 @@ class StableDiffusion(flax.struct.PyTreeNode):
     unet: UNet = _static()
     autoencoder: Autoencoder = _static()
     tokenizer: Tokenizer | None = _static(default=None)
-    kind: str = _static(default="eps")
+    prediction: str = _static(default="eps")
     latent_size: int = _static(default=64)
     timestep_spacing: str = _static(default="leading")
     steps_offset: int = _static(default=1)
@@ -92,7 +92,7 @@ class StableDiffusion(flax.struct.PyTreeNode):
             params=jax.device_put(converted.params),
             process=process_of(metadata["schedule"]),
             tokenizer=tokenizer_from_config(metadata["tokenizer"]) if tokenizer is None else tokenizer,
-            kind=metadata["kind"],
+            prediction=metadata["prediction"],
             latent_size=metadata["latent_size"],
             **sampling_of(metadata["schedule"]),
             **converted.models,
@@ -143,7 +143,7 @@ class StableDiffusion(flax.struct.PyTreeNode):
             shape,
             x_init=initial_noise(process, keys, shape),  # at whichever timestep comes first, as published pipelines
             step=step,
-            kind=self.kind,
+            prediction=self.prediction,
             x0_transform=sampling.x0_transform(),
         )
 
@@ -288,11 +288,11 @@ def open_stable_diffusion_file(
     Args:
         path: the file.
         tokenizer: CLIP's by default, padded with the end token (version 1) or with 0 (version 2).
-        options: kind, image_size, part, dtype, ..., as for `interop.latent_diffusion.read_stable_diffusion_file`.
+        options: prediction, image_size, part, dtype, ..., as for `interop.latent_diffusion.read_stable_diffusion_file`.
 
     Raises:
         ReadError: if the file cannot be read.
         ConvertError: if its tensors are not those of the networks.
-        ValueError: for an unknown kind, or an image_size that the networks cannot halve.
+        ValueError: for an unknown prediction type, or an image_size that the networks cannot halve.
     """
     return StableDiffusion.from_converted(read_stable_diffusion_file(path, **options), tokenizer)
