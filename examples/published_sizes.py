@@ -31,7 +31,7 @@ from ddpm_jax.models.modified_resnet import ModifiedResNet
 from ddpm_jax.models.prior import DiffusionPrior
 from ddpm_jax.models.text_encoder import TextEncoder
 
-PEERS = Path(__file__).parent.parent / "tests" / "data" / "published_sizes.json"
+EXPECTED = Path(__file__).parent.parent / "tests" / "data" / "published_sizes.json"
 Shapes = dict[str, tuple[int, ...]]
 
 
@@ -61,7 +61,7 @@ def theirs(network: Network) -> Shapes:
     found, shapes = dict(network.besides), ours(network)
     for entry in network.table:
         zeros = np.broadcast_to(np.float32(0.0), shapes[entry.ours])
-        for name, array in zip(entry.peer, entry.layout.write(zeros), strict=True):
+        for name, array in zip(entry.theirs, entry.layout.write(zeros), strict=True):
             found[name] = array.shape
     return found
 
@@ -124,7 +124,7 @@ def _decoder(unet: bool) -> Network:
     mask = jax.ShapeDtypeStruct((1, 5), jnp.bool_)
     shapes = _init(decoder, (1, 64, 64, 3), (1,), (1, 768), (1, 768), (1, 5, 768), mask)
     table = [
-        Entry(entry.ours, tuple(name.split(".", 1)[1] for name in entry.peer), entry.layout)
+        Entry(entry.ours, tuple(name.split(".", 1)[1] for name in entry.theirs), entry.layout)
         for entry in karlo.decoder_table(decoder, 64)
         if entry.ours.startswith("unet/") == unet
     ]
@@ -201,24 +201,24 @@ ROWS = {
 }
 
 
-def lines(names: Iterable[str], peers: Mapping[str, Mapping[str, Any]]) -> Iterable[str]:
+def lines(names: Iterable[str], expected: Mapping[str, Mapping[str, Any]]) -> Iterable[str]:
     """Yield the rows of the table in markdown."""
     yield "| network | family | parameters here | numbers in the file | published | names and shapes |"
     yield "| --- | --- | ---: | ---: | ---: | --- |"
     for name in names:
         row = ROWS[name]
         network = row.build()
-        agrees = digest(theirs(network)) == peers[name]["sha256"]
+        agrees = digest(theirs(network)) == expected[name]["sha256"]
         yield (
-            f"| {name} | {row.family} | {size(ours(network)):,} | {peers[name]['numbers']:,} | {row.published} | "
-            f"{peers[name]['tensors']} {'agree' if agrees else 'DIFFER'} |"
+            f"| {name} | {row.family} | {size(ours(network)):,} | {expected[name]['numbers']:,} | {row.published} | "
+            f"{expected[name]['tensors']} {'agree' if agrees else 'DIFFER'} |"
         )
 
 
 def main() -> None:
     """Print the table of all networks, or of those whose names contain an argument."""
     names = [name for name in ROWS if not sys.argv[1:] or any(part in name for part in sys.argv[1:])]
-    for line in lines(names, json.loads(PEERS.read_text())):
+    for line in lines(names, json.loads(EXPECTED.read_text())):
         print(line, flush=True)
     print()
     print(

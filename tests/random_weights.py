@@ -1,4 +1,4 @@
-"""Weights that a peer and a test draw alike, so that files of expected outputs need not hold them. Needs numpy only."""
+"""Random weights that need not be stored beside expected outputs: the same numbers in any process. Needs numpy only."""
 
 import zlib
 

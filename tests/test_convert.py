@@ -1,4 +1,4 @@
-"""`python -m ddpm_jax.convert`: what it writes loads without flags, and goes back to the peer's files."""
+"""`python -m ddpm_jax.convert`: what it writes loads without flags, and converts back to the original files."""
 
 import hashlib
 import json
@@ -144,8 +144,8 @@ def test_stable_diffusion_in_one_file(tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize("dialect", ["openai", "hf"])
 def test_a_clip(tmp_path, capsys, dialect):
     """What a config.json beside the file says is taken; what nothing says is an argument."""
-    peer = test_interop_clip.weights(dialect)
-    save_file(peer, tmp_path / "model.safetensors")
+    reference = test_interop_clip.weights(dialect)
+    save_file(reference, tmp_path / "model.safetensors")
     flags = {"from_": "clip", "src": tmp_path, "out": tmp_path / "ours"}
     if dialect == "hf":
         towers = {
@@ -158,11 +158,11 @@ def test_a_clip(tmp_path, capsys, dialect):
     printed = run(capsys, **flags)
     assert "- head_width: 8 in the text tower, 16 in the image tower" in printed and "- activation: gelu" in printed
     ours = load(tmp_path / "ours")
-    assert ours.network == load_clip(peer, head_width=(8, 16), activation="gelu").model
+    assert ours.network == load_clip(reference, head_width=(8, 16), activation="gelu").model
     pixels = np.zeros((1, 24, 24, 3), np.float32)
     assert np.isfinite(ours.apply(pixels, method="encode_image")).all()
     run(capsys, to="clip", src=tmp_path / "ours", out=tmp_path / "back")
-    same_tensors(load_file(tmp_path / "back" / "model.safetensors"), peer)
+    same_tensors(load_file(tmp_path / "back" / "model.safetensors"), reference)
 
 
 def test_every_tower_of_a_clip_has_its_own_activation_and_heads(tmp_path):
@@ -221,8 +221,10 @@ def small_published(monkeypatch):
 def test_a_network_alone(tmp_path, capsys, monkeypatch, family):
     """In shards, since a file may be large; and back, bit for bit."""
     small_published(monkeypatch)
-    peer = test_interop_guided.weights("new_order") if family == "guided" else test_interop_glide.weights("upsampler")
-    save_file(peer, tmp_path / "model.safetensors")
+    reference = (
+        test_interop_guided.weights("new_order") if family == "guided" else test_interop_glide.weights("upsampler")
+    )
+    save_file(reference, tmp_path / "model.safetensors")
     monkeypatch.setattr(converted, "SHARD_BYTES", 10**6)
     name = "tiny" if family == "guided" else "base"
     printed = run(capsys, from_=family, src=tmp_path / "model.safetensors", out=tmp_path / "ours", model=name)
@@ -235,28 +237,28 @@ def test_a_network_alone(tmp_path, capsys, monkeypatch, family):
         assert "- new_attention_order: True" in printed
         equal(
             ours.params["params"],
-            guided.load_guided(peer, ours.network, image_size=16, new_attention_order=True),
+            guided.load_guided(reference, ours.network, image_size=16, new_attention_order=True),
         )
     else:
-        equal(ours.params["params"], glide.load_glide(peer, ours.network, image_size=16))
+        equal(ours.params["params"], glide.load_glide(reference, ours.network, image_size=16))
     run(capsys, to=family, src=tmp_path / "ours", out=tmp_path / "back")
-    same_tensors(load_file(tmp_path / "back" / "model.safetensors"), peer)
+    same_tensors(load_file(tmp_path / "back" / "model.safetensors"), reference)
 
 
 def test_half_the_bytes_and_what_they_cannot_hold(tmp_path, capsys, monkeypatch):
     small_published(monkeypatch)
-    peer = test_interop_guided.weights("new_order")
-    save_file(peer, tmp_path / "model.safetensors")
+    reference = test_interop_guided.weights("new_order")
+    save_file(reference, tmp_path / "model.safetensors")
     flags = {"from_": "guided", "src": tmp_path / "model.safetensors", "model": "tiny"}
     for dtype in ("float16", "bfloat16"):
         run(capsys, **flags, out=tmp_path / dtype, dtype=dtype)
         file = tmp_path / dtype / "model.safetensors"
         assert file.stat().st_size < 0.6 * (tmp_path / "model.safetensors").stat().st_size
         kernel = load(tmp_path / dtype).params["params"]["in_conv"]["kernel"]
-        exact = peer["input_blocks.0.0.weight"].transpose(2, 3, 1, 0)
+        exact = reference["input_blocks.0.0.weight"].transpose(2, 3, 1, 0)
         assert 0 < np.abs(kernel - exact).max() < (1e-3 if dtype == "float16" else 1e-2)
-    peer["out.2.bias"] = peer["out.2.bias"] + 1e6
-    save_file(peer, tmp_path / "model.safetensors")
+    reference["out.2.bias"] = reference["out.2.bias"] + 1e6
+    save_file(reference, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match="out_conv/bias has values that float16 cannot hold"):
         run(capsys, **flags, out=tmp_path / "large", dtype="float16")
     assert not [path for path in tmp_path.iterdir() if "large" in path.name]
@@ -264,9 +266,9 @@ def test_half_the_bytes_and_what_they_cannot_hold(tmp_path, capsys, monkeypatch)
 
 def test_what_is_refused_leaves_nothing(tmp_path, capsys, monkeypatch):
     small_published(monkeypatch)
-    peer = test_interop_guided.weights("new_order")
-    save_file(peer, tmp_path / "model.safetensors")
-    save_file(peer | {"out.2.bias": np.full(6, np.nan, np.float32)}, tmp_path / "nan.safetensors")
+    reference = test_interop_guided.weights("new_order")
+    save_file(reference, tmp_path / "model.safetensors")
+    save_file(reference | {"out.2.bias": np.full(6, np.nan, np.float32)}, tmp_path / "nan.safetensors")
     (tmp_path / "cut.safetensors").write_bytes((tmp_path / "model.safetensors").read_bytes()[:-100])
     before = sorted(tmp_path.iterdir())
     flags = {"from_": "guided", "src": tmp_path / "model.safetensors", "out": tmp_path / "ours", "model": "tiny"}

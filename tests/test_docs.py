@@ -100,17 +100,17 @@ def write_files(place):
     save_file(random_weights(shapes | {"token_embedding.weight": [TOKENS, 64]}), place / "ViT-L-14.pt")
     both, variations = place / "karlo-v1-alpha", place / "karlo-v1-alpha-image-variations"
     karlo.write_directory(both)
-    text = json.loads(str(karlo.PEER["shapes/text"])) | words("text_model.embeddings", 32)
+    text = json.loads(str(karlo.REFERENCE["shapes/text"])) | words("text_model.embeddings", 32)
     save_file(random_weights(text), both / "text_encoder" / "model.safetensors")
     describe(both / "text_encoder", max_position_embeddings=LENGTH, vocab_size=TOKENS)
-    prior = json.loads(str(karlo.PEER["shapes/prior"]))
+    prior = json.loads(str(karlo.REFERENCE["shapes/prior"]))
     prior["positional_embedding"][1] = LENGTH + 4
     save_file(random_weights(prior), both / "prior" / "diffusion_pytorch_model.safetensors")
     describe(both / "prior", num_embeddings=LENGTH)
     shutil.copytree(both, variations)
     shutil.rmtree(variations / "prior")
     opened = stable_diffusion.directory(place / "stable-diffusion-v1-5")
-    text = json.loads(str(stable_diffusion.PEER["shapes/text"])) | words("text_model.embeddings", 24)
+    text = json.loads(str(stable_diffusion.REFERENCE["shapes/text"])) | words("text_model.embeddings", 24)
     save_file(random_weights(text), opened / "text_encoder" / "diffusion_pytorch_model.safetensors")
     describe(opened / "text_encoder", max_position_embeddings=LENGTH, vocab_size=TOKENS)
 

@@ -27,8 +27,8 @@ from ddpm_jax.interop.guided import PUBLISHED, load_guided
 from ddpm_jax.models.adm import Classifier, ClassUNet
 from ddpm_jax.models.unet import UNet
 
-PEER = np.load(Path(__file__).parent / "data" / "guided_loops.npz")
-LABELS = jnp.asarray(PEER["y"], jnp.int32)
+REFERENCE = np.load(Path(__file__).parent / "data" / "guided_loops.npz")
+LABELS = jnp.asarray(REFERENCE["y"], jnp.int32)
 SIZES = {"channel_mult": (1, 2), "num_res_blocks": 1, "attention_resolutions": (8,)}
 MODELS = {
     "adm": ClassUNet(UNet(32, 6, head_channels=16, **SIZES), 10),
@@ -41,7 +41,7 @@ SCALE = 30.0
 
 @pytest.fixture(scope="module")
 def params():
-    weights = lambda name: random_weights(json.loads(str(PEER[f"{name}/shapes"])))
+    weights = lambda name: random_weights(json.loads(str(REFERENCE[f"{name}/shapes"])))
     return {name: load_guided(weights(name), model, image_size=16) for name, model in MODELS.items()}
 
 
@@ -67,7 +67,7 @@ def log_prob(params):
 @pytest.fixture(scope="module")
 def draw(params):
     """Return (sampler) -> image: sampler(params, noise), in which transition i gets the i-th noise of the file."""
-    noise = RecordedNoise(jnp.asarray(PEER["noises"].transpose(1, 0, 3, 4, 2)))
+    noise = RecordedNoise(jnp.asarray(REFERENCE["noises"].transpose(1, 0, 3, 4, 2)))
 
     def run(sampler):
         with jax.default_matmul_precision("highest"):
@@ -82,7 +82,7 @@ def drawn(process, denoise, keys, **options):
 
 
 def agrees(ours, name):
-    theirs = PEER[name].transpose(0, 2, 3, 1)
+    theirs = REFERENCE[name].transpose(0, 2, 3, 1)
     assert theirs.std() > 0.3 and (np.abs(theirs) < 0.99).mean() > 0.8
     np.testing.assert_allclose(ours, theirs, atol=3e-5)
 
@@ -133,7 +133,7 @@ def test_ddim_with_a_classifier_unclipped(draw):
 @pytest.mark.parametrize("kind,least", [("ancestral", 0.02), ("ddim", 0.1)])
 def test_guidance_is_seen(kind, least):
     """Otherwise the tests above would pass without it."""
-    assert np.abs(PEER[f"{kind}_guided"] - PEER[kind]).mean() > least
+    assert np.abs(REFERENCE[f"{kind}_guided"] - REFERENCE[kind]).mean() > least
 
 
 @pytest.mark.parametrize("name,spec,step", [("improved", "6", None), ("improved_ddim", "ddim6", ddim_step())])
@@ -144,4 +144,4 @@ def test_improved_diffusion(draw, name, spec, step):
     agrees(draw(lambda params, keys: drawn(process, improved(params, rate), keys, step=step)), name)
     if step is None:
         untold = draw(lambda params, keys: drawn(process, improved(params, 1.0), keys))
-        assert np.abs(untold - PEER[name].transpose(0, 2, 3, 1)).max() > 0.1
+        assert np.abs(untold - REFERENCE[name].transpose(0, 2, 3, 1)).max() > 0.1

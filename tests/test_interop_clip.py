@@ -1,4 +1,4 @@
-"""CLIP in the layouts of OpenAI, open_clip and transformers: the peers' own outputs, and the way back."""
+"""CLIP in the layouts of OpenAI, open_clip and transformers: their own outputs, and the way back."""
 
 import json
 from pathlib import Path
@@ -24,11 +24,11 @@ def weights(dialect):
 
 @pytest.mark.parametrize("activation", ["quick_gelu", "gelu"])
 @pytest.mark.parametrize("dialect", HEADS)
-def test_the_outputs_are_the_peers(dialect, activation):
-    peer = np.load(FILES / f"{dialect}_{activation}.npz")
+def test_the_outputs_equal_the_reference(dialect, activation):
+    reference = np.load(FILES / f"{dialect}_{activation}.npz")
     clip = load_clip(weights(dialect), head_width=HEADS[dialect], activation=activation)
     assert clip.dialect == dialect
-    pixels, tokens = jnp.asarray(peer["pixels"].transpose(0, 2, 3, 1)), jnp.asarray(peer["tokens"], jnp.int32)
+    pixels, tokens = jnp.asarray(reference["pixels"].transpose(0, 2, 3, 1)), jnp.asarray(reference["tokens"], jnp.int32)
     mask = end_mask(tokens, 63 if dialect == "hf" else None)
 
     @fast_jit
@@ -42,17 +42,17 @@ def test_the_outputs_are_the_peers(dialect, activation):
 
     with jax.default_matmul_precision("highest"):
         ours = run(clip.params)
-    for name in ("z_text", "z_image", "logits", *(["hidden"] if "out/hidden" in peer.files else [])):
-        np.testing.assert_allclose(ours[name], peer[f"out/{name}"], atol=2e-5, err_msg=name)
+    for name in ("z_text", "z_image", "logits", *(["hidden"] if "out/hidden" in reference.files else [])):
+        np.testing.assert_allclose(ours[name], reference[f"out/{name}"], atol=2e-5, err_msg=name)
 
 
 @pytest.mark.parametrize("dialect", HEADS)
 def test_import_and_export_are_one_truth(dialect):
-    peer = weights(dialect)
-    clip = load_clip(peer, head_width=HEADS[dialect])
+    reference = weights(dialect)
+    clip = load_clip(reference, head_width=HEADS[dialect])
     back = export_clip(clip.params, dialect)
-    assert set(back) == set(peer)
-    for name, array in peer.items():
+    assert set(back) == set(reference)
+    for name, array in reference.items():
         np.testing.assert_array_equal(back[name], array, err_msg=name)
     other = "openai" if dialect == "hf" else "hf"
     again = load_clip(export_clip(clip.params, other), head_width=HEADS[dialect])
@@ -62,9 +62,9 @@ def test_import_and_export_are_one_truth(dialect):
 @pytest.mark.parametrize("prefix", [True, False])
 def test_a_tower_alone(prefix):
     """CLIPTextModelWithProjection and CLIPVisionModelWithProjection; transformers 5 saves them without prefix."""
-    peer, whole = weights("hf"), load_clip(weights("hf"), head_width=HEADS["hf"])
+    reference, whole = weights("hf"), load_clip(weights("hf"), head_width=HEADS["hf"])
     for tower, starts in (("text", ("text_",)), ("vision", ("vision_", "visual_"))):
-        part = {n: a for n, a in peer.items() if n.startswith(starts)}
+        part = {n: a for n, a in reference.items() if n.startswith(starts)}
         part = part if prefix else {n.removeprefix(f"{tower}_model."): a for n, a in part.items()}
         alone = load_clip(part, head_width=HEADS["hf"])
         assert (alone.model.text is None) == (tower == "vision") and (alone.model.vision is None) == (tower == "text")
@@ -75,7 +75,7 @@ def test_a_tower_alone(prefix):
         assert set(back) == {n if "projection" in n or prefix else f"{tower}_model.{n}" for n in part}
 
 
-def test_preprocessing_is_the_peers():
+def test_preprocessing_equals_the_reference():
     file = np.load(FILES / "pixels.npz")
     ours = clip_pixels([file[f"image_{i}"] for i in range(3)], 24)
     np.testing.assert_allclose(ours, file["made"].transpose(0, 2, 3, 1), atol=1e-6)
@@ -116,5 +116,5 @@ def test_what_does_not_fit_is_listed():
 
 @pytest.mark.parametrize("dialect", HEADS)
 def test_every_tensor_of_the_peer_is_named_once(dialect):
-    names = [name for entry in clip_table(dialect, 2, 1) for name in entry.peer]
+    names = [name for entry in clip_table(dialect, 2, 1) for name in entry.theirs]
     assert len(names) == len(set(names)) and set(names) == set(weights(dialect))

@@ -18,14 +18,14 @@ from ddpm_jax.models.clip import CLIP
 from ddpm_jax.models.modified_resnet import ModifiedResNet
 from ddpm_jax.models.text_encoder import TextEncoder
 
-PEER = np.load(Path(__file__).parent / "data" / "clip_resnet.npz")
-PUBLISHED = json.loads(str(PEER["published"]))
+REFERENCE = np.load(Path(__file__).parent / "data" / "clip_resnet.npz")
+PUBLISHED = json.loads(str(REFERENCE["published"]))
 HEADS = 8, 64
 
 
 def weights():
-    """Return the peer's tensors, with the counters of a file that has been trained; see the parity script."""
-    found = random_weights(json.loads(str(PEER["shapes"])))
+    """Return tensors of the reference implementation, with the counters of a file that has been trained."""
+    found = random_weights(json.loads(str(REFERENCE["shapes"])))
     found["visual.attnpool.q_proj.weight"] /= 4
     return {name: np.asarray(7) if name.endswith("num_batches_tracked") else array for name, array in found.items()}
 
@@ -37,10 +37,13 @@ def shapes(model):
     return flax.traverse_util.flatten_dict(made["params"], sep="/")
 
 
-def test_the_outputs_are_the_peers():
+def test_the_outputs_equal_the_reference():
     clip = load_clip(weights(), head_width=HEADS)
     assert clip.dialect == "openai" and clip.model.vision == ModifiedResNet(64, 16, (1, 2, 1, 1), 24)
-    pixels, tokens = jnp.asarray(PEER["pixels"].transpose(0, 2, 3, 1), jnp.float32), jnp.asarray(PEER["tokens"])
+    pixels, tokens = (
+        jnp.asarray(REFERENCE["pixels"].transpose(0, 2, 3, 1), jnp.float32),
+        jnp.asarray(REFERENCE["tokens"]),
+    )
 
     @fast_jit
     def run(params):
@@ -55,7 +58,7 @@ def test_the_outputs_are_the_peers():
     with jax.default_matmul_precision("highest"):
         ours = run(clip.params)
     for name, found in ours.items():
-        theirs = PEER[f"out/{name}"]
+        theirs = REFERENCE[f"out/{name}"]
         assert theirs.std(0).mean() > 0.1 * np.abs(theirs).mean() or name == "logits"  # it depends on what is given
         np.testing.assert_allclose(found, theirs, rtol=0, atol=2e-5, err_msg=name)
 
@@ -63,23 +66,23 @@ def test_the_outputs_are_the_peers():
 def test_half_precision_is_near():
     """The convolutions run in bfloat16; parameters and the embedding stay float32."""
     clip = load_clip(weights(), head_width=HEADS, dtype=jnp.bfloat16)
-    pixels = jnp.asarray(PEER["pixels"].transpose(0, 2, 3, 1), jnp.float32)
+    pixels = jnp.asarray(REFERENCE["pixels"].transpose(0, 2, 3, 1), jnp.float32)
     kept = {"capture_intermediates": True, "mutable": "intermediates"}
     run = fast_jit(lambda params: clip.model.vision.apply({"params": params}, pixels, **kept)[1])
     kept = run(clip.params["vision"])["intermediates"]
     assert {kept[name]["__call__"][0].dtype for name in ("conv1", "bn1", "layer4_0")} == {jnp.bfloat16.dtype}
     z = kept["attnpool"]["__call__"][0]
     assert z.dtype == jnp.float32
-    np.testing.assert_allclose(z, PEER["out/z_image"], atol=0.03 * np.abs(PEER["out/z_image"]).max())
+    np.testing.assert_allclose(z, REFERENCE["out/z_image"], atol=0.03 * np.abs(REFERENCE["out/z_image"]).max())
 
 
 def test_import_and_export_are_one_truth():
-    peer = weights()
-    clip = load_clip(peer, head_width=HEADS)
+    reference = weights()
+    clip = load_clip(reference, head_width=HEADS)
     back = export_clip(clip.params, "openai")
-    # In the peer's shapes and no others: its load_state_dict is strict (the parity script lets it load this export).
-    assert {name: list(array.shape) for name, array in back.items()} == json.loads(str(PEER["shapes"]))
-    for name, array in peer.items():
+    # In the reference's shapes and no others: its load_state_dict is strict, and the parity script loads this export.
+    assert {name: list(array.shape) for name, array in back.items()} == json.loads(str(REFERENCE["shapes"]))
+    for name, array in reference.items():
         if name.endswith("num_batches_tracked"):
             assert back[name].dtype == np.int64 and back[name] == 0
         else:
@@ -87,13 +90,13 @@ def test_import_and_export_are_one_truth():
     again = load_clip(back, head_width=HEADS)
     assert again.model == clip.model
     jax.tree.map(np.testing.assert_array_equal, again.params, clip.params)
-    names = [name for entry in clip_table("openai", 2, (1, 2, 1, 1)) for name in entry.peer]
+    names = [name for entry in clip_table("openai", 2, (1, 2, 1, 1)) for name in entry.theirs]
     assert len(names) == len(set(names))
 
 
 def test_files_without_counters_load():
-    peer = {name: array for name, array in weights().items() if not name.endswith("num_batches_tracked")}
-    assert load_clip(peer, head_width=HEADS).model.vision.layers == (1, 2, 1, 1)
+    reference = {name: array for name, array in weights().items() if not name.endswith("num_batches_tracked")}
+    assert load_clip(reference, head_width=HEADS).model.vision.layers == (1, 2, 1, 1)
 
 
 def test_what_does_not_fit_is_listed():

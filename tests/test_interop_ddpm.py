@@ -21,13 +21,13 @@ from ddpm_jax.interop.table import ConvertError, to_reference
 from ddpm_jax.pipelines import Cascade, cascade, load
 from ddpm_jax.storage.metadata import diffusion_from
 
-PEER = np.load(Path(__file__).parent / "data" / "ddpm.npz")
+REFERENCE = np.load(Path(__file__).parent / "data" / "ddpm.npz")
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 DDPM = {"schedule": "linear", "num_steps": 1000, "prediction": "eps", "variance": "fixed_large"}
 
 
 def text(name):
-    return json.loads(str(PEER[name]))
+    return json.loads(str(REFERENCE[name]))
 
 
 def weights(name):
@@ -51,7 +51,7 @@ def same(one, other):
 
 
 @pytest.mark.parametrize("name", ["released", "defaults", "bare"])
-def test_the_outputs_are_the_peers(name):
+def test_the_outputs_equal_the_reference(name):
     """With the options of the released networks, with diffusers' defaults and eps=0.1, and without any attention."""
     model, params, how = loaded(name)
     fields = {
@@ -63,23 +63,23 @@ def test_the_outputs_are_the_peers(name):
         *(model.norm_eps, model.frequency_shift, model.pad_after, model.heads),
         *(model.groups, model.attention_levels, model.mid_attention),
     )
-    x, theirs = (jnp.asarray(PEER[f"{name}/{key}"].transpose(0, 2, 3, 1)) for key in ("x", "out"))
+    x, theirs = (jnp.asarray(REFERENCE[f"{name}/{key}"].transpose(0, 2, 3, 1)) for key in ("x", "out"))
     with jax.default_matmul_precision("highest"):
-        ours = fast_jit(lambda params: model.apply({"params": params}, x, PEER["t"]))(params)
+        ours = fast_jit(lambda params: model.apply({"params": params}, x, REFERENCE["t"]))(params)
     assert theirs.std() > 0.1
     np.testing.assert_allclose(ours, theirs, atol=2e-5)
     same(export_ddpm(params, model, **how), weights(name))
 
 
 def test_the_old_names_of_attention():
-    old, peer = {}, weights("defaults")
-    for name, array in peer.items():
+    old, reference = {}, weights("defaults")
+    for name, array in reference.items():
         for before, now in OLD_NAMES.items():
             name = name.replace(f".{now}.", f".{before}.")
         old[name] = array
-    assert len(set(old) - set(peer)) == 8 * (2 + 1 + 4)  # one of a level on the way down, two on the way up
+    assert len(set(old) - set(reference)) == 8 * (2 + 1 + 4)  # one of a level on the way down, two on the way up
     model, params, how = loaded("defaults", old)
-    same(export_ddpm(params, model, **how), peer)
+    same(export_ddpm(params, model, **how), reference)
 
 
 @pytest.mark.parametrize("name,millions", [("cifar10-32", 35.7), ("celebahq-256", 113.7)])
@@ -102,10 +102,10 @@ def test_the_schedulers(name):
     if name == "released":
         assert fields == DDPM
     process = diffusion.process
-    np.testing.assert_allclose(process.alpha_bar, PEER[f"scheduler/{name}/alpha_bar"], rtol=2e-4, atol=1e-7)
+    np.testing.assert_allclose(process.alpha_bar, REFERENCE[f"scheduler/{name}/alpha_bar"], rtol=2e-4, atol=1e-7)
     large = diffusion.variance == "fixed_large"
     variance = process.betas if large else process.posterior_variance
-    np.testing.assert_allclose(variance[1:], PEER[f"scheduler/{name}/variance"], rtol=2e-3)
+    np.testing.assert_allclose(variance[1:], REFERENCE[f"scheduler/{name}/variance"], rtol=2e-3)
 
 
 def directory(path, name="released", layout="pipeline", scheduler="released", config=(), **options):
@@ -168,10 +168,10 @@ def test_the_samples_are_those_of_the_pipeline(tmp_path, capsys, monkeypatch):
         assert np.asarray(grid).std() > 1
     pipeline = Cascade(load(tmp_path / "ours")).checked()
     # No noise leads into the data, and theirs is not even drawn.
-    noise = jnp.asarray(PEER["noises"].transpose(1, 0, 3, 4, 2))
+    noise = jnp.asarray(REFERENCE["noises"].transpose(1, 0, 3, 4, 2))
     with jax.default_matmul_precision("highest"):
         ours = fast_jit(lambda pipeline: pipeline.sample_base(RecordedNoise(noise)))(pipeline)
-    theirs = PEER["sampled"]
+    theirs = REFERENCE["sampled"]
     assert theirs.std() > 0.1
     np.testing.assert_allclose(np.clip(ours / 2 + 0.5, 0, 1), theirs, atol=2e-5)
 

@@ -24,7 +24,7 @@ from ddpm_jax.interop.table import ConvertError
 from ddpm_jax.models.glide import Glide
 from ddpm_jax.models.unet import UNet
 
-PEER = np.load(Path(__file__).parent / "data" / "glide.npz")
+REFERENCE = np.load(Path(__file__).parent / "data" / "glide.npz")
 MODEL = Glide(UNet(32, 6, (1, 2), 1, (8,), 16), vocab_size=64, context=12, width=32, layers=2, heads=2)
 EXTRA = {
     "base": {},
@@ -35,11 +35,11 @@ EXTRA = {
 
 
 def weights(name):
-    return random_weights(json.loads(str(PEER[f"{name}/shapes"])))
+    return random_weights(json.loads(str(REFERENCE[f"{name}/shapes"])))
 
 
 def given(name):
-    array = PEER[name]
+    array = REFERENCE[name]
     return jnp.asarray(array.transpose(0, 2, 3, 1) if array.ndim == 4 else array)
 
 
@@ -47,23 +47,23 @@ TEXT = given("tokens").astype(jnp.int32), given("mask")
 
 
 @pytest.mark.parametrize("name", EXTRA)
-def test_the_outputs_are_the_peers(name):
-    peer = weights(name)
-    params = glide.load_glide(peer, MODEL, image_size=16)
+def test_the_outputs_equal_the_reference(name):
+    reference = weights(name)
+    params = glide.load_glide(reference, MODEL, image_size=16)
     extra = {key: given(value) for key, value in EXTRA[name].items()}
     with jax.default_matmul_precision("highest"):
         run = fast_jit(lambda params: MODEL.apply({"params": params}, given("x"), given("t"), *TEXT, **extra))
         ours = run(params)
-    np.testing.assert_allclose(ours, PEER[f"{name}/out"].transpose(0, 2, 3, 1), atol=2e-5)
+    np.testing.assert_allclose(ours, REFERENCE[f"{name}/out"].transpose(0, 2, 3, 1), atol=2e-5)
     back = glide.export_glide(params, MODEL, image_size=16)
-    assert set(back) == set(peer)
-    for key, array in peer.items():
+    assert set(back) == set(reference)
+    for key, array in reference.items():
         np.testing.assert_array_equal(back[key], array, err_msg=key)
 
 
 def test_the_loop_with_guidance():
     """From recorded noise: transition number i gets the i-th of the file, 0 is where it starts."""
-    noise = RecordedNoise(jnp.asarray(PEER["loop/noises"].transpose(1, 0, 3, 4, 2)))
+    noise = RecordedNoise(jnp.asarray(REFERENCE["loop/noises"].transpose(1, 0, 3, 4, 2)))
     params = glide.load_glide(weights("base"), MODEL, image_size=16)
     nothing = jnp.full_like(TEXT[0], 63), jnp.zeros_like(TEXT[1])
     network = lambda text: lambda xt, t: MODEL.apply({"params": params}, xt, t, *text)
@@ -78,7 +78,7 @@ def test_the_loop_with_guidance():
     )
     with jax.default_matmul_precision("highest"):
         ours = fast_jit(draw)(noise)
-    theirs = PEER["loop/out"].transpose(0, 2, 3, 1)
+    theirs = REFERENCE["loop/out"].transpose(0, 2, 3, 1)
     assert theirs.std() > 0.1
     np.testing.assert_allclose(ours, theirs, atol=2e-3)
 

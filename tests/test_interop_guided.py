@@ -17,7 +17,7 @@ from ddpm_jax.models.adm import Classifier, ClassUNet, SuperUNet
 from ddpm_jax.models.unet import UNet
 from ddpm_jax.storage.metadata import diffusion_from
 
-PEER = np.load(Path(__file__).parent / "data" / "guided.npz")
+REFERENCE = np.load(Path(__file__).parent / "data" / "guided.npz")
 PROCESSES = json.loads((Path(__file__).parent / "data" / "published_sizes.json").read_text())
 CLASSIFIER = {"channel_mult": (1, 2), "num_res_blocks": 1, "attention_resolutions": (8,), "head_channels": 16}
 
@@ -39,27 +39,27 @@ MODELS = {
 
 
 def weights(name):
-    return random_weights(json.loads(str(PEER[f"{name}/shapes"])))
+    return random_weights(json.loads(str(REFERENCE[f"{name}/shapes"])))
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_the_outputs_are_the_peers(name):
-    model, peer = MODELS[name], weights(name)
+def test_the_outputs_equal_the_reference(name):
+    model, reference = MODELS[name], weights(name)
     options = {"image_size": 16, "new_attention_order": name == "new_order"}
-    params = load_guided(peer, model, **options)
-    nhwc = lambda key: jnp.asarray(PEER[key].transpose(0, 2, 3, 1))
-    given = [nhwc("x"), jnp.asarray(PEER["t"])]
+    params = load_guided(reference, model, **options)
+    nhwc = lambda key: jnp.asarray(REFERENCE[key].transpose(0, 2, 3, 1))
+    given = [nhwc("x"), jnp.asarray(REFERENCE["t"])]
     given += [nhwc("low")] if name == "upsampler" else []
-    given += [jnp.asarray(PEER["y"], jnp.int32)] if name in ("adm", "upsampler") else []
+    given += [jnp.asarray(REFERENCE["y"], jnp.int32)] if name in ("adm", "upsampler") else []
     with jax.default_matmul_precision("highest"):
         ours = fast_jit(lambda params: model.apply({"params": params}, *given))(params)
-    theirs = PEER[f"{name}/out"]
+    theirs = REFERENCE[f"{name}/out"]
     theirs = theirs if theirs.ndim == 2 else theirs.transpose(0, 2, 3, 1)
     assert theirs.std() > 0.1
     np.testing.assert_allclose(ours, theirs, atol=2e-5)
     back = export_guided(params, model, **options)
-    assert set(back) == set(peer)
-    for key, array in peer.items():
+    assert set(back) == set(reference)
+    for key, array in reference.items():
         np.testing.assert_array_equal(back[key], array, err_msg=key)
 
 
@@ -72,31 +72,31 @@ OTHERS = {
 @pytest.mark.parametrize("name", OTHERS)
 def test_heads_pooling_and_channels(name):
     """num_heads_upsample, conv_resample=False, and inputs of four channels and of one."""
-    model, peer = OTHERS[name], weights(name)
+    model, reference = OTHERS[name], weights(name)
     options = {"image_size": 16, "new_attention_order": name == "heads_up"}
-    params = load_guided(peer, model, **options)
-    x, theirs = (PEER[f"{name}/{key}"].transpose(0, 2, 3, 1) for key in ("x", "out"))
+    params = load_guided(reference, model, **options)
+    x, theirs = (REFERENCE[f"{name}/{key}"].transpose(0, 2, 3, 1) for key in ("x", "out"))
     with jax.default_matmul_precision("highest"):
-        ours = fast_jit(lambda params: model.apply({"params": params}, x, PEER["t"][1:2]))(params)
+        ours = fast_jit(lambda params: model.apply({"params": params}, x, REFERENCE["t"][1:2]))(params)
     np.testing.assert_allclose(ours, theirs, atol=2e-5)
     back = export_guided(params, model, **options)
-    assert set(back) == set(peer)
-    for key, array in peer.items():
+    assert set(back) == set(reference)
+    for key, array in reference.items():
         np.testing.assert_array_equal(back[key], array, err_msg=key)
 
 
 def test_images_of_another_size():
     """8 x 32, through networks of 16 x 16 with attention at level 1, said by a resolution and by the level."""
-    x = jnp.asarray(PEER["size/x"].transpose(0, 2, 3, 1))
+    x = jnp.asarray(REFERENCE["size/x"].transpose(0, 2, 3, 1))
     levels = {"attention_resolutions": (), "attention_levels": (1,)}
     classifier = Classifier(32, 10, 16, pool="adaptive", **(CLASSIFIER | levels))
     for model, name, theirs in (
-        (unet(), "new_order", PEER["size/out"].transpose(0, 2, 3, 1)),
-        (classifier, "classifier/adaptive", PEER["size/classifier"]),
+        (unet(), "new_order", REFERENCE["size/out"].transpose(0, 2, 3, 1)),
+        (classifier, "classifier/adaptive", REFERENCE["size/classifier"]),
     ):
         params = load_guided(weights(name), model, image_size=16)
         with jax.default_matmul_precision("highest"):
-            ours = fast_jit(lambda params, model=model: model.apply({"params": params}, x, PEER["t"][1:2]))(params)
+            ours = fast_jit(lambda params, model=model: model.apply({"params": params}, x, REFERENCE["t"][1:2]))(params)
         np.testing.assert_allclose(ours, theirs, atol=2e-5)
     at = lambda model, *size: jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, *size, 3)), jnp.zeros(1))
     shapes = at(unet(**levels), 16, 16)
@@ -163,15 +163,20 @@ def test_the_sizes_of_improved_diffusion(channels, millions):
 
 
 @pytest.mark.parametrize("name", [name for name in PUBLISHED if not name.endswith("classifier")])
-def test_the_published_processes_are_the_peers(name):
+def test_the_published_processes_are_as_published(name):
     """The schedule, its length, and whether the network is conditioned on t or t * 1000 / num_steps."""
-    published, peer = PUBLISHED[name], PROCESSES[name]
-    assert (published.num_steps, published.rescale_timesteps) == (peer["num_steps"], peer["rescale_timesteps"])
+    published, reference = PUBLISHED[name], PROCESSES[name]
+    assert (published.num_steps, published.rescale_timesteps) == (
+        reference["num_steps"],
+        reference["rescale_timesteps"],
+    )
     betas = {"linear": linear_betas, "cosine": cosine_betas}[published.schedule](published.num_steps)
-    assert betas.sum() == pytest.approx(peer["sum_of_betas"], rel=1e-12)
+    assert betas.sum() == pytest.approx(reference["sum_of_betas"], rel=1e-12)
     metadata = metadata_of(published, published.model())
-    assert diffusion_from(metadata["diffusion"]).process.betas.sum() == pytest.approx(peer["sum_of_betas"], rel=1e-5)
-    scale = 1000 / peer["num_steps"] if peer["rescale_timesteps"] else 1.0
+    assert diffusion_from(metadata["diffusion"]).process.betas.sum() == pytest.approx(
+        reference["sum_of_betas"], rel=1e-5
+    )
+    scale = 1000 / reference["num_steps"] if reference["rescale_timesteps"] else 1.0
     assert metadata["timestep_scale"] == scale
     assert ("labels" in metadata["conditions"]) == ("uncond" not in name and "lsun" not in name)
     assert ("low_resolution" in metadata["conditions"]) == ("upsample" in name)

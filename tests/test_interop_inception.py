@@ -14,32 +14,32 @@ from ddpm_jax.interop.inception import export_inception, load_inception
 from ddpm_jax.interop.table import ConvertError
 from ddpm_jax.models.inception import FEATURES, Inception, prepare
 
-PEER = np.load(Path(__file__).parent / "data" / "inception.npz")
-IMAGES = jnp.asarray(PEER["images"].transpose(0, 2, 3, 1))
+REFERENCE = np.load(Path(__file__).parent / "data" / "inception.npz")
+IMAGES = jnp.asarray(REFERENCE["images"].transpose(0, 2, 3, 1))
 
 
-def test_every_feature_is_the_peers():
-    peer = random_weights(json.loads(str(PEER["shapes"])))
+def test_every_feature_equals_the_reference():
+    reference = random_weights(json.loads(str(REFERENCE["shapes"])))
     counters = {"Conv2d_1a_3x3.bn.num_batches_tracked": np.zeros((), np.int64)}
-    params = load_inception(peer | counters)
+    params = load_inception(reference | counters)
     with jax.default_matmul_precision("highest"):
         found = fast_jit(lambda params: Inception().apply({"params": params}, prepare(IMAGES)))(params)
     assert set(found) == set(FEATURES)
     for name in FEATURES:
-        theirs = PEER[f"out/{name}"]
+        theirs = REFERENCE[f"out/{name}"]
         assert theirs.std(0).mean() > 0.01 * np.abs(theirs).mean()  # between images: the features are alive
         np.testing.assert_allclose(found[name], theirs, atol=2e-5 * max(1.0, np.abs(theirs).max()), err_msg=name)
     back = export_inception(params)
-    assert set(back) == set(peer)
-    for name, array in peer.items():
+    assert set(back) == set(reference)
+    for name, array in reference.items():
         np.testing.assert_array_equal(back[name], array, err_msg=name)
 
 
 def test_the_two_resizes():
     for name, undo in (("tensorflow", lambda x: x * 128 + 128), ("half_pixel", lambda x: (x + 1) * 127.5)):
         ours = np.asarray(undo(prepare(IMAGES, name)))[:, ::23, ::23]
-        np.testing.assert_allclose(ours, PEER[name].transpose(0, 2, 3, 1), atol=2e-3)
-    assert np.abs(PEER["tensorflow"] - PEER["half_pixel"]).max() > 10  # of 255: it is not a detail
+        np.testing.assert_allclose(ours, REFERENCE[name].transpose(0, 2, 3, 1), atol=2e-3)
+    assert np.abs(REFERENCE["tensorflow"] - REFERENCE["half_pixel"]).max() > 10  # of 255: it is not a detail
     with pytest.raises(ValueError, match="resize='bicubic' must be"):
         prepare(IMAGES, "bicubic")
 

@@ -49,7 +49,7 @@ from ddpm_jax.pipelines import karlo as karlo_pipeline
 from ddpm_jax.pipelines.converted import pipeline_of
 from ddpm_jax.pipelines.request import NotFiniteError, batches
 
-PEER = np.load(Path(__file__).parent / "data" / "karlo.npz")
+REFERENCE = np.load(Path(__file__).parent / "data" / "karlo.npz")
 D, KEYS = 32, example_keys(jax.random.key(0), 1)
 SMALL = {"channel_mult": (1, 2), "num_res_blocks": 1, "attention_resolutions": ()}
 DECODER = Decoder(UNet(32, 6, attention_levels=(1,), head_channels=16, **SMALL), D, 40)
@@ -57,11 +57,11 @@ UPSAMPLER = Upsampler(UNet(32, 3, attention_levels=(), scale_shift=False, mid_at
 
 
 def weights(name, seed=0):
-    return random_weights(json.loads(str(PEER[f"shapes/{name}"])), seed)
+    return random_weights(json.loads(str(REFERENCE[f"shapes/{name}"])), seed)
 
 
 def given(name):
-    array = PEER[name]
+    array = REFERENCE[name]
     return jnp.asarray(array.transpose(0, 2, 3, 1) if array.ndim == 4 else array)
 
 
@@ -78,16 +78,16 @@ def exact():
 
 
 def test_the_prior():
-    peer = weights("prior")
-    prior = karlo.load_prior(peer, heads=2)
+    reference = weights("prior")
+    prior = karlo.load_prior(reference, heads=2)
     run = fast_jit(lambda p, *inputs: prior.model.apply({"params": p}, *inputs))
     predict = lambda z_text: run(prior.params, given("zt"), given("t"), z_text, given("hidden"), given("mask"))
     z_text = given("z_text")  # as CLIP's projection gives it, which is how diffusers' network takes it
-    np.testing.assert_allclose(predict(z_text / D**0.5), PEER["out/prior"], atol=2e-5)
+    np.testing.assert_allclose(predict(z_text / D**0.5), REFERENCE["out/prior"], atol=2e-5)
     for other in (z_text, normalize(z_text)):
-        assert np.abs(predict(other) - PEER["out/prior"]).max() > 0.05
-    same(karlo.export_prior(prior), peer)
-    np.testing.assert_array_equal(prior.std, peer["clip_std"][0])
+        assert np.abs(predict(other) - REFERENCE["out/prior"]).max() > 0.05
+    same(karlo.export_prior(prior), reference)
+    np.testing.assert_array_equal(prior.std, reference["clip_std"][0])
 
 
 def test_the_decoder_with_and_without_an_image():
@@ -98,7 +98,7 @@ def test_the_decoder_with_and_without_an_image():
     text = z_text, given("hidden"), given("mask")
     for half, keep in enumerate((False, True)):
         ours = run(params, given("xt"), given("t"), z_image, *text, jnp.full(2, keep))
-        theirs = PEER["out/decoder"][2 * half : 2 * half + 2].transpose(0, 2, 3, 1)
+        theirs = REFERENCE["out/decoder"][2 * half : 2 * half + 2].transpose(0, 2, 3, 1)
         np.testing.assert_allclose(ours, theirs, atol=2e-5)
     for other in (lambda z: z, normalize):  # the scales that are documented as wrong
         text = other(given("z_text")), given("hidden"), given("mask")
@@ -110,12 +110,12 @@ def test_the_decoder_with_and_without_an_image():
 
 
 def test_the_upsampler():
-    peer = weights("upsampler")
-    params = karlo.load_upsampler(peer, UPSAMPLER, image_size=32)
+    reference = weights("upsampler")
+    params = karlo.load_upsampler(reference, UPSAMPLER, image_size=32)
     run = fast_jit(lambda p, *inputs: UPSAMPLER.apply({"params": p}, *inputs))
     ours = run(params, given("large"), given("t"), given("small"))
-    np.testing.assert_allclose(ours, PEER["out/upsampler"].transpose(0, 2, 3, 1), atol=2e-5)
-    same(karlo.export_upsampler(params, UPSAMPLER, image_size=32), peer)
+    np.testing.assert_allclose(ours, REFERENCE["out/upsampler"].transpose(0, 2, 3, 1), atol=2e-5)
+    same(karlo.export_upsampler(params, UPSAMPLER, image_size=32), reference)
 
 
 @pytest.fixture(scope="module")
@@ -144,7 +144,9 @@ def pipeline():
 
 def recorded(which):
     """Return the noise of every stage: what diffusers drew at its start and in its transitions, none in the last."""
-    files = [PEER[f"noise/{which}/{i}"] for i in range(sum(f.startswith(f"noise/{which}/") for f in PEER.files))]
+    files = [
+        REFERENCE[f"noise/{which}/{i}"] for i in range(sum(f.startswith(f"noise/{which}/") for f in REFERENCE.files))
+    ]
     stages = [np.stack([*files[i : i + 3], np.zeros_like(files[i])], axis=1) for i in range(0, len(files), 3)]
     stages = [np.moveaxis(stage, 2, -1) if stage.ndim == 5 else stage for stage in stages]
     return [RecordedNoise(jnp.asarray(stage)) for stage in stages]
@@ -198,8 +200,8 @@ def test_the_pipeline_from_captions(pipeline):
         return drawn(pipeline, z_image, text, empty, noise[1:])
 
     images = run(recorded("text"))
-    assert PEER["pipeline/text"].std() > 0.1
-    np.testing.assert_allclose(images, PEER["pipeline/text"], atol=2e-3)
+    assert REFERENCE["pipeline/text"].std() > 0.1
+    np.testing.assert_allclose(images, REFERENCE["pipeline/text"], atol=2e-3)
 
 
 def test_variations_of_an_image(pipeline):
@@ -208,11 +210,11 @@ def test_variations_of_an_image(pipeline):
         empty = text_of(pipeline, ["", ""])
         return drawn(pipeline, pipeline.encode_image(given("picture")), empty, empty, noise)
 
-    np.testing.assert_allclose(run(recorded("image")), PEER["pipeline/image"], atol=2e-3)
+    np.testing.assert_allclose(run(recorded("image")), REFERENCE["pipeline/image"], atol=2e-3)
 
 
 class Bytes(CompactTokenizer):
-    """The tokenizer that the peer was given."""
+    """The tokenizer that the reference implementation was given."""
 
     pad, sot, eot, vocab_size = 299, 298, 299, 300
 
@@ -230,7 +232,7 @@ PARTS = {
     "super_res_last": "upsampler",
 }
 PARTS |= {name: name for name in ("prior", "decoder", "text_proj")}
-CONFIGS = {part: json.loads(str(PEER[f"config/{peer}"])) for part, peer in PARTS.items()}
+CONFIGS = {part: json.loads(str(REFERENCE[f"config/{reference}"])) for part, reference in PARTS.items()}
 # Parts without weights: what their files are called.
 SETTINGS = dict.fromkeys(("prior_scheduler", "decoder_scheduler", "super_res_scheduler"), "scheduler_config.json")
 SETTINGS |= {"feature_extractor": "preprocessor_config.json"}
@@ -245,7 +247,7 @@ def write_directory(place):
         save_file(weights(PARTS[name], int(name == "super_res_last")), place / name / file)
     for name, file in SETTINGS.items():
         (place / name).mkdir()
-        (place / name / file).write_text(str(PEER[f"config/{name}"]))
+        (place / name / file).write_text(str(REFERENCE[f"config/{name}"]))
     return place
 
 
@@ -571,7 +573,7 @@ def test_other_files_are_refused():
 
 
 def test_the_published_networks_have_a_table():
-    """Every parameter of the full size has its entry; what has none in the peer is what the paper drops otherwise."""
+    """Every parameter of the full size has its entry; the reference has none for what only the paper drops."""
     spec = lambda *shape, dtype=jnp.float32: jax.ShapeDtypeStruct(shape, dtype)
     upsampler = karlo.UPSAMPLER()
     inputs = spec(1, 256, 256, 3), spec(1), spec(1, 64, 64, 3)
@@ -585,4 +587,4 @@ def test_the_published_networks_have_a_table():
     ):
         flat = ["/".join(k.key for k in path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
         assert sorted(flat) == sorted(entry.ours for entry in entries)
-        assert [entry.ours for entry in entries if not entry.peer] == without
+        assert [entry.ours for entry in entries if not entry.theirs] == without

@@ -18,13 +18,13 @@ from ddpm_jax.interop import ReadError, karlo, karlo_original, read_tensors
 from ddpm_jax.interop.table import ConvertError
 from ddpm_jax.pipelines import karlo as pipeline
 
-PEER = np.load(Path(__file__).parent / "data" / "karlo_original.npz")
+REFERENCE = np.load(Path(__file__).parent / "data" / "karlo_original.npz")
 D = 32
 SIZES = {"heads": 2, "head_channels": 16, "head_width": (8, 64), "image_sizes": (16, 32)}
 
 
 def weights(name):
-    return random_weights(json.loads(str(PEER[f"shapes/{name}"])))
+    return random_weights(json.loads(str(REFERENCE[f"shapes/{name}"])))
 
 
 def statistics():
@@ -33,7 +33,7 @@ def statistics():
 
 
 def given(name):
-    array = PEER[name]
+    array = REFERENCE[name]
     array = array.astype(np.float32) if array.dtype == np.float16 else array
     return jnp.asarray(np.moveaxis(array, -3, -1) if array.ndim >= 4 else array)
 
@@ -54,53 +54,53 @@ def exact():
 
 
 def test_the_prior():
-    peer = weights("prior")
-    prior = karlo_original.load_prior(peer, statistics(), heads=2)
+    reference = weights("prior")
+    prior = karlo_original.load_prior(reference, statistics(), heads=2)
     run = fast_jit(lambda p, *inputs: prior.model.apply({"params": p}, *inputs))
     ours = run(prior.params, given("zt"), given("t"), given("z_text") / D**0.5, given("hidden"), given("mask"))
-    np.testing.assert_allclose(ours, PEER["out/prior"], atol=2e-5)
+    np.testing.assert_allclose(ours, REFERENCE["out/prior"], atol=2e-5)
     tensors, pair = karlo_original.export_prior(prior)
-    same(tensors, peer)
+    same(tensors, reference)
     same(pair, statistics())
 
 
 def test_the_decoder_with_and_without_an_image():
-    peer = weights("decoder")
-    decoder = karlo_original.load_decoder(peer, image_size=16, head_channels=16)
+    reference = weights("decoder")
+    decoder = karlo_original.load_decoder(reference, image_size=16, head_channels=16)
     run = fast_jit(lambda p, *inputs: decoder.model.apply({"params": p}, *inputs))
     z_image, z_text = (given(name) / D**0.5 for name in ("z_image", "z_text"))
     text = z_text, given("hidden"), given("mask")
     for name, keep in (("with", True), ("without", False)):
         ours = run(decoder.params, given("xt"), given("t"), z_image, *text, jnp.full(2, keep))
         np.testing.assert_allclose(ours, given(f"out/decoder/{name}"), atol=2e-5)
-    same(karlo_original.export_decoder(decoder, image_size=16), peer)
+    same(karlo_original.export_decoder(decoder, image_size=16), reference)
 
 
 def test_the_upsamplers():
-    peer = weights("sr")
-    upsamplers = karlo_original.load_upsamplers(peer, image_size=32)
+    reference = weights("sr")
+    upsamplers = karlo_original.load_upsamplers(reference, image_size=32)
     run = fast_jit(lambda p, *inputs: upsamplers.model.apply({"params": p}, *inputs))
     for name in ("first", "last"):
         ours = run(upsamplers.params[name], given("large"), given("t"), given("small"))
         np.testing.assert_allclose(ours, given(f"out/{name}"), atol=2e-5)
-    same(karlo_original.export_upsamplers(upsamplers, image_size=32), peer)
+    same(karlo_original.export_upsamplers(upsamplers, image_size=32), reference)
 
 
 def read_by(table, tensors, shapes):
-    """Read every entry of a table by itself, and return how many numbers ours and the peer's parameters are."""
+    """Read every entry of a table by itself, and return the numbers of parameters here and in the reference."""
     flat = {"/".join(k.key for k in path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(shapes)}
     assert sorted(flat) == sorted(entry.ours for entry in table)
-    assert sorted(tensors) == sorted(name for entry in table for name in entry.peer)
+    assert sorted(tensors) == sorted(name for entry in table for name in entry.theirs)
     ours = 0
     for entry in table:
-        assert entry.layout.read(*(tensors[name] for name in entry.peer)).shape == flat[entry.ours].shape, entry.ours
-        ours += flat[entry.ours].size * bool(entry.peer)
+        assert entry.layout.read(*(tensors[name] for name in entry.theirs)).shape == flat[entry.ours].shape, entry.ours
+        ours += flat[entry.ours].size * bool(entry.theirs)
     return ours, sum(array.size for array in tensors.values())
 
 
 def published(name):
     """Tensors of the published shapes, which take no memory."""
-    shapes = json.loads(str(PEER[f"published/{name}"]))
+    shapes = json.loads(str(REFERENCE[f"published/{name}"]))
     return {key: np.broadcast_to(np.float32(0), shape) for key, shape in shapes.items()}
 
 
@@ -133,7 +133,7 @@ def test_the_published_prior_is_that_of_diffusers():
 
 
 class Bytes(CompactTokenizer):
-    """The tokenizer that the peer was given."""
+    """The tokenizer that the reference implementation was given."""
 
     pad, sot, eot, vocab_size = 0, 298, 299, 300
 
@@ -201,15 +201,15 @@ def recorded(stage):
 
 def test_what_the_networks_see_of_captions(opened):
     tokens, mask = (jnp.asarray(x) for x in Bytes()(["a cat"], 12))
-    np.testing.assert_array_equal(tokens[0], PEER["pipeline/tokens"][0])
-    np.testing.assert_array_equal(mask[0], PEER["pipeline/mask"][0])
+    np.testing.assert_array_equal(tokens[0], REFERENCE["pipeline/tokens"][0])
+    np.testing.assert_array_equal(mask[0], REFERENCE["pipeline/mask"][0])
     tokens, mask = given("pipeline/tokens"), given("pipeline/mask")
     text, z_image = fast_jit(lambda opened: (opened.encode_text(tokens, mask), opened.encode_image(given("picture"))))(
         opened
     )
-    np.testing.assert_allclose(text.z * D**0.5, PEER["pipeline/z_text"], atol=2e-5)
-    np.testing.assert_allclose(text.hidden, PEER["pipeline/hidden"], atol=2e-5)
-    np.testing.assert_allclose(z_image, PEER["out/image"], atol=2e-5)
+    np.testing.assert_allclose(text.z * D**0.5, REFERENCE["pipeline/z_text"], atol=2e-5)
+    np.testing.assert_allclose(text.hidden, REFERENCE["pipeline/hidden"], atol=2e-5)
+    np.testing.assert_allclose(z_image, REFERENCE["out/image"], atol=2e-5)
 
 
 def test_no_network_sees_the_padding(opened):
@@ -243,10 +243,10 @@ def test_the_stages_in_a_row(opened):
 
     z_image, images = run(opened, noise)
     mean, std = statistics().values()
-    reached = np.abs((PEER["pipeline/z_image"] - mean) / std).max()
+    reached = np.abs((REFERENCE["pipeline/z_image"] - mean) / std).max()
     assert abs(reached - 10) < 1e-4  # clipped
-    np.testing.assert_allclose(z_image, PEER["pipeline/z_image"], atol=1e-3)
-    assert PEER["pipeline/images"].std() > 0.1
+    np.testing.assert_allclose(z_image, REFERENCE["pipeline/z_image"], atol=1e-3)
+    assert REFERENCE["pipeline/images"].std() > 0.1
     np.testing.assert_allclose(images, given("pipeline/images"), atol=2e-3)
 
 

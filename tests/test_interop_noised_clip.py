@@ -22,19 +22,19 @@ from ddpm_jax.models.clip import normalize
 from ddpm_jax.models.noised_clip import NoisedCLIP, NoisedVisionTransformer
 from ddpm_jax.models.text_encoder import TextEncoder
 
-PEER = np.load(Path(__file__).parent / "data" / "noised_clip.npz")
+REFERENCE = np.load(Path(__file__).parent / "data" / "noised_clip.npz")
 MODEL = NoisedCLIP(NoisedVisionTransformer(16, 4, 24, 2, 3, 50), TextEncoder(64, 12, 32, 2, 2), 24)
-CASES = json.loads(str(PEER["captions"]))
+CASES = json.loads(str(REFERENCE["captions"]))
 
 
 def weights(name):
-    shapes = json.loads(str(PEER[f"{name}/shapes"]))
+    shapes = json.loads(str(REFERENCE[f"{name}/shapes"]))
     drawn = random_weights(shapes, ("image", "text").index(name))
     return {name: array + name.endswith(".g") for name, array in drawn.items()}
 
 
 def given(name):
-    array = PEER[name]
+    array = REFERENCE[name]
     if array.dtype == np.int64:
         array = array.astype(np.int32)
     return jnp.asarray(array.transpose(0, 2, 3, 1) if array.ndim == 4 else array)
@@ -54,26 +54,26 @@ def run(params, method, *inputs):
         return fast_jit(lambda params: MODEL.apply({"params": params}, *inputs, method=method))(params)
 
 
-def test_the_embeddings_are_the_peers(params):
+def test_the_embeddings_equal_the_reference(params):
     image, text = run(params, "encode_image", X, T), run(params, "encode_text", TOKENS, MASK)
     for name, ours in {"image": image, "text": text}.items():
-        theirs = PEER[f"{name}/raw"]
+        theirs = REFERENCE[f"{name}/raw"]
         assert np.ptp(theirs, axis=0).min() > 1e-2
         np.testing.assert_allclose(ours, theirs, atol=2e-5)
-        np.testing.assert_allclose(normalize(ours), PEER[f"{name}/unit"], atol=2e-5)
+        np.testing.assert_allclose(normalize(ours), REFERENCE[f"{name}/unit"], atol=2e-5)
     pair = run(params, "__call__", X, T, TOKENS, MASK)
-    np.testing.assert_allclose(pair[0], PEER["image/unit"], atol=2e-5)
-    np.testing.assert_allclose(pair[1], PEER["text/unit"], atol=2e-5)
+    np.testing.assert_allclose(pair[0], REFERENCE["image/unit"], atol=2e-5)
+    np.testing.assert_allclose(pair[1], REFERENCE["text/unit"], atol=2e-5)
 
 
 def test_a_shorter_row_of_tokens_gives_the_same(params):
     ours = run(params, "encode_text", TOKENS[2:, :4], MASK[2:, :4])
-    np.testing.assert_allclose(ours, PEER["text/raw"][2:], atol=2e-5)
+    np.testing.assert_allclose(ours, REFERENCE["text/raw"][2:], atol=2e-5)
 
 
-def test_the_gradient_is_the_peers(params):
-    z_text = jnp.asarray(PEER["text/unit"])
-    theirs, process = PEER["gradient"].transpose(0, 2, 3, 1), make_process(cosine_betas(50))
+def test_the_gradient_equals_the_reference(params):
+    z_text = jnp.asarray(REFERENCE["text/unit"])
+    theirs, process = REFERENCE["gradient"].transpose(0, 2, 3, 1), make_process(cosine_betas(50))
 
     @fast_jit
     def both(params):
@@ -91,9 +91,9 @@ def test_the_gradient_is_the_peers(params):
 
 def test_export_is_the_inverse(params):
     for name, back in zip(("image", "text"), noised_clip.export_noised_clip(params, MODEL), strict=True):
-        peer = weights(name)
-        assert {key: list(array.shape) for key, array in back.items()} == json.loads(str(PEER[f"{name}/shapes"]))
-        for key, array in peer.items():
+        reference = weights(name)
+        assert {key: list(array.shape) for key, array in back.items()} == json.loads(str(REFERENCE[f"{name}/shapes"]))
+        for key, array in reference.items():
             np.testing.assert_array_equal(back[key], array, err_msg=key)
 
 
@@ -104,8 +104,8 @@ def test_a_bias_of_keys_changes_nothing(params):
         for block in moved[tower]["transformer"].values():
             assert not block["qkv"]["bias"][width : 2 * width].any()
             block["qkv"]["bias"][width : 2 * width] = 1.0
-    np.testing.assert_allclose(run(moved, "encode_image", X, T), PEER["image/raw"], atol=2e-5)
-    np.testing.assert_allclose(run(moved, "encode_text", TOKENS, MASK), PEER["text/raw"], atol=2e-5)
+    np.testing.assert_allclose(run(moved, "encode_image", X, T), REFERENCE["image/raw"], atol=2e-5)
+    np.testing.assert_allclose(run(moved, "encode_text", TOKENS, MASK), REFERENCE["text/raw"], atol=2e-5)
 
 
 def test_another_file_is_refused():
@@ -130,24 +130,24 @@ def test_other_inputs_are_refused(params):
 
 
 def test_the_published_network_has_a_table():
-    model, theirs = noised_clip.NOISED_CLIP(), json.loads(str(PEER["published"]))
+    model, theirs = noised_clip.NOISED_CLIP(), json.loads(str(REFERENCE["published"]))
     shapes = noised_clip.noised_clip_shapes(model)
     flat = {"/".join(k.key for k in path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(shapes)}
     tables = noised_clip.image_table(model), noised_clip.text_table(model)
     assert sorted(flat) == sorted(entry.ours for table in tables for entry in table)
-    for table, peer in zip(tables, theirs, strict=True):
-        assert {name for entry in table for name in entry.peer} == set(peer)
+    for table, reference in zip(tables, theirs, strict=True):
+        assert {name for entry in table for name in entry.theirs} == set(reference)
         for entry in table:
-            read = entry.layout.read(*(np.broadcast_to(np.float32(0), peer[name]) for name in entry.peer))
+            read = entry.layout.read(*(np.broadcast_to(np.float32(0), reference[name]) for name in entry.theirs))
             assert read.shape == flat[entry.ours].shape, entry.ours
-    config = json.loads(str(PEER["config"]))
+    config = json.loads(str(REFERENCE["config"]))
     assert (model.vision.heads, model.text.heads) == (config["n_head_image"], config["n_head_text"])
     assert (model.vision.image_size, model.scale) == (config["image_size"], config["logit_scale"])
 
 
 def write(directory, **changed):
     for name in ("encoder.json", "vocab.bpe"):
-        (directory / f"{name}.gz").write_bytes(gzip.compress(str(PEER[name]).encode("utf-8")))
+        (directory / f"{name}.gz").write_bytes(gzip.compress(str(REFERENCE[name]).encode("utf-8")))
     for name, data in changed.items():
         (directory / name.replace("__", ".")).write_bytes(data)
     return directory
@@ -158,9 +158,9 @@ def tokenizer(tmp_path):
     return GlideTokenizer(write(tmp_path))
 
 
-def test_the_ids_are_the_peers(tokenizer):
+def test_the_ids_equal_the_reference(tokenizer):
     """By a part of GLIDE's vocabulary: `kept` has the id there of each id here."""
-    kept = PEER["kept"]
+    kept = REFERENCE["kept"]
     assert len(CASES) >= 30 and max(max(case["ids"]) for case in CASES) > 40000
     for case in CASES:
         assert kept[tokenizer.ids(case["text"])].tolist() == case["ids"], case["text"]
@@ -168,7 +168,7 @@ def test_the_ids_are_the_peers(tokenizer):
     assert kept[tokenizer.pad] == 50256 and tokenizer.vocab_size == len(kept)
 
 
-def test_the_rows_are_the_peers(tokenizer):
+def test_the_rows_equal_the_reference(tokenizer):
     cases = [case for case in CASES if len(case["ids"]) <= 40]
     assert 30 <= len(cases) < len(CASES)
     with warnings.catch_warnings():
@@ -222,7 +222,7 @@ def test_missing_and_damaged_files_are_named(tmp_path, name):
 
 
 def test_files_that_do_not_belong_together_are_refused(tmp_path):
-    ids = json.loads(str(PEER["encoder.json"]))
+    ids = json.loads(str(REFERENCE["encoder.json"]))
     bytes_only = {symbol: i for i, symbol in enumerate(symbol for symbol in ids if len(symbol) == 1)}
     few = {symbol: i for i, symbol in enumerate(list(bytes_only)[1:])}
     holes = {symbol: i + (i > 9) for symbol, i in ids.items()}

@@ -31,20 +31,20 @@ from ddpm_jax.pipelines.request import NotFiniteError
 from ddpm_jax.pipelines.stable_diffusion import StableDiffusion, open_stable_diffusion
 from ddpm_jax.types import Step
 
-PEER = np.load(Path(__file__).parent / "data" / "stable_diffusion.npz")
+REFERENCE = np.load(Path(__file__).parent / "data" / "stable_diffusion.npz")
 AUTOENCODER = Autoencoder(32, (1, 2), 1, scale=0.2)
 
 
 def weights(name):
-    return random_weights(json.loads(str(PEER[f"shapes/{name}"])))
+    return random_weights(json.loads(str(REFERENCE[f"shapes/{name}"])))
 
 
 def config(name):
-    return json.loads(str(PEER[f"config/{name}"]))
+    return json.loads(str(REFERENCE[f"config/{name}"]))
 
 
 def given(name):
-    array = PEER[name]
+    array = REFERENCE[name]
     return jnp.asarray(array.transpose(0, 2, 3, 1) if array.ndim == 4 else array)
 
 
@@ -61,15 +61,15 @@ def exact():
 
 
 def test_the_autoencoder():
-    peer = weights("autoencoder")
+    reference = weights("autoencoder")
     assert stable_diffusion.autoencoder_of(config("autoencoder")) == AUTOENCODER
-    params = stable_diffusion.load_autoencoder(peer, AUTOENCODER)
+    params = stable_diffusion.load_autoencoder(reference, AUTOENCODER)
     run = lambda method: fast_jit(lambda p, x: AUTOENCODER.apply({"params": p}, x, method=method))
     mean, std = run("encode")(params, given("picture"))
     np.testing.assert_allclose(mean, given("out/mean"), atol=2e-5)
     np.testing.assert_allclose(std, given("out/std"), atol=2e-5)
     np.testing.assert_allclose(run("decode")(params, given("z")), given("out/decode"), atol=2e-5)
-    same(stable_diffusion.export_autoencoder(params, AUTOENCODER), peer)
+    same(stable_diffusion.export_autoencoder(params, AUTOENCODER), reference)
     with pytest.raises(
         ValueError, match=r"images have shape \(1, 15, 16, 3\); height and width must be multiples of 2"
     ):
@@ -79,49 +79,49 @@ def test_the_autoencoder():
 @pytest.mark.parametrize("flat", [True, False])
 def test_the_old_names_of_its_attention(flat):
     """As dense layers (diffusers before 0.17) and as convolutions."""
-    peer, old = weights("autoencoder"), {}
-    for name, array in peer.items():
+    reference, old = weights("autoencoder"), {}
+    for name, array in reference.items():
         for before, now in OLD_NAMES.items():
             if f"attentions.0.{now}." in name:
                 name = name.replace(f".{now}.", f".{before}.")
                 array = array if flat or array.ndim == 1 else array[..., None, None]
         old[name] = array
-    assert set(old) != set(peer)
+    assert set(old) != set(reference)
     params = stable_diffusion.load_autoencoder(old, AUTOENCODER)
-    same(stable_diffusion.export_autoencoder(params, AUTOENCODER), peer)
+    same(stable_diffusion.export_autoencoder(params, AUTOENCODER), reference)
 
 
 @pytest.mark.parametrize("name", ["unet1", "unet2"])
 def test_the_unet(name):
     """With equal heads and convolutions around attention, as version 1 has it, and as version 2 has it."""
-    peer = weights(name)
+    reference = weights(name)
     model = stable_diffusion.unet_of(config(name))
     assert (model.heads, model.head_channels) == ((4, 8) if name == "unet1" else (None, 16))
-    params = stable_diffusion.load_unet(peer, model, context_width=24)
+    params = stable_diffusion.load_unet(reference, model, context_width=24)
     run = fast_jit(lambda p, xt, t, context: model.apply({"params": p}, xt, t, None, context))
     ours = run(params, given("xt"), given("t"), given("context"))
     np.testing.assert_allclose(ours, given(f"out/{name}"), atol=2e-5)
-    same(stable_diffusion.export_unet(params, model, linear_projection=name == "unet2"), peer)
+    same(stable_diffusion.export_unet(params, model, linear_projection=name == "unet2"), reference)
 
 
 @pytest.mark.parametrize("prefix", [True, False])
 def test_the_text_encoder(prefix):
     """With the names of published files, and of transformers 5."""
-    peer = weights("text")
-    file = {name if prefix else name.removeprefix("text_model."): array for name, array in peer.items()}
+    reference = weights("text")
+    file = {name if prefix else name.removeprefix("text_model."): array for name, array in reference.items()}
     file["text_model." * prefix + "embeddings.position_ids"] = np.arange(12)[None]
     model, params = stable_diffusion.load_text_encoder(file, head_width=8)
     ours = fast_jit(lambda p, tokens: model.apply({"params": p}, tokens))(params, given("tokens"))
     np.testing.assert_allclose(ours, given("out/text"), atol=2e-5)
-    same(stable_diffusion.export_text_encoder(params, model), peer)
+    same(stable_diffusion.export_text_encoder(params, model), reference)
 
 
 def directory(path, name="unet1", **schedule):
     """Write a directory as diffusers does."""
     parts = {"vae": "autoencoder", "unet": name, "text_encoder": "text"}
-    for part, peer in parts.items():
+    for part, reference in parts.items():
         (path / part).mkdir(parents=True)
-        save_file(weights(peer), path / part / "diffusion_pytorch_model.safetensors")
+        save_file(weights(reference), path / part / "diffusion_pytorch_model.safetensors")
         text = config({"vae": "autoencoder", "unet": name}.get(part, part))
         (path / part / "config.json").write_text(json.dumps(text))
     (path / "scheduler").mkdir()
@@ -134,7 +134,7 @@ ZERO_SNR = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing", "set
 
 @pytest.mark.parametrize("drawn", ["unet1", "unet2", "zero"])
 def test_the_pipeline(tmp_path, drawn):
-    """Five steps with guidance from the peer's noise, the first version predicting eps and the second v.
+    """Five steps with guidance from recorded noise, the first version predicting eps and the second v.
 
     The third time from pure noise, at trailing timesteps, ending at the noise of t = 0.
     """
@@ -153,17 +153,17 @@ def test_the_pipeline(tmp_path, drawn):
         return p.decode(p.sample_latents(process, text, nothing, keys, scale=3.0))
 
     ours = draw(pipeline.params, RecordedNoise(noise)) / 2 + 0.5
-    theirs = PEER[f"drawn/{drawn}"]
+    theirs = REFERENCE[f"drawn/{drawn}"]
     assert theirs.std() > 0.1
     np.testing.assert_allclose(ours, theirs, atol=2e-3)
 
 
-@pytest.mark.parametrize("case", [name for name in PEER.files if name.startswith("timesteps/")])
+@pytest.mark.parametrize("case", [name for name in REFERENCE.files if name.startswith("timesteps/")])
 def test_timesteps_are_those_of_the_scheduler(case):
     _, spacing, offset, steps = case.split("/")
     schedule = config("scheduler") | {"timestep_spacing": spacing, "steps_offset": int(offset)}
     pipeline = empty_pipeline(stable_diffusion.process_of(schedule), **stable_diffusion.sampling_of(schedule))
-    assert pipeline.timesteps(int(steps)) == PEER[case][::-1].tolist()
+    assert pipeline.timesteps(int(steps)) == REFERENCE[case][::-1].tolist()
 
 
 def empty_pipeline(process, **options):
@@ -173,7 +173,7 @@ def empty_pipeline(process, **options):
 def test_the_betas_of_the_scheduler():
     """Rescaled to zero terminal SNR as diffusers does, in float32 there; and given as a list."""
     process = stable_diffusion.process_of(config("scheduler") | {"rescale_betas_zero_snr": True})
-    np.testing.assert_allclose(process.alpha_bar, PEER["alpha_bar/zero"], atol=2e-6)
+    np.testing.assert_allclose(process.alpha_bar, REFERENCE["alpha_bar/zero"], atol=2e-6)
     assert process.alpha_bar[-1] == 0
     betas = np.linspace(1e-4, 0.01, 1000)
     process = stable_diffusion.process_of(config("scheduler") | {"trained_betas": betas.tolist()})
@@ -499,6 +499,6 @@ def test_the_published_networks_have_a_table():
     for name, table in tables.items():
         flat = {"/".join(k.key for k in path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(shapes[name])}
         assert sorted(flat) == sorted(entry.ours for entry in table)
-        names = [key for entry in table for key in entry.peer]
+        names = [key for entry in table for key in entry.theirs]
         assert len(names) == len(set(names))
         assert sum(leaf.size for leaf in flat.values()) == PARAMETERS[name]

@@ -126,8 +126,8 @@ def test_one_update_is_that_of_optax():
         "conv": optax.contrib.MuonDimensionNumbers((0, 1, 2), 3),
         "dense": optax.contrib.MuonDimensionNumbers(0, 1),
     }
-    peer = optax.contrib.muon(0.03, consistent_rms=0.2, weight_decay=0.1, muon_weight_dimension_numbers=numbers)
-    expected = fast_jit(lambda: peer.update(grads, peer.init(params), params)[0])()
+    reference = optax.contrib.muon(0.03, consistent_rms=0.2, weight_decay=0.1, muon_weight_dimension_numbers=numbers)
+    expected = fast_jit(lambda: reference.update(grads, reference.init(params), params)[0])()
     ours = optax.chain(scale_by_muon(), optax.add_decayed_weights(0.1), optax.scale_by_learning_rate(0.03))
     updates = fast_jit(lambda: ours.update(grads, ours.init(params), params)[0])()
     for name in params:

@@ -129,8 +129,10 @@ def clip_table(dialect: Dialect, text_layers: int | None, vision_layers: int | t
     """
     names = NAMES[dialect]
 
-    def blocks(ours: str, peer: str, layers: int) -> list[Entry]:
-        return [entry for i in range(layers) for entry in _block(f"{ours}/block_{i}", peer.replace("#", str(i)), names)]
+    def blocks(ours: str, theirs: str, layers: int) -> list[Entry]:
+        return [
+            entry for i in range(layers) for entry in _block(f"{ours}/block_{i}", theirs.replace("#", str(i)), names)
+        ]
 
     # A tower alone has no temperature: ours has then the one that training starts from.
     alone = text_layers is None or vision_layers is None
@@ -159,18 +161,18 @@ def clip_table(dialect: Dialect, text_layers: int | None, vision_layers: int | t
     return table
 
 
-def _block(ours: str, peer: str, names: _Names) -> list[Entry]:
+def _block(ours: str, theirs: str, names: _Names) -> list[Entry]:
     parts = len(names.qkv)
     return [
-        *norm(f"{ours}/ln_1", f"{peer}.{names.ln_1}"),
+        *norm(f"{ours}/ln_1", f"{theirs}.{names.ln_1}"),
         Entry(
-            f"{ours}/qkv/kernel", tuple(f"{peer}.{part}weight" for part in names.qkv), concatenated(TRANSPOSED, parts)
+            f"{ours}/qkv/kernel", tuple(f"{theirs}.{part}weight" for part in names.qkv), concatenated(TRANSPOSED, parts)
         ),
-        Entry(f"{ours}/qkv/bias", tuple(f"{peer}.{n}bias" for n in names.qkv), concatenated(IDENTITY, parts)),
-        *dense(f"{ours}/out", f"{peer}.{names.out}"),
-        *norm(f"{ours}/ln_2", f"{peer}.{names.ln_2}"),
-        *dense(f"{ours}/mlp_1", f"{peer}.{names.mlp[0]}"),
-        *dense(f"{ours}/mlp_2", f"{peer}.{names.mlp[1]}"),
+        Entry(f"{ours}/qkv/bias", tuple(f"{theirs}.{n}bias" for n in names.qkv), concatenated(IDENTITY, parts)),
+        *dense(f"{ours}/out", f"{theirs}.{names.out}"),
+        *norm(f"{ours}/ln_2", f"{theirs}.{names.ln_2}"),
+        *dense(f"{ours}/mlp_1", f"{theirs}.{names.mlp[0]}"),
+        *dense(f"{ours}/mlp_2", f"{theirs}.{names.mlp[1]}"),
     ]
 
 

@@ -75,39 +75,39 @@ def block_name(block: Block, last: int) -> str:
     return f"{level}.{'attentions' if block.kind == 'attention' else 'resnets'}.{block.number}"
 
 
-def res(ours: str, peer: str, has_skip: bool, *, emb: bool = True) -> list[Entry]:
+def res(ours: str, theirs: str, has_skip: bool, *, emb: bool = True) -> list[Entry]:
     """Return the entries of a residual block; emb: it is conditioned on an embedding."""
     return [
-        *norm(f"{ours}/norm_1", f"{peer}.norm1"),
-        *conv(f"{ours}/conv_1", f"{peer}.conv1"),
-        *(dense(f"{ours}/emb", f"{peer}.time_emb_proj") if emb else ()),
-        *norm(f"{ours}/norm_2", f"{peer}.norm2"),
-        *conv(f"{ours}/conv_2", f"{peer}.conv2"),
-        *(conv(f"{ours}/skip", f"{peer}.conv_shortcut") if has_skip else ()),
+        *norm(f"{ours}/norm_1", f"{theirs}.norm1"),
+        *conv(f"{ours}/conv_1", f"{theirs}.conv1"),
+        *(dense(f"{ours}/emb", f"{theirs}.time_emb_proj") if emb else ()),
+        *norm(f"{ours}/norm_2", f"{theirs}.norm2"),
+        *conv(f"{ours}/conv_2", f"{theirs}.conv2"),
+        *(conv(f"{ours}/skip", f"{theirs}.conv_shortcut") if has_skip else ()),
     ]
 
 
-def outer(ours: str, peer: str) -> list[Entry]:
+def outer(ours: str, theirs: str) -> list[Entry]:
     """Return the entries of a U-Net's first and last layers and of its time embedding."""
     return [
-        *dense(f"{ours}time/dense_0", f"{peer}time_embedding.linear_1"),
-        *dense(f"{ours}time/dense_1", f"{peer}time_embedding.linear_2"),
-        *conv(f"{ours}in_conv", f"{peer}conv_in"),
-        *norm(f"{ours}out_norm", f"{peer}conv_norm_out"),
-        *conv(f"{ours}out_conv", f"{peer}conv_out"),
+        *dense(f"{ours}time/dense_0", f"{theirs}time_embedding.linear_1"),
+        *dense(f"{ours}time/dense_1", f"{theirs}time_embedding.linear_2"),
+        *conv(f"{ours}in_conv", f"{theirs}conv_in"),
+        *norm(f"{ours}out_norm", f"{theirs}conv_norm_out"),
+        *conv(f"{ours}out_conv", f"{theirs}conv_out"),
     ]
 
 
-def attention(ours: str, peer: str, heads: int = 1) -> list[Entry]:
+def attention(ours: str, theirs: str, heads: int = 1) -> list[Entry]:
     """Return the entries of attention over pixels, whose layers may be convolutions of width one in old files."""
     turned = Layout(lambda x: x.reshape(x.shape[:2]).T, lambda x: (x.T,))
-    qkv = [f"{peer}.to_{part}" for part in "qkv"]
+    qkv = [f"{theirs}.to_{part}" for part in "qkv"]
     return [
-        *norm(f"{ours}/norm", f"{peer}.group_norm"),
+        *norm(f"{ours}/norm", f"{theirs}.group_norm"),
         Entry(f"{ours}/qkv/kernel", tuple(f"{name}.weight" for name in qkv), by_head(concatenated(turned, 3), heads)),
         Entry(f"{ours}/qkv/bias", tuple(f"{name}.bias" for name in qkv), by_head(concatenated(IDENTITY, 3), heads)),
-        Entry(f"{ours}/out/kernel", (f"{peer}.to_out.0.weight",), turned),
-        Entry(f"{ours}/out/bias", (f"{peer}.to_out.0.bias",), IDENTITY),
+        Entry(f"{ours}/out/kernel", (f"{theirs}.to_out.0.weight",), turned),
+        Entry(f"{ours}/out/bias", (f"{theirs}.to_out.0.bias",), IDENTITY),
     ]
 
 

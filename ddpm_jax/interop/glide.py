@@ -57,17 +57,17 @@ def glide_table(model: Glide, image_size: int) -> list[Entry]:
         *unet_table(model.unet, image_size, "unet/", context=True),
     ]
     for i in range(model.layers):
-        ours, peer = f"transformer/block_{i}", f"transformer.resblocks.{i}"
+        ours, theirs = f"transformer/block_{i}", f"transformer.resblocks.{i}"
         # Head by head there, all queries first here.
         qkv = [by_head(layout, 3, parts=model.heads) for layout in (TRANSPOSED, IDENTITY)]
         table += [
-            *norm(f"{ours}/ln_1", f"{peer}.ln_1"),
-            Entry(f"{ours}/qkv/kernel", (f"{peer}.attn.c_qkv.weight",), qkv[0]),
-            Entry(f"{ours}/qkv/bias", (f"{peer}.attn.c_qkv.bias",), qkv[1]),
-            *dense(f"{ours}/out", f"{peer}.attn.c_proj"),
-            *norm(f"{ours}/ln_2", f"{peer}.ln_2"),
-            *dense(f"{ours}/mlp_1", f"{peer}.mlp.c_fc"),
-            *dense(f"{ours}/mlp_2", f"{peer}.mlp.c_proj"),
+            *norm(f"{ours}/ln_1", f"{theirs}.ln_1"),
+            Entry(f"{ours}/qkv/kernel", (f"{theirs}.attn.c_qkv.weight",), qkv[0]),
+            Entry(f"{ours}/qkv/bias", (f"{theirs}.attn.c_qkv.bias",), qkv[1]),
+            *dense(f"{ours}/out", f"{theirs}.attn.c_proj"),
+            *norm(f"{ours}/ln_2", f"{theirs}.ln_2"),
+            *dense(f"{ours}/mlp_1", f"{theirs}.mlp.c_fc"),
+            *dense(f"{ours}/mlp_2", f"{theirs}.mlp.c_proj"),
         ]
     return table
 

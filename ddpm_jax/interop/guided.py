@@ -200,18 +200,18 @@ def unet_table(
     table = [*dense(f"{ours}time/dense_0", "time_embed.0"), *dense(f"{ours}time/dense_1", "time_embed.2")]
     table += conv(f"{ours}in_conv", "input_blocks.0.0")
     for block in walk(net, image_size):
-        here, peer = f"{ours}{block.ours}", block_name(block, net, image_size)
+        here, theirs = f"{ours}{block.ours}", block_name(block, net, image_size)
         if block.kind == "attention":
             heads = net.heads or block.widths[0] // net.head_channels
             heads = (getattr(net, "heads_up", None) or heads) if block.side == "up" else heads
-            table += _attention(here, peer, heads, new_attention_order)
-            table += _pointwise(f"{here}/context_kv", f"{peer}.encoder_kv") if context else []
+            table += _attention(here, theirs, heads, new_attention_order)
+            table += _pointwise(f"{here}/context_kv", f"{theirs}.encoder_kv") if context else []
         elif block.kind == "resample" and net.pool_resample:
             continue
         elif block.kind == "resample" and net.conv_resample:
-            table += conv(f"{here}/conv", f"{peer}.{'op' if block.side == 'down' else 'conv'}")
+            table += conv(f"{here}/conv", f"{theirs}.{'op' if block.side == 'down' else 'conv'}")
         else:
-            table += _res(here, peer, block.widths[0] != block.widths[1])
+            table += _res(here, theirs, block.widths[0] != block.widths[1])
     return table + (_head(net) if isinstance(net, Classifier) else _out(ours))
 
 
@@ -231,27 +231,27 @@ def block_name(block: Block, net: UNet | Classifier, image_size: int) -> str:
     return f"output_blocks.{(last - level) * (blocks + 1) + number}.{part}"
 
 
-def _pointwise(ours: str, peer: str, layout: Layout = POINTWISE, bias: Layout = IDENTITY) -> list[Entry]:
-    return [Entry(f"{ours}/kernel", (f"{peer}.weight",), layout), Entry(f"{ours}/bias", (f"{peer}.bias",), bias)]
+def _pointwise(ours: str, theirs: str, layout: Layout = POINTWISE, bias: Layout = IDENTITY) -> list[Entry]:
+    return [Entry(f"{ours}/kernel", (f"{theirs}.weight",), layout), Entry(f"{ours}/bias", (f"{theirs}.bias",), bias)]
 
 
-def _res(ours: str, peer: str, has_skip: bool) -> list[Entry]:
+def _res(ours: str, theirs: str, has_skip: bool) -> list[Entry]:
     return [
-        *norm(f"{ours}/norm_1", f"{peer}.in_layers.0"),
-        *conv(f"{ours}/conv_1", f"{peer}.in_layers.2"),
-        *dense(f"{ours}/emb", f"{peer}.emb_layers.1"),
-        *norm(f"{ours}/norm_2", f"{peer}.out_layers.0"),
-        *conv(f"{ours}/conv_2", f"{peer}.out_layers.3"),
-        *(conv(f"{ours}/skip", f"{peer}.skip_connection") if has_skip else ()),
+        *norm(f"{ours}/norm_1", f"{theirs}.in_layers.0"),
+        *conv(f"{ours}/conv_1", f"{theirs}.in_layers.2"),
+        *dense(f"{ours}/emb", f"{theirs}.emb_layers.1"),
+        *norm(f"{ours}/norm_2", f"{theirs}.out_layers.0"),
+        *conv(f"{ours}/conv_2", f"{theirs}.out_layers.3"),
+        *(conv(f"{ours}/skip", f"{theirs}.skip_connection") if has_skip else ()),
     ]
 
 
-def _attention(ours: str, peer: str, heads: int, new_order: bool) -> list[Entry]:
+def _attention(ours: str, theirs: str, heads: int, new_order: bool) -> list[Entry]:
     layout, bias = (POINTWISE, IDENTITY) if not new_order else (by_head(POINTWISE, heads), by_head(IDENTITY, heads))
     return [
-        *norm(f"{ours}/norm", f"{peer}.norm"),
-        *_pointwise(f"{ours}/qkv", f"{peer}.qkv", layout, bias),
-        *_pointwise(f"{ours}/out", f"{peer}.proj_out"),
+        *norm(f"{ours}/norm", f"{theirs}.norm"),
+        *_pointwise(f"{ours}/qkv", f"{theirs}.qkv", layout, bias),
+        *_pointwise(f"{ours}/out", f"{theirs}.proj_out"),
     ]
 
 

@@ -46,8 +46,8 @@ def inception_table() -> list[Entry]:
     for path in flax.traverse_util.flatten_dict(_shapes(), sep="/"):
         if "/" in path:
             *place, kind, name = path.split("/")
-            peer, layout = ("weight", KERNEL) if kind == "conv" else (_NORM[name], IDENTITY)
-            table.append(Entry(path, (".".join([*place, kind, peer]),), layout))
+            theirs, layout = ("weight", KERNEL) if kind == "conv" else (_NORM[name], IDENTITY)
+            table.append(Entry(path, (".".join([*place, kind, theirs]),), layout))
     return table
 
 

@@ -206,11 +206,11 @@ def _unet_of(config: Mapping[str, Any], dtype: Any, kinds: Mapping[str, str], **
 def _decoder_of(
     config: Mapping[str, Any], projections: Mapping[str, Any], text_proj: Mapping[str, np.ndarray], dtype: Any
 ) -> Decoder:
-    null, peer = "learned_classifier_free_guidance_embeddings", "encoder_hidden_states_proj.weight"
-    for name in (null, peer, "clip_extra_context_tokens_proj.bias"):
+    null, theirs = "learned_classifier_free_guidance_embeddings", "encoder_hidden_states_proj.weight"
+    for name in (null, theirs, "clip_extra_context_tokens_proj.bias"):
         if name not in text_proj:
             raise ConvertError(f"text_proj is not of Karlo: it lacks {name}")
-    width = len(text_proj[peer])
+    width = len(text_proj[theirs])
     tokens = len(text_proj["clip_extra_context_tokens_proj.bias"]) // width
     sizes = {"clip_embeddings_dim": len(text_proj[null]), "clip_extra_context_tokens": tokens}
     sizes |= {"cross_attention_dim": width, "time_embed_dim": 4 * config["block_out_channels"][0]}
@@ -302,14 +302,14 @@ def prior_table(length: int, width: int, layers: int) -> list[Entry]:
         *dense("out", "proj_to_clip_embeddings"),
     ]
     for i in range(layers):
-        ours, peer = f"transformer/block_{i}", f"transformer_blocks.{i}"
+        ours, theirs = f"transformer/block_{i}", f"transformer_blocks.{i}"
         table += [
-            *norm(f"{ours}/ln_1", f"{peer}.norm1"),
-            *dense(f"{ours}/qkv", *(f"{peer}.attn1.to_{part}" for part in "qkv")),
-            *dense(f"{ours}/out", f"{peer}.attn1.to_out.0"),
-            *norm(f"{ours}/ln_2", f"{peer}.norm3"),
-            *dense(f"{ours}/mlp_1", f"{peer}.ff.net.0.proj"),
-            *dense(f"{ours}/mlp_2", f"{peer}.ff.net.2"),
+            *norm(f"{ours}/ln_1", f"{theirs}.norm1"),
+            *dense(f"{ours}/qkv", *(f"{theirs}.attn1.to_{part}" for part in "qkv")),
+            *dense(f"{ours}/out", f"{theirs}.attn1.to_out.0"),
+            *norm(f"{ours}/ln_2", f"{theirs}.norm3"),
+            *dense(f"{ours}/mlp_1", f"{theirs}.ff.net.0.proj"),
+            *dense(f"{ours}/mlp_2", f"{theirs}.ff.net.2"),
         ]
     return table
 
@@ -352,14 +352,14 @@ def decoder_table(model: Decoder, image_size: int) -> list[Entry]:
     """Return the table of a decoder."""
     tokens = by_head(TRANSPOSED, model.image_tokens, parts=model.context_width)  # the token is the fastest axis there
     bias = by_head(IDENTITY, model.image_tokens, parts=model.context_width)
-    peer = "text_proj.clip_extra_context_tokens_proj"
+    theirs = "text_proj.clip_extra_context_tokens_proj"
     return [
         Entry("null_image", ("text_proj.learned_classifier_free_guidance_embeddings",), IDENTITY),
         Entry("null_text", (), absent(4 * model.unet.channels)),
         *dense("text_emb", "text_proj.embedding_proj"),
         *dense("image_emb", "text_proj.clip_image_embeddings_project_to_time_embeddings"),
-        Entry("image_tokens_in/kernel", (f"{peer}.weight",), tokens),
-        Entry("image_tokens_in/bias", (f"{peer}.bias",), bias),
+        Entry("image_tokens_in/kernel", (f"{theirs}.weight",), tokens),
+        Entry("image_tokens_in/bias", (f"{theirs}.bias",), bias),
         *dense("text_in", "text_proj.encoder_hidden_states_proj"),
         *norm("text_ln", "text_proj.text_encoder_hidden_states_norm"),
         *unet_table(model.unet, image_size, "unet/", "unet.", context=True),
@@ -411,11 +411,11 @@ def UPSAMPLER(**options: Any) -> Upsampler:  # noqa: N802
 # ---- The U-Net -------------------------------------------------------------------------------------------------------
 
 
-def unet_table(net: UNet, image_size: int, ours: str, peer: str, *, context: bool = False) -> list[Entry]:
+def unet_table(net: UNet, image_size: int, ours: str, theirs: str, *, context: bool = False) -> list[Entry]:
     """Return the table of a U-Net in diffusers' names; with context, its attention also reads one."""
-    table = outer(ours, peer)
+    table = outer(ours, theirs)
     for block in walk(net, image_size):
-        here, there = f"{ours}{block.ours}", f"{peer}{block_name(block, len(net.channel_mult) - 1)}"
+        here, there = f"{ours}{block.ours}", f"{theirs}{block_name(block, len(net.channel_mult) - 1)}"
         if block.kind == "attention":
             table += _attention(here, there, block.widths[0] // net.head_channels, context)
         else:
@@ -423,19 +423,19 @@ def unet_table(net: UNet, image_size: int, ours: str, peer: str, *, context: boo
     return table
 
 
-def _attention(ours: str, peer: str, heads: int, context: bool) -> list[Entry]:
+def _attention(ours: str, theirs: str, heads: int, context: bool) -> list[Entry]:
     """Return the entries of attention whose queries, keys and values are layers of their own there."""
 
     def fused(name: str, parts: list[str]) -> list[Entry]:
         def entry(here: str, there: str, layout: Layout) -> Entry:
             layout = by_head(concatenated(layout, len(parts)), heads, parts=len(parts))
-            return Entry(f"{ours}/{name}/{here}", tuple(f"{peer}.{part}.{there}" for part in parts), layout)
+            return Entry(f"{ours}/{name}/{here}", tuple(f"{theirs}.{part}.{there}" for part in parts), layout)
 
         return [entry("kernel", "weight", TRANSPOSED), entry("bias", "bias", IDENTITY)]
 
     return [
-        *norm(f"{ours}/norm", f"{peer}.group_norm"),
+        *norm(f"{ours}/norm", f"{theirs}.group_norm"),
         *fused("qkv", ["to_q", "to_k", "to_v"]),
         *(fused("context_kv", ["add_k_proj", "add_v_proj"]) if context else ()),
-        *dense(f"{ours}/out", f"{peer}.to_out.0"),
+        *dense(f"{ours}/out", f"{theirs}.to_out.0"),
     ]

@@ -177,9 +177,9 @@ def _params_of(model: nn.Module, *inputs: jax.ShapeDtypeStruct) -> dict[str, Any
     return jax.eval_shape(model.init, jax.random.key(0), *inputs)["params"]
 
 
-def _under(table: list[Entry], ours: str, peer: str) -> list[Entry]:
+def _under(table: list[Entry], ours: str, theirs: str) -> list[Entry]:
     """Return a table whose names begin with these."""
-    named = lambda entry: tuple(f"{peer}{name}" for name in entry.peer)  # noqa: E731
+    named = lambda entry: tuple(f"{theirs}{name}" for name in entry.theirs)  # noqa: E731
     return [Entry(f"{ours}{entry.ours}", named(entry), entry.layout) for entry in table]
 
 
@@ -263,15 +263,15 @@ def prior_table(width: int, layers: int, heads: int) -> list[Entry]:
         *dense("out", "out_proj"),
     ]
     for i in range(layers):
-        ours, peer = f"transformer/block_{i}", f"transformer.resblocks.{i}"
+        ours, theirs = f"transformer/block_{i}", f"transformer.resblocks.{i}"
         table += [
-            *norm(f"{ours}/ln_1", f"{peer}.ln_1"),
-            Entry(f"{ours}/qkv/kernel", (f"{peer}.attn.c_qkv.weight",), kernel),
-            Entry(f"{ours}/qkv/bias", (f"{peer}.attn.c_qkv.bias",), bias),
-            *dense(f"{ours}/out", f"{peer}.attn.c_proj"),
-            *norm(f"{ours}/ln_2", f"{peer}.ln_2"),
-            *dense(f"{ours}/mlp_1", f"{peer}.mlp.c_fc"),
-            *dense(f"{ours}/mlp_2", f"{peer}.mlp.c_proj"),
+            *norm(f"{ours}/ln_1", f"{theirs}.ln_1"),
+            Entry(f"{ours}/qkv/kernel", (f"{theirs}.attn.c_qkv.weight",), kernel),
+            Entry(f"{ours}/qkv/bias", (f"{theirs}.attn.c_qkv.bias",), bias),
+            *dense(f"{ours}/out", f"{theirs}.attn.c_proj"),
+            *norm(f"{ours}/ln_2", f"{theirs}.ln_2"),
+            *dense(f"{ours}/mlp_1", f"{theirs}.mlp.c_fc"),
+            *dense(f"{ours}/mlp_2", f"{theirs}.mlp.c_proj"),
         ]
     return _under(table, "", "model.")
 
@@ -374,7 +374,7 @@ def upsampler_of(tensors: Mapping[str, np.ndarray], *, image_size: int = 256, dt
 def upsampler_table(model: Upsampler, image_size: int) -> list[Entry]:
     """Return the table of both upsamplers."""
     table = unet_table(model.unet, image_size, "unet/")
-    return [entry for ours, peer in UPSAMPLERS.items() for entry in _under(table, f"{ours}/", peer)]
+    return [entry for ours, theirs in UPSAMPLERS.items() for entry in _under(table, f"{ours}/", theirs)]
 
 
 def upsampler_shapes(model: Upsampler, image_size: int) -> dict[str, Any]:
@@ -387,19 +387,19 @@ def upsampler_shapes(model: Upsampler, image_size: int) -> dict[str, Any]:
 
 
 def _unet_of(
-    tensors: Mapping[str, np.ndarray], peer: str, whose: str, image_size: int, head_channels: int, dtype: Any
+    tensors: Mapping[str, np.ndarray], theirs: str, whose: str, image_size: int, head_channels: int, dtype: Any
 ) -> UNet:
     """Return the U-Net that the tensors with such a prefix are of.
 
     On the way up every level but that of the largest size ends with a residual block of its own that doubles the image,
     behind the other parts of its entry, which is where names tell that a level ends.
     """
-    blocks = f"{peer}output_blocks"
+    blocks = f"{theirs}output_blocks"
     total = count(tensors, f"{blocks}.#")
     doubles = lambda n: any(f"{blocks}.{n}.{part}.in_layers.2.weight" in tensors for part in (1, 2))  # noqa: E731
     ends = [n for n in range(total) if doubles(n)]
     begins = [0, *(n + 1 for n in ends)][::-1]  # of every level, the one of the image's size first
-    _, channels = _shape(tensors, f"{peer}time_embed.0.weight", 2, whose)
+    _, channels = _shape(tensors, f"{theirs}time_embed.0.weight", 2, whose)
     widths = [_shape(tensors, f"{blocks}.{n}.0.in_layers.2.weight", 4, whose)[0] for n in begins]
     attends = [f"{blocks}.{n}.1.qkv.weight" in tensors for n in begins]
     emb, _ = _shape(tensors, f"{blocks}.0.0.emb_layers.1.weight", 2, whose)
@@ -409,13 +409,13 @@ def _unet_of(
     check_image_size(image_size, 1, len(widths))
     return UNet(
         channels,
-        _shape(tensors, f"{peer}out.2.weight", 4, whose)[0],
+        _shape(tensors, f"{theirs}out.2.weight", 4, whose)[0],
         tuple(width / channels for width in widths),
         ends[0] if ends else max(total - 1, 1),
         (),
         head_channels,
         attention_levels=tuple(level for level, wanted in enumerate(attends) if wanted),
         scale_shift=emb == 2 * widths[-1],
-        mid_attention=f"{peer}middle_block.1.qkv.weight" in tensors,
+        mid_attention=f"{theirs}middle_block.1.qkv.weight" in tensors,
         dtype=dtype,
     )

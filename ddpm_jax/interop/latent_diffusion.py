@@ -176,7 +176,7 @@ def unet_names(model: UNet) -> dict[str, str]:
             prefixes[there] = here
     found = {}
     for entry in sd.unet_table(model):
-        for name in entry.peer:
+        for name in entry.theirs:
             prefix = next(prefix for prefix in prefixes if name.startswith(f"{prefix}."))
             found[name] = prefixes[prefix] + name.removeprefix(prefix)
     return found
@@ -196,7 +196,7 @@ def autoencoder_names(model: Autoencoder) -> dict[str, str]:
             name = name.replace(f"mid_block.attentions.0.{part}.", f"mid.attn_1.{there}.")
         return name.replace("conv_shortcut", "nin_shortcut").replace("conv_norm_out", "norm_out")
 
-    return {name: original(name) for entry in sd.autoencoder_table(model) for name in entry.peer}
+    return {name: original(name) for entry in sd.autoencoder_table(model) for name in entry.theirs}
 
 
 # ---- The text encoder of version 2 -----------------------------------------------------------------------------------

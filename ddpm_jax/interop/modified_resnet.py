@@ -62,11 +62,11 @@ def resnet_table(layers: Sequence[int]) -> list[Entry]:
     table = [entry for i in (1, 2, 3) for entry in _pair("vision", "visual", f"conv{i}", f"bn{i}")]
     for stage, blocks in zip(STAGES, layers, strict=True):
         for i in range(blocks):
-            ours, peer = f"vision/layer{stage}_{i}", f"visual.layer{stage}.{i}"
+            ours, theirs = f"vision/layer{stage}_{i}", f"visual.layer{stage}.{i}"
             for j in (1, 2, 3):
-                table += _pair(ours, peer, f"conv{j}", f"bn{j}")
+                table += _pair(ours, theirs, f"conv{j}", f"bn{j}")
             if not i:
-                table += _pair(ours, peer, "downsample.0", "downsample.1", ("downsample_conv", "downsample_bn"))
+                table += _pair(ours, theirs, "downsample.0", "downsample.1", ("downsample_conv", "downsample_bn"))
     projections = [f"visual.attnpool.{name}_proj" for name in "qkv"]
     return [
         *table,
@@ -76,14 +76,14 @@ def resnet_table(layers: Sequence[int]) -> list[Entry]:
     ]
 
 
-def _pair(ours: str, peer: str, conv: str, bn: str, names: tuple[str, str] | None = None) -> list[Entry]:
+def _pair(ours: str, theirs: str, conv: str, bn: str, names: tuple[str, str] | None = None) -> list[Entry]:
     """Return the entries of a convolution without bias and of the batch norm after it."""
     our_conv, our_bn = names or (conv, bn)
     return [
-        Entry(f"{ours}/{our_conv}/kernel", (f"{peer}.{conv}.weight",), KERNEL),
-        *norm(f"{ours}/{our_bn}", f"{peer}.{bn}"),
-        Entry(f"{ours}/{our_bn}/mean", (f"{peer}.{bn}.running_mean",), IDENTITY),
-        Entry(f"{ours}/{our_bn}/var", (f"{peer}.{bn}.running_var",), IDENTITY),
+        Entry(f"{ours}/{our_conv}/kernel", (f"{theirs}.{conv}.weight",), KERNEL),
+        *norm(f"{ours}/{our_bn}", f"{theirs}.{bn}"),
+        Entry(f"{ours}/{our_bn}/mean", (f"{theirs}.{bn}.running_mean",), IDENTITY),
+        Entry(f"{ours}/{our_bn}/var", (f"{theirs}.{bn}.running_var",), IDENTITY),
     ]
 
 
@@ -92,5 +92,5 @@ def counters(table: Sequence[Entry]) -> dict[str, np.ndarray]:
 
     Nothing depends on them once the statistics are no longer updated, but PyTorch's files have them.
     """
-    means = [name for entry in table for name in entry.peer if name.endswith(".running_mean")]
+    means = [name for entry in table for name in entry.theirs if name.endswith(".running_mean")]
     return {name.replace("running_mean", "num_batches_tracked"): np.zeros((), np.int64) for name in means}

@@ -110,8 +110,8 @@ def noised_clip_shapes(model: NoisedCLIP) -> Any:
 def _blocks(tower: str, layers: int) -> list[Entry]:
     table = []
     for i in range(layers):
-        ours, peer = f"{tower}/transformer/block_{i}", f"blocks.block_{i}"
-        attention, mlp = f"{peer}.f_attn", f"{peer}.f_mlp"
+        ours, theirs = f"{tower}/transformer/block_{i}", f"blocks.block_{i}"
+        attention, mlp = f"{theirs}.f_attn", f"{theirs}.f_mlp"
         table += [
             *_norm(f"{ours}/ln_1", f"{attention}.ln"),
             Entry(
@@ -126,9 +126,9 @@ def _blocks(tower: str, layers: int) -> list[Entry]:
     return table
 
 
-def _norm(ours: str, peer: str) -> list[Entry]:
-    return [Entry(f"{ours}/scale", (f"{peer}.g",), IDENTITY), Entry(f"{ours}/bias", (f"{peer}.b",), IDENTITY)]
+def _norm(ours: str, theirs: str) -> list[Entry]:
+    return [Entry(f"{ours}/scale", (f"{theirs}.g",), IDENTITY), Entry(f"{ours}/bias", (f"{theirs}.b",), IDENTITY)]
 
 
-def _dense(ours: str, peer: str) -> list[Entry]:
-    return [Entry(f"{ours}/kernel", (f"{peer}.w",), TRANSPOSED), Entry(f"{ours}/bias", (f"{peer}.b",), IDENTITY)]
+def _dense(ours: str, theirs: str) -> list[Entry]:
+    return [Entry(f"{ours}/kernel", (f"{theirs}.w",), TRANSPOSED), Entry(f"{ours}/bias", (f"{theirs}.b",), IDENTITY)]

@@ -314,12 +314,12 @@ def autoencoder_table(model: Autoencoder) -> list[Entry]:
         here = width[0 if word == "down" else -1]
         for number in range(last + 1):
             level = number if word == "down" else last - number
-            peer = f"{side}.{word}_blocks.{number}"
+            theirs = f"{side}.{word}_blocks.{number}"
             for i in range(blocks):
-                table += res(f"{side}/{word}_{level}_{i}", f"{peer}.resnets.{i}", here != width[level], emb=False)
+                table += res(f"{side}/{word}_{level}_{i}", f"{theirs}.resnets.{i}", here != width[level], emb=False)
                 here = width[level]
             if number != last:
-                table += conv(f"{side}/{word}_{level}_sample", f"{peer}.{word}samplers.0.conv")
+                table += conv(f"{side}/{word}_{level}_sample", f"{theirs}.{word}samplers.0.conv")
     return table + conv("moments", "quant_conv") + conv("latents", "post_quant_conv")
 
 
@@ -438,14 +438,14 @@ def unet_shapes(model: UNet, context_width: int, channels: int = 4) -> Any:
     return jax.eval_shape(run, spec(1, size, size, channels), spec(1), spec(1, 3, context_width))["params"]
 
 
-def _spatial_transformer(ours: str, peer: str, linear: bool) -> list[Entry]:
+def _spatial_transformer(ours: str, theirs: str, linear: bool) -> list[Entry]:
     projection = Layout(POINTWISE.read, TRANSPOSED.write) if linear else POINTWISE
-    block = f"{peer}.transformer_blocks.0"
-    table = norm(f"{ours}/norm", f"{peer}.norm")
+    block = f"{theirs}.transformer_blocks.0"
+    table = norm(f"{ours}/norm", f"{theirs}.norm")
     for name in ("in", "out"):
         table += [
-            Entry(f"{ours}/{name}/kernel", (f"{peer}.proj_{name}.weight",), projection),
-            Entry(f"{ours}/{name}/bias", (f"{peer}.proj_{name}.bias",), IDENTITY),
+            Entry(f"{ours}/{name}/kernel", (f"{theirs}.proj_{name}.weight",), projection),
+            Entry(f"{ours}/{name}/bias", (f"{theirs}.proj_{name}.bias",), IDENTITY),
         ]
     return [
         *table,

@@ -38,12 +38,12 @@ class Entry(NamedTuple):
 
     Attributes:
         ours: its path in our tree, joined by slashes.
-        peer: names of the reference implementation's tensors that make it up.
+        theirs: names of the reference implementation's tensors that make it up.
         layout: how they are stored there.
     """
 
     ours: str
-    peer: tuple[str, ...]
+    theirs: tuple[str, ...]
     layout: Layout
 
 
@@ -77,22 +77,32 @@ def by_head(layout: Layout, heads: int, *, parts: int = 3) -> Layout:
     return Layout(read, lambda x: layout.write(turned(x, heads, parts)))
 
 
-def conv(ours: str, peer: str) -> list[Entry]:
+def conv(ours: str, theirs: str) -> list[Entry]:
     """Return the entries of a convolution."""
-    return [Entry(f"{ours}/kernel", (f"{peer}.weight",), KERNEL), Entry(f"{ours}/bias", (f"{peer}.bias",), IDENTITY)]
+    return [
+        Entry(f"{ours}/kernel", (f"{theirs}.weight",), KERNEL),
+        Entry(f"{ours}/bias", (f"{theirs}.bias",), IDENTITY),
+    ]
 
 
-def dense(ours: str, *peer: str, bias: bool = True) -> list[Entry]:
+def dense(ours: str, *theirs: str, bias: bool = True) -> list[Entry]:
     """Return the entries of a dense layer, made of one or more layers of the reference implementation."""
-    entries = [Entry(f"{ours}/kernel", tuple(f"{name}.weight" for name in peer), concatenated(TRANSPOSED, len(peer)))]
+    entries = [
+        Entry(f"{ours}/kernel", tuple(f"{name}.weight" for name in theirs), concatenated(TRANSPOSED, len(theirs)))
+    ]
     if bias:
-        entries.append(Entry(f"{ours}/bias", tuple(f"{name}.bias" for name in peer), concatenated(IDENTITY, len(peer))))
+        entries.append(
+            Entry(f"{ours}/bias", tuple(f"{name}.bias" for name in theirs), concatenated(IDENTITY, len(theirs)))
+        )
     return entries
 
 
-def norm(ours: str, peer: str) -> list[Entry]:
+def norm(ours: str, theirs: str) -> list[Entry]:
     """Return the entries of a layer or group norm."""
-    return [Entry(f"{ours}/scale", (f"{peer}.weight",), IDENTITY), Entry(f"{ours}/bias", (f"{peer}.bias",), IDENTITY)]
+    return [
+        Entry(f"{ours}/scale", (f"{theirs}.weight",), IDENTITY),
+        Entry(f"{ours}/bias", (f"{theirs}.bias",), IDENTITY),
+    ]
 
 
 def to_ours(
@@ -118,7 +128,7 @@ def to_ours(
     if sorted(listed) != sorted(wanted):
         odd = sorted(set(listed) ^ set(wanted))
         raise ConvertError(f"the network is not one that this layout holds: {', '.join(odd[:8])}")
-    names = {name for entry in table for name in entry.peer}
+    names = {name for entry in table for name in entry.theirs}
     unread = getattr(tensors, "unread", {})
     problems = _listed("lacks", [name for name in names if name not in tensors and name not in unread])
     opaque = [f"{name} (an object of {unread[name]})" for name in names if name not in tensors and name in unread]
@@ -126,21 +136,21 @@ def to_ours(
     problems += _listed("has, unknown to this network,", set(tensors) - names - set(ignored))
     found, shapeless, infinite = {}, [], []
     for entry in table:
-        if any(name not in tensors for name in entry.peer):
+        if any(name not in tensors for name in entry.theirs):
             continue
         try:
-            array = entry.layout.read(*(tensors[name] for name in entry.peer))
+            array = entry.layout.read(*(tensors[name] for name in entry.theirs))
         except (ValueError, IndexError, TypeError, AttributeError, ZeroDivisionError):
             array = None  # a layout fails on a tensor of another rank
         if array is None or array.shape != wanted[entry.ours].shape:
-            has = " and ".join(f"{name} {list(tensors[name].shape)}" for name in entry.peer)
+            has = " and ".join(f"{name} {list(tensors[name].shape)}" for name in entry.theirs)
             shapeless.append(f"{has} (for a parameter of shape {list(wanted[entry.ours].shape)})")
             continue
         # Copied even where the layout is the identity: the parameters must not depend on the mapped file.
         found[entry.ours] = np.array(array, np.float32, order="C")
         if not np.isfinite(found[entry.ours]).all():
-            infinite += entry.peer
-        for name in entry.peer:
+            infinite += entry.theirs
+        for name in entry.theirs:
             release(tensors[name])
     problems += _listed("has, of another shape,", shapeless) + _listed("has, not finite,", infinite)
     if problems:
@@ -154,7 +164,7 @@ def to_reference(table: Sequence[Entry], params: Mapping[str, Any], dtype: Any =
     return {
         name: np.array(array, dtype, order="C")
         for entry in table
-        for name, array in zip(entry.peer, entry.layout.write(np.asarray(flat[entry.ours])), strict=True)
+        for name, array in zip(entry.theirs, entry.layout.write(np.asarray(flat[entry.ours])), strict=True)
     }
 
 

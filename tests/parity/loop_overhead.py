@@ -4,7 +4,7 @@
     python tests/parity/loop_overhead.py
 
 The network, x -> 0.1 x, costs next to nothing, so what is timed is the loop: tables, posterior and noise. Each loop
-draws every size several times, in turn, and the fastest of its times counts. The peers' loops are as their own
+draws every size several times, in turn, and the fastest of its times counts. The other loops are as their own
 pipelines write them (diffusers) or their own function (`p_sample_loop`), in float32, without gradients and with all
 threads. Nothing else should run beside it.
 """

@@ -3,7 +3,7 @@
     pip install torch jax flax open-clip-torch ftfy regex timm && pip install --no-deps clip-anytorch
     python tests/parity/make_clip_resnet_files.py
 
-The peer is clip/model.py of clip-anytorch, OpenAI's file; the rest of that package is not imported. open_clip must
+The reference is clip/model.py of clip-anytorch, OpenAI's file; the rest of that package is not imported. open_clip must
 return the same for the same weights, and both must load what `export_clip` writes, strictly: this file checks that. Of
 the published networks, which are only built on torch's meta device, it writes how many numbers they have.
 """
@@ -120,13 +120,13 @@ def main() -> None:
         assert spread > 0.1 * scale, name
 
     exported = export_clip(load_clip(weights, head_width=(8, 64)).params, "openai")
-    for peer in (model, other):
-        for array in peer.state_dict().values():
+    for reference in (model, other):
+        for array in reference.state_dict().values():
             array.zero_()
-        peer.load_state_dict({name: torch.from_numpy(array) for name, array in exported.items()}, strict=True)
-        for name, value in outputs(peer, pixels, tokens).items():
+        reference.load_state_dict({name: torch.from_numpy(array) for name, array in exported.items()}, strict=True)
+        for name, value in outputs(reference, pixels, tokens).items():
             np.testing.assert_allclose(value, found[name], atol=2e-5, err_msg=name)
-            print(type(peer).__module__, name, np.abs(value - found[name]).max())
+            print(type(reference).__module__, name, np.abs(value - found[name]).max())
 
     arrays = {f"out/{name}": value for name, value in found.items()}
     arrays |= {"pixels": pixels.numpy().astype(np.float16), "tokens": tokens.numpy()}

@@ -30,23 +30,23 @@ def main() -> None:
     """Write the file."""
     found = {}
     for name, options in UNETS.items():
-        peer = UNet2DConditionModel(**options)
-        names = latent_diffusion.unet_names(stable_diffusion.unet_of(peer.config))
-        convert = lambda tensors, peer=peer: convert_ldm_unet_checkpoint(tensors, peer.config)
-        found[name] = read_back(names, "model.diffusion_model.", convert, peer)
-    peer = AutoencoderKL(**AUTOENCODER)
-    model = stable_diffusion.autoencoder_of(peer.config)
+        reference = UNet2DConditionModel(**options)
+        names = latent_diffusion.unet_names(stable_diffusion.unet_of(reference.config))
+        convert = lambda tensors, reference=reference: convert_ldm_unet_checkpoint(tensors, reference.config)
+        found[name] = read_back(names, "model.diffusion_model.", convert, reference)
+    reference = AutoencoderKL(**AUTOENCODER)
+    model = stable_diffusion.autoencoder_of(reference.config)
     assert isinstance(model, Autoencoder)
     names = latent_diffusion.autoencoder_names(model)
-    convert = lambda tensors: convert_ldm_vae_checkpoint(tensors, peer.config)
-    found["autoencoder"] = read_back(names, "first_stage_model.", convert, peer)
+    convert = lambda tensors: convert_ldm_vae_checkpoint(tensors, reference.config)
+    found["autoencoder"] = read_back(names, "first_stage_model.", convert, reference)
     OUT.write_text(json.dumps(found, indent=1) + "\n")
     print(OUT.name, {name: len(read) for name, read in found.items()}, OUT.stat().st_size)
 
 
-def read_back(names: dict[str, str], prefix: str, convert, peer: torch.nn.Module) -> dict[str, str]:
+def read_back(names: dict[str, str], prefix: str, convert, reference: torch.nn.Module) -> dict[str, str]:
     """Return the original name that each of diffusers' names is read from."""
-    shapes = {name: tuple(value.shape) for name, value in peer.state_dict().items()}
+    shapes = {name: tuple(value.shape) for name, value in reference.state_dict().items()}
     originals = sorted(names.values())
     number = {original: i for i, original in enumerate(originals)}
     tensors = {}

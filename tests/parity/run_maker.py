@@ -1,8 +1,8 @@
-"""Run a writer of peers' outputs with other weights and into another directory: `run_maker.py NAME OUT WEIGHTS`.
+"""Run a writer of reference outputs with other weights and into another directory: `run_maker.py NAME OUT WEIGHTS`.
 
 NAME: of a make_*.py beside this file. OUT: the directory that takes the place of tests/data. WEIGHTS: a directory of
 files that this package exported, named by what `key` makes of names, shapes and seed; where the writer would draw
-random weights for a peer, the peer loads such a file, strictly, and it is an error if there is none. "random" draws.
+random weights, the reference loads such a file, strictly, and it is an error if there is none. "random" draws.
 """
 
 import hashlib

@@ -1,11 +1,11 @@
-"""The installed peers, live: they load what this package exports, and return what the committed files say.
+"""Reference implementations load what this package exports, and return what the committed files say.
 
     pip install -e '.[test,parity]' && pip install --no-deps -r tests/parity/requirements.txt
     python -m pytest tests/parity
 
 The tests beside this directory compare with files, so that they need no torch; here the files are regenerated. Each
-network of a peer gets its weights from a file that `export_*` wrote (strictly: names, shapes, nothing over), runs, and
-has to return what it returned with the weights that were imported. Nothing is skipped: without a peer this fails.
+reference network gets its weights from a file that `export_*` wrote (strictly: names, shapes, nothing over), runs, and
+has to return what it returned with the weights that were imported. Nothing is skipped: without a library this fails.
 GLIDE and Karlo's original code are on no package registry; their files are made from a copy of their repositories.
 """
 
@@ -136,7 +136,7 @@ MAKERS = {
 
 
 @pytest.mark.parametrize("maker", MAKERS)
-def test_the_peer_loads_our_export_and_returns_what_the_files_say(maker, tmp_path):
+def test_the_reference_loads_our_export_and_returns_what_the_files_say(maker, tmp_path):
     export, files = MAKERS[maker]
     weights = "random"
     if export is not None:
