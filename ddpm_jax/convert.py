@@ -135,8 +135,8 @@ def _convert(source: Path, out: Path) -> None:
             sums[str(path.relative_to(base))] = families.sha256(path)
             bar.update()
     dtype = {"float32": np.float32, "float16": np.float16, "bfloat16": jnp.bfloat16}[_DTYPE.value]
-    small = families.peer_files(source, read.files)
-    cli.show(converted.save(read.converted, out, sources=sums, assumed=read.assumed, peer_files=small, dtype=dtype))
+    small = families.source_files(source, read.files)
+    cli.show(converted.save(read.converted, out, sources=sums, assumed=read.assumed, source_files=small, dtype=dtype))
 
 
 def _heads() -> tuple[int, int] | None:
@@ -158,7 +158,7 @@ def _export(source: Path, out: Path) -> None:
     with temporary_path(out.with_name(f".{secrets.token_hex(8)}.tmp")) as new:
         new.mkdir(mode=0o700)
         families.FAMILIES[family].write(read, new)
-        families.restore_peer_files(source, new)
+        families.restore_source_files(source, new)
         mask = os.umask(0)
         os.umask(mask)
         new.chmod(0o777 & ~mask)

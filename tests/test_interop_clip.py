@@ -115,6 +115,6 @@ def test_what_does_not_fit_is_listed():
 
 
 @pytest.mark.parametrize("dialect", HEADS)
-def test_every_tensor_of_the_peer_is_named_once(dialect):
+def test_every_tensor_of_the_reference_is_named_once(dialect):
     names = [name for entry in clip_table(dialect, 2, 1) for name in entry.theirs]
     assert len(names) == len(set(names)) and set(names) == set(weights(dialect))

@@ -26,7 +26,7 @@ from ddpm_jax.interop.diffusers_layout import weights_file
 from ddpm_jax.interop.parts import select
 from ddpm_jax.interop.table import ConvertError
 from ddpm_jax.storage.json_file import read_json
-from ddpm_jax.storage.model_directory import PEER, Converted, read_description, write_tensors
+from ddpm_jax.storage.model_directory import SOURCE, Converted, read_description, write_tensors
 from ddpm_jax.storage.tensor_file import ReadError, read_tensors
 from ddpm_jax.storage.tensors import Tensors
 from ddpm_jax.storage.weight_files import only_weights
@@ -77,7 +77,7 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def peer_files(source: Path, read: list[Path]) -> dict[str, Path]:
+def source_files(source: Path, read: list[Path]) -> dict[str, Path]:
     """Return the small files of a directory that are not weights, by their place in it.
 
     A part whose weights were not read (a safety checker) is left out.
@@ -403,12 +403,13 @@ def _write_parts(out: Path, parts: Mapping[str, Mapping[str, np.ndarray]]) -> No
         write_tensors(out / part, name, tensors)
 
 
-def restore_peer_files(workdir: Path, out: Path) -> None:
-    """Copy the small files that a converted checkpoint kept of its source."""
+def restore_source_files(workdir: Path, out: Path) -> None:
+    """Copy the small files of the source that are stored beside a converted checkpoint."""
     read_description(workdir)
-    for path in sorted((workdir / PEER).rglob("*")):
+    small = workdir / SOURCE if (workdir / SOURCE).is_dir() else workdir / "peer"  # its name in earlier versions
+    for path in sorted(small.rglob("*")):
         if path.is_file():
-            target = out / path.relative_to(workdir / PEER)
+            target = out / path.relative_to(small)
             target.parent.mkdir(parents=True, exist_ok=True)
             if not target.exists():
                 target.write_bytes(path.read_bytes())

@@ -6,7 +6,7 @@ Stages that are trained here and checkpoints that were converted are the same ki
     checkpoints/     the parameters of a stage that is trained here (`storage.checkpoint`), or
     NAME.safetensors the parameters of each network, written out; in shards of half a gigabyte if they are larger
     model_card.md    of a converted checkpoint: the same for people
-    peer/            of a converted checkpoint: the small files beside the source (configs, tokenizer)
+    source/          of a converted checkpoint: the small files beside the source (configs, tokenizer)
 """
 
 import json
@@ -38,7 +38,7 @@ from ddpm_jax.version import __version__
 
 FORMAT, OLD_FORMAT = "ddpm_jax model 2", "ddpm_jax converted 1"
 FAMILY = "ddpm_jax"  # of what is trained here
-MODEL_FILE, CARD_FILE, PEER, NETWORK = "model.json", "model_card.md", "peer", "model"
+MODEL_FILE, CARD_FILE, SOURCE, NETWORK = "model.json", "model_card.md", "source", "model"
 SHARD_BYTES = 2**29
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 _VERSION = re.compile(r"\d{1,6}(\.\d{1,6}){0,3}[A-Za-z0-9.+-]{0,40}")
@@ -158,7 +158,7 @@ def save(
     *,
     sources: Mapping[str, str] | None = None,
     assumed: Mapping[str, Any] | None = None,
-    peer_files: Mapping[str, Path] | None = None,
+    source_files: Mapping[str, Path] | None = None,
     dtype: Any = np.float32,
 ) -> str:
     """Write a directory, whole or not at all, and return its model card.
@@ -168,7 +168,7 @@ def save(
         directory: to make; it must not exist, or be empty.
         sources: name -> sha256 of the files that were read.
         assumed: defaults used for what those do not say.
-        peer_files: small files to copy, by their path under `peer/`.
+        source_files: small files to copy, by their path under `source/`.
         dtype: of the parameters on disk.
 
     Raises:
@@ -192,9 +192,9 @@ def save(
         new.mkdir(mode=0o700)
         for name, arrays in flat.items():
             write_tensors(new, name, arrays, dtype)
-        for place, file in (peer_files or {}).items():
-            (new / PEER / place).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(file, new / PEER / place)
+        for place, file in (source_files or {}).items():
+            (new / SOURCE / place).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, new / SOURCE / place)
         text = card(described)
         if sources:
             (new / CARD_FILE).write_text(text)
