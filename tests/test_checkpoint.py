@@ -49,7 +49,7 @@ def abstract(state):
 
 
 def save(directory, *steps, data=None, config=CONFIG, keep=2, width=50):
-    checkpoints = Checkpoints(directory, keep=keep)
+    checkpoints = Checkpoints(directory, max_to_keep=keep)
     for step in steps:
         checkpoints.save(
             make_state(step, width).trees(),
@@ -302,7 +302,7 @@ def small_disk(tmp_path):
 
 def test_a_full_disk_is_one_sentence_and_leaves_the_last_good_one(tmp_path, small_disk, monkeypatch):
     directory = small_disk or tmp_path
-    checkpoints = Checkpoints(directory, keep=3)
+    checkpoints = Checkpoints(directory, max_to_keep=3)
     if small_disk is None:
         real_save = checkpoints._manager.save
 
@@ -328,7 +328,7 @@ def test_a_full_disk_is_one_sentence_and_leaves_the_last_good_one(tmp_path, smal
 def test_too_little_space_is_noticed_before_the_start(tmp_path, monkeypatch):
     state = make_state(0)
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
-    checkpoints = Checkpoints(tmp_path, keep=2)
+    checkpoints = Checkpoints(tmp_path, max_to_keep=2)
     for free, enough in ((int(2.5 * size), True), (int(2.5 * size) - 1, False)):
         usage = type("Usage", (), {"free": free})
         monkeypatch.setattr(checkpoint_module.shutil, "disk_usage", lambda path, usage=usage: usage)
@@ -341,8 +341,8 @@ def test_too_little_space_is_noticed_before_the_start(tmp_path, monkeypatch):
 
 
 def test_keep_must_be_positive(tmp_path):
-    with pytest.raises(ValueError, match="keep=0 must be at least 1"):
-        Checkpoints(tmp_path, keep=0)
+    with pytest.raises(ValueError, match="max_to_keep=0 must be at least 1"):
+        Checkpoints(tmp_path, max_to_keep=0)
 
 
 def test_lock(tmp_path):

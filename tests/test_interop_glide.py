@@ -29,8 +29,8 @@ MODEL = Glide(UNet(32, 6, (1, 2), 1, (8,), 16), vocab_size=64, context=12, width
 EXTRA = {
     "base": {},
     "upsampler": {"low_res": "low"},
-    "inpaint": {"picture": "picture", "known": "known"},
-    "upsampler_inpaint": {"low_res": "low", "picture": "picture", "known": "known"},
+    "inpaint": {"image": "picture", "known": "known"},
+    "upsampler_inpaint": {"low_res": "low", "image": "picture", "known": "known"},
 }
 
 
@@ -87,8 +87,8 @@ def test_another_file_is_refused():
     with pytest.raises(ConvertError, match=r"of another shape, input_blocks\.0\.0\.weight \[32, 4, 3, 3\]"):
         glide.load_glide(weights("base") | {"input_blocks.0.0.weight": np.zeros((32, 4, 3, 3))}, MODEL, image_size=16)
     init = lambda *text, **extra: jax.eval_shape(MODEL.init, jax.random.key(0), given("x"), given("t"), *text, **extra)
-    with pytest.raises(ValueError, match="picture and known must be given together"):
-        init(*TEXT, picture=given("picture"))
+    with pytest.raises(ValueError, match="image and known must be given together"):
+        init(*TEXT, image=given("picture"))
     with pytest.raises(ValueError, match="tokens have length 3; this network was built for 12"):
         init(TEXT[0][:, :3], TEXT[1][:, :3])
 

@@ -81,7 +81,7 @@ def glide_shapes(model: Glide, image_size: int, channels: int = 3) -> Any:
     if channels in (6, 10):
         extra["low_res"] = spec(1, 2, 2, 3)
     if channels in (7, 10):
-        extra |= {"picture": image, "known": spec(1, image_size, image_size, 1)}
+        extra |= {"image": image, "known": spec(1, image_size, image_size, 1)}
     made = jax.eval_shape(lambda *inputs, **extra: model.init(jax.random.key(0), *inputs, **extra),
                           image, spec(1), *text, **extra)  # fmt: skip
     return made["params"]

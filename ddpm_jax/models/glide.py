@@ -45,7 +45,7 @@ class Glide(nn.Module):
         mask: jax.Array,
         *,
         low_res: jax.Array | None = None,
-        picture: jax.Array | None = None,
+        image: jax.Array | None = None,
         known: jax.Array | None = None,
         train: bool = False,
     ) -> jax.Array:
@@ -56,23 +56,23 @@ class Glide(nn.Module):
             t: [B].
             tokens: int32[B, context]; mask: bool[B, context], True at real tokens.
             low_res: float[B, h, w, 3], for an upsampler; resized bilinearly.
-            picture: float[B, H, W, 3], the image to inpaint, for an inpainting network.
-            known: float[B, H, W, 1], given with picture; 1 where it is to be preserved, 0 where it is masked out.
+            image: float[B, H, W, 3], the image to inpaint, for an inpainting network.
+            known: float[B, H, W, 1], given with image; 1 where it is to be preserved, 0 where it is masked out.
             train: True turns dropout on.
 
         Returns:
             float32[B, H, W, 6].
 
         Raises:
-            ValueError: if tokens do not have length `context`, or only one of picture and known is given.
+            ValueError: if tokens do not have length `context`, or only one of image and known is given.
         """
         if tokens.shape[1] != self.context:
             raise ValueError(f"tokens have length {tokens.shape[1]}; this network was built for {self.context}")
-        if (picture is None) != (known is None):
-            raise ValueError("picture and known must be given together")
+        if (image is None) != (known is None):
+            raise ValueError("image and known must be given together")
         parts = [xt]
-        if picture is not None:
-            parts += [picture * known, known]
+        if image is not None:
+            parts += [image * known, known]
         if low_res is not None:
             parts.append(jax.image.resize(low_res, (*xt.shape[:3], low_res.shape[-1]), "linear", antialias=False))
         init = nn.initializers.normal(0.02)

@@ -134,7 +134,7 @@ class Cascade(flax.struct.PyTreeNode):
         if unknown:
             raise ValueError(f"sampling has no stage {unknown[0]!r}; there are {', '.join(diffusions)}")
         default = {stage: default_sampling(model) for stage, model in diffusions.items()}
-        sampling = {stage: how.checked(f"{stage}_") for stage, how in (default | dict(self.sampling)).items()}
+        sampling = {stage: own.checked(f"{stage}_") for stage, own in (default | dict(self.sampling)).items()}
         for stage, model in diffusions.items():
             check_steps(f"{stage}_steps", sampling[stage], model.diffusion)
         levels, _ = noise_levels(dict(zip(names, self.upsamplers)), self.noise_levels, {})
@@ -192,8 +192,8 @@ class Cascade(flax.struct.PyTreeNode):
             guided=[name for name, model in stages.items() if _null(model) is not None],
             classified=("base",) if self.classifier is not None else (),
         )
-        for stage, how in sampling.items():
-            check_steps(f"{stage}_steps", how, stages[stage].diffusion)
+        for stage, chosen in sampling.items():
+            check_steps(f"{stage}_steps", chosen, stages[stage].diffusion)
         if sampling["base"].classifier_scale is not None and (labels is None or (labels < 0).any()):
             raise ValueError(
                 f"classifier_scale={sampling['base'].classifier_scale} needs the label of every image, which the "

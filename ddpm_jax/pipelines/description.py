@@ -81,7 +81,7 @@ class PipelineDescription:
                 _check_place(f"models.{role}", place)
         stages = self.stages
         _check_object("sampling", self.sampling, stages)
-        sampling = {stage: _sampling(how, f"sampling.{stage}") for stage, how in self.sampling.items()}
+        sampling = {stage: _sampling(value, f"sampling.{stage}") for stage, value in self.sampling.items()}
         object.__setattr__(self, "sampling", sampling)
         _check_object("options", self.options, tuple(kind.options))
         for name, value in self.options.items():
@@ -128,7 +128,7 @@ class PipelineDescription:
             "version": __version__,
             "class": self.kind,
             "models": models,
-            "sampling": {stage: how.describe() for stage, how in self.sampling.items()},
+            "sampling": {stage: value.describe() for stage, value in self.sampling.items()},
             "options": dict(self.options),
         }
         write_json(Path(directory) / PIPELINE_FILE, value)
@@ -179,9 +179,9 @@ def _check_place(where: str, place: Any) -> None:
         raise ValueError(f"{where}={place!r:.60} must be the directory of a model")
 
 
-def _sampling(how: Any, where: str) -> Sampling:
-    if isinstance(how, Sampling):
-        return how.checked(f"{where}.")
-    if not isinstance(how, Mapping):
-        raise ValueError(f"{where}={how!r:.60} must be an object with the options of a sampler")
-    return sampling_from(how, name=where)
+def _sampling(value: Any, where: str) -> Sampling:
+    if isinstance(value, Sampling):
+        return value.checked(f"{where}.")
+    if not isinstance(value, Mapping):
+        raise ValueError(f"{where}={value!r:.60} must be an object with the options of a sampler")
+    return sampling_from(value, name=where)

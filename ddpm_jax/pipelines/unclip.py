@@ -116,7 +116,7 @@ class UnCLIP(flax.struct.PyTreeNode):
         unknown = sorted(set(self.sampling) - set(default))
         if unknown:
             raise ValueError(f"sampling has no stage {unknown[0]!r}; there are {', '.join(default)}")
-        sampling = {stage: self.sampling.get(stage, how).checked(f"{stage}_") for stage, how in default.items()}
+        sampling = {stage: self.sampling.get(stage, own).checked(f"{stage}_") for stage, own in default.items()}
         levels, _ = noise_levels(dict(zip(names, self.upsamplers)), self.noise_levels, {})
         pipeline = self.replace(tokenizer=tokenizer, sampling=sampling, noise_levels=levels, names=names)
         for stage, model in pipeline._diffusions().items():
@@ -192,8 +192,8 @@ class UnCLIP(flax.struct.PyTreeNode):
         models = pipeline._diffusions()
         levels, options = noise_levels(dict(zip(pipeline.names, self.upsamplers)), pipeline.noise_levels, options)
         sampling = stage_samplings(pipeline.sampling, options, guided=("prior", "decoder"))
-        for stage, how in sampling.items():
-            check_steps(f"{stage}_steps", how, models[stage].diffusion)
+        for stage, chosen in sampling.items():
+            check_steps(f"{stage}_steps", chosen, models[stage].diffusion)
         length = self.clip.metadata["length"]
         tokens, mask = tokenize(pipeline.tokenizer, prompts, length, allow_empty=True)
         keep = np.array([bool(pipeline.tokenizer.ids(text)) for text in prompts])
@@ -240,7 +240,7 @@ class UnCLIP(flax.struct.PyTreeNode):
         tokens: jax.Array,
         keys: jax.Array | RecordedNoise,
         *,
-        keep: jax.Array | None = None,
+        keep_text: jax.Array | None = None,
         negative: tuple[Text, jax.Array, jax.Array] | None = None,
     ) -> jax.Array:
         """Sample CLIP image embeddings for captions (DALL-E 2, section 2.2).
@@ -251,28 +251,28 @@ class UnCLIP(flax.struct.PyTreeNode):
             text: of the captions, from `encode_text`.
             tokens: int32[B, L].
             keys: [B].
-            keep: bool[B], False samples without the caption.
-            negative: (text, tokens, keep) of what guidance leads away from; the null condition by default.
+            keep_text: bool[B], False drops the caption.
+            negative: (text, tokens, keep_text) of the negative prompts; the null condition by default.
 
         Returns:
             Unit vectors, float32[B, D].
         """
         model, scale = self.prior, self.prior.metadata["embedding"]["scale"]
-        keep = jnp.ones(len(tokens), bool) if keep is None else keep
+        keep_text = jnp.ones(len(tokens), bool) if keep_text is None else keep_text
         condition = lambda text, tokens, keep: (  # noqa: E731
             lambda zt, t: model.apply(zt, t, text.z, _read_by(model, text, tokens), text.mask, keep)
         )
-        null = condition(text, tokens, jnp.zeros_like(keep)) if negative is None else condition(*negative)
+        null = condition(text, tokens, jnp.zeros_like(keep_text)) if negative is None else condition(*negative)
 
         def one(number: int) -> jax.Array:
             own, shape = transition_keys(keys, number), text.z.shape[1:]
             z = sample_with(
-                self.sampling["prior"], model.diffusion, condition(text, tokens, keep), own, shape, null=null
+                self.sampling["prior"], model.diffusion, condition(text, tokens, keep_text), own, shape, null=null
             )
             return normalize(z / scale)
 
         found = jnp.stack([one(i) for i in range(self.candidates)])
-        nearness = jnp.where(keep[None], jnp.einsum("nbd,bd->nb", found, text.z), 0.0)
+        nearness = jnp.where(keep_text[None], jnp.einsum("nbd,bd->nb", found, text.z), 0.0)
         return jnp.take_along_axis(found, jnp.argmax(nearness, axis=0)[None, :, None], axis=0)[0]
 
     def decode(
@@ -295,7 +295,7 @@ class UnCLIP(flax.struct.PyTreeNode):
             keys: [B].
             keep_image: bool[B], False gives the null embedding.
             keep_text: bool[B], False drops the caption.
-            negative: (text, tokens, keep) of what guidance leads away from, with the null embedding; both conditions
+            negative: (text, tokens, keep_text) of the negative prompts, with the null embedding; both conditions
                 are dropped together by default.
 
         Returns:
@@ -378,7 +378,7 @@ def _generate(
         negative = (pipeline.encode_text(negative_tokens, negative_mask), negative_tokens, negative_keep)
     keep_image = everything
     if embedding == "prior":
-        z_image = pipeline.sample_embedding(text, tokens, transition_keys(keys, 0), keep=keep, negative=negative)
+        z_image = pipeline.sample_embedding(text, tokens, transition_keys(keys, 0), keep_text=keep, negative=negative)
     elif embedding == "image":
         z_image = pipeline.encode_image(to_float(images))
     else:

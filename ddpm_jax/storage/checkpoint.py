@@ -58,19 +58,19 @@ class Checkpoints:
 
     Args:
       directory: the stage's directory; it is created unless `read_only`.
-      keep: number of the newest checkpoints to retain, at least 1.
+      max_to_keep: number of the newest checkpoints to retain, at least 1.
       read_only: True neither creates nor moves nor deletes anything.
 
     Raises:
-      ValueError: when `keep` is less than 1.
+      ValueError: when `max_to_keep` is less than 1.
       CheckpointError: when the directory cannot be created.
     """
 
-    def __init__(self, directory: str | os.PathLike, *, keep: int = 2, read_only: bool = False):
-        if keep < 1:
-            raise ValueError(f"{keep=} must be at least 1")
+    def __init__(self, directory: str | os.PathLike, *, max_to_keep: int = 2, read_only: bool = False):
+        if max_to_keep < 1:
+            raise ValueError(f"{max_to_keep=} must be at least 1")
         self.directory = Path(directory).absolute() / SUBDIRECTORY
-        self._keep, self._read_only = keep, read_only
+        self._max_to_keep, self._read_only = max_to_keep, read_only
         self._writing_step: int | None = None
         silence_storage()
         if not read_only:
@@ -83,7 +83,7 @@ class Checkpoints:
             options=ocp.CheckpointManagerOptions(
                 create=False,
                 cleanup_tmp_directories=not read_only,
-                preservation_policy=ocp.checkpoint_managers.preservation_policy.LatestN(keep),
+                preservation_policy=ocp.checkpoint_managers.preservation_policy.LatestN(max_to_keep),
                 lightweight_initialize=True,
             ),
             item_handlers={name: ocp.StandardCheckpointHandler() for name in ARRAYS}
@@ -100,10 +100,10 @@ class Checkpoints:
 
         Args:
           trees: of arrays or of shapes. While one checkpoint is written the old ones are still there, so a fresh run
-            requires `keep + 0.5` times the state's size, and a resumed one for that less what it already holds.
+            requires `max_to_keep + 0.5` times the state's size, and a resumed one for that less what it already holds.
         """
         size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(trees))
-        needed = int(size * max(1.2, self._keep + 0.5 - len(self.steps())))
+        needed = int(size * max(1.2, self._max_to_keep + 0.5 - len(self.steps())))
         available = shutil.disk_usage(self.directory).free
         if available < needed:
             raise CheckpointError(

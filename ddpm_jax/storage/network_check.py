@@ -190,7 +190,7 @@ def _glide(net: glide.Glide, shapes: Shapes, metadata: Mapping[str, Any]) -> _In
     if channels in (6, 10):
         options["low_res"] = image
     if channels in (7, 10):
-        options |= {"picture": image, "known": _floats(1, size, size, 1)}
+        options |= {"image": image, "known": _floats(1, size, size, 1)}
     return _Inputs((image, _ints(1), _ints(1, net.context), _bools(1, net.context)), options)
 
 

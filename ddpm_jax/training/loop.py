@@ -150,7 +150,7 @@ def fit(
     init_key, train_key, preview_key = jax.random.split(jax.device_put(jax.random.key(seed), replicated(mesh)), 3)
 
     with contextlib.ExitStack() as stack:
-        checkpoints = stack.enter_context(contextlib.closing(Checkpoints(workdir, keep=max_to_keep)))
+        checkpoints = stack.enter_context(contextlib.closing(Checkpoints(workdir, max_to_keep=max_to_keep)))
         run = _Run(task, name, checkpoints, mesh, frozen)
 
         # ---- State: the newest checkpoint's, or a new one ------------------------------------------------------------
