@@ -78,16 +78,25 @@ class SuperUNet(nn.Module):
 class Classifier(nn.Module):
     """Classifier of noised images: the U-Net's encoder path and a pooling head (ADM 4, appendix H).
 
-    The fields that are not listed are those of `UNet`.
-
     Attributes:
+        channels: width of the first level, > 0; level i has int(channels * channel_mult[i]) channels.
         num_classes: K > 0.
         image_size: height and width of the training images; pool="attention" takes no other size.
+        channel_mult, num_res_blocks: levels and residual blocks, see `UNet`.
         attention_resolutions: heights of the feature maps that have attention in images of image_size, where
             attention_levels is None.
+        head_channels: channels of an attention head, where heads is None.
+        heads: number of attention heads at every level.
+        conv_resample, scale_shift: see `UNet`.
         pool: "attention" as published (the query is the mean over positions), "adaptive" (the mean over positions),
             "spatial" or "spatial_v2" (the means of every block's output through one hidden layer of 2048, with ReLU,
             or with a group norm and SiLU).
+        dropout: rate of dropout inside residual blocks, in [0, 1).
+        groups: groups of the group norms; divides the channels of every level.
+        remat: True recomputes the activations of each block in the backward pass.
+        dtype: in which blocks compute; parameters and the head are float32.
+        attention_levels: levels that have attention, 0 being the finest; None takes attention_resolutions.
+        pool_resample: average pooling between levels, see `UNet`.
     """
 
     channels: int

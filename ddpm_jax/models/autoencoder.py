@@ -70,7 +70,13 @@ class Autoencoder(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Images to features: float[B, H, W, 3] -> [B, h, w, 2 * latent_channels]."""
+    """Encoder of an autoencoder: images, float[B, H, W, 3] -> features, [B, h, w, out_channels].
+
+    Attributes:
+        channels, channel_mult, groups, dtype: see `Autoencoder`.
+        num_res_blocks: residual blocks of each level.
+        out_channels: channels of the features: means and log variances of the latents.
+    """
 
     channels: int
     channel_mult: tuple[float, ...]
@@ -94,7 +100,13 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Features to images: [B, h, w, latent_channels] -> float[B, H, W, out_channels]."""
+    """Decoder of an autoencoder: latents, [B, h, w, C] -> images, [B, H, W, out_channels].
+
+    Attributes:
+        channels, channel_mult, groups, dtype: see `Autoencoder`.
+        num_res_blocks: residual blocks of each level, and one more.
+        out_channels: channels of the images.
+    """
 
     channels: int
     channel_mult: tuple[float, ...]

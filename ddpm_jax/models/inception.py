@@ -16,7 +16,14 @@ FEATURES = ("64", "192", "768", "2048", "logits_unbiased", "logits")
 
 
 class BasicConv(nn.Module):
-    """A convolution without bias, a batch norm of stored statistics (eps 1e-3), and ReLU. x: [B, H, W, C]."""
+    """A convolution without bias, a batch norm with stored statistics and ReLU: [B, H, W, C] -> [B, h, w, features].
+
+    Attributes:
+        features: channels of the output.
+        kernel: height and width of the kernel.
+        stride: step of the convolution along both axes.
+        pad: zeros on each side of the height and of the width.
+    """
 
     features: int
     kernel: tuple[int, int] = (1, 1)
@@ -31,7 +38,11 @@ class BasicConv(nn.Module):
 
 
 class BatchNorm(nn.Module):
-    """Normalise channels by stored statistics: (x - mean) / sqrt(var + eps) * scale + bias, in x's dtype."""
+    """Normalise channels by stored statistics: (x - mean) / sqrt(var + eps) * scale + bias, in x's dtype.
+
+    Attributes:
+        eps: added to the variance.
+    """
 
     eps: float = 1e-3
 

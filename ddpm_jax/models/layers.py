@@ -197,7 +197,14 @@ def depth_to_space(x: jax.Array, patch: int) -> jax.Array:
 
 
 class TimeEmbedding(nn.Module):
-    """Sinusoids of t, then Dense, SiLU, Dense (ADM: width 4 x channels). t: [B] -> float[B, width]."""
+    """Sinusoids of t, then Dense, SiLU, Dense (ADM: width 4 x channels). t: [B] -> dtype[B, width].
+
+    Attributes:
+        channels: number of sinusoids.
+        width: size of the embedding.
+        dtype: in which the dense layers compute; the sinusoids are float32.
+        frequency_shift: 0 or 1, see `timestep_embedding`.
+    """
 
     channels: int
     width: int
@@ -274,10 +281,14 @@ class ResBlock(nn.Module):
 
 
 class Resample(nn.Module):
-    """Halve ("down") or double ("up") the resolution with a learned 3 x 3 convolution (DDPM, improved diffusion).
+    """Change of resolution by 2 with a learned 3 x 3 convolution (DDPM, improved diffusion).
 
-    pad_after: what halves pads the image by one pixel at the bottom and on the right only, as DDPM's code does, and not
-    on all sides, as improved diffusion does.
+    Attributes:
+        features: channels of the output.
+        direction: "down" halves height and width by a stride of 2, "up" doubles them before the convolution.
+        dtype: in which the convolution computes.
+        pad_after: of "down": True pads by one pixel at the bottom and on the right only, as DDPM's code does; False
+            pads all sides, as improved diffusion does.
     """
 
     features: int

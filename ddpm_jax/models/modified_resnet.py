@@ -61,9 +61,14 @@ class ModifiedResNet(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """Convolutions 1 x 1, 3 x 3 and 1 x 1 beside the input. x: [B, H, W, C] -> [B, H / stride, W / stride, 4 features].
+    """Residual block of 1 x 1, 3 x 3 and 1 x 1 convolutions: [B, H, W, C] -> [B, H / stride, W / stride, 4 features].
 
-    Where the stride or the channels differ, the input is averaged by the stride and brought to them by a convolution.
+    Where the stride or the channels differ, the skip connection averages by the stride and has a 1 x 1 convolution.
+
+    Attributes:
+        features: channels of the first two convolutions; the output has 4 times as many.
+        stride: factor by which height and width are reduced.
+        dtype: in which the convolutions compute.
     """
 
     features: int
