@@ -228,7 +228,7 @@ def stages(config: ConfigDict) -> tuple[Stage, ...]:
 
 
 def decoder(config: ConfigDict, vocab_size: int) -> Decoder:
-    """Return the decoder, with a text encoder of its own."""
+    """Return the decoder network, which includes a text encoder."""
     c, own, unet = config.decoder, config.decoder.text_encoder, config.decoder.unet
     if own.kind not in ("gru", "transformer"):
         raise ValueError(f"decoder.text_encoder.kind={own.kind!r} must be 'gru' or 'transformer'")

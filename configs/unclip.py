@@ -20,7 +20,7 @@ Parameters in millions, by `jax.eval_shape` (held to it by tests/test_configs.py
 What differs from the paper:
 
 - Prior: it reads the hidden states of the frozen CLIP text tower, as Karlo's does. The paper does not say what encodes
-  its text; with an encoder of 24 x 2048 of its own beside it, it would have 2.5B parameters, not 1B.
+  its text; with a second encoder of 24 x 2048, it would have 2.5B parameters, not 1B.
 - Decoder: the CLIP text embedding is added to the time embedding, as Karlo does.
 - Text: 77 tokens everywhere. The paper's own text encoders read 256, its CLIP 77.
 - Sampling: the prior has the fixed small variance, the paper an analytic one (Bao et al. 2022).
@@ -260,7 +260,7 @@ def precision(config: ConfigDict) -> dict:
 
 
 def decoder(config: ConfigDict, vocab_size: int) -> Decoder:
-    """Return the decoder, with a text encoder of its own."""
+    """Return the decoder network, which includes a text encoder."""
     c, shared, own = config.decoder, precision(config), config.decoder.text_encoder
     levels = attention_levels(c.attention_resolutions, c.image_size, len(c.unet.channel_mult))
     return Decoder(

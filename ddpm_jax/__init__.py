@@ -7,7 +7,7 @@ Importing this package loads jax, flax and numpy; data, training and pipelines a
 import signal as _signal
 import sys as _sys
 
-# Run as a command (python -m ddpm_jax.train): until it has handlers of its own, Ctrl-C ends it by the system's default
+# Run as a command (python -m ddpm_jax.train): until it installs signal handlers, Ctrl-C ends it by the system's default
 # and not with the traceback of an import. runpy has put "-m" in place of the program's name. A program that imports
 # this package keeps its handlers.
 if _sys.argv[:1] == ["-m"] and "ddpm_jax." in _sys.orig_argv[-len(_sys.argv)]:

@@ -1,6 +1,6 @@
-"""What the command-line programs share: flags, errors and warnings in one sentence, and exit statuses.
+"""Shared code of the command-line programs: flags, errors and warnings in one sentence, and exit statuses.
 
-Each program has a `flags.FlagValues` of its own, so that all of them can be imported, and run, in one process.
+Each program has its own `flags.FlagValues`, so that all of them can be imported, and run, in one process.
 """
 
 import contextlib
@@ -240,7 +240,7 @@ def _parse(flag_values: flags.FlagValues, config: str | None) -> None:
         raise UsageError(_explain(str(error))) from error
     if rest:
         raise UsageError(f"unknown argument {rest[0]!r}; flags begin with --")
-    # Libraries that look at flags of their own find the defaults.
+    # Libraries that read their own flags find the defaults.
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()
 

@@ -1,4 +1,4 @@
-"""What a module says when a package of an extra is not installed."""
+"""Error for a package of an extra that is not installed."""
 
 import contextlib
 from collections.abc import Iterator

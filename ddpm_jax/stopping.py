@@ -1,4 +1,4 @@
-"""How a command ends on SIGTERM, SIGINT or SIGHUP: at once, with one sentence and status 128 + n.
+"""Signal handling of commands: SIGTERM, SIGINT or SIGHUP end them at once, with one sentence and status 128 + n.
 
 A handler never raises. Python runs handlers between any two instructions of the main thread, also inside a callback of
 the garbage collector, `__del__` or an import, where an exception is printed as ignored and the program runs on. And it
@@ -6,7 +6,7 @@ runs none of them while the main thread is in C code, as for the minutes of a lo
 by `os._exit`, from the handler or from a thread that reads the signal from Python's wake-up file descriptor, whichever
 comes first; temporary files are removed before.
 
-A training loop has steps to save: it installs handlers of its own, which only record the signal. While they are
+A training loop has steps to save: it installs other handlers, which only record the signal. While they are
 installed the thread leaves the first signal to them, and a later one ends the process.
 """
 

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 PredictionType = Literal["eps", "x0", "v", "score", "mean"]
-"""What a network predicts: the noise, the clean data, v = alpha eps - sigma x0 (Salimans & Ho 2022), the score
+"""Prediction type of a network: the noise, the clean data, v = alpha eps - sigma x0 (Salimans & Ho 2022), the score
 grad log q(x_t) = -eps / sigma, or the mean of the reverse step (DDPM's ablation)."""
 
 Variance = Literal["fixed_small", "fixed_large", "learned_range"]
@@ -66,7 +66,7 @@ class Source(Protocol):
 
 
 class Task(Protocol):
-    """All that distinguishes one training stage from another."""
+    """Interface of a training task: parameters, loss and previews."""
 
     def init(self, key: jax.Array, batch: dict[str, Any]) -> Any:
         """Return the parameters to train, a pytree of float32 arrays, for prepared batches of this form."""

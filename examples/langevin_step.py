@@ -1,4 +1,4 @@
-"""How long a Langevin step of ``predictor_corrector_step`` may be: three rules on data whose score is known.
+"""Length of a Langevin step of ``predictor_corrector_step``: three rules on data whose score is known.
 
     python examples/langevin_step.py
 

@@ -1,4 +1,4 @@
-"""How many images a second the loader reads from each source, and whether its memory grows: the table of docs/data.md.
+"""Throughput of the loader in images per second for each source, and its memory: the table of docs/data.md.
 
     pip install -e '.[examples,tfds]'
     python examples/loader_throughput.py
@@ -171,7 +171,7 @@ def main() -> None:
     parser.add_argument("--sizes", nargs="+", type=int, default=(64, 256))
     parser.add_argument("--workers", nargs="+", type=int, default=(1, 2))
     parser.add_argument("--seconds", type=float, default=5, help="of each measurement")
-    parser.add_argument("--minutes", type=float, help="watch the memory for so long, at the first of the sizes")
+    parser.add_argument("--minutes", type=float, help="minutes of the memory measurement, at the first of the sizes")
     parser.add_argument("--pause", type=float, default=0, help="seconds between batches, with --minutes")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as root:

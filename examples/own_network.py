@@ -1,4 +1,4 @@
-"""Losses and samplers with networks of your own: one in plain JAX, one in Flax NNX.
+"""Losses and samplers with custom networks: one in plain JAX, one in Flax NNX.
 
     python examples/own_network.py
 
@@ -61,7 +61,7 @@ def plain_network(params: list[tuple[jax.Array, jax.Array]], xt: jax.Array, t: j
 
 
 class Network(nnx.Module):
-    """The same three layers."""
+    """Network of the same three layers."""
 
     def __init__(self, rngs: nnx.Rngs):
         self.first, self.second = nnx.Linear(20, WIDTH, rngs=rngs), nnx.Linear(WIDTH, WIDTH, rngs=rngs)

@@ -152,7 +152,7 @@ def test_every_number_out_of_its_range(name):
         ),
         ({"sampler": "dpm_solver", "sde": 1}, "sde=1 must be True or False"),
         ({"sampler": "heun", "eta": 0.5}, "eta=0.5 is no option of sampler='heun', which has churn"),
-        ({"sampler": "plms", "order": 2}, "order=2 is no option of sampler='plms', which has no option of its own"),
+        ({"sampler": "plms", "order": 2}, "order=2 is no option of sampler='plms', which has no options"),
         ({"sampler": "unipc", "sde": True}, "sde=True is no option of sampler='unipc', which has order"),
     ],
 )

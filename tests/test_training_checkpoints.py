@@ -302,7 +302,7 @@ def test_averages_of_latent_diffusion_take_the_place_of_what_they_are_of(save):
     assert set(averaged) == set(raw)
     file = save(whole | {"model_ema.diffusion_modelother": ONE})
     with pytest.raises(
-        ReadError, match=r"its average model_ema\.diffusion_modelother is of no tensor that the file has"
+        ReadError, match=r"its average model_ema\.diffusion_modelother belongs to no tensor of the file"
     ):
         read_tensors(file, part="model_ema")
 

@@ -249,7 +249,7 @@ def _allow_open_files(count: int) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class _Part:
-    """What the reader needs to know about a shard, so that it does not open all shards to count their records."""
+    """Name and number of records of a shard, so that the reader does not open all shards to count them."""
 
     filename: str
     examples_in_shard: int

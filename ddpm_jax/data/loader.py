@@ -154,7 +154,7 @@ def make_loader(
     stream = batches.to_iter_dataset(reading)
     if num_workers:
         if not flags.FLAGS.is_parsed():
-            flags.FLAGS.mark_as_parsed()  # Grain reads a flag of its own here, which fails outside absl's app.run
+            flags.FLAGS.mark_as_parsed()  # Grain reads one of its flags here, which fails outside absl's app.run
         options = grain.MultiprocessingOptions(num_workers=num_workers, per_worker_buffer_size=prefetch)
         stream = stream.mp_prefetch(options, _start_worker)
     return Loader(iter(stream))

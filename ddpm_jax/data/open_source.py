@@ -59,7 +59,7 @@ def open_source(spec: str | os.PathLike, **options: Any) -> Source:
 
 
 def _tfds(name: str, **options: Any) -> Source:
-    from ddpm_jax.data.tfds_source import TFDSSource  # here, since it needs an extra of its own
+    from ddpm_jax.data.tfds_source import TFDSSource  # imported here, since it needs an extra
 
     return TFDSSource(name, **options)
 

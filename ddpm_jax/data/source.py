@@ -1,4 +1,4 @@
-"""What the built-in sources share: the errors of single records, the check of an index, and fingerprints.
+"""Shared code of the built-in sources: the errors of single records, the check of an index, and fingerprints.
 
 A source has `__len__`, `__getitem__(index) -> dict` and `fingerprint() -> str`; see docs/data.md.
 """

@@ -30,7 +30,7 @@ _CLIP_PATTERN = r"""'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"""
 
 
 class Tokenizer(abc.ABC):
-    """What the two tokenizers share.
+    """Base class of the tokenizers.
 
     Attributes:
         vocab_size: number of ids, the special ones included.
@@ -222,7 +222,7 @@ class CompactTokenizer(Tokenizer):
 
     @staticmethod
     def _words(text: str) -> list[str]:
-        # Composed: an accent that is a character of its own is no part of a word.
+        # Composed: a combining accent, which is a separate character, is no part of a word.
         return re.findall(r"[^\W_]+", unicodedata.normalize("NFC", text).lower())
 
     def ids(self, text: str) -> list[int]:

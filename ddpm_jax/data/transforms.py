@@ -182,7 +182,7 @@ def clip_pixels(images: Any, size: int = 224) -> np.ndarray:
 
 
 def _is_pil(image: Any) -> bool:
-    module = sys.modules.get("PIL.Image")  # where it was never imported, nobody has such an image
+    module = sys.modules.get("PIL.Image")  # not imported: there can be no such image
     return module is not None and isinstance(image, module.Image)
 
 

@@ -204,7 +204,7 @@ def _grouped(index: TarIndex, shard: Path) -> Iterator[tuple[str, dict[str, tupl
 
 
 class _Samples:
-    """Where the members of each sample are, in arrays, since worker processes get a copy."""
+    """Positions of the members of each sample, in arrays, since worker processes get a copy."""
 
     def __init__(self):
         self._keys: list[str] = []

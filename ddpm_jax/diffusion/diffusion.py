@@ -1,4 +1,4 @@
-"""What a network was trained to do, as plain data: one description for the loss, the sampler and the model's file."""
+"""Noise process and prediction type of a network as plain data, shared by the loss, the sampler and model.json."""
 
 import dataclasses
 import functools

@@ -292,7 +292,7 @@ def snr_power(power: float, bound: float, prediction: PredictionType) -> Weighti
     """Return weights that amount to min(snr^power, bound) on the squared error of x0, whatever the network predicts.
 
     power = 1 is min-SNR, 0 with bound 1 the plain error of x0. In between, steps at which x0 is half hidden count more
-    than with either: where noise is low x0 is known anyway, and where it is high nobody can know it.
+    than with either: where noise is low x0 is almost known, and where it is high it cannot be inferred.
 
     Args:
         power: in [0, 1].

@@ -119,7 +119,7 @@ class GaussianProcess:
 
 @struct.dataclass
 class Prediction:
-    """What one network output says about the step from x_t to x_{t-1}; every field has the shape of xt.
+    """Reverse step from x_t to x_{t-1} according to a network; every field has the shape of xt.
 
     Attributes:
         x0: the clean data.

@@ -1,4 +1,4 @@
-"""How a network is sampled, as plain data: the sampler, its steps, guidance and thresholds."""
+"""Sampling options of a network as plain data: the sampler, its steps, guidance and thresholds."""
 
 import dataclasses
 import math
@@ -104,7 +104,7 @@ class Sampling:
             value = _checked_option(prefix + name, name, value)
             neutral = not _is_traced(value) and value == _NEUTRAL.get(name)
             if name in foreign and not neutral:
-                takes = ", ".join(options) or "no option of its own"
+                takes = ", ".join(options) or "no options"
                 raise ValueError(f"{prefix}{name}={value} is no option of sampler={self.sampler!r}, which has {takes}")
             found[name] = None if neutral else value
         return self.replace(**found)

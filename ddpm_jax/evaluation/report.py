@@ -1,4 +1,4 @@
-"""What a finished run leaves to look at: a grid of images, and the faithfulness table."""
+"""Report of a finished run: a grid of images, and the faithfulness table."""
 
 from collections.abc import Callable
 from pathlib import Path

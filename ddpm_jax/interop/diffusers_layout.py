@@ -1,4 +1,4 @@
-"""What the networks of diffusers have in common: where a directory keeps its parts, and how blocks are called."""
+"""Conventions of diffusers: where a directory has its parts, and the names of blocks."""
 
 import re
 from collections.abc import Iterable, Mapping

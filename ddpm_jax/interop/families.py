@@ -1,4 +1,4 @@
-"""What `python -m ddpm_jax.convert` can read and write: every family's way from its files and back to them."""
+"""Checkpoint families that `python -m ddpm_jax.convert` reads and writes."""
 
 import hashlib
 import json
@@ -36,13 +36,18 @@ GLIDE_MODELS = {"base": (glide.BASE, 64), "upsampler": (glide.UPSAMPLER, 256)}
 
 
 class Options(NamedTuple):
-    """What a file does not say, where the family's published value is not meant.
+    """Options that a checkpoint does not contain, where they differ from the published values.
 
-    model: the name of a released network, for guided ("256x256_diffusion"), glide ("base") and clip ("ViT-H-14").
-    head_width (of the text and the image tower), activation: of a CLIP; None takes what the model's name or the
-    config.json beside the file says, and OpenAI's 64 and quick_gelu without them. prior_clip: of Karlo; None takes what
-    its scheduler says, or 5 in diffusers' layout and 10 in the original one. prediction, image_size: of Stable
-    Diffusion in one file. part: of a training checkpoint, as `read_tensors` takes it ("ema"); None: the raw parameters.
+    Attributes:
+        model: name of a released network, for guided ("256x256_diffusion"), glide ("base") and clip ("ViT-H-14").
+        head_width: of the text and the image tower of a CLIP; None takes the value of the model's name or of the
+            config.json beside the file, else OpenAI's 64.
+        activation: of a CLIP; None likewise, else OpenAI's quick_gelu.
+        prior_clip: bound of the output of Karlo's prior; None takes the scheduler's, or 5 in diffusers' layout and 10
+            in the original one.
+        prediction: "eps" or "v", of Stable Diffusion in one file.
+        image_size: in pixels, of Stable Diffusion in one file.
+        part: of a training checkpoint, as `read_tensors` takes it ("ema"); None takes the raw parameters.
     """
 
     model: str | None = None
@@ -55,7 +60,13 @@ class Options(NamedTuple):
 
 
 class Read(NamedTuple):
-    """What was read, the defaults that were used, and the files that it came from."""
+    """Result of reading a checkpoint.
+
+    Attributes:
+        converted: networks, parameters and metadata.
+        assumed: name -> default that was used.
+        files: the files that were read.
+    """
 
     converted: Converted
     assumed: dict[str, Any]
@@ -63,7 +74,14 @@ class Read(NamedTuple):
 
 
 class Family(NamedTuple):
-    """A family: what its source is, how it is read, how it is written into a directory, and the `Options` it uses."""
+    """Checkpoint family.
+
+    Attributes:
+        source: its files, in words.
+        read: reads them.
+        write: writes a converted checkpoint into a directory, in the layout of its source.
+        options: the fields of `Options` that it uses.
+    """
 
     source: str
     read: Callable[[Path, Options], Read]

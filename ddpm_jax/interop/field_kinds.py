@@ -7,7 +7,12 @@ MOST = 2**20  # of a whole number: more than any size of a network here
 
 
 class Kind(NamedTuple):
-    """What a value must be, after "it must be", and whether a value is that."""
+    """Requirement on the value of a config field.
+
+    Attributes:
+        meaning: in words that follow "it must be".
+        holds: returns whether a value meets it.
+    """
 
     meaning: str
     holds: Callable[[Any], bool]

@@ -5,7 +5,7 @@ Its networks are `DiffusionPrior`, `Decoder` and `Upsampler`. What differs there
 - CLIP's embeddings come as the projections give them, not of unit length, and are not scaled before a layer: divide
   them by sqrt(embed_dim), by which our networks multiply.
 - A caption is dropped by giving the empty one, so there are no learned vectors of dropped text; ours are zeros.
-- The decoder's conditioning is a file of its own there (text_proj).
+- The decoder's conditioning is a separate file there (text_proj).
 - The prior's file holds the mean and the standard deviation of image embeddings, by which its samples are turned back.
 """
 
@@ -424,7 +424,7 @@ def unet_table(net: UNet, image_size: int, ours: str, theirs: str, *, context: b
 
 
 def _attention(ours: str, theirs: str, heads: int, context: bool) -> list[Entry]:
-    """Return the entries of attention whose queries, keys and values are layers of their own there."""
+    """Return the entries of attention whose queries, keys and values are separate layers there."""
 
     def fused(name: str, parts: list[str]) -> list[Entry]:
         def entry(here: str, there: str, layout: Layout) -> Entry:

@@ -1,11 +1,11 @@
-"""Karlo as kakaobrain released it: three checkpoints of its own, statistics, and OpenAI's CLIP.
+"""Karlo as kakaobrain released it: three checkpoints, statistics, and OpenAI's CLIP.
 
 The networks, and what the pipeline does with them, are those of `interop.karlo`, which reads diffusers' copy of the
 same weights. What differs in the original release (github.com/kakaobrain/karlo):
 
 - The U-Nets have OpenAI's names and orders (`interop.guided`), with the decoder's conditioning in the same file.
 - The prior's queries, keys and values are one layer, head by head.
-- The statistics of image embeddings are a file of their own, a pair of tensors.
+- The statistics of image embeddings are a separate file, a pair of tensors.
 - Both upsamplers are one file.
 - The prior's predictions are clipped to +- 10, and captions are filled up with zeros.
 """
@@ -152,7 +152,7 @@ def _check_fit(clip: CLIP, prior: DiffusionPrior, decoder: Decoder) -> None:
 
 
 def _towers(clip: LoadedCLIP) -> tuple[Loaded, Loaded]:
-    """Return both towers, each a CLIP of its own, so that neither carries the other's parameters."""
+    """Return both towers, each as a separate CLIP, so that neither has the other's parameters."""
     part = lambda *names: {name: clip.params[name] for name in ("log_scale", *names)}  # noqa: E731
     text, image = CLIP(None, clip.model.text, clip.model.embed_dim), CLIP(clip.model.vision, None, clip.model.embed_dim)
     return Loaded(text, part("text", "text_projection")), Loaded(image, part("vision", "image_projection"))
@@ -391,8 +391,8 @@ def _unet_of(
 ) -> UNet:
     """Return the U-Net that the tensors with such a prefix are of.
 
-    On the way up every level but that of the largest size ends with a residual block of its own that doubles the image,
-    behind the other parts of its entry, which is where names tell that a level ends.
+    In the decoder every level but the last ends with an additional residual block that doubles the image, after the
+    other parts of its entry; so the names show where a level ends.
     """
     blocks = f"{theirs}output_blocks"
     total = count(tensors, f"{blocks}.#")

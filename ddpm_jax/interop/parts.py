@@ -1,6 +1,6 @@
-"""Which tensors of a training checkpoint are a network's: those below the prefix where its marks are.
+"""Selection of a network's tensors in a training checkpoint: those below the prefix of its known names.
 
-Trainers put a network's tensors under names of their own: {"state_dict": ...}, "module." (DistributedDataParallel),
+Trainers store a network's tensors under various prefixes: {"state_dict": ...}, "module." (DistributedDataParallel),
 "model." (Lightning), {"model": ..., "ema": ...}. A network is found by a mark, a tensor that it must have.
 """
 

@@ -22,11 +22,11 @@ class ConvertError(ValueError):
 
 
 class Layout(NamedTuple):
-    """How a parameter of ours is stored by the reference implementation.
+    """Conversion between a parameter and the tensors of the reference implementation.
 
     Attributes:
-        read: from the reference implementation's tensors to our array.
-        write: the inverse, from our array to a tuple of tensors.
+        read: maps the reference implementation's tensors to the parameter.
+        write: the inverse: maps the parameter to a tuple of tensors.
     """
 
     read: Callable[..., np.ndarray]
@@ -34,12 +34,12 @@ class Layout(NamedTuple):
 
 
 class Entry(NamedTuple):
-    """One parameter.
+    """Names and layout of one parameter.
 
     Attributes:
         ours: its path in our tree, joined by slashes.
         theirs: names of the reference implementation's tensors that make it up.
-        layout: how they are stored there.
+        layout: the conversion between both.
     """
 
     ours: str

@@ -122,7 +122,7 @@ class Decoder(nn.Module):
 
     def _words(self, tokens: jax.Array, width: int) -> jax.Array:
         if self.text_encoder is None:
-            raise ValueError("word_vectors need token ids: give the decoder a text_encoder of its own")
+            raise ValueError("word_vectors need token ids: give the decoder a text_encoder")
         # 0.2: a dozen words add up to about the size of the projected image embedding.
         init = nn.initializers.normal(0.2)
         return Embed(self.word_vectors, width, dtype=self.dtype, embedding_init=init, name="words")(tokens)

@@ -87,13 +87,13 @@ class Cascade(flax.struct.PyTreeNode):
 
     @property
     def options(self) -> dict[str, Any]:
-        """What pipeline.json says besides models and sampling."""
+        """Options in pipeline.json besides models and sampling."""
         levels = {"noise_levels": dict(self.noise_levels)} if self.noise_levels else {}
         return {"batch_size": self.batch_size, **levels}
 
     @property
     def labels(self) -> Mapping[str, Any] | None:
-        """What is known of the classes: "num_classes", "null" and "names"; None if no model has any."""
+        """Metadata of the classes, "num_classes", "null" and "names"; None if no model has classes."""
         for model in (self.base, self.classifier, *self.upsamplers):
             if model is not None and "labels" in model.metadata:
                 return model.metadata["labels"]

@@ -1,4 +1,4 @@
-"""pipeline.json: which model directory has which role in a pipeline, and how each stage is sampled."""
+"""Format of pipeline.json: the model directory of each role, and the sampling options of each stage."""
 
 import dataclasses
 import os
@@ -19,10 +19,12 @@ _UPSAMPLERS = 16
 
 
 class Kind(NamedTuple):
-    """What a class of pipelines consists of.
+    """Roles and options of a class of pipelines.
 
-    required, optional: roles of one model; `upsamplers` is a list in every pipeline. unsampled: the roles that are not
-    sampled. options: checks of its options by name.
+    Attributes:
+        required, optional: roles of one model each; `upsamplers` is a list in every pipeline.
+        unsampled: the roles that are not sampled.
+        options: name -> check of the option's value.
     """
 
     required: tuple[str, ...]
@@ -47,7 +49,7 @@ KINDS = {
 
 @dataclasses.dataclass(frozen=True)
 class PipelineDescription:
-    """What a pipeline is made of, as a recipe's `pipeline(config)` returns it and pipeline.json holds it.
+    """Models and options of a pipeline, as a recipe's `pipeline(config)` returns it and pipeline.json stores it.
 
     Attributes:
         kind: the class, "UnCLIP" or "Cascade".

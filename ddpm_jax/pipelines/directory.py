@@ -37,7 +37,7 @@ def load(path: str | os.PathLike | None = None, *, ema: bool = True, network: nn
         ema: True takes the averaged parameters of stages that were trained here and False the raw ones; of a model that
             other stages were trained with, such as CLIP, always the average.
         network: of one model, in place of the one that its model.json describes; it may be of any class. Needed for a
-            network of your own, since a file does not choose what is imported.
+            custom network class, since a file does not choose what is imported.
 
     Returns:
         A pipeline (`UnCLIP`, `Cascade`, `Karlo`, `StableDiffusion`), or a `Model` if the directory holds one network.

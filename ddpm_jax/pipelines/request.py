@@ -150,7 +150,7 @@ def stage_samplings(
             continue
         if isinstance(value, jax.core.Tracer):
             raise ValueError(
-                f"{name} is traced: generate runs programs of its own and returns numpy arrays; inside of jit and "
+                f"{name} is traced: generate runs compiled programs and returns numpy arrays; inside of jit and "
                 "vmap call the stages of the pipeline (docs/pipelines.md)"
             )
         if field in found[stage]:

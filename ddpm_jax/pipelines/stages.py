@@ -1,4 +1,4 @@
-"""What the pipelines share: captions as the networks read them, and checks of what networks return."""
+"""Shared code of the pipelines: tokenized captions, and checks of the networks' outputs."""
 
 import flax.struct
 import jax
@@ -11,7 +11,7 @@ __all__ = ["Text", "bounded", "finite", "to_uint8"]
 
 
 class Text(flax.struct.PyTreeNode):
-    """What the networks read of a batch of captions.
+    """Encoded batch of captions.
 
     Attributes:
         z: float32[B, D], the CLIP text embedding.

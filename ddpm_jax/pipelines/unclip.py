@@ -130,7 +130,7 @@ class UnCLIP(flax.struct.PyTreeNode):
 
     @property
     def options(self) -> dict[str, Any]:
-        """What pipeline.json says besides models and sampling."""
+        """Options in pipeline.json besides models and sampling."""
         levels = {"noise_levels": dict(self.noise_levels)} if self.noise_levels else {}
         return {"candidates": self.candidates, "batch_size": self.batch_size, **levels}
 
@@ -322,7 +322,7 @@ class UnCLIP(flax.struct.PyTreeNode):
 
 
 def _read_by(model: Model, text: Text, tokens: jax.Array) -> jax.Array:
-    """Return a caption as a network reads it: token ids, if it has a text encoder of its own."""
+    """Return the text input of a network: token ids if it has a text encoder, else hidden states."""
     return text.hidden if model.network.text_encoder is None else tokens
 
 

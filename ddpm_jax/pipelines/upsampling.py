@@ -18,7 +18,7 @@ _NOISE = 2**20  # of the keys of an example: beyond the sampler's transitions
 
 
 def default_sampling(model: Model) -> Sampling:
-    """Return how a stage is sampled that nobody said it of: `IMAGES`, or all timesteps if there are fewer than 250."""
+    """Return the default sampling options of a stage: `IMAGES`, or all timesteps if there are fewer than 250."""
     return IMAGES.with_options(steps=min(IMAGES.steps, model.diffusion.num_steps))
 
 

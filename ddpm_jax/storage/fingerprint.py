@@ -1,4 +1,4 @@
-"""What identifies the parameters of a network, so that a stage is never used with others than it was trained with."""
+"""Fingerprint of parameters, so that a stage is only used with the networks that it was trained with."""
 
 import hashlib
 from typing import Any

@@ -1,4 +1,4 @@
-"""Whether a network and the parameters in a file fit each other, found out before any array is made.
+"""Check that a network fits the parameters in a file, before any array is allocated.
 
 The network is traced with the shapes of one example, so that what it would refuse when it is called (heads that do not
 divide a width, a size that cannot be halved) is refused here, and the parameters that it needs are compared with those

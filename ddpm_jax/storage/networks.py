@@ -132,8 +132,8 @@ def _build(description: Any, where: str, dtype: Any, allowed: tuple[type[nn.Modu
     kind = NETWORKS.get(name) if isinstance(name, str) else None
     if kind is None:
         raise LoadError(
-            f"{where}: there is no network {_short(name)} in this version, which has {', '.join(NETWORKS)}; a network "
-            "of your own is given as ddpm_jax.load(path, network=...)"
+            f"{where}: there is no network {_short(name)} in this version, which has {', '.join(NETWORKS)}; pass a "
+            "custom network as ddpm_jax.load(path, network=...)"
         )
     if kind not in allowed:
         names = " or ".join(cls.__name__ for cls in allowed)

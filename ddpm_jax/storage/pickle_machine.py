@@ -34,7 +34,7 @@ _DIGITS = 310  # of an integer or a fraction written as text
 
 
 class _Mark:
-    """Where an opcode's arguments begin on the stack."""
+    """Marker of the beginning of an opcode's arguments on the stack."""
 
 
 _MARK = _Mark()
@@ -231,7 +231,7 @@ def _build(machine: _Machine) -> None:
     thing = machine.last(dict)
     if thing and isinstance(state, dict):
         return  # attributes of an ordered dictionary, such as a state_dict's _metadata
-    if isinstance(state, tuple) and len(state) == 2:  # a TorchScript object with a __getstate__ of its own
+    if isinstance(state, tuple) and len(state) == 2:  # a TorchScript object with its own __getstate__
         state = state[0]
     if isinstance(state, dict):
         machine.budget.spend(len(state))

@@ -1,4 +1,4 @@
-"""What a checkpoint's pickle may build, which names it may use, and how much it may cost; `pickle_machine` reads it.
+"""Objects, names and costs that are allowed in a checkpoint's pickle; `pickle_machine` reads it.
 
 Names stand for the few functions below, each in place of one of torch's own that rebuild a tensor, or for the types of
 tensors. Any other name becomes an `Opaque`: calling it, adding to it or setting its state gives the same `Opaque`.
@@ -38,13 +38,13 @@ class Tensor(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Opaque:
-    """What stands for an object that is not read: the name of its class, or of the function that would make it."""
+    """Placeholder of an object that is not read; name: of its class, or of the function that would make it."""
 
     name: str
 
 
 class Budget:
-    """How many instructions may still be run, and what was not read in those that were."""
+    """Limit on the number of instructions, and the reasons why objects were not read."""
 
     def __init__(self, steps: int = STEPS):
         self.left = steps
@@ -52,7 +52,7 @@ class Budget:
         self.module = ""  # the class of the last whole torch.nn.Module, which is the outermost
 
     def spend(self, steps: int) -> None:
-        """Pay for instructions.
+        """Count instructions.
 
         Raises:
             PickleError: if too many were run.
@@ -62,7 +62,7 @@ class Budget:
             raise PickleError(f"it takes more than {STEPS} steps to read, the most that are allowed")
 
     def skip(self, reason: str) -> None:
-        """Remember the first reasons why something is not read."""
+        """Record the first reasons why something is not read."""
         if len(self.unread) < 8:
             self.unread[reason] = None
 
@@ -87,7 +87,7 @@ class LongText:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Function:
-    """What stands for one of torch's functions."""
+    """Placeholder of one of torch's functions."""
 
     call: Callable[..., Any]
 

@@ -1,4 +1,4 @@
-"""What the storage library prints beside the errors it raises.
+"""Suppression of what the storage library prints beside the errors it raises.
 
 Orbax logs every save, and a failed read or write leaves tracebacks of its threads and tasks on stderr. Each of those
 failures is also raised, and then reported in one sentence by `ddpm_jax.storage.checkpoint`.

@@ -1,4 +1,4 @@
-"""What a weights file holds: arrays by name, and one part of them, such as the averages (EMA) of a training run."""
+"""Tensors of a weights file by name, and selection of one part, such as the averages (EMA) of a training run."""
 
 from collections.abc import Callable, Mapping
 
@@ -94,7 +94,7 @@ def _with_averages(tensors: Tensors, prefix: str, averages: Tensors) -> Tensors:
             raise ValueError(f"its average {prefix}{flat} could be of {places[flat]} or of {name}")
     lost = [name for name in averages if name not in places and name not in _FLATTENED]
     if lost:
-        raise ValueError(f"its average {prefix}{lost[0]} is of no tensor that the file has")
+        raise ValueError(f"its average {prefix}{lost[0]} belongs to no tensor of the file")
     rest = {name: array for name, array in tensors.items() if not name.startswith(prefix)}
     replaced = {name: averages[flat] for flat, name in places.items()}
     return Tensors(rest | replaced, tensors.unread, tensors.metadata, f"{len(replaced)} averages of {prefix}")

@@ -1,4 +1,4 @@
-"""Which file of a directory holds a network's weights, where formats and variants (fp16) lie side by side."""
+"""Selection of a network's weights file in a directory with several formats and variants (fp16)."""
 
 import re
 from collections.abc import Iterable

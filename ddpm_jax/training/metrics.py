@@ -1,4 +1,4 @@
-"""Where a run's numbers go: JSON lines always, TensorBoard when asked for and installed."""
+"""Metrics of a run: JSON lines always, TensorBoard event files on request."""
 
 import json
 import math

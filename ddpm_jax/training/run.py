@@ -118,7 +118,7 @@ class _Run:
         self.stages = {stage.name: stage for stage in stages}
         if len(self.stages) != len(stages):
             twice = next(name for name in self.stages if sum(stage.name == name for stage in stages) > 1)
-            raise ValueError(f"two stages have the name {twice!r}; each needs a directory of its own")
+            raise ValueError(f"two stages have the name {twice!r}; each needs a separate directory")
         self.workdir, self.mesh = workdir, mesh
         self._models: dict[str, Model] = {}
         self._fingerprints: dict[str, str] = {}

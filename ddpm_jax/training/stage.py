@@ -1,4 +1,4 @@
-"""What is trained, as objects: a `Stage` is a task, its data, how it is optimized and what it needs."""
+"""Description of training: a `Stage` is a task, its data, optimization options and the stages that it needs."""
 
 import dataclasses
 import math
@@ -18,7 +18,7 @@ Transform = Any
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Training:
-    """How a stage is optimized, watched and saved.
+    """Options of optimization, logging and checkpoints of a stage.
 
     Attributes:
         batch_size: examples of a step, over all devices and hosts.

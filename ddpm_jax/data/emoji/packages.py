@@ -37,12 +37,12 @@ class Package:
 
     @property
     def file(self) -> str:
-        """The name that `npm pack` gives the tar file."""
+        """File name of the tar file that `npm pack` writes."""
         return f"{self.name.removeprefix('@').replace('/', '-')}-{self.version}.tgz"
 
     @property
     def is_svg(self) -> bool:
-        """Whether its images are SVG files, which have to be rendered."""
+        """True if the images are SVG files, which have to be rendered."""
         return self.images.endswith("svg")
 
 

@@ -39,7 +39,7 @@ _NAMES_FILE = "package/en/data.json"
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Concept:
-    """What an emoji shows.
+    """Concept that an emoji depicts, in any style.
 
     Attributes:
         code: code points in hexadecimal, "1F44B-1F3FB", without variation selectors.
@@ -59,7 +59,13 @@ class Concept:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Emoji:
-    """One image: a concept in a style; data: its PNG, WebP or SVG file."""
+    """One image of a concept.
+
+    Attributes:
+        concept: what it depicts.
+        style: a key of `packages.STYLES`.
+        data: its PNG, WebP or SVG file.
+    """
 
     concept: Concept
     style: str

@@ -56,7 +56,7 @@ class Directory:
 
     @property
     def is_complete(self) -> bool:
-        """Whether the data set is complete."""
+        """True if the data set is complete."""
         return (self.path / MANIFEST).exists()
 
     def shard_path(self, number: int) -> Path:

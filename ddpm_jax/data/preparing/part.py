@@ -37,7 +37,7 @@ class PrepareError(RuntimeError):
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What a prepared data set depends on besides its source.
+    """Options of a prepared data set.
 
     Attributes:
         size: side of the images in pixels; they are resized and cropped by `data.transforms.CenterCrop`.
@@ -71,7 +71,7 @@ class Options:
 
 @dataclasses.dataclass
 class Part:
-    """What became of the records of a range.
+    """Result of preparing a range of records.
 
     Attributes:
         shard: its entry of the manifest, or None where no record was kept.

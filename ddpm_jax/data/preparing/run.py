@@ -19,7 +19,7 @@ MAX_SKIPPED = 0.1
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-    """What `prepare` did.
+    """Result of `prepare`.
 
     Attributes:
         complete: False where parts of other processes are missing.

@@ -141,7 +141,7 @@ class _Report:
             self.send()
 
     def send(self) -> None:
-        """Send the number that was not sent; raise _Closed if nobody reads it."""
+        """Send the number that was not sent; raise _Closed if the other end is closed."""
         try:
             self._pipe.send(self._count)
         except OSError:

@@ -166,7 +166,7 @@ class Object:
 
 @dataclasses.dataclass(frozen=True)
 class Scene:
-    """What an image shows.
+    """Content of an image of shapes.
 
     Attributes:
         objects: one object, or two that differ in (colour, shape).

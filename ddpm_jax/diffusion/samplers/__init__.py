@@ -71,12 +71,12 @@ __all__ = [
 
 
 class NamedSampler(NamedTuple):
-    """What a name stands for.
+    """Sampler as selected by name.
 
     Attributes:
         make: returns the step; it takes the options as keyword arguments, all with defaults. That of "ancestral" also
             takes ``guide``, and that of "analytic" needs ``moments``.
-        options: those fields of `diffusion.sampling.Sampling` that it has.
+        options: the fields of `diffusion.sampling.Sampling` that apply to it.
     """
 
     make: Callable[..., Step]

@@ -1,4 +1,4 @@
-"""What a stage trains: a network, its loss, and what its previews show. One module a kind of loss."""
+"""Tasks: a network, its loss and its previews. Each kind of loss has one module."""
 
 from ddpm_jax.training.tasks.classifier import ClassifierTask
 from ddpm_jax.training.tasks.conditions import Captions, Condition, ImageEmbedding, Labels, LowResolution

@@ -22,7 +22,7 @@ Arguments = dict[str, jax.Array]
 
 
 class Condition(Protocol):
-    """What a network is conditioned on."""
+    """Condition of a network, such as class labels or captions."""
 
     name: str
 
@@ -97,7 +97,7 @@ class Captions(_Condition):
     Attributes:
         length: L.
         drop: rate at which captions are dropped.
-        own_tokens: True gives the network token ids, for a text encoder of its own, in place of hidden states of the
+        own_tokens: True gives the network token ids, for its own text encoder, in place of hidden states of the
             frozen text tower.
         role: of the frozen CLIP among the stage's needs.
     """

@@ -1,4 +1,4 @@
-"""What a diffusion model generates: clean data x0, read from a prepared batch."""
+"""Clean data x0 of a diffusion model, read from a prepared batch."""
 
 import dataclasses
 from typing import Any
