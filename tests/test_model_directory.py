@@ -168,7 +168,7 @@ def test_a_network_of_the_users_own_is_given_and_not_imported(tmp_path):
     save_model(Model(params, Own()), tmp_path / "own")
     described = json.loads((tmp_path / "own" / "model.json").read_text())["networks"]["model"]
     assert described["class"].endswith(".Own") and described["width"] == 4 and "relu" in described["act"]["text"]
-    message = r"there is no network .*Own' in this version, .* is given as ddpm_jax.load\(path, network=...\)"
+    message = r"there is no network .*Own' in this version, .* custom network as ddpm_jax.load\(path, network=...\)"
     with pytest.raises(LoadError, match=message):
         ddpm_jax.load(tmp_path / "own")
     equal(ddpm_jax.load(tmp_path / "own", network=Own()).params, params)
