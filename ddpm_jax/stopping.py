@@ -80,7 +80,7 @@ class _Ending:
                     self.end(number)
 
     def end(self, number: int) -> None:
-        """Say why, remove temporary files and end the process; the first thread that comes here does it."""
+        """Print the reason, remove temporary files and end the process; only the first thread does it."""
         mine = threading.get_ident()
         while self._thread.setdefault("ends", mine) != mine:
             time.sleep(1.0)

@@ -219,7 +219,7 @@ def write_shard(
 
 @contextlib.contextmanager
 def _writer_errors(path: Path) -> Iterator[None]:
-    """Turn the errors of the ArrayRecord writer into those of the system."""
+    """Convert errors of the ArrayRecord writer to OSError."""
     try:
         yield
     except RuntimeError as error:

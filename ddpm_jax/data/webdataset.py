@@ -219,7 +219,7 @@ class _Samples:
         self._shards.append(shard)
 
     def finish(self) -> None:
-        """Turn lists into arrays, after the last `append`."""
+        """Convert lists to arrays, after the last `append`."""
         self._shards = np.array(self._shards, np.int32)
         for name, rows in self.members.items():
             numbers, *places = np.array(rows, np.int64).T

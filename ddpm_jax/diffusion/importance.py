@@ -69,7 +69,7 @@ def timestep_probabilities(history: LossHistory, uniform: float = 1e-3) -> jax.A
 def importance_timesteps(
     key: jax.Array, batch_size: int, history: LossHistory, uniform: float = 1e-3
 ) -> tuple[jax.Array, jax.Array]:
-    """Draw timesteps from ``timestep_probabilities``.
+    """Sample timesteps from ``timestep_probabilities``.
 
     Args:
         key: one key.

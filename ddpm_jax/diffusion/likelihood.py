@@ -162,7 +162,7 @@ def ode_sample(
     x_init: jax.Array | None = None,
     cond: Any = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Draw samples by the probability-flow ODE with an adaptive solver (score SDE, section 4.3), from t_max to t_min.
+    """Sample with the probability-flow ODE with an adaptive solver (score SDE, section 4.3), from t_max to t_min.
 
     Args:
         schedule, denoise, prediction, rtol, atol, cond: as in ``ode_log_likelihood``.
@@ -192,7 +192,7 @@ def ode_sample(
 
 
 def bits_per_dimension(log_likelihood: jax.Array, dimensions: int, bins: int = 256) -> jax.Array:
-    """Turn log p of dequantised data in [-1, 1] into bits per dimension of the discrete data.
+    """Convert log p of dequantised data in [-1, 1] to bits per dimension of the discrete data.
 
     -log2 p / D + log2(bins / 2): a bin of data in [-1, 1] is 2 / bins wide. With x = 2 (k + u) / bins - 1, u ~ U(0, 1)
     (``dequantize``), its mean is an upper bound of the discrete negative log-likelihood (Theis et al. 2016, 3.1).

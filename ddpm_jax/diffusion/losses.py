@@ -179,12 +179,12 @@ def continuous_loss(
 
 
 def stratified_times(key: jax.Array, batch_size: int, schedule: Schedule) -> jax.Array:
-    """Draw times that are uniform each and evenly spread over the batch, as ``stratified_timesteps``; float32[B]."""
+    """Sample times that are uniform each and evenly spread over the batch, as ``stratified_timesteps``; float32[B]."""
     return schedule.t_min + (schedule.t_max - schedule.t_min) * _stratified(key, batch_size)
 
 
 def log_normal_times(key: jax.Array, batch_size: int, mean: float = -1.2, std: float = 1.2) -> jax.Array:
-    """Draw EDM's training noise levels, log sigma ~ N(mean, std^2) (table 1), for ``continuous.edm``; float32[B]."""
+    """Sample EDM's training noise levels, log sigma ~ N(mean, std^2) (table 1), for ``continuous.edm``; float32[B]."""
     check_static("batch_size", batch_size, "since it is a shape")
     return jnp.exp(mean + std * jax.random.normal(one_key(key), (batch_size,), jnp.float32))
 

@@ -294,7 +294,7 @@ def from_tables(
 
 
 def q_sample(process: GaussianProcess, x0: jax.Array, t: jax.Array, eps: jax.Array) -> jax.Array:
-    """Draw x_t given x0 and its noise: alpha_t x0 + sigma_t eps, (2), DDPM eq. 4.
+    """Sample x_t given x0 and its noise: alpha_t x0 + sigma_t eps, (2), DDPM eq. 4.
 
     Args:
         process: T steps.

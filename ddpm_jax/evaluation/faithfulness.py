@@ -81,7 +81,7 @@ def wilson_interval(successes: int, n: int, z: float = 1.959964) -> tuple[float,
 
 
 def table(results: Mapping[str, dict]) -> str:
-    """Lay results of `score` out as a Markdown table, one row each, with 95 % Wilson intervals for "all"."""
+    """Format results of `score` as a Markdown table, one row each, with 95 % Wilson intervals for "all"."""
     header = ("captions", "N", *ATTRIBUTES, "all right", "95 % interval")
     lines = ["| " + " | ".join(header) + " |", "|" + " --- |" * len(header)]
     for name, result in results.items():

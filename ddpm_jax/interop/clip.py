@@ -235,7 +235,7 @@ def load_clip(
 
 
 def _with_prefix(tensors: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
-    """Give a tower of transformers 5, saved alone, the names that it has in a whole CLIP."""
+    """Rename the tensors of a tower that transformers 5 saved alone to their names in a whole CLIP."""
     for mark, prefix in (("token_embedding", "text_model."), ("patch_embedding", "vision_model.")):
         if f"embeddings.{mark}.weight" in tensors:
             return renamed(tensors, lambda name: name if "projection" in name else prefix + name)  # noqa: B023

@@ -17,7 +17,7 @@ POSITION = "visual.attnpool.positional_embedding"
 
 
 def is_resnet(tensors: Mapping[str, np.ndarray]) -> bool:
-    """Tell whether a CLIP's file has a ResNet, if only a part of it."""
+    """Return whether a CLIP's file has a ResNet, or a part of one."""
     return any(name.startswith(("visual.layer1.", "visual.attnpool.")) for name in tensors)
 
 

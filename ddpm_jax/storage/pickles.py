@@ -131,12 +131,12 @@ def _tensor_v3(storage: Any, offset: Any, shape: Any, strides: Any, grad: Any, h
 
 
 def _first(value: Any, *rest: Any) -> Any:
-    """Stand for a wrapper whose first argument is all that matters here."""
+    """Return the first argument of a wrapper, which is the object itself."""
     return value
 
 
 def _subclass(function: Any, kind: Any, arguments: Any, state: Any) -> Any:
-    """Stand for what rebuilds a tensor with attributes, or of a subclass."""
+    """Rebuild a tensor that has attributes, or is of a subclass."""
     if not isinstance(function, Function) or not isinstance(arguments, tuple):
         return Opaque("torch._tensor._rebuild_from_type_v2")
     return function.call(*arguments)

@@ -79,7 +79,7 @@ def _multiply(a: jax.Array, b: jax.Array) -> jax.Array:
 
 
 def scale_by_muon(beta: float = 0.95, mesh: Mesh | None = None) -> optax.GradientTransformation:
-    """Turn gradients into orthogonalized Nesterov momentum of the size of AdamW's updates.
+    """Convert gradients to orthogonalized Nesterov momentum of the size of AdamW's updates.
 
     With a leaf seen as a matrix of (all axes but the last) x (the last), that is inputs x outputs of a layer:
 

@@ -116,7 +116,7 @@ class Directory:
         keep_duplicates: bool,
         check: Callable[[Sequence[Part], Path], None],
     ) -> dict[str, Any]:
-        """Turn the parts into the data set, and return its manifest.
+        """Combine the parts to the data set, and return its manifest.
 
         A run that is killed here is continued by the next one.
 

@@ -211,7 +211,7 @@ class _Job:
         return number * size, min((number + 1) * size, len(self.source))
 
     def _stop(self, parts: list[Part]) -> None:
-        """Say what was skipped until the limit was passed."""
+        """Write what was skipped, and raise an error if the limit is exceeded."""
         if not self.options.keep_duplicates:
             remove_duplicates(parts)
         self.directory.write_skipped(parts, _unused(self.source))

@@ -278,7 +278,7 @@ def _check_split(seed: int, split: str, two_fraction: float) -> None:
 
 
 def scene_from(seed: int, index: int, *, split: str = "train", two_fraction: float = 0.4) -> Scene:
-    """Draw the scene of one record; see `ShapesSource` for the splits."""
+    """Sample the scene of one record; see `ShapesSource` for the splits."""
     _check_split(seed, split, two_fraction)
     return _draw_scene(_generator(seed, split, index), split, two_fraction)
 

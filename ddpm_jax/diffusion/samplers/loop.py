@@ -28,7 +28,7 @@ def sample(
     progress: Callable[[int], None] | None = None,
     progress_every: int = 10,
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
-    """Draw one sample for every key: start from noise and take T steps down the time grid, as one ``lax.scan``.
+    """Generate one sample for every key: start from noise and take T steps down the time grid, as one ``lax.scan``.
 
     Sample i is a function of keys[i] (and of whatever the denoiser makes of example i) only. Use it under ``jax.jit``
     with process, parameters and keys as arguments; outside, every call compiles again.

@@ -126,7 +126,7 @@ def transition_keys(keys: jax.Array | RecordedNoise, number: int | jax.Array) ->
 
 
 def per_example_normal(keys: jax.Array | RecordedNoise, like: jax.Array) -> jax.Array:
-    """Draw standard normal noise of the shape and dtype of ``like``, [B, ...], example i from keys[i].
+    """Sample standard normal noise of the shape and dtype of ``like``, [B, ...], example i from keys[i].
 
     In a loop around a small network the noise is most of the work. In float32, bits become normals as in
     ``jax.random.normal``, but both words of every Threefry block are used and all rounds are one fused loop over the
