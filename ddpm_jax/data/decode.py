@@ -63,7 +63,11 @@ def decode_image(data: bytes, *, background: Sequence[int] = WHITE, max_pixels: 
 
 @dataclasses.dataclass(frozen=True)
 class Decoder:
-    """`decode_image` with its options, which are checked when it is made."""
+    """Callable `decode_image` with fixed options, which are checked when it is made.
+
+    Attributes:
+        background, max_pixels: see `decode_image`.
+    """
 
     background: Sequence[int] = WHITE
     max_pixels: int = MAX_PIXELS

@@ -27,6 +27,11 @@ class Tokenize:
     """Replace the string `key` by "tokens" int32[length] and "mask" bool[length].
 
     A tuple of strings, the captions of a group of hard negatives, gives int32[size, length] and bool[size, length].
+
+    Attributes:
+        tokenizer: maps captions to tokens and masks.
+        length: of the token arrays.
+        key: name of the caption in the record.
     """
 
     tokenizer: Tokenizer
@@ -46,6 +51,9 @@ class Tokenize:
 class Select:
     """Drop every entry that is not named.
 
+    Attributes:
+        names: of the entries to keep.
+
     Raises:
         ValueError: on a record without one of the names.
     """
@@ -64,7 +72,12 @@ Keep = Select  # the name before it was Select
 
 @dataclasses.dataclass(frozen=True)
 class Copy:
-    """Add the entry `source` under a second name, e.g. for a transform that changes one of the two."""
+    """Add the entry `source` under a second name, e.g. for a transform that changes one of the two.
+
+    Attributes:
+        source: name of the entry to copy.
+        name: of the copy.
+    """
 
     source: str
     name: str
@@ -331,6 +344,10 @@ class Resize:
     Pillow's bicubic filter with antialiasing: when it shrinks, the filter is as much wider. The longer side is rounded
     to the nearest pixel.
 
+    Attributes:
+        size: of the shorter side in pixels.
+        key: name of the image in the record.
+
     Raises:
         ValueError: on an image whose longer side is more than 100 times the shorter one.
     """
@@ -361,6 +378,10 @@ class CenterCrop:
     As ADM prepares ImageNet (Dhariwal and Nichol 2021, guided-diffusion's center_crop_arr): halved by averaging while
     the shorter side is at least 2 size, then resized to it by Pillow's bicubic filter with antialiasing, then cut. Of
     an image whose longer side is more than 20 times its shorter side, only the middle 20 are resized.
+
+    Attributes:
+        size: height and width of the result in pixels.
+        key: name of the image in the record.
     """
 
     size: int
@@ -384,7 +405,12 @@ class CenterCrop:
 
 @dataclasses.dataclass(frozen=True)
 class RandomFlip:
-    """Mirror the image `key` from left to right with a probability, uint8[H, W, C] -> uint8[H, W, C]."""
+    """Mirror the image `key` from left to right with a probability, uint8[H, W, C] -> uint8[H, W, C].
+
+    Attributes:
+        probability: in [0, 1].
+        key: name of the image in the record.
+    """
 
     probability: float = 0.5
     key: str = "image"
@@ -405,6 +431,10 @@ class RandomCrop:
 
     Super-resolution networks are fully convolutional and are trained on crops (Dhariwal and Nichol 2021, unCLIP
     section 2.2).
+
+    Attributes:
+        size: height and width of the window in pixels.
+        key: name of the image in the record.
 
     Raises:
         ValueError: on an image smaller than the window.
@@ -428,6 +458,10 @@ class RandomCrop:
 @dataclasses.dataclass(frozen=True)
 class AverageDown:
     """Shrink the image `key` by averaging factor x factor pixels, uint8[H, W, C] -> uint8[H/factor, W/factor, C].
+
+    Attributes:
+        factor: >= 1.
+        key: name of the image in the record.
 
     Raises:
         ValueError: on an image whose sides `factor` does not divide.

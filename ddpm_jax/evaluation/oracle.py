@@ -37,19 +37,30 @@ _BACKGROUND_NAMES, _BACKGROUND_RGB = tuple(BACKGROUNDS), np.array(list(BACKGROUN
 
 @dataclasses.dataclass(frozen=True)
 class ReadObject:
-    """One component as read: None for what could not be read; x, y is the centre in [0, 1]."""
+    """Shape that was recognised in an image.
+
+    Attributes:
+        shape, colour, size: names, or None for what was not recognised.
+        x, y: its centre in [0, 1].
+        residual: squared error of the best shape, relative to the squared norm of the component.
+    """
 
     shape: str | None
     colour: str | None
     size: str | None
     x: float
     y: float
-    residual: float  # of the best shape, relative to its squared norm
+    residual: float
 
 
 @dataclasses.dataclass(frozen=True)
 class Reading:
-    """An image as read: background (None if it is no palette colour) and objects, largest first."""
+    """Content that was recognised in an image.
+
+    Attributes:
+        background: a colour's name, or None if it is no palette colour.
+        objects: the largest first.
+    """
 
     background: str | None
     objects: tuple[ReadObject, ...]

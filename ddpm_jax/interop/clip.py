@@ -60,7 +60,13 @@ _IGNORED = (
 
 
 class LoadedCLIP(NamedTuple):
-    """A network and its parameters, and the dialect that they came in."""
+    """CLIP from a file.
+
+    Attributes:
+        model: the network.
+        params: its parameters.
+        dialect: the layout of the file.
+    """
 
     model: CLIP
     params: dict[str, Any]

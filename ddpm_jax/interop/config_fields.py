@@ -45,11 +45,13 @@ _TRANSFORMERS = frozenset({
 
 
 class Fields(NamedTuple):
-    """The fields of a class.
+    """Fields in the config of a class.
 
-    used: read where the network is made, or compared with the shapes of its tensors; with the kind of the value. fixed:
-    the values of a field that are supported; _class_name and model_type say which class wrote the config.
-    without_effect: on the numbers that are computed here, such as dropout.
+    Attributes:
+        used: name -> required kind of value, of fields that are read where the network is made, or compared with the
+            shapes of its tensors.
+        fixed: name -> supported values; _class_name and model_type name the class that wrote the config.
+        without_effect: names of fields that do not change the results, such as dropout.
     """
 
     used: Mapping[str, Kind]

@@ -41,10 +41,18 @@ _MULT = {
 
 
 class Published(NamedTuple):
-    """A released network: how it is built, the size of its images, and what its file does not say.
+    """Released network, with what its file does not contain.
 
-    schedule: "linear" or "cosine", of num_steps steps. rescale_timesteps: the network receives t * 1000 / num_steps in
-    place of t. All diffusion networks predict eps and learn the variance ("learned_range").
+    All diffusion networks predict eps and learn the variance ("learned_range").
+
+    Attributes:
+        model: makes the network.
+        image_size: height and width of its images.
+        new_attention_order: see `load_guided`.
+        schedule: "linear" or "cosine", of num_steps steps.
+        low_size: height and width of an upsampler's input.
+        num_steps: T.
+        rescale_timesteps: True gives the network t * 1000 / num_steps in place of t.
     """
 
     model: Callable[[], nn.Module]

@@ -227,7 +227,13 @@ def _upsampler_of(config: Mapping[str, Any], dtype: Any) -> Upsampler:
 
 
 class LoadedPrior(NamedTuple):
-    """The prior, its parameters, and the statistics of image embeddings, float32[D] each."""
+    """Prior from a file.
+
+    Attributes:
+        model: the network.
+        params: its parameters.
+        mean, std: statistics of image embeddings, float32[D] each.
+    """
 
     model: DiffusionPrior
     params: dict[str, Any]

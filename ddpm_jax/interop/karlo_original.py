@@ -65,7 +65,12 @@ _QUERY = Layout(lambda x: x.reshape(x.shape[2:]), lambda x: (x[None, None],))
 
 
 class Loaded(NamedTuple):
-    """A network and its parameters; of the upsamplers one network, and the parameters of "first" and of "last"."""
+    """Network from a file.
+
+    Attributes:
+        model: the network.
+        params: its parameters; of the upsamplers those of "first" and of "last".
+    """
 
     model: nn.Module
     params: dict[str, Any]

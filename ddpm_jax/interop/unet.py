@@ -8,10 +8,16 @@ from ddpm_jax.models.unet import UNet
 
 
 class Block(NamedTuple):
-    """One block: its name here, what it is, the widths of its input and output, and where it stands.
+    """Block of a U-Net.
 
-    number: of the block in its level, and in the middle. An attention has the number of the block before it, and what
-    changes the resolution the one after the last block.
+    Attributes:
+        ours: its name in our parameters.
+        kind: "res", "attention" or "resample".
+        widths: channels of its input and output.
+        side: "down" (encoder), "mid" or "up" (decoder).
+        level: 0 is the finest.
+        number: of the block in its level, and in the middle. An attention layer has the number of the block before it,
+            a change of resolution the one after the last block.
     """
 
     ours: str

@@ -76,10 +76,13 @@ class Model(flax.struct.PyTreeNode):
 
 
 class Converted(NamedTuple):
-    """Networks and parameters of a directory.
+    """Networks and parameters of a converted checkpoint.
 
-    family: as `ddpm_jax.convert --from` calls it. models, params: by the network's name; parameters are what is in
-    {"params": ...}. metadata: plain data, such as the schedule and the tokenizer.
+    Attributes:
+        family: a value of `ddpm_jax.convert --from`.
+        models: networks by name.
+        params: their parameters by the same names, without the outer {"params": ...}.
+        metadata: plain data, such as the schedule and the tokenizer.
     """
 
     family: str

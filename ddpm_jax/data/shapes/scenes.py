@@ -155,7 +155,12 @@ _HELD_TRIPLES = tuple(sorted(HELD_OUT_RELATIONS))
 
 @dataclasses.dataclass(frozen=True)
 class Object:
-    """One shape: names from SHAPES, COLOURS and SIZES; x, y is its centre in [0, 1], y downwards."""
+    """One shape of a scene.
+
+    Attributes:
+        shape, colour, size: names from SHAPES, COLOURS and SIZES.
+        x, y: its centre in [0, 1], y downwards.
+    """
 
     shape: str
     colour: str
