@@ -67,14 +67,14 @@ def by_head(layout: Layout, heads: int, *, parts: int = 3) -> Layout:
     parts: number of blocks in place of q, k and v.
     """
 
-    def turned(x: np.ndarray, first: int, second: int) -> np.ndarray:
+    def reordered(x: np.ndarray, first: int, second: int) -> np.ndarray:
         blocks = x.reshape(*x.shape[:-1], first, second, x.shape[-1] // (first * second))
         return blocks.swapaxes(-3, -2).reshape(x.shape)
 
     def read(*tensors: np.ndarray) -> np.ndarray:
-        return turned(layout.read(*tensors), parts, heads)
+        return reordered(layout.read(*tensors), parts, heads)
 
-    return Layout(read, lambda x: layout.write(turned(x, heads, parts)))
+    return Layout(read, lambda x: layout.write(reordered(x, heads, parts)))
 
 
 def conv(ours: str, theirs: str) -> list[Entry]:
