@@ -106,6 +106,10 @@ def test_a_pipeline_of_karlo(tmp_path, capsys):
             same_tensors(load_file(tmp_path / "back" / name), load_file(source / name))
         else:
             assert (tmp_path / "back" / name).read_bytes() == (source / name).read_bytes()
+    (tmp_path / "ours" / "source").rename(tmp_path / "ours" / "peer")  # its name in earlier versions
+    families.restore_source_files(tmp_path / "ours", tmp_path / "again")
+    small = {name for name in files(source) if not name.endswith(".safetensors")}
+    assert files(tmp_path / "again") == small
 
 
 def test_stable_diffusion_draws_by_the_command(tmp_path, capsys):

@@ -446,6 +446,8 @@ def test_numbers_of_a_model_directory_are_checked(tmp_path):
     ):
         with pytest.raises(LoadError, match=message):
             pipeline_of(read._replace(metadata=read.metadata | change))
+    older = {"kind" if name == "prediction" else name: value for name, value in read.metadata.items()}
+    assert pipeline_of(read._replace(metadata=older)).prediction == "eps"
 
 
 def test_what_is_refused(tmp_path):

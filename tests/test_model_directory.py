@@ -16,6 +16,7 @@ from random_networks import fast_jit, normal, random_params
 import ddpm_jax
 from ddpm_jax.errors import LoadError
 from ddpm_jax.models.clip import CLIP, VisionTransformer
+from ddpm_jax.models.decoder import Decoder
 from ddpm_jax.models.prior import DiffusionPrior
 from ddpm_jax.models.text_encoder import RecurrentTextEncoder, TextEncoder
 from ddpm_jax.models.unet import UNet
@@ -53,6 +54,15 @@ def network_metadata():
 def equal(one, other):
     assert jax.tree.structure(one) == jax.tree.structure(other)
     jax.tree.map(np.testing.assert_array_equal, one, other)
+
+
+def test_fields_that_were_renamed_are_read():
+    decoder = Decoder(
+        UNET, 8, 4, word_vectors=11, cond_map_channels=3, cond_map_heads=2, text_encoder=PRIOR.text_encoder
+    )
+    described = networks.describe(decoder)
+    older = {name.replace("cond_map", "layout"): value for name, value in described.items()}
+    assert "layout_heads" in older and networks.build(older) == networks.build(described) == decoder
 
 
 @pytest.fixture(scope="module")
