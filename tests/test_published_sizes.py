@@ -10,11 +10,11 @@ import pytest
 
 sys.path.append(str(Path(__file__).parent.parent / "examples"))
 import published_sizes
-from published_sizes import REFERENCE, ROWS, Network, digest, lines, ours, size, theirs
+from published_sizes import EXPECTED, ROWS, Network, digest, lines, ours, size, theirs
 
 from ddpm_jax.interop import noised_clip
 
-REFERENCE = json.loads(REFERENCE.read_text())
+EXPECTED = json.loads(EXPECTED.read_text())
 UNITS = {"B": 1e9, "M": 1e6, "": 1.0}
 TRACED = (
     (published_sizes, "_init"),
@@ -33,7 +33,7 @@ def traced_once():
 
 
 def test_every_network_of_the_file_has_a_row():
-    assert set(ROWS) == set(REFERENCE)
+    assert set(ROWS) == set(EXPECTED)
 
 
 @pytest.mark.parametrize("name", ROWS)
@@ -43,8 +43,8 @@ def test_the_names_and_shapes_are_those_of_the_reference(name):
     assert max(collections.Counter(names).values()) == 1
     assert sorted(entry.ours for entry in network.table) == sorted(ours(network))
     written = theirs(network)
-    assert (len(written), size(written)) == (REFERENCE[name]["tensors"], REFERENCE[name]["numbers"])
-    assert digest(written) == REFERENCE[name]["sha256"]
+    assert (len(written), size(written)) == (EXPECTED[name]["tensors"], EXPECTED[name]["numbers"])
+    assert digest(written) == EXPECTED[name]["sha256"]
     value, _, unit = ROWS[name].published.partition(" ")
     if value:
         # Dhariwal & Nichol say it to a million; the others round to one digit or two.
@@ -58,6 +58,6 @@ def test_another_network_is_told_apart(monkeypatch):
     whole = row.build()
     table = [entry._replace(theirs=tuple(f"x.{key}" for key in entry.theirs)) for entry in whole.table]
     monkeypatch.setitem(ROWS, "64x64_classifier", row._replace(build=lambda: Network(table, whole.shapes)))
-    assert list(lines(["64x64_classifier"], REFERENCE))[-1].endswith("| 307 DIFFER |")
+    assert list(lines(["64x64_classifier"], EXPECTED))[-1].endswith("| 307 DIFFER |")
     monkeypatch.setitem(ROWS, "64x64_classifier", row._replace(build=lambda: whole))
-    assert list(lines(["64x64_classifier"], REFERENCE))[-1].endswith("| 307 agree |")
+    assert list(lines(["64x64_classifier"], EXPECTED))[-1].endswith("| 307 agree |")
