@@ -38,7 +38,7 @@ class Fault(Exception):
 
 
 class Bench:
-    """Where the commands run, and what they give undisturbed."""
+    """Working directories of the commands, and their output without a signal."""
 
     def __init__(self, base, draw):
         self.base, self.draw = base, draw

@@ -25,7 +25,7 @@ def words(text):
 
 
 def says(text, name):
-    """Whether a phrase for `name` occurs in the text, as whole words."""
+    """Return whether a phrase for `name` occurs in the text, as whole words."""
     padded = f" {' '.join(words(text))} "
     return any(f" {phrase} " in padded for phrase in SYNONYMS[name])
 

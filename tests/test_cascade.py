@@ -209,7 +209,7 @@ def test_a_pipeline_comes_back(tmp_path):
 
 
 def test_the_workdir_of_one_stage_is_a_pipeline_and_its_directory_a_model(tmp_path):
-    """What a notebook trains needs no description; a stage that generates no images is a model."""
+    """A stage that generates images needs no pipeline.json; one that generates none is a model."""
     save(base(), tmp_path / "run" / "base")
     pipeline, model = load(tmp_path / "run"), load(tmp_path / "run" / "base")
     assert isinstance(pipeline, Cascade) and pipeline.sampling["base"].threshold == 1.0

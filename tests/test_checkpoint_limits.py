@@ -1,4 +1,4 @@
-"""What docs/checkpoints.md says of hostile and damaged files holds: each limit, each contradiction."""
+"""Limits of docs/checkpoints.md on hostile and damaged files: each limit, each contradiction."""
 
 import re
 import subprocess

@@ -98,7 +98,7 @@ def test_a_user_without_a_home_directory_costs_one_warning(unset, monkeypatch):
 
 @pytest.mark.parametrize("mode", [0o777, 0o775])
 def test_a_directory_that_others_can_write_is_not_used(unset, tmp_path, monkeypatch, mode):
-    """What lies in it is run."""
+    """Programs in the cache are run, so its directory must belong to the user."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     cache_directory().mkdir(parents=True)
     cache_directory().chmod(mode)

@@ -147,7 +147,7 @@ def test_stable_diffusion_in_one_file(tmp_path, capsys, monkeypatch):
 
 @pytest.mark.parametrize("dialect", ["openai", "hf"])
 def test_a_clip(tmp_path, capsys, dialect):
-    """What a config.json beside the file says is taken; what nothing says is an argument."""
+    """A config.json beside the file is used; other options are arguments."""
     reference = test_interop_clip.weights(dialect)
     save_file(reference, tmp_path / "model.safetensors")
     flags = {"from_": "clip", "src": tmp_path, "out": tmp_path / "ours"}
@@ -170,7 +170,7 @@ def test_a_clip(tmp_path, capsys, dialect):
 
 
 def test_every_tower_of_a_clip_has_its_own_activation_and_heads(tmp_path):
-    """Where a config is silent, transformers' own values count: 8 heads of a text tower, 12 of a vision tower."""
+    """Fields that a config lacks have transformers' defaults: 8 heads of a text tower, 12 of a vision tower."""
     save_file(test_interop_clip.weights("hf"), tmp_path / "model.safetensors")
     text = {"hidden_size": 32, "num_attention_heads": 4, "hidden_act": "gelu", "top_k": 50, "eos_token_id": 2}
     vision = {"hidden_size": 48, "num_attention_heads": 3, "torch_dtype": "float32", "id2label": {"0": "a"}}

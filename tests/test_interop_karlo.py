@@ -532,7 +532,7 @@ def test_a_broken_directory_is_refused(directory, tmp_path):
     ],
 )
 def test_every_field_of_a_config_is_used_or_refused(directory, tmp_path, part, changes):
-    """What would change numbers and no shapes: one field at a time, each refused by its name."""
+    """Fields that would change numbers and no shapes are refused by name, one at a time."""
     place = shutil.copytree(directory, tmp_path / "copy")
     file = place / part / SETTINGS.get(part, "config.json")
     config = json.loads(file.read_text())

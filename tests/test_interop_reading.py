@@ -187,7 +187,7 @@ NUMBERS = np.arange(6, dtype="<f4")
 
 
 def test_a_file_by_hand_is_read(tmp_path):
-    """What the next test spoils is right as it stands."""
+    """The file that the next test damages is valid."""
     path = zipped(tmp_path / "good.pt", {"x/data.pkl": tensor_pickle(), "x/data/0": NUMBERS.tobytes()})
     np.testing.assert_array_equal(read_tensors(path)["w"], NUMBERS.reshape(2, 3))
 

@@ -210,7 +210,7 @@ def test_the_betas_of_the_scheduler():
     ],
 )  # fmt: skip
 def test_every_field_of_a_config_is_used_or_refused(part, field, value):
-    """What would change numbers and no shapes is refused by its name."""
+    """Fields that would change numbers and no shapes are refused by name."""
     make = {
         "autoencoder": stable_diffusion.autoencoder_of,
         "unet1": stable_diffusion.unet_of,

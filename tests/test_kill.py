@@ -49,7 +49,7 @@ def stop_at(process, workdir, stage, step, signum):
 
 
 def assert_resumed_at(before, workdir, stage):
-    """What a stop left in the log is there to the letter: no step was made again."""
+    """The log's lines from before the stop are unchanged: no step was repeated."""
     rows = read_metrics(workdir / stage)
     assert rows[: len(before)] == before
     assert [row["step"] for row in rows] == list(range(1, len(rows) + 1))

@@ -234,8 +234,8 @@ def test_places_have_float32_logits_in_half_precision():
     np.testing.assert_allclose(out.reshape(B, 6, 4), picked, atol=0.02)
 
 
-def test_places_tell_the_order_of_words():
-    """What the sum of words cannot do: with the other paths of the caption closed, swapped words change the image."""
+def test_grid_cross_attention_reads_the_order_of_words():
+    """Unlike a sum of word vectors, cross-attention alone distinguishes swapped words."""
     params, run = bound("decoder", True)
     assert params["params"]["places"]["query"].shape == (2, 8 * 8, 16)
     params = with_zeros(params, "params", "text_emb")

@@ -334,7 +334,7 @@ def test_strict_promotion(name):
 
 
 def integers_and_tables(dtype):
-    """What has no gradient, and what makes tables."""
+    """Functions without a gradient, and those that make tables."""
     history = importance.loss_history(3, 2)
     t, weight = importance.importance_timesteps(key(), 4, history)
     history = importance.record_losses(history, t, jnp.ones(4, dtype))

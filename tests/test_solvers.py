@@ -169,7 +169,7 @@ def test_other_arguments_are_checked():
 
 
 def test_every_step_starts_from_pure_noise():
-    """Where the last alpha_bar is 0; the exact x0 network of Gaussian data."""
+    """Process whose last alpha_bar is 0, with the exact x0 network of Gaussian data."""
     process = make_process(zero_terminal_snr(linear_betas(1000)))
     short = respace(process, "12")
     steps = [ancestral_step(), *(step for step, _ in ODE.values()), *SDE.values(), unipc_step(3)]

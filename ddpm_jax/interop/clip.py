@@ -46,7 +46,7 @@ PUBLISHED = {
     "ViT-g-14": ((64, 88), "gelu"),
     "ViT-bigG-14": ((64, 104), "gelu"),
 }
-# What a CLIP is found by in a training checkpoint: transformers' towers, and those of OpenAI and open_clip.
+# Names that identify a CLIP in a training checkpoint: transformers' towers, and those of OpenAI and open_clip.
 MARKS = (
     *("text_model.embeddings.token_embedding.weight", "vision_model.embeddings.patch_embedding.weight"),
     *("embeddings.token_embedding.weight", "embeddings.patch_embedding.weight"),

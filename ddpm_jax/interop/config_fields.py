@@ -27,7 +27,7 @@ from ddpm_jax.interop.field_kinds import (
 )
 from ddpm_jax.interop.table import ConvertError
 
-# What describes the file, or how another program runs the network, beside the names that begin with "_".
+# Fields that describe the file, or how another program runs the network, beside names that begin with "_".
 BOOKKEEPING = frozenset({"architectures", "dtype", "model_type", "torch_dtype", "transformers_version"})
 _CLASS = ("_class_name", "model_type")
 # Options that older versions of transformers wrote into every config: labels, and how to generate text.
@@ -191,7 +191,7 @@ def _short(value: Any) -> str:
 
 
 _SILU = ("silu", "swish")
-# What both U-Nets of diffusers have in common.
+# Fields of both U-Nets of diffusers.
 _UNET = {
     "center_input_sample": (False,), "flip_sin_to_cos": (True,), "freq_shift": (0,), "downsample_padding": (1,),
     "mid_block_scale_factor": (1,), "act_fn": _SILU, "norm_num_groups": (32,), "norm_eps": (1e-5,),
@@ -329,7 +329,7 @@ _UNCLIP = {
     "num_train_timesteps": (1000,),
 }  # fmt: skip
 _SMALL = _UNCLIP | {"variance_type": ("fixed_small_log",)}
-# What diffusers takes where a scheduler's config has no such field.
+# Defaults in diffusers of fields that a scheduler's config lacks.
 UNCLIP_DEFAULTS = {"clip_sample_range": 1.0, "prediction_type": "epsilon", "variance_type": "fixed_small_log"}
 KARLO_SCHEDULERS = {
     "prior_scheduler": Fields({"clip_sample_range": POSITIVE}, _SMALL | {"prediction_type": ("sample",)}),

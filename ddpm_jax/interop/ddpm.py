@@ -66,7 +66,7 @@ SCHEDULER = Fields(
         "timestep_spacing",
     }),
 )  # fmt: skip
-# What diffusers takes where a config is silent.
+# Defaults in diffusers of fields that a config lacks.
 _DEFAULTS = {
     "add_attention": True, "attention_head_dim": 8, "downsample_padding": 1, "flip_sin_to_cos": True, "freq_shift": 0,
     "in_channels": 3, "norm_eps": 1e-5, "norm_num_groups": 32, "out_channels": 3,

@@ -232,7 +232,7 @@ def block_name(block: Block, net: UNet | Classifier, image_size: int) -> str:
     part = int(block.kind == "attention")
     if side == "down":
         return f"input_blocks.{1 + level * (blocks + 1) + block.number}.{part}"
-    # What doubles the image is the last part of the level's last entry, behind its attention.
+    # The upsampling is the last part of the level's last entry, after its attention.
     number, last = block.number, len(net.channel_mult) - 1
     if block.kind == "resample":
         number, part = blocks, 1 + attends_at(net, image_size, level)

@@ -53,7 +53,7 @@ FILES = {
     "clip": "ViT-L-14.*",
 }
 UPSAMPLERS = {"first": "model_first_steps.", "last": "model_last_step."}
-# What the networks are found by in a training checkpoint.
+# Names that identify the networks in a training checkpoint.
 MARKS = {
     "prior": ("model.clip_img_proj.weight",),
     "decoder": ("model.clip_tok_proj.weight",),

@@ -57,7 +57,7 @@ def check_parameters(network: nn.Module, shapes: Shapes, metadata: Mapping[str, 
         wanted = jax.eval_shape(init, *inputs.args, **inputs.options)
     except LoadError:
         raise
-    except Exception as error:  # whatever a network, Flax or JAX has to say of fields that contradict each other
+    except Exception as error:  # any error of a network, Flax or JAX about fields that contradict each other
         reason = str(error).partition(" (http")[0].strip().partition("\n")[0] or type(error).__name__
         raise LoadError(f"{where} cannot work as it is described: {reason}") from None
     flat = flax.traverse_util.flatten_dict(dict(wanted.get("params", {})), sep="/")

@@ -163,7 +163,7 @@ def test_the_reference_loads_our_export_and_returns_what_the_files_say(maker, tm
 
 
 def test_the_names_of_stable_diffusion_in_one_file(tmp_path):
-    """What diffusers' converter reads each of its names from."""
+    """Compare the names that diffusers' converter reads."""
     command = [sys.executable, HERE / "run_maker.py", "make_latent_diffusion_names", tmp_path, "random"]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -172,7 +172,7 @@ def test_the_names_of_stable_diffusion_in_one_file(tmp_path):
 
 
 def test_the_formats_of_torch(tmp_path):
-    """What torch writes today reads as what it wrote for the committed files."""
+    """Files of the installed torch are read as the committed ones."""
     from ddpm_jax.interop import read_tensors
 
     command = [sys.executable, HERE / "run_maker.py", "make_torch_files", tmp_path, "random"]

@@ -85,7 +85,7 @@ class _Random:
         return self._next()
 
 
-# What a training caption leaves unsaid, when it does: one attribute, or two of them.
+# Attributes that a training caption may omit: one, or two of them.
 _OMIT_ONE = (("size",), ("background",), ("place",), ("size", "background"), ("size", "place"), ("background", "place"))
 _OMIT_TWO = (("size",), ("background",), ("size", "background"))
 _OMIT_RATE = 0.25
