@@ -8,7 +8,10 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-DATA_AXIS = "data"
+AXES = ("data", "fsdp", "tensor")
+"""The axes that the rules of `parallel.sharding` know: a batch is split over "data" and "fsdp", parameters over "fsdp"
+and "tensor"."""
+_BATCH_AXES = ("data", "fsdp")
 
 
 def make_mesh(axes: Mapping[str, int], *, devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -43,7 +46,7 @@ def make_mesh(axes: Mapping[str, int], *, devices: Sequence[jax.Device] | None =
 def make_local_mesh(at_most: int | None = None) -> Mesh:
     """Make a mesh of this process' devices, or the first few, along "data", for work that processes do not share."""
     # Not by jax.make_mesh, which arranges the chips of a TPU and refuses three of them.
-    return Mesh(np.asarray(jax.local_devices()[:at_most]), (DATA_AXIS,), axis_types=(AxisType.Auto,))
+    return Mesh(np.asarray(jax.local_devices()[:at_most]), ("data",), axis_types=(AxisType.Auto,))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -51,17 +54,28 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
+def batch_axes(mesh: Mesh) -> tuple[str, ...]:
+    """Return the axes of `mesh` that a batch is split over: "data" and "fsdp", as far as it has them."""
+    return tuple(name for name in _BATCH_AXES if name in mesh.shape)
+
+
+def batch_shards(mesh: Mesh) -> int:
+    """Return the number of parts that a batch is split into."""
+    return math.prod(mesh.shape[name] for name in batch_axes(mesh))
+
+
 def data_sharding(mesh: Mesh) -> NamedSharding:
-    """Return the sharding that splits the leading axis of an array over the axis "data" of `mesh`."""
-    return NamedSharding(mesh, PartitionSpec(DATA_AXIS))
+    """Return the sharding that splits the leading axis of an array over `batch_axes(mesh)`."""
+    axes = batch_axes(mesh)
+    return NamedSharding(mesh, PartitionSpec(axes[0] if len(axes) == 1 else axes))
 
 
 def shard_batch(batch: Any, mesh: Mesh) -> Any:
-    """Put a batch on the devices, its leading axis split over the axis "data".
+    """Put a batch on the devices, its leading axis split over `batch_axes(mesh)`.
 
     Args:
       batch: a tree of numpy arrays [B, ...], where B counts the examples of this process alone.
-      mesh: a mesh with an axis "data".
+      mesh: a mesh with an axis "data" or "fsdp".
 
     Returns:
       The same tree of `jax.Array` [B * number of processes, ...].
@@ -71,7 +85,7 @@ def shard_batch(batch: Any, mesh: Mesh) -> Any:
         the devices.
     """
     sharding = data_sharding(mesh)
-    processes, shards = jax.process_count(), mesh.shape[DATA_AXIS]
+    processes, shards, axes = jax.process_count(), batch_shards(mesh), " x ".join(batch_axes(mesh))
     for path, array in jax.tree_util.tree_leaves_with_path(batch):
         shape = np.shape(array)
         if np.asarray(array).dtype.kind in "OSU":
@@ -82,7 +96,7 @@ def shard_batch(batch: Any, mesh: Mesh) -> Any:
         if not shape or shape[0] * processes % shards != 0:
             raise ValueError(
                 f"batch{jax.tree_util.keystr(path)} has shape {shape}, but its leading axis must be a multiple of the "
-                f"{shards} devices along {DATA_AXIS!r} (over {processes} processes)"
+                f"{shards} devices along {axes} (over {processes} processes)"
             )
     if processes == 1:
         return jax.device_put(batch, sharding)

@@ -20,7 +20,7 @@ from ddpm_jax.diffusion.diffusion import Diffusion
 from ddpm_jax.diffusion.process import GaussianProcess, respace
 from ddpm_jax.diffusion.sampling import Sampling, as_steps
 from ddpm_jax.diffusion.schedules import respaced_timesteps
-from ddpm_jax.parallel.mesh import DATA_AXIS, data_sharding, replicated
+from ddpm_jax.parallel.mesh import batch_shards, data_sharding, replicated
 
 Steps = int | str | Sequence[int]
 """A number of steps, a spec of `schedules.respaced_timesteps`, or the timesteps themselves, increasing."""
@@ -118,7 +118,7 @@ def on_mesh(mesh: Mesh | None, models: Any) -> tuple[Any, Callable[[Any], Any], 
         here = lambda x: jax.device_put(x) if isinstance(x, np.ndarray) else x  # noqa: E731 (once, not for every batch)
         return jax.tree.map(here, models), lambda array: array, 1
     place = functools.partial(jax.device_put, device=data_sharding(mesh))
-    return jax.device_put(models, replicated(mesh)), place, mesh.shape[DATA_AXIS]
+    return jax.device_put(models, replicated(mesh)), place, batch_shards(mesh)
 
 
 def stage_samplings(

@@ -15,7 +15,7 @@ import numpy as np
 from ddpm_jax.data.transforms import Select
 from ddpm_jax.extras import needs_extra
 from ddpm_jax.models.clip import CLIP, normalize
-from ddpm_jax.parallel.mesh import DATA_AXIS, data_sharding, make_local_mesh, replicated
+from ddpm_jax.parallel.mesh import batch_shards, data_sharding, make_local_mesh, replicated
 from ddpm_jax.progress import progress_bar
 from ddpm_jax.storage.clip_images import encode_images
 from ddpm_jax.storage.fingerprint import tree_fingerprint
@@ -81,7 +81,7 @@ class Embedded:
             (*self.transforms, Select(("image", "tokens", "mask"))),
             lambda batch: embed(clip.replace(params=params), jax.device_put(batch, data_sharding(mesh))),
             fingerprint={"clip": tree_fingerprint(clip.params), **self._mark()},
-            batch_size=-(-self.batch_size // mesh.shape[DATA_AXIS]) * mesh.shape[DATA_AXIS],
+            batch_size=-(-self.batch_size // batch_shards(mesh)) * batch_shards(mesh),
             progress=progress,
         )
         return EmbeddedSource(self.source, cache)

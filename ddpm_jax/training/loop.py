@@ -12,7 +12,7 @@ import signal as signals
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -24,6 +24,7 @@ from jax.sharding import Mesh
 from ddpm_jax.data import image_grid
 from ddpm_jax.extras import needs_extra
 from ddpm_jax.parallel.mesh import data_sharding, replicated, shard_batch
+from ddpm_jax.parallel.sharding import Rule, is_sharded, make_gather, used_dtypes
 from ddpm_jax.progress import progress_bar
 from ddpm_jax.stopping import StopRequest
 from ddpm_jax.storage.checkpoint import NOT_COMPARED, CheckpointError, Checkpoints
@@ -80,6 +81,7 @@ def fit(
     config: Mapping[str, Any],
     version: str,
     frozen: Any = None,
+    rules: Sequence[Rule] = (),
     schedule: optax.Schedule | None = None,
     ema_warmup: bool = True,
     accumulate: int = 1,
@@ -105,13 +107,14 @@ def fit(
       workdir: the stage's directory: checkpoints/, previews/, metrics.jsonl.
       num_steps: updates in all, at least 1; a stage that has made them already is returned as it was saved.
       tx, schedule: from `make_optimizer`; the schedule is only logged.
-      mesh: where it runs.
+      mesh: where it runs; the batch is split over its axes "data" and "fsdp", the state over "fsdp" and "tensor".
       seed: of the parameters and of all noise.
       ema_decay, ema_warmup, accumulate: see `make_train_step`.
       config: what the result depends on, plain data, stored in every checkpoint; a run with another one is refused.
       version: the package's version, stored in every checkpoint.
       frozen: a tree with models whose parameters are not trained; when it is not None, `task.prepare(frozen, batch)`
         runs under its own jit before each step.
+      rules: which parameters are split in another way than by default, see `parallel.sharding.parameter_specs`.
       checkpoint_every, log_every: in steps, at least 1; the last step does both.
       preview_every: in steps; 0 for never. The last step makes one too. `task.preview(params, batch, key)` gets
         raw and averaged parameters and the same key each time, so its noise is the same from preview to preview.
@@ -144,14 +147,11 @@ def fit(
     )
     if eval_every < 0 or (eval_every and eval_batches is None):
         raise ValueError(f"{eval_every=} must be 0 (never), or more with eval_batches")
-    step_fn = make_train_step(
-        task, tx, ema_decay=ema_decay, ema_warmup=ema_warmup, accumulate=accumulate, schedule=schedule
-    )
     init_key, train_key, preview_key = jax.random.split(jax.device_put(jax.random.key(seed), replicated(mesh)), 3)
 
     with contextlib.ExitStack() as stack:
         checkpoints = stack.enter_context(contextlib.closing(Checkpoints(workdir, max_to_keep=max_to_keep)))
-        run = _Run(task, name, checkpoints, mesh, frozen)
+        run = _Run(task, name, checkpoints, mesh, frozen, rules)
 
         # ---- State: the newest checkpoint's, or a new one ------------------------------------------------------------
         state, start = _restore_or_create(run, tx, loader, init_key, example, config, ignore)
@@ -161,8 +161,11 @@ def fit(
         # ---- Programs: frozen networks, and the step -----------------------------------------------------------------
         prepare = _make_prepare(task, mesh, frozen)
         batch = prepare(_next_batch(loader, start, mesh))
+        gather = _make_gather(run, state, batch, train_key)
+        averaging = {"ema_decay": ema_decay, "ema_warmup": ema_warmup}
+        step_fn = make_train_step(task, tx, accumulate=accumulate, schedule=schedule, gather=gather, **averaging)
         update, new_window, flops = _compile(step_fn, state, batch, train_key, mesh, accumulate)
-        evaluate = _make_evaluate(run, prepare, eval_batches) if eval_every else None
+        evaluate = _make_evaluate(run, prepare, eval_batches, gather) if eval_every else None
         shown = _prepare_example(run, example) if preview_every else None
         items = items_per_step or jax.tree.leaves(batch)[0].shape[0]
         report = _Report(
@@ -226,6 +229,7 @@ class _Run(NamedTuple):
     checkpoints: Checkpoints
     mesh: Mesh
     frozen: Any
+    rules: Sequence[Rule] = ()
 
     def last_checkpoint(self, what: str = "the last checkpoint") -> str:
         """Wait for the checkpoint that is being written, and say which is the newest."""
@@ -245,10 +249,10 @@ def _restore_or_create(
 ) -> tuple[TrainState, int]:
     """Return the state to continue from and its step, with the loader at the batch that comes next."""
     prepared = example if run.frozen is None else jax.eval_shape(run.task.prepare, run.frozen, example)
-    abstract = abstract_state(run.task, tx, key, run.mesh, prepared)
+    abstract = abstract_state(run.task, tx, key, run.mesh, prepared, run.rules)
     restored = run.checkpoints.restore_latest(abstract.trees(), config=config, stage=run.name, ignore=ignore)
     if restored is None:
-        return create_state(run.task, tx, key, run.mesh, prepared), 0
+        return create_state(run.task, tx, key, run.mesh, prepared, run.rules), 0
     loader.set_state(restored.data)
     return TrainState.from_trees(restored.trees), restored.meta["step"]
 
@@ -290,20 +294,34 @@ def _make_prepare(task: Task, mesh: Mesh, frozen: Any) -> Callable[[Any], Any]:
     return functools.partial(jax.jit(task.prepare, in_shardings=(place, split), out_shardings=split), frozen)
 
 
+def _make_gather(run: _Run, state: TrainState, batch: Any, key: jax.Array) -> Callable[[Any], Any] | None:
+    """Return what gathers the parameters inside of a loss, or None if every device has them whole."""
+    specs = jax.tree.map(lambda leaf: leaf.sharding.spec, state.params)
+    if not is_sharded(specs, run.mesh):
+        return None
+    extra = () if state.extra_state is None else (state.extra_state,)
+    dtypes = used_dtypes(lambda params: run.task.loss(params, batch, key, *extra), state.params)
+    return make_gather(run.mesh, specs, dtypes)
+
+
 def _prepare_example(run: _Run, example: Mapping[str, Any]) -> Any:
     """Return the prepared example on the host: the previews run wherever the state of the task is."""
     return example if run.frozen is None else jax.device_get(jax.jit(run.task.prepare)(run.frozen, example))
 
 
 def _make_evaluate(
-    run: _Run, prepare: Callable[[Any], Any], eval_batches: Callable[[], Iterable[Mapping[str, np.ndarray]]]
+    run: _Run,
+    prepare: Callable[[Any], Any],
+    eval_batches: Callable[[], Iterable[Mapping[str, np.ndarray]]],
+    gather: Callable[[Any], Any] | None,
 ) -> Callable[[TrainState, jax.Array], dict[str, float]]:
     """Return the function that computes the mean loss of held-out batches with both sets of parameters."""
     loss = getattr(run.task, "eval_loss", run.task.loss)
     place, split = replicated(run.mesh), data_sharding(run.mesh)
 
-    @functools.partial(jax.jit, in_shardings=(place, split, place), out_shardings=place)
+    @functools.partial(jax.jit, in_shardings=(None, split, place), out_shardings=place)
     def mean_loss(params: Any, batch: Any, key: jax.Array) -> jax.Array:
+        params = params if gather is None else gather(params)
         return jnp.mean(loss(params, batch, key)[0], dtype=jnp.float32)
 
     def evaluate(state: TrainState, key: jax.Array) -> dict[str, float]:
@@ -328,6 +346,7 @@ def _compile(
     """
     _, metrics = jax.eval_shape(step_fn, state, batch, key)
     place, split = replicated(mesh), data_sharding(mesh)
+    parts = jax.tree.map(lambda leaf: leaf.sharding, state)
     sums = {name: np.zeros((), np.float32) for name in metrics if name != "finite"}
     empty = {"count": np.zeros((), np.int32), "good": np.zeros((), np.int32), "sums": sums, "bad": sums}
 
@@ -350,8 +369,8 @@ def _compile(
     jitted = jax.jit(
         update,
         donate_argnums=(0, 1),
-        in_shardings=(place, place, split, place),
-        out_shardings=(place, place, place),
+        in_shardings=(parts, place, split, place),
+        out_shardings=(parts, place, place),
     )
     lowered = jitted.lower(state, new_window(), batch, key)
     return lowered.compile(), new_window, step_flops(lowered, accumulate=accumulate)

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from ddpm_jax.extras import needs_extra
-from ddpm_jax.parallel.mesh import DATA_AXIS, data_sharding, replicated
+from ddpm_jax.parallel.mesh import batch_shards, data_sharding, replicated
 
 with needs_extra("train"):
     import optax
@@ -89,12 +89,12 @@ def scale_by_muon(beta: float = 0.95, mesh: Mesh | None = None) -> optax.Gradien
     An orthogonal matrix has a root mean square of 1 / sqrt(max(rows, columns)), so the update's is about 0.2, and
     learning rate and weight decay mean what they mean in AdamW.
 
-    Matrices of one shape are orthogonalized together. With a mesh each device of its axis "data" does its part of
+    Matrices of one shape are orthogonalized together. With a mesh each device along "data" and "fsdp" does its part of
     them, where all would do the same otherwise; what goes in and comes out is the same on every device.
 
     Args:
       beta: decay of the momentum, in [0, 1).
-      mesh: devices that share the work, with an axis "data"; None computes everything wherever the gradients are.
+      mesh: devices that share the work; None computes everything wherever the gradients are.
 
     Returns:
       A transformation of float32 leaves with two axes or more; the momentum is its whole state.
@@ -131,7 +131,7 @@ def _orthogonalized(leaves: list[jax.Array], mesh: Mesh | None) -> list[jax.Arra
         stack = jnp.stack([leaves[i].reshape(shape) for i in members])
         if mesh is not None:
             # Zeros fill the last device's part: a constraint wants equal ones.
-            stack = jnp.pad(stack, ((0, -len(members) % mesh.shape[DATA_AXIS]), (0, 0), (0, 0)))
+            stack = jnp.pad(stack, ((0, -len(members) % batch_shards(mesh)), (0, 0), (0, 0)))
             stack = jax.lax.with_sharding_constraint(stack, data_sharding(mesh))
         stack = UPDATE_RMS * max(shape) ** 0.5 * jax.vmap(orthogonalize)(stack)
         if mesh is not None:

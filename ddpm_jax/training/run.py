@@ -18,7 +18,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from ddpm_jax.errors import LoadError
-from ddpm_jax.parallel.mesh import DATA_AXIS, make_mesh
+from ddpm_jax.parallel.mesh import batch_shards, make_mesh
 from ddpm_jax.storage.checkpoint import SUBDIRECTORY, Checkpoints, restore_params
 from ddpm_jax.storage.fingerprint import tree_fingerprint
 from ddpm_jax.storage.json_file import read_json, write_json
@@ -74,7 +74,7 @@ def train(
         names: the stages to train; all by default.
         pipeline: how the stages are sampled together, a `pipelines.PipelineDescription`; written to pipeline.json.
         config: what the stages were made from, plain data, for the record.
-        mesh: devices along "data"; all of them by default.
+        mesh: devices along "data", "fsdp" and "tensor" (`parallel.mesh.make_mesh`); by default all along "data".
 
     Raises:
         ValueError: if a stage cannot work, or needs another one that has not been trained.
@@ -194,7 +194,7 @@ class _Run:
     def dry_run(self, stage: Stage) -> None:
         """Raise ValueError for what would stop a stage only after those before it have been trained."""
         training = stage.training
-        parts = {"devices": self.mesh.shape[DATA_AXIS], "accumulate": training.accumulate}
+        parts = {"devices": batch_shards(self.mesh), "accumulate": training.accumulate}
         parts["examples of a record"] = stage.examples_per_record
         unit = math.prod(parts.values())
         if training.batch_size % unit:
@@ -246,7 +246,8 @@ class _Run:
         if stage.name not in self._abstract:
             tx, _ = _make_optimizer(stage, None)
             prepared = self._prepared(stage, stage.source)
-            self._abstract[stage.name] = abstract_state(stage.task, tx, jax.random.key(0), self.mesh, prepared)
+            rules = stage.sharding_rules
+            self._abstract[stage.name] = abstract_state(stage.task, tx, jax.random.key(0), self.mesh, prepared, rules)
         return self._abstract[stage.name]
 
     # ---- Training ----------------------------------------------------------------------------------------------------
@@ -277,6 +278,7 @@ class _Run:
                 config=description,
                 version=__version__,
                 frozen=models,
+                rules=stage.sharding_rules,
                 eval_batches=None if eval_source is None else lambda: self._eval_batches(stage, eval_source),
                 items_per_step=training.batch_size,
                 **options,

@@ -6,6 +6,7 @@ import numbers
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from ddpm_jax.parallel.sharding import Rule
 from ddpm_jax.types import Source, Task
 
 _FLOATS = ("learning_rate", "final_fraction", "weight_decay", "b1", "b2", "eps", "clip_norm", "muon_learning_rate")
@@ -110,6 +111,8 @@ class Stage:
             `task.prepare`, and to a source that computes something from them (`training.embeddings.Embedded`).
         eval_source: held-out records for `training.eval_every`.
         examples_per_record: examples that one record holds, e.g. a group of hard negatives.
+        sharding_rules: which parameters are split over the devices in another way than by default, for a mesh with the
+            axes "fsdp" or "tensor"; see `parallel.sharding.parameter_specs`.
     """
 
     name: str
@@ -120,6 +123,7 @@ class Stage:
     needs: Mapping[str, str] = dataclasses.field(default_factory=dict)
     eval_source: Source | None = None
     examples_per_record: int = 1
+    sharding_rules: Sequence[Rule] = ()
 
     def __post_init__(self):
         if not isinstance(self.name, str) or not self.name.replace("_", "").replace("-", "").isalnum():

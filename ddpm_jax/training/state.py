@@ -1,15 +1,15 @@
 """The state of a training run: arrays only."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 
 from ddpm_jax.extras import needs_extra
-from ddpm_jax.parallel.mesh import replicated
+from ddpm_jax.parallel.sharding import Rule, named_shardings, parameter_specs, specs_like
 from ddpm_jax.types import Task
 
 with needs_extra("train"):
@@ -47,9 +47,14 @@ class TrainState:
 
 
 def create_state(
-    task: Task, tx: optax.GradientTransformation, key: jax.Array, mesh: Mesh, batch: Mapping[str, Any]
+    task: Task,
+    tx: optax.GradientTransformation,
+    key: jax.Array,
+    mesh: Mesh,
+    batch: Mapping[str, Any],
+    rules: Sequence[Rule] = (),
 ) -> TrainState:
-    """Make the state of step 0 directly on the devices of `mesh`, replicated.
+    """Make the state of step 0 directly on the devices of `mesh`, each with its part.
 
     Args:
       task: its `init(key, batch)` gives the parameters.
@@ -57,20 +62,49 @@ def create_state(
       key: a typed PRNG key.
       mesh: where the state lives.
       batch: a prepared batch, or the shapes of one; only shapes and dtypes are read.
+      rules: of sharding, see `parallel.sharding.parameter_specs`.
 
     Returns:
       A `TrainState` with step 0 and the average equal to the parameters.
+
+    Raises:
+      ValueError: for a rule that does not fit.
     """
-    return jax.jit(_initial_state(task, tx, batch), out_shardings=replicated(mesh))(key)
+    init = _initial_state(task, tx, batch)
+    return jax.jit(init, out_shardings=state_shardings(jax.eval_shape(init, key), mesh, rules))(key)
 
 
 def abstract_state(
-    task: Task, tx: optax.GradientTransformation, key: jax.Array, mesh: Mesh, batch: Mapping[str, Any]
+    task: Task,
+    tx: optax.GradientTransformation,
+    key: jax.Array,
+    mesh: Mesh,
+    batch: Mapping[str, Any],
+    rules: Sequence[Rule] = (),
 ) -> TrainState:
     """Return `create_state`'s result as `jax.ShapeDtypeStruct`s with shardings, without computing anything."""
     shapes = jax.eval_shape(_initial_state(task, tx, batch), key)
-    place = replicated(mesh)
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes)
+    place = state_shardings(shapes, mesh, rules)
+    return jax.tree.map(lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes, place)
+
+
+def state_shardings(state: TrainState, mesh: Mesh, rules: Sequence[Rule] = ()) -> TrainState:
+    """Return the shardings of a state: average and optimizer state are split like the parameters.
+
+    Args:
+      state: of arrays, or of shapes.
+      mesh: where the state lives.
+      rules: see `parallel.sharding.parameter_specs`.
+
+    Returns:
+      A `TrainState` of `jax.sharding.NamedSharding`.
+
+    Raises:
+      ValueError: for a rule that does not fit.
+    """
+    specs = parameter_specs(state.params, mesh, rules)
+    optimizer, extra = (specs_like(tree, state.params, specs) for tree in (state.opt_state, state.extra_state))
+    return named_shardings(mesh, TrainState(PartitionSpec(), specs, specs, optimizer, extra))
 
 
 def count_parameters(params: Any) -> int:

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from ddpm_jax.extras import needs_extra
+from ddpm_jax.parallel.sharding import not_kept
 from ddpm_jax.training.state import TrainState
 from ddpm_jax.types import Task
 
@@ -43,6 +44,7 @@ def make_train_step(
     ema_warmup: bool = True,
     accumulate: int = 1,
     schedule: optax.Schedule | None = None,
+    gather: Callable[[Any], Any] | None = None,
 ) -> TrainStep:
     """Make the pure function `(state, batch, key) -> (state, metrics)`; the caller jits it and donates the state.
 
@@ -58,6 +60,8 @@ def make_train_step(
       accumulate: micro-batches a batch is cut into, one after the other; it must divide B. The update is that of the
         whole batch up to rounding, except that each micro-batch samples its own noise.
       schedule: adds the learning rate to the metrics.
+      gather: params -> params inside of the differentiated loss (`parallel.sharding.make_gather`), for parameters that
+        are sharded; what it returns is not stored for the backward pass.
 
     Returns:
       The step. Its metrics are float32[] `loss`, `grad_norm` (before clipping), `param_norm` (before the update), `lr`
@@ -74,7 +78,7 @@ def make_train_step(
 
     def step(state: TrainState, batch: Any, key: jax.Array) -> tuple[TrainState, dict[str, jax.Array]]:
         key = jax.random.fold_in(key, state.step)
-        (loss, metrics), grads, aux = _gradients(task, state, batch, key, accumulate)
+        (loss, metrics), grads, aux = _gradients(task, state, batch, key, accumulate, gather)
         clash = sorted(set(metrics) & set(RESERVED_METRICS))
         if clash:
             raise ValueError(f"the task returns metrics named {clash}, which the training step uses itself")
@@ -98,18 +102,28 @@ def make_train_step(
     return step
 
 
-def _gradients(task: Task, state: TrainState, batch: Any, key: jax.Array, accumulate: int) -> tuple[tuple, Any, Any]:
+def _gradients(
+    task: Task,
+    state: TrainState,
+    batch: Any,
+    key: jax.Array,
+    accumulate: int,
+    gather: Callable[[Any], Any] | None = None,
+) -> tuple[tuple, Any, Any]:
     """Return (mean loss, mean metrics) and gradients over `accumulate` micro-batches, and the task's aux."""
     extra = () if state.extra_state is None else (state.extra_state,)
 
     def mean_loss(params: Any, batch: Any, key: jax.Array) -> tuple[jax.Array, tuple[dict[str, jax.Array], Any]]:
+        params = params if gather is None else gather(params)
         loss, metrics = task.loss(params, batch, key, *extra)
         aux = metrics.pop("aux") if extra else None
         means = {name: jnp.mean(value, dtype=jnp.float32) for name, value in metrics.items()}
         return jnp.mean(loss, dtype=jnp.float32), (means, aux)
 
+    differentiated = mean_loss if gather is None else not_kept(mean_loss)
+
     def value_and_grad(batch: Any, key: jax.Array) -> tuple[tuple, Any]:
-        (loss, (means, aux)), grads = jax.value_and_grad(mean_loss, has_aux=True)(state.params, batch, key)
+        (loss, (means, aux)), grads = jax.value_and_grad(differentiated, has_aux=True)(state.params, batch, key)
         return ((loss, means), grads), aux
 
     if accumulate == 1:
