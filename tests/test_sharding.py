@@ -40,13 +40,13 @@ def test_default_rules():
     specs = parameter_specs(PARAMS, make_mesh(ALL))
     block = specs["block_0"]
     assert block["mlp_1"] == {"kernel": PartitionSpec("fsdp", "tensor"), "bias": PartitionSpec("tensor")}
-    assert block["mlp_2"] == {"kernel": PartitionSpec("tensor", "fsdp"), "bias": PartitionSpec(None)}
+    assert block["mlp_2"] == {"kernel": PartitionSpec("tensor", "fsdp"), "bias": PartitionSpec()}
     assert block["qkv"]["kernel"] == PartitionSpec(None, "fsdp")  # the largest axis
     conv = specs["down_0_0"]
     assert conv["conv_1"]["kernel"] == PartitionSpec(None, None, "fsdp", "tensor")
     assert conv["conv_2"]["kernel"] == PartitionSpec(None, None, "tensor", "fsdp")
     assert conv["norm_2"]["scale"] == PartitionSpec("tensor")
-    assert specs["odd"]["kernel"] == PartitionSpec(None, None)  # no axis is even
+    assert specs["odd"]["kernel"] == PartitionSpec()  # no axis is even
 
 
 def test_data_parallelism_splits_no_parameter():
@@ -58,7 +58,7 @@ def test_a_rule_of_the_user_is_exact_and_the_first_that_matches_decides():
     rules = ((r"qkv/kernel$", (None, None)), (r"kernel$", (*(None,), ("data", "fsdp"))))
     params = {"qkv": PARAMS["block_0"]["qkv"], "mlp_1": {"kernel": PARAMS["block_0"]["mlp_1"]["kernel"]}}
     specs = parameter_specs(params, make_mesh(MIXED), rules)
-    assert specs["qkv"]["kernel"] == PartitionSpec(None, None)
+    assert specs["qkv"]["kernel"] == PartitionSpec()
     assert specs["mlp_1"]["kernel"] == PartitionSpec(None, ("data", "fsdp"))
 
 

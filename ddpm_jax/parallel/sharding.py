@@ -8,7 +8,7 @@ layer on the devices along "tensor".
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -210,7 +210,7 @@ def _spec(path: str, shape: tuple[int, ...], mesh: Mesh, rules: Sequence[Rule], 
     for pattern, spec in rules:
         if re.search(pattern, path):
             _check_spec(pattern, spec, path, shape, mesh)
-            return PartitionSpec(*(tuple(entry) if isinstance(entry, list) else entry for entry in spec))
+            return _shortest(tuple(entry) if isinstance(entry, list) else entry for entry in spec)
     entries: list[str | None] = [None] * len(shape)
     for pattern, spec in TENSOR_RULES:
         size = mesh.shape.get("tensor", 1)
@@ -223,7 +223,7 @@ def _spec(path: str, shape: tuple[int, ...], mesh: Mesh, rules: Sequence[Rule], 
     free = [axis for axis, entry in enumerate(entries) if entry is None and shape[axis] % size == 0]
     if size > 1 and free and math.prod(shape) >= min_size:
         entries[max(free, key=lambda axis: shape[axis])] = "fsdp"
-    return PartitionSpec(*entries)
+    return _shortest(entries)
 
 
 def _check_spec(pattern: str, spec: Sequence, path: str, shape: tuple[int, ...], mesh: Mesh) -> None:
@@ -245,7 +245,15 @@ def _axes(entry: str | Sequence[str] | None) -> tuple[str, ...]:
 
 def _without_fsdp(spec: PartitionSpec) -> PartitionSpec:
     entries = (tuple(axis for axis in _axes(entry) if axis != "fsdp") for entry in spec)
-    return PartitionSpec(*(axes[0] if len(axes) == 1 else axes or None for axes in entries))
+    return _shortest(axes[0] if len(axes) == 1 else axes or None for axes in entries)
+
+
+def _shortest(entries: Iterable[str | tuple[str, ...] | None]) -> PartitionSpec:
+    """Return the spec without None at its end: jit takes specs that differ in them for different ones."""
+    found = list(entries)
+    while found and found[-1] is None:
+        found.pop()
+    return PartitionSpec(*found)
 
 
 def _is_spec(x: Any) -> bool:
