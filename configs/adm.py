@@ -115,6 +115,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.tensorboard = False
     config.progress = True
     config.cpu_devices = 2
+    config.mesh = {"data": -1, "fsdp": 1, "tensor": 1}
     if variant in ("small", "smoke"):
         small(config)
     if variant == "smoke":

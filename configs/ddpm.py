@@ -93,6 +93,7 @@ def get_config(variant: str = "") -> ConfigDict:
         "progress": True,
     }
     config.cpu_devices = 2
+    config.mesh = {"data": -1, "fsdp": 1, "tensor": 1}
     if variant == "256":
         config.image_size = 256
         config.unet.update(channel_mult=(1, 1, 2, 2, 4, 4), dropout=0.0)

@@ -169,6 +169,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.tensorboard = False
     config.progress = True
     config.cpu_devices = 1
+    config.mesh = {"data": -1, "fsdp": 8, "tensor": 1}
     if variant == "smoke":
         smoke(config)
     return config
@@ -319,6 +320,7 @@ def pipeline(config: ConfigDict) -> PipelineDescription:
 def smoke(config: ConfigDict) -> None:
     """Shrink everything so that all stages take seconds; every option stays as it is at full size."""
     config.data.path = "shapes"
+    config.mesh.fsdp = 1
     for stage in ("clip", "prior", "decoder", *UPSAMPLERS):
         config[stage].training.update(
             num_steps=2, batch_size=8, warmup_steps=1, log_every=1, checkpoint_every=1, preview_every=2

@@ -3,7 +3,9 @@
 All stages in order, or those named. Re-running the command resumes. Any field of the config may be given on the command
 line, as in --config.decoder.training.batch_size=32. A recipe is a Python file with `get_config(variant)`, which returns
 the numbers, and `stages(config)`, which returns what is trained; it may have `pipeline(config)`, how the stages are
-sampled together, and `evaluate(config, pipeline, workdir, show)`, called at the end of a run of all stages.
+sampled together, and `evaluate(config, pipeline, workdir, show)`, called at the end of a run of all stages. The field
+`mesh` of the config says how the devices share the work: "data" of them have a copy of the parameters and a part of the
+batch, "fsdp" a part of both, "tensor" a part of the parameters and of the computation (`ddpm_jax.parallel`).
 """
 
 import time
@@ -37,6 +39,7 @@ def main() -> None:
     cli.check_config_numbers(config)
     cli.use_cpu_devices(config.get("cpu_devices", 0))
     import ddpm_jax
+    from ddpm_jax.parallel.mesh import make_mesh
     from ddpm_jax.training.run import is_trained, train
 
     recipe = cli.load_recipe(config_flags.get_config_filename(FLAGS["config"]).partition(":")[0])
@@ -46,8 +49,12 @@ def main() -> None:
     if unknown:
         raise cli.UsageError(f"--stage={unknown[0]} is not a stage of this recipe, which has {', '.join(names)}")
     chosen = [name for name in names if not _STAGE.value or name in _STAGE.value]
+    try:
+        mesh = make_mesh(dict(config.get("mesh", {"data": -1})))
+    except ValueError as error:
+        raise cli.UsageError(f"config.mesh: {error}") from None
     begin = time.perf_counter()
-    train(stages, _WORKDIR.value, names=chosen, pipeline=pipeline, config=plain(config.to_dict()))
+    train(stages, _WORKDIR.value, names=chosen, pipeline=pipeline, config=plain(config.to_dict()), mesh=mesh)
     print(f"trained {', '.join(chosen)} in {time.perf_counter() - begin:.0f} s", flush=True)
     complete = all(is_trained(stage, _WORKDIR.value) for stage in stages)
     if _EVALUATE.value and not _STAGE.value and complete and hasattr(recipe, "evaluate"):
