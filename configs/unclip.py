@@ -121,6 +121,7 @@ def get_config(variant: str = "") -> ConfigDict:
         "embed_dim": 1024,
         "vision": {"width": 1280, "layers": 32, "heads": 16},
         "text": {"width": 1024, "layers": 24, "heads": 16},
+        "chunk_size": 8192,  # rows of the 32,768 x 32,768 logits that are computed at a time
         "training": training(
             32_768, 600_000, 3e-4, decay="cosine", final_fraction=0.0, weight_decay=0.2, b2=0.98, eps=1e-6
         ),
@@ -193,7 +194,7 @@ def stages(config: ConfigDict) -> tuple[Stage, ...]:
     return (
         Stage(
             name="clip",
-            task=ContrastiveTask(clip, tokenizer),
+            task=ContrastiveTask(clip, tokenizer, c.clip.chunk_size),
             source=pairs,
             transforms=(text, square, Select(("image", "tokens", "mask"))),
             training=trained(c.clip),
@@ -325,7 +326,7 @@ def smoke(config: ConfigDict) -> None:
         config[stage].training.update(
             num_steps=2, batch_size=8, warmup_steps=1, log_every=1, checkpoint_every=1, preview_every=2
         )
-    config.clip.update(image_size=32, embed_dim=16, vision={"width": 16, "layers": 1, "heads": 2})
+    config.clip.update(image_size=32, embed_dim=16, chunk_size=4, vision={"width": 16, "layers": 1, "heads": 2})
     config.clip.update(text={"width": 16, "layers": 1, "heads": 2})
     config.prior.update(width=16, layers=1, heads=2)
     config.decoder.update(image_size=16, context_width=16, attention_resolutions=(8,))

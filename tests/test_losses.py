@@ -2,6 +2,7 @@
 
 import functools
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +24,7 @@ from ddpm_jax import (
 )
 from ddpm_jax.diffusion.losses import discretized_log_likelihood, p2, snr_power, stratified_timesteps
 from ddpm_jax.diffusion.schedules import reciprocal_betas
+from ddpm_jax.parallel.mesh import data_sharding, make_mesh
 
 KEY = jax.random.key(0)
 BETAS = {"linear": linear_betas(1000), "cosine": cosine_betas(1000)}
@@ -239,6 +241,32 @@ def test_contrastive_loss_matches_numpy():
     np.testing.assert_allclose(loss, (rows + columns) / 2, rtol=1e-5)
     np.testing.assert_array_equal(aux["image_to_text"], logits.argmax(1) == np.arange(5))
     np.testing.assert_array_equal(aux["text_to_image"], logits.argmax(0) == np.arange(5))
+
+
+@pytest.mark.parametrize("chunk_size", [1, 4, 16])
+def test_chunks_of_the_contrastive_loss_change_nothing(chunk_size):
+    rng = np.random.default_rng(5)
+    z = [row / np.linalg.norm(row, axis=1, keepdims=True) for row in rng.normal(size=(2, 16, 4)).astype(np.float32)]
+    arguments = (*map(jnp.asarray, z), jnp.log(jnp.float32(100.0)))  # the largest scale: exponentials would overflow
+
+    def total(*arguments, **options):
+        loss, aux = contrastive_loss(*arguments, **options)
+        return jnp.sum(loss * jnp.arange(16)), (loss, aux)
+
+    gradients = jax.jit(jax.grad(total, argnums=(0, 1, 2), has_aux=True), static_argnames="chunk_size")
+    (whole, (loss, aux)), (parts, found) = gradients(*arguments), gradients(*arguments, chunk_size=chunk_size)
+    np.testing.assert_allclose(found[0], loss, rtol=1e-5, atol=1e-5)
+    jax.tree.map(np.testing.assert_array_equal, found[1], aux)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), parts, whole)
+
+
+def test_no_device_has_the_whole_matrix_of_logits():
+    mesh = make_mesh({"data": 8})
+    z = jax.device_put(jnp.ones((64, 3)), data_sharding(mesh))
+    total = lambda a, b: contrastive_loss(a, b, jnp.float32(1.0), chunk_size=16)[0].sum()
+    text = jax.jit(jax.grad(total, argnums=(0, 1))).lower(z, z).compile().as_text()
+    sizes = [math.prod(map(int, shape.split(","))) for shape in re.findall(r"f32\[([\d,]+)\]", text)]
+    assert max(sizes) <= 64 * 16 // 8 * 2  # 2 of 64 rows on each device, and the two embeddings whole
 
 
 def test_contrastive_loss_limits():

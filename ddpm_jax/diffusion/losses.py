@@ -346,7 +346,7 @@ def edm_weighting(sigma_data: float = 0.5, *, prediction: PredictionType = "x0")
 
 
 def contrastive_loss(
-    z_image: jax.Array, z_text: jax.Array, log_scale: jax.Array
+    z_image: jax.Array, z_text: jax.Array, log_scale: jax.Array, *, chunk_size: int | None = None
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Return CLIP's symmetric contrastive loss of every pair (Radford et al. 2021, figure 3).
 
@@ -357,18 +357,27 @@ def contrastive_loss(
         z_image: float[B, D], l2-normalised by the caller; row i belongs to row i of z_text.
         z_text: float[B, D], l2-normalised by the caller.
         log_scale: float[], log of the inverse temperature, clamped by the caller.
+        chunk_size: rows of the logits that are computed at a time, and again for the gradient, so that the matrix
+            [B, B] never exists; it divides B. None computes it at once. If the batch is split over n devices, each
+            computes chunk_size / n of the rows.
 
     Returns:
         loss, float32[B], and aux, each float32[B]: "image_to_text" and "text_to_image", 1 where the right partner has
         the largest logit.
 
     Raises:
-        ValueError: if the embeddings are not two matrices of one shape.
+        ValueError: if the embeddings are not two matrices of one shape, or chunk_size does not divide B.
     """
     if z_image.ndim != 2 or z_image.shape != z_text.shape:
         raise ValueError(f"z_image and z_text must be [B, D] of one shape, got {z_image.shape} and {z_text.shape}")
     dtype = jnp.promote_types(z_image.dtype, jnp.float32)
-    logits = jnp.exp(log_scale).astype(dtype) * jnp.matmul(z_image.astype(dtype), z_text.astype(dtype).T)
+    z_image, z_text, scale = z_image.astype(dtype), z_text.astype(dtype), jnp.exp(log_scale).astype(dtype)
+    if chunk_size is not None:
+        check_static("chunk_size", chunk_size, "since it is a shape")
+        if chunk_size < 1 or z_image.shape[0] % chunk_size:
+            raise ValueError(f"{chunk_size=} must be at least 1 and divide the batch of {z_image.shape[0]}")
+        return _contrastive_loss_in_chunks(z_image, z_text, scale, chunk_size)
+    logits = scale * jnp.matmul(z_image, z_text.T)
     by_text = jnp.diagonal(jax.nn.log_softmax(logits, axis=1))
     by_image = jnp.diagonal(jax.nn.log_softmax(logits, axis=0))
     pairs = jnp.arange(logits.shape[0])
@@ -377,6 +386,37 @@ def contrastive_loss(
         "text_to_image": (jnp.argmax(logits, axis=0) == pairs).astype(dtype),
     }
     return -0.5 * (by_text + by_image), aux
+
+
+def _contrastive_loss_in_chunks(z_image: jax.Array, z_text: jax.Array, scale: jax.Array, chunk_size: int) -> tuple:
+    """Return the same loss; the columns' sums and largest logits are carried from chunk to chunk.
+
+    A column's sum is kept relative to its largest logit so far, so that no exponential overflows.
+    """
+    b, count = z_image.shape[0], z_image.shape[0] // chunk_size
+    # Every count-th row, so that a chunk of a batch that is split over devices has as many rows of each.
+    split = lambda x: jnp.swapaxes(x.reshape(chunk_size, count, *x.shape[1:]), 0, 1)  # noqa: E731
+    join = lambda x: jnp.swapaxes(x, 0, 1).reshape(b)  # noqa: E731
+
+    def add(carry: tuple, chunk: tuple) -> tuple[tuple, tuple]:
+        (largest, row_of_largest, total), (z, rows) = carry, chunk
+        logits = scale * jnp.matmul(z, z_text.T)
+        fixed = jax.lax.stop_gradient(logits)
+        new = jnp.maximum(largest, fixed.max(0))
+        total = total * jnp.exp(largest - new) + jnp.exp(logits - new[None]).sum(0)
+        row_of_largest = jnp.where(fixed.max(0) > largest, rows[jnp.argmax(fixed, axis=0)], row_of_largest)
+        return (new, row_of_largest, total), (jax.nn.logsumexp(logits, axis=1), jnp.argmax(fixed, axis=1))
+
+    pairs = jnp.arange(b)
+    start = (jnp.full(b, -jnp.inf, z_image.dtype), jnp.zeros(b, pairs.dtype), jnp.zeros(b, z_image.dtype))
+    (largest, rows, total), found = jax.lax.scan(jax.checkpoint(add), start, (split(z_image), split(pairs)))
+    row_sums, columns = (join(each) for each in found)
+    own = scale * jnp.sum(z_image * z_text, axis=1)
+    aux = {
+        "image_to_text": (columns == pairs).astype(z_image.dtype),
+        "text_to_image": (rows == pairs).astype(z_image.dtype),
+    }
+    return 0.5 * (row_sums + largest + jnp.log(total)) - own, aux
 
 
 def check_objective(objective: str, variance: str, weighting: Weighting | None) -> None:

@@ -25,10 +25,12 @@ class ContrastiveTask:
     Attributes:
         model: CLIP.
         tokenizer: stored in model.json, since the text tower cannot be used without it.
+        chunk_size: images whose logits are computed at a time, see `losses.contrastive_loss`; None for all at once.
     """
 
     model: CLIP
     tokenizer: Tokenizer
+    chunk_size: int | None = None
 
     def init(self, key: jax.Array, batch: Batch) -> Any:
         """Return new parameters."""
@@ -53,7 +55,7 @@ class ContrastiveTask:
             "mask": batch["mask"].reshape(-1, batch["mask"].shape[-1]),
         }
         z_image, z_text, log_scale = self.model.apply(params, to_float(batch["image"]), batch["tokens"], batch["mask"])
-        loss, aux = contrastive_loss(z_image, z_text, log_scale)
+        loss, aux = contrastive_loss(z_image, z_text, log_scale, chunk_size=self.chunk_size)
         return loss, aux | {"temperature": jnp.exp(-log_scale)}
 
     def preview(self, params: Any, batch: Batch, key: jax.Array) -> np.ndarray | None:
