@@ -230,7 +230,7 @@ WRONG = [
     ("networks.model.activation", {"function": "exec"}, "must name a function, one of gelu, quick_gelu"),
     ("networks.model.activation", None, "must name a function"),
     ("networks.model.dtype", "object", "networks.model.dtype='object' must be one of 'float32'"),
-    ("networks.model.remat", 1, "networks.model.remat=1 must be true or false"),
+    ("networks.model.remat", 1, "networks.model.remat=1 must be true, false or 'products'"),
     ("networks.model.widht", 16, "has no field 'widht' in this version; did you mean width"),
     ("networks.model.parent", 16, "has no field 'parent'"),
     ("networks.model.text_encoder.class", "UNet", "text_encoder has the class UNet, and must be TextEncoder or"),

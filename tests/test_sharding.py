@@ -47,6 +47,10 @@ def test_default_rules():
     assert conv["conv_2"]["kernel"] == PartitionSpec(None, None, "tensor", "fsdp")
     assert conv["norm_2"]["scale"] == PartitionSpec("tensor")
     assert specs["odd"]["kernel"] == PartitionSpec()  # no axis is even
+    scanned = {"blocks": {"mlp_1": {"kernel": jax.ShapeDtypeStruct((3, 256, 1024), jnp.float32)}}}
+    assert parameter_specs(scanned, make_mesh(ALL))["blocks"]["mlp_1"]["kernel"] == PartitionSpec(
+        None, "fsdp", "tensor"
+    )
 
 
 def test_data_parallelism_splits_no_parameter():

@@ -93,7 +93,7 @@ class Classifier(nn.Module):
             or with a group norm and SiLU).
         dropout: rate of dropout inside residual blocks, in [0, 1).
         groups: groups of the group norms; divides the channels of every level.
-        remat: True recomputes the activations of each block in the backward pass.
+        remat: what each block computes again in the backward pass, see `layers.rematerialized`.
         dtype: in which blocks compute; parameters and the head are float32.
         attention_levels: levels that have attention, 0 being the finest; None takes attention_resolutions.
         pool_resample: average pooling between levels, see `UNet`.
@@ -112,7 +112,7 @@ class Classifier(nn.Module):
     pool: str = "attention"
     dropout: float = 0.0
     groups: int = 32
-    remat: bool = False
+    remat: bool | str = False
     dtype: Any = jnp.float32
     attention_levels: tuple[int, ...] | None = None
     pool_resample: bool = False

@@ -29,9 +29,10 @@ class VisionTransformer(nn.Module):
         stem: widths of 3 x 3 convolutions of stride 2 before the patches (Xiao et al. 2021, "Early convolutions help
             transformers see better"), which small data sets need.
         activation: of the MLPs.
-        remat: True recomputes the activations of each block in the backward pass.
+        remat: what each block computes again in the backward pass, see `layers.rematerialized`.
         dtype: in which the layers compute; parameters are float32.
         mlp_width: width of the MLPs' hidden layer; 4 * width if None.
+        scan: True runs the blocks in a loop, see `Transformer`.
     """
 
     image_size: int
@@ -41,9 +42,10 @@ class VisionTransformer(nn.Module):
     heads: int
     stem: tuple[int, ...] = ()
     activation: Callable = gelu
-    remat: bool = False
+    remat: bool | str = False
     dtype: Any = jnp.float32
     mlp_width: int | None = None
+    scan: bool = False
 
     @nn.compact
     def __call__(self, images: jax.Array) -> jax.Array:
@@ -71,7 +73,7 @@ class VisionTransformer(nn.Module):
         x = jnp.concatenate([jnp.broadcast_to(first, (b, 1, self.width)), x], axis=1)
         position = self.param("position", _sincos_2d, (x.shape[1], self.width), jnp.float32)
         x = norm("ln_pre")(x + position[None].astype(self.dtype))
-        options = (self.activation, self.remat, self.dtype, self.mlp_width)
+        options = (self.activation, self.remat, self.dtype, self.mlp_width, self.scan)
         x = Transformer(self.layers, self.heads, *options, name="transformer")(x)
         return norm("ln_post")(x[:, 0])
 

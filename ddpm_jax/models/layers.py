@@ -34,6 +34,33 @@ def timestep_embedding(t: jax.Array, dim: int, max_period: float = 10_000.0, *, 
     return jnp.pad(embedding, ((0, 0), (0, dim - 2 * half)))
 
 
+def _is_product(primitive: Any, *_: Any, **params: Any) -> bool:
+    """Return whether an operation multiplies by weights: a convolution, or a matrix product without batch axes."""
+    if primitive.name == "conv_general_dilated":
+        return True
+    return primitive.name == "dot_general" and not any(params["dimension_numbers"][1])
+
+
+def rematerialized(block: Any, remat: bool | str, **options: Any) -> Any:
+    """Return a module that computes again in the backward pass what it does not store.
+
+    Args:
+        block: a class of modules.
+        remat: False stores all activations; True stores the block's input alone, for a third more computation;
+            "products" stores the outputs of convolutions and of matrix products with weights too, and computes norms,
+            activations and attention again, which costs little.
+        **options: of `nn.remat`.
+
+    Raises:
+        ValueError: if remat is another value.
+    """
+    if remat not in (True, False, "products"):
+        raise ValueError(f"{remat=} must be True, False or 'products'")
+    if not remat:
+        return block
+    return nn.remat(block, policy=_is_product if remat == "products" else None, **options)
+
+
 class Embed(nn.Embed):
     """A learned vector for each of ``num_embeddings`` ids (class labels, tokens): ``nn.Embed``, without wrong answers.
 

@@ -37,7 +37,7 @@ class NoisedVisionTransformer(nn.Module):
         layers: number of transformer blocks, >= 1.
         heads: number of attention heads.
         num_steps: number of timesteps of the process.
-        remat: True recomputes the activations of each block in the backward pass.
+        remat: what each block computes again in the backward pass, see `layers.rematerialized`.
         dtype: in which the layers compute; parameters are float32.
     """
 
@@ -47,7 +47,7 @@ class NoisedVisionTransformer(nn.Module):
     layers: int
     heads: int
     num_steps: int = 1000
-    remat: bool = False
+    remat: bool | str = False
     dtype: Any = jnp.float32
 
     @nn.compact

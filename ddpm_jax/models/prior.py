@@ -27,8 +27,9 @@ class DiffusionPrior(nn.Module):
         text_encoder: reads token ids and is trained with the prior (as in the paper); None if `text` is the hidden
             states of a frozen encoder (as in Karlo).
         activation: of the MLPs.
-        remat: True recomputes the activations of each block in the backward pass.
+        remat: what each block computes again in the backward pass, see `layers.rematerialized`.
         dtype: in which the layers compute; parameters are float32.
+        scan: True runs the blocks in a loop, see `Transformer`.
     """
 
     embed_dim: int
@@ -38,8 +39,9 @@ class DiffusionPrior(nn.Module):
     heads: int
     text_encoder: nn.Module | None = None
     activation: Callable = gelu
-    remat: bool = False
+    remat: bool | str = False
     dtype: Any = jnp.float32
+    scan: bool = False
 
     @nn.compact
     def __call__(
@@ -91,6 +93,8 @@ class DiffusionPrior(nn.Module):
         x = x + self.param("position", init, (length + 4, self.width), jnp.float32)[None].astype(self.dtype)
         seen = jnp.pad(text_mask & keep[:, None], ((0, 0), (0, 4)), constant_values=True)
         mask = causal_mask(length + 4) & seen[:, None, None, :]
-        x = Transformer(self.layers, self.heads, self.activation, self.remat, self.dtype, name="transformer")(x, mask)
+        x = Transformer(
+            self.layers, self.heads, self.activation, self.remat, self.dtype, scan=self.scan, name="transformer"
+        )(x, mask)
         x = nn.LayerNorm(epsilon=1e-5, dtype=self.dtype, name="ln_final")(x[:, -1])
         return nn.Dense(d, dtype=jnp.float32, name="out")(x.astype(jnp.float32))

@@ -25,9 +25,10 @@ class TextEncoder(nn.Module):
         activation: of the MLPs.
         causal: True as in CLIP, where padding needs no mask, since it follows the end token. False attends to all
             real tokens, as GLIDE's encoder does, and requires the mask.
-        remat: True recomputes the activations of each block in the backward pass.
+        remat: what each block computes again in the backward pass, see `layers.rematerialized`.
         dtype: in which the layers compute; parameters are float32.
         mlp_width: width of the MLPs' hidden layer; 4 * width if None.
+        scan: True runs the blocks in a loop, see `Transformer`.
     """
 
     vocab_size: int
@@ -37,9 +38,10 @@ class TextEncoder(nn.Module):
     heads: int
     activation: Callable = gelu
     causal: bool = True
-    remat: bool = False
+    remat: bool | str = False
     dtype: Any = jnp.float32
     mlp_width: int | None = None
+    scan: bool = False
 
     @nn.compact
     def __call__(self, tokens: jax.Array, mask: jax.Array | None = None) -> jax.Array:
@@ -52,7 +54,7 @@ class TextEncoder(nn.Module):
         x = Embed(self.vocab_size, self.width, embedding_init=init, dtype=self.dtype, name="token")(tokens)
         position = self.param("position", nn.initializers.normal(0.01), (self.context, self.width), jnp.float32)
         x = x + position[None, :length].astype(self.dtype)
-        options = (self.activation, self.remat, self.dtype, self.mlp_width)
+        options = (self.activation, self.remat, self.dtype, self.mlp_width, self.scan)
         x = Transformer(self.layers, self.heads, *options, name="transformer")(
             x, causal_mask(length) if self.causal else mask[:, None, None, :]
         )

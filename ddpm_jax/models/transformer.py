@@ -1,13 +1,13 @@
 """The pre-norm transformer behind CLIP, the text encoders and the diffusion prior."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from ddpm_jax.models.layers import attention
+from ddpm_jax.models.layers import attention, rematerialized
 
 
 def quick_gelu(x: jax.Array) -> jax.Array:
@@ -56,7 +56,9 @@ class Transformer(nn.Module):
         layers: number of blocks.
         heads: number of attention heads; divides the width.
         activation: of the MLPs.
-        remat: True recomputes the activations of each block in the backward pass.
+        remat: what each block computes again in the backward pass, see `layers.rematerialized`.
+        scan: True compiles one block and runs it in a loop, so that a deep network compiles in a fraction of the time;
+            the parameters are then those of a block, "blocks", with a leading axis of `layers`.
         dtype: in which the layers compute; parameters are float32.
         mlp_width: width of the MLPs' hidden layer; 4 * width if None.
     """
@@ -64,16 +66,49 @@ class Transformer(nn.Module):
     layers: int
     heads: int
     activation: Callable = gelu
-    remat: bool = False
+    remat: bool | str = False
     dtype: Any = jnp.float32
     mlp_width: int | None = None
+    scan: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array, mask: jax.Array | None = None) -> jax.Array:
-        block = nn.remat(Block) if self.remat else Block
-        for i in range(self.layers):
-            x = block(self.heads, self.activation, self.dtype, self.mlp_width, name=f"block_{i}")(x, mask)
-        return x
+        fields = (self.heads, self.activation, self.dtype, self.mlp_width)
+        if not self.scan:
+            block = rematerialized(Block, self.remat)
+            for i in range(self.layers):
+                x = block(*fields, name=f"block_{i}")(x, mask)
+            return x
+        # The loop itself keeps what is computed again apart, so that nothing else has to.
+        block = rematerialized(_Iteration, self.remat, prevent_cse=False)
+        loop = nn.scan(
+            block,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=nn.broadcast,
+            length=self.layers,
+        )
+        return loop(*fields, name="blocks")(x, mask)[0]
+
+
+class _Iteration(Block):
+    """A block as the body of a scan.
+
+    Attributes:
+        As `Block`.
+    """
+
+    def __call__(self, x: jax.Array, mask: jax.Array | None = None) -> tuple[jax.Array, None]:
+        return super().__call__(x, mask), None
+
+
+def stack_blocks(params: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the parameters of a `Transformer` with scan=True that computes the same as one with scan=False.
+
+    params: of its own, {"block_0": ..., "block_1": ...}. Returns {"blocks": ...}.
+    """
+    blocks = [params[f"block_{i}"] for i in range(len(params))]
+    return {"blocks": jax.tree.map(lambda *leaves: jnp.stack(leaves), *blocks)}
 
 
 def causal_mask(n: int) -> jax.Array:

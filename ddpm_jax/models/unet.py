@@ -16,6 +16,7 @@ from ddpm_jax.models.layers import (
     conv,
     depth_to_space,
     downsample2,
+    rematerialized,
     space_to_depth,
     upsample2,
 )
@@ -45,7 +46,7 @@ class UNet(nn.Module):
         modulate: True scales and shifts the features of every block by `cond_map`, averaged down to its level, too.
         dropout: rate of dropout inside residual blocks, in [0, 1).
         groups: groups of the group norms; divides the channels of every level.
-        remat: True recomputes the activations of each block in the backward pass, which saves memory.
+        remat: what each block computes again in the backward pass, see `layers.rematerialized`.
         dtype: in which blocks compute; parameters and the output convolution are float32.
         attention_levels: levels that have attention, 0 being the finest, so that a network has the same layers for
             images of every size; None takes attention_resolutions.
@@ -72,7 +73,7 @@ class UNet(nn.Module):
     modulate: bool = False
     dropout: float = 0.0
     groups: int = 32
-    remat: bool = False
+    remat: bool | str = False
     dtype: Any = jnp.float32
     attention_levels: tuple[int, ...] | None = None
     spatial_transformer: bool = False
@@ -139,11 +140,11 @@ class Blocks:
     def __init__(self, net: Any, time: jax.Array, train: bool, cond_maps: list, context: Any = None, mask: Any = None):
         self.net, self.time, self.train, self.cond_maps = net, time, train, cond_maps
         self.context, self.mask = context, mask
-        self.block = nn.remat(ResBlock, static_argnums=(3,)) if net.remat else ResBlock
+        self.block = rematerialized(ResBlock, net.remat, static_argnums=(3,))
         self.norms = {"eps": getattr(net, "norm_eps", 1e-5)}
         plain = not getattr(net, "spatial_transformer", False)
         kind, self.attention_norms = (AttentionBlock, self.norms) if plain else (SpatialTransformer, {})
-        self.attention_block = nn.remat(kind) if net.remat else kind
+        self.attention_block = rematerialized(kind, net.remat)
         if net.conv_resample and net.pool_resample:
             raise ValueError("conv_resample=True and pool_resample=True contradict each other; give one of them")
         levels, last = net.attention_levels, len(net.channel_mult) - 1

@@ -214,8 +214,9 @@ def _spec(path: str, shape: tuple[int, ...], mesh: Mesh, rules: Sequence[Rule], 
     entries: list[str | None] = [None] * len(shape)
     for pattern, spec in TENSOR_RULES:
         size = mesh.shape.get("tensor", 1)
-        if size > 1 and re.search(pattern, path) and len(spec) == len(shape):
-            axis = tuple(spec).index("tensor")
+        if size > 1 and re.search(pattern, path) and len(spec) <= len(shape):
+            # Parameters of scanned blocks have the layers as their first axis.
+            axis = tuple(spec).index("tensor") + len(shape) - len(spec)
             if shape[axis] % size == 0:
                 entries[axis] = "tensor"
             break

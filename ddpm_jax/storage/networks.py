@@ -167,6 +167,10 @@ def _value(where: str, name: str, value: Any, declared: Any, dtype: Any) -> Any:
         if not isinstance(value, str) or value not in DTYPES:
             raise LoadError(f"{where}={_short(value)} must be one of {', '.join(map(repr, DTYPES))}")
         return DTYPES[value]
+    if name == "remat":
+        if value not in (False, True, "products") or isinstance(value, (int, float)) != isinstance(value, bool):
+            raise LoadError(f"{where}={_short(value)} must be true, false or 'products'")
+        return value
     options = get_args(declared) if isinstance(declared, types.UnionType) else (declared,)
     if value is None and type(None) in options:
         return None
