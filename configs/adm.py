@@ -22,7 +22,6 @@ Variants, with the parameters of the base and the classifier (held to them by te
 The full-size numbers are those of tables 11 and 12 of the paper.
 """
 
-import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
@@ -38,6 +37,7 @@ from ddpm_jax.models.adm import POOLS, Classifier, ClassUNet, SuperUNet
 from ddpm_jax.models.unet import UNet, attention_levels
 from ddpm_jax.pipelines.description import PipelineDescription
 from ddpm_jax.training import ClassifierTask, DiffusionTask, Images, Labels, LowResolution, Stage, Training
+from ddpm_jax.types import network_dtype
 
 VARIANTS = ("", "256", "small", "smoke")
 
@@ -165,7 +165,7 @@ def stages(config: ConfigDict) -> tuple[Stage, ...]:
         attention_levels=attention_levels(
             base.attention_resolutions, config.image_size // base.unet.patch, len(base.unet.channel_mult)
         ),
-        dtype=jnp.dtype(base.dtype),
+        dtype=network_dtype(base.dtype, name="base.dtype"),
         **base.unet,
     )
     classifier = Classifier(
@@ -180,7 +180,7 @@ def stages(config: ConfigDict) -> tuple[Stage, ...]:
         dropout=small_half.dropout,
         groups=small_half.groups,
         remat=small_half.remat,
-        dtype=jnp.dtype(small_half.dtype),
+        dtype=network_dtype(small_half.dtype, name="classifier.dtype"),
     )
     return (
         Stage(
@@ -220,7 +220,7 @@ def upsampler(config: ConfigDict, names: tuple[str, ...], data: dict) -> Stage:
         out_channels=diffusion.channels(3),
         attention_resolutions=(),
         attention_levels=attention_levels(up.attention_resolutions, size, len(up.unet.channel_mult)),
-        dtype=jnp.dtype(up.dtype),
+        dtype=network_dtype(up.dtype, name="upsampler.dtype"),
         **up.unet,
     )
     return Stage(

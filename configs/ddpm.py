@@ -19,7 +19,6 @@ section 4 and appendix B of the paper. It trained with plain Adam, as here witho
 ancestral sampling of all 1000 steps with the variance of the posterior ("fixed_small").
 """
 
-import jax.numpy as jnp
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
@@ -34,6 +33,7 @@ from ddpm_jax.models.adm import ClassUNet
 from ddpm_jax.models.unet import UNet, attention_levels
 from ddpm_jax.pipelines.description import PipelineDescription
 from ddpm_jax.training import DiffusionTask, Images, Labels, Stage, Training
+from ddpm_jax.types import network_dtype
 
 VARIANTS = ("", "256", "small", "smoke")
 
@@ -164,7 +164,7 @@ def unet(config: ConfigDict) -> UNet:
         out_channels=diffusion.channels(3),
         attention_resolutions=(),
         attention_levels=attention_levels(config.attention_resolutions, config.image_size // config.unet.patch, levels),
-        dtype=jnp.dtype(config.dtype),
+        dtype=network_dtype(config.dtype),
         **config.unet,
     )
 

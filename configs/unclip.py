@@ -32,7 +32,6 @@ What differs from the paper:
   here; the blur of up_256 stands in its place.
 """
 
-import jax.numpy as jnp
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
@@ -60,6 +59,7 @@ from ddpm_jax.training import (
     Stage,
     Training,
 )
+from ddpm_jax.types import network_dtype
 
 VARIANTS = ("", "smoke")
 UPSAMPLERS = ("up_256", "up_1024")
@@ -258,7 +258,7 @@ def source(config: ConfigDict, size: int):
 
 def precision(config: ConfigDict) -> dict:
     """Return the fields that all networks have."""
-    return {"dtype": jnp.dtype(config.dtype), "remat": config.remat}
+    return {"dtype": network_dtype(config.dtype), "remat": config.remat}
 
 
 def decoder(config: ConfigDict, vocab_size: int) -> Decoder:

@@ -6,6 +6,7 @@ computed from it is NaN. Where a traced value cannot serve at all, since shapes 
 error says so in one sentence.
 """
 
+import inspect
 import numbers
 from collections.abc import Callable
 from typing import Any
@@ -52,6 +53,35 @@ def check_number(name: str, value: Any, valid: Callable[[Any], Any], rule: str) 
     if not valid(number):
         raise ValueError(f"{name}={value} {rule}")
     return number
+
+
+def check_count(name: str, value: Any) -> None:
+    """Raise ValueError unless a value is an integer of at least 1."""
+    if isinstance(value, (bool, np.bool_)) or not isinstance(value, numbers.Integral):
+        raise ValueError(f"{name}={shown(value)} must be an integer")
+    if value < 1:
+        raise ValueError(f"{name}={value} must be at least 1")
+
+
+def shown(value: Any) -> str:
+    """Return a value as a message shows it: on one line, and short."""
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def check_model(model: Any) -> None:
+    """Raise ValueError unless a model is a network as Flax has them, and not its class."""
+    if inspect.isclass(model):
+        raise ValueError(f"model must be a network, got the class {model.__name__}; write {model.__name__}(...)")
+    if not callable(getattr(model, "apply", None)):
+        given = "a function" if inspect.isroutine(model) else shown(model)
+        raise ValueError(f"model must be a network such as a flax.linen.Module, with init and apply, got {given}")
+
+
+def check_type(name: str, value: Any, kind: type) -> None:
+    """Raise ValueError unless a value is an instance of a class."""
+    if not isinstance(value, kind):
+        raise ValueError(f"{name}={shown(value)} must be a {kind.__name__}, such as {kind.__name__}(...)")
 
 
 def check_data(x0: Any) -> None:

@@ -85,6 +85,8 @@ def run(main: Callable[[], Any], flag_values: flags.FlagValues, *, config: str |
             message = _sentence(error)
             if message is None:
                 raise
+            if config is not None and isinstance(error, (UsageError, ValueError)):
+                message = _with_overrides(message, config, sys.argv[1:])
             _stop(message, _status(error))
 
 
@@ -298,7 +300,7 @@ def load_recipe(path: str) -> Any:
 
 
 def check_config_numbers(config: Any) -> None:
-    """Refuse numbers that are not finite, which pass comparisons, and seeds of which JAX would drop the higher bits.
+    """Refuse numbers that are not finite, sizes below 1, and seeds of which JAX would drop the higher bits.
 
     Raises:
         UsageError: naming the field.
@@ -309,8 +311,9 @@ def check_config_numbers(config: Any) -> None:
             raise UsageError(f"{name}={value} must be a finite number")
         if leaf == "seed" and isinstance(value, int) and not 0 <= value <= MAX_SEED:
             raise UsageError(f"{name}={value} must lie in [0, 2**32)")
-        if leaf == "cpu_devices" and isinstance(value, int) and value < 0:
-            raise UsageError(f"{name}={value} must be at least 0")
+        least = {"cpu_devices": 0, "image_size": 1, "low_size": 1, "patch": 1}.get(leaf)
+        if least is not None and isinstance(value, int) and value < least:
+            raise UsageError(f"{name}={value} must be at least {least}")
 
 
 def call_recipe(recipe: Any, name: str, config: Any) -> Any:
@@ -344,7 +347,13 @@ def _recipe_errors(path: str, prefix: str) -> Iterator[None]:
     """Turn an error of a recipe into one sentence that names the file and, for a mistake in it, the line."""
     try:
         yield
-    except (UsageError, ModuleNotFoundError, OSError, *_own_errors()):
+    except ModuleNotFoundError as error:
+        line = _importing_line(error, path)
+        if line is None:
+            raise
+        where = f"config file {path}, line {line}"
+        raise UsageError(f"{where}: there is no module {error.name}; is it installed?") from error
+    except (UsageError, OSError, *_own_errors()):
         raise
     except ValueError as error:
         raise UsageError(f"{prefix}{error}") from error
@@ -352,6 +361,26 @@ def _recipe_errors(path: str, prefix: str) -> Iterator[None]:
         lines = [line.lineno for line in traceback.extract_tb(error.__traceback__) if line.filename.endswith(path)]
         where = f", line {lines[-1]}" if lines else ""
         raise UsageError(f"config file {path} does not work: {type(error).__name__}: {error}{where}") from error
+
+
+def _importing_line(error: ModuleNotFoundError, path: str) -> int | None:
+    """Return the line of a recipe whose own import failed; None if that of another module did."""
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "importlib" not in frame.filename]
+    return frames[-1].lineno if frames and frames[-1].filename.endswith(path) else None
+
+
+def _with_overrides(message: str, name: str, argv: list[str]) -> str:
+    """Add to a message the fields that the command line sets to the value that it shows by another name."""
+    found = []
+    for word, following in zip(argv, [*argv[1:], ""]):
+        match = re.fullmatch(rf"--?{name}\.([\w.]+)(?:=(.*))?", word, re.DOTALL)
+        if match is None or re.search(rf"\b{match[1].rpartition('.')[2]}\b", message):
+            continue
+        value = following if match[2] is None else match[2]
+        # As in "drop=2.0", "kind='foo'" or "got 0", and not as the beginning of another number.
+        if value and re.search(rf"(?:=|got )['\"]?{re.escape(value)}(?:\.0)?(?![\w.]*\w)", message):
+            found.append(f"--{name}.{match[1]}={value}")
+    return message + (f" (here {', '.join(found)})" if found else "")
 
 
 def _own_errors() -> tuple[type[Exception], ...]:
@@ -383,7 +412,9 @@ def _sentence(error: Exception) -> str | None:
     """Return what to tell a user of an error, on one line; None for what only a programmer can mend."""
     ours = _own_errors()
     text: str | None = None
-    if isinstance(error, ModuleNotFoundError) and not (error.name or "").startswith("ddpm_jax"):
+    if isinstance(error, ModuleNotFoundError) and "install ddpm_jax[" in str(error):
+        text = str(error)
+    elif isinstance(error, ModuleNotFoundError) and not (error.name or "").startswith("ddpm_jax"):
         text = f"the package {error.name} is not installed; {EXTRA}"
     elif isinstance(error, OSError):
         place = f"{error.filename}: " if error.filename else ""

@@ -11,6 +11,7 @@ Networks
     loss or a sampler sees it.
 """
 
+import contextlib
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, Protocol, SupportsIndex
 
@@ -101,6 +102,27 @@ class Task(Protocol):
         ``batch``: a prepared batch, the same at every preview, and ``key`` too.
         """
         ...
+
+
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
+"""What networks may compute in."""
+
+
+def network_dtype(value: Any, *, name: str = "dtype") -> np.dtype:
+    """Return what a network computes in.
+
+    Args:
+        value: a name of `DTYPES`, or a dtype of that name.
+        name: of the argument, for the message.
+
+    Raises:
+        ValueError: if it is none of these.
+    """
+    for known in DTYPES.values():
+        with contextlib.suppress(TypeError):  # what numpy knows no dtype of
+            if value is not None and jnp.dtype(value) == jnp.dtype(known):
+                return jnp.dtype(known)
+    raise ValueError(f"{name}={value!r:.60} must be one of {', '.join(map(repr, DTYPES))}")
 
 
 def to_float(images: jax.Array) -> jax.Array:

@@ -165,3 +165,8 @@ def test_bad_arguments(changes, message):
     arguments = {"source": Numbers(8), "batch_size": 4, "seed": 0} | changes
     with pytest.raises(ValueError, match=message):
         make_loader(arguments.pop("source"), **arguments)
+
+
+def test_batches_of_one_record():
+    with make_loader([{"x": np.full(2, i)} for i in range(3)], batch_size=1, seed=0) as loader:
+        assert sorted(int(next(loader)["x"][0, 0]) for _ in range(3)) == [0, 1, 2]

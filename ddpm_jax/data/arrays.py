@@ -136,7 +136,8 @@ def _checked_labels(
 
 def _checked_array(name: str, array: Any, count: int) -> np.ndarray:
     if name in _RESERVED:
-        raise ValueError(f"{name} must not be the name of another array")
+        plural = f"; {name}s are the argument {name}s" if name in ("caption", "label") else ""
+        raise ValueError(f"{name} must not be the name of another array{plural}")
     array = np.asarray(array)
     if array.dtype.kind not in "biuf":
         raise ValueError(f"{name} must be an array of numbers, got {array.dtype}")

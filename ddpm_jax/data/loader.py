@@ -7,6 +7,7 @@ hosts.
 """
 
 import atexit
+import functools
 import multiprocessing
 import os
 import signal
@@ -17,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from ddpm_jax.data.source import read_record, transformed
 from ddpm_jax.extras import needs_extra
 from ddpm_jax.types import Source
 
@@ -84,6 +86,19 @@ def _start_worker(index: int, count: int) -> None:
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), name="parent", daemon=True).start()
 
 
+class _Records:
+    """A source whose records are checked when they are read."""
+
+    def __init__(self, source: Source):
+        self._source = source
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, index: int) -> Any:
+        return read_record(self._source, index)
+
+
 class _HostBlocks(grain.MapDataset):
     """The records of one host: record i of its batch b is record `b * batch + host * block + i` of the parent."""
 
@@ -92,7 +107,8 @@ class _HostBlocks(grain.MapDataset):
         self._batch, self._host, self._block = batch, host, batch // hosts
 
     def __len__(self) -> int:
-        return len(self._parent) // self._batch * self._block
+        # Endless; Grain computes the number of batches in floats, which round sys.maxsize up to what is no length.
+        return min(len(self._parent) // self._batch * self._block, 2**62)
 
     def __getitem__(self, index):
         if isinstance(index, slice):
@@ -146,7 +162,7 @@ def make_loader(
         raise ValueError(f"seed must lie in [0, 2**32), got {seed}.")
     if len(source) < 1:
         raise ValueError("source must have at least one record.")
-    records = _transformed(grain.MapDataset.source(source).seed(seed).shuffle().repeat(), transforms)
+    records = _transformed(grain.MapDataset.source(_Records(source)).seed(seed).shuffle().repeat(), transforms)
     batches = _HostBlocks(records, batch_size, shard_index, shard_count)
     batches = batches.batch(batch_size // shard_count, batch_fn=_stacked)
     threads = 0 if num_workers else num_threads
@@ -163,8 +179,10 @@ def make_loader(
 def _transformed(records: grain.MapDataset, transforms: Sequence[Any]) -> grain.MapDataset:
     """Apply the transforms before the split into hosts, so that a random one sees the record's global position."""
     for transform in transforms:
-        is_random = hasattr(transform, "random_map")
-        records = records.random_map(transform.random_map) if is_random else records.map(transform)
+        if hasattr(transform, "random_map"):
+            records = records.random_map(functools.partial(transformed, transform.random_map))
+        else:
+            records = records.map(functools.partial(transformed, transform))
     return records
 
 

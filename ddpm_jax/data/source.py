@@ -7,10 +7,13 @@ import hashlib
 import json
 import operator
 import os
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, SupportsIndex
 
 import numpy as np
+
+from ddpm_jax.types import Source
 
 ENDS = 64 * 1024
 
@@ -34,6 +37,42 @@ def check_index(index: SupportsIndex, length: int) -> int:
     if not 0 <= number < length:
         raise IndexError(f"index must be in [0, {length}), got {number}")
     return number
+
+
+def read_record(source: Source, index: int) -> Mapping[str, Any]:
+    """Return one record of a source, for training.
+
+    Raises:
+        RecordError: as the source; the message also says how to leave such records out.
+        ValueError: if it is no dict.
+    """
+    try:
+        record = source[index]
+    except RecordError as error:
+        hint = "python -m ddpm_jax.prepare copies a data set without such records, and lists them"
+        raise type(error)(f"{error}; {hint}") from None
+    return check_record(record, f"record {index} of the source")
+
+
+def transformed(transform: Callable[..., Any], *arguments: Any) -> Mapping[str, Any]:
+    """Return `transform(*arguments)`, the first of which is a record.
+
+    Raises:
+        ValueError: if it is no dict, as that of a function without a return.
+    """
+    return check_record(transform(*arguments), f"what the transform {_named(transform)} returns")
+
+
+def check_record(record: Any, what: str) -> Mapping[str, Any]:
+    """Return a record; raise ValueError, with `what` as the subject, if it is no dict."""
+    if not isinstance(record, Mapping):
+        raise ValueError(f'{what} must be a dict, such as {{"image": uint8[H, W, 3]}}, got {type(record).__name__}')
+    return record
+
+
+def _named(transform: Callable[..., Any]) -> str:
+    owner = getattr(transform, "__self__", transform)  # of the method random_map
+    return getattr(owner, "__qualname__", type(owner).__name__)
 
 
 class Fingerprint:

@@ -60,6 +60,11 @@ class Select:
 
     names: tuple[str, ...]
 
+    def __post_init__(self):
+        if isinstance(self.names, str):
+            name = self.names
+            raise ValueError(f"names={name!r} must be a tuple of names; one name is written as ({name!r},)")
+
     def __call__(self, record: dict) -> dict:
         missing = [name for name in self.names if name not in record]
         if missing:

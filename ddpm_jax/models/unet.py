@@ -241,6 +241,8 @@ def attention_levels(resolutions: Sequence[int], size: int, levels: int) -> tupl
     Raises:
         ValueError: if no level has one of the resolutions.
     """
+    if levels < 1:
+        raise ValueError("channel_mult=() must have a number for each level, at least one")
     heights = [size >> level for level in range(levels)]
     for resolution in resolutions:
         if resolution not in heights:

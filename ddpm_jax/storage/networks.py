@@ -33,6 +33,7 @@ from ddpm_jax.models import (
     unet,
     upsampler,
 )
+from ddpm_jax.types import DTYPES
 
 NETWORKS: dict[str, type[nn.Module]] = {
     kind.__name__: kind
@@ -44,7 +45,6 @@ NETWORKS: dict[str, type[nn.Module]] = {
     )
 }  # fmt: skip
 FUNCTIONS = {function.__name__: function for function in (transformer.gelu, transformer.quick_gelu)}
-DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
 # The classes of a field that is declared as any network.
 _MEMBERS = {"text_encoder": (text_encoder.TextEncoder, text_encoder.RecurrentTextEncoder)}
 _CHOICES = {"pool": adm.POOLS}
@@ -109,6 +109,27 @@ def _described(where: str, value: Any) -> Any:
         if isinstance(value, (type, np.dtype)) and jnp.dtype(value) == jnp.dtype(dtype):
             return name
     raise ValueError(f"{where}={value!r} cannot be stored: it must be plain data, a network of this package or a dtype")
+
+
+def check_fields(network: Any, where: str = "") -> None:
+    """Raise ValueError if a field of a network of this package could not be read back from model.json.
+
+    Args:
+        network: any object; those of other classes are not checked.
+        where: put before the names of fields in messages; the name of the class by default.
+    """
+    kind = type(network)
+    if NETWORKS.get(kind.__name__) is not kind:
+        return
+    for field in _fields(kind):
+        name, value = f"{where or kind.__name__}.{field.name}", getattr(network, field.name)
+        if isinstance(value, nn.Module):
+            check_fields(value, name)
+            continue
+        try:
+            _value(name, field.name, _described(name, value), field.type, None)
+        except LoadError as error:
+            raise ValueError(str(error)) from None
 
 
 def build(description: Any, *, where: str = "network", dtype: Any = None) -> nn.Module:

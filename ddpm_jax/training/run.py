@@ -9,14 +9,17 @@ workdir/pipeline.json         how the stages are sampled together, if the caller
 import contextlib
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from ddpm_jax.checks import shown
+from ddpm_jax.data.source import read_record
 from ddpm_jax.errors import LoadError
 from ddpm_jax.parallel.mesh import batch_shards, make_mesh
 from ddpm_jax.storage.checkpoint import SUBDIRECTORY, Checkpoints, restore_params
@@ -25,12 +28,13 @@ from ddpm_jax.storage.json_file import read_json, write_json
 from ddpm_jax.storage.lock import lock_workdir
 from ddpm_jax.storage.metadata import freeze
 from ddpm_jax.storage.model_directory import Model, open_model, write_description
+from ddpm_jax.storage.networks import check_fields
 from ddpm_jax.training.describe import describe
 from ddpm_jax.training.loop import fit
 from ddpm_jax.training.optimizer import make_optimizer
 from ddpm_jax.training.stage import Stage, apply_transforms
 from ddpm_jax.training.state import abstract_state
-from ddpm_jax.types import Source
+from ddpm_jax.types import Source, Task
 from ddpm_jax.version import __version__
 
 RUN_FILE, EMBEDDINGS = "run.json", "embeddings"
@@ -83,7 +87,11 @@ def train(
         TrainingDiverged, Interrupted: see `training.loop.fit`.
         WorkdirInUse: if another run holds the directory.
     """
-    stages = (stages,) if isinstance(stages, Stage) else tuple(stages)
+    stages = _as_stages(stages)
+    if not isinstance(workdir, (str, os.PathLike)):
+        raise ValueError(f"workdir={shown(workdir)} must be the path of a directory")
+    if mesh is not None and (not isinstance(mesh, Mesh) or DATA_AXIS not in mesh.shape):
+        raise ValueError(f'mesh={shown(mesh)} must be a Mesh with an axis "{DATA_AXIS}", as make_mesh returns')
     run = _Run(stages, Path(workdir), make_mesh({"data": -1}) if mesh is None else mesh)
     chosen = [run.stages[name] for name in run.check_names(names)]
     if pipeline is not None:
@@ -102,6 +110,17 @@ def train(
                 pipeline.write(run.workdir)
         for stage in chosen:
             run.train(stage)
+
+
+def _as_stages(stages: Any) -> tuple[Stage, ...]:
+    given = (stages,) if isinstance(stages, Stage) else stages
+    if isinstance(given, Mapping) or not isinstance(given, Iterable) or isinstance(given, (str, bytes)):
+        raise ValueError(f"stages={shown(stages)} must be a Stage, or a sequence of them")
+    given = tuple(given)
+    for number, stage in enumerate(given):
+        if not isinstance(stage, Stage):
+            raise ValueError(f"stages[{number}]={shown(stage)} must be a Stage")
+    return given
 
 
 def is_trained(stage: Stage, workdir: str | os.PathLike) -> bool:
@@ -126,6 +145,8 @@ class _Run:
 
     def check_names(self, names: Sequence[str] | None) -> list[str]:
         """Return the stages to train, in order; raise ValueError for one that is unknown or lacks what it needs."""
+        if isinstance(names, str):
+            raise ValueError(f"names={names!r} must be a sequence of names of stages; write [{names!r}]")
         names = list(self.stages) if names is None else list(names)
         for name in names:
             if name not in self.stages:
@@ -203,6 +224,7 @@ class _Run:
                 f"stage {stage.name}: batch_size={training.batch_size} must be a multiple of {unit} = {product}"
             )
         try:
+            check_fields(getattr(stage.task, "model", None))
             _make_optimizer(stage, None)
             self._trace_loss(stage)
             if stage.eval_source is not None:
@@ -222,7 +244,8 @@ class _Run:
             return
         extra = getattr(stage.task, "extra_state", None)
         batch = self._prepared(stage, stage.source)
-        jax.eval_shape(stage.task.loss, params, batch, key, *(() if extra is None else (extra,)))
+        loss = _checked_loss(stage.task)
+        jax.eval_shape(loss, params, batch, key, *(() if extra is None else (extra,)))
 
     def _compare(self, stage: Stage) -> None:
         """Raise CheckpointError for a checkpoint of other settings; models that are needed are compared later."""
@@ -300,7 +323,7 @@ class _Run:
         # Here, since Grain takes long to import and nothing else needs it.
         from ddpm_jax.data.loader import make_loader
 
-        first = apply_transforms(dict(source[0]), stage.transforms, np.random.default_rng(0))
+        first = apply_transforms(dict(read_record(source, 0)), stage.transforms, np.random.default_rng(0))
         return make_loader(
             source,
             batch_size=stage.training.batch_size // stage.examples_per_record,
@@ -322,6 +345,20 @@ class _Run:
                 loader.close()
 
 
+def _checked_loss(task: Task) -> Callable[..., Any]:
+    """Return the task's loss, with a sentence for one that returns something else than (loss, metrics)."""
+
+    def loss(*arguments: Any) -> Any:
+        found = task.loss(*arguments)
+        pair = isinstance(found, tuple) and len(found) == 2 and isinstance(found[1], Mapping)
+        if not pair or not jnp.issubdtype(getattr(found[0], "dtype", bool), jnp.floating):
+            shown = ", ".join(type(part).__name__ for part in found) if isinstance(found, tuple) else "one value"
+            raise ValueError(f"loss of its task must return (float32[B], a dict of metrics), got {shown}")
+        return found
+
+    return loss
+
+
 class _Roles(dict):
     """Models by role, with a sentence for one that is missing."""
 
@@ -331,6 +368,8 @@ class _Roles(dict):
 
 def _check_pipeline(pipeline: Any, run: _Run) -> None:
     """Raise ValueError for a role of a pipeline whose model is neither a stage of the run nor a directory."""
+    if not hasattr(pipeline, "write") or not isinstance(getattr(pipeline, "models", None), Mapping):
+        raise ValueError(f"pipeline={shown(pipeline)} must be a pipelines.PipelineDescription")
     for role, place in pipeline.models.items():
         for each in [place] if isinstance(place, str | os.PathLike) else place:
             if str(each) not in run.stages and not (run.workdir / each).is_dir():
@@ -394,7 +433,7 @@ def _example_record(stage: Stage, models: Mapping[str, Model], source: Source) -
     """Return the first record after the transforms, with zeros for embeddings that are not computed yet."""
     if len(source) < 1:
         raise ValueError("its source has no records")
-    record = source.example(models) if hasattr(source, "example") else source[0]
+    record = source.example(models) if hasattr(source, "example") else read_record(source, 0)
     return _without_text(apply_transforms(dict(record), stage.transforms, np.random.default_rng(0)))
 
 
@@ -402,7 +441,9 @@ def _example(stage: Stage, source: Source) -> dict[str, np.ndarray]:
     """Return a batch of the first records, for previews and for the shapes of the network."""
     count = min(max(stage.training.num_previews, 1), len(source))
     rngs = [np.random.default_rng((stage.training.seed, i)) for i in range(count)]
-    return _stack(stage, [apply_transforms(dict(source[i]), stage.transforms, rngs[i]) for i in range(count)])
+    return _stack(
+        stage, [apply_transforms(dict(read_record(source, i)), stage.transforms, rngs[i]) for i in range(count)]
+    )
 
 
 def _stack(stage: Stage, records: Sequence[dict]) -> dict[str, np.ndarray]:
@@ -417,6 +458,9 @@ def _missing(stage: Stage, error: KeyError) -> str:
     with contextlib.suppress(Exception):
         for which in ("source", "eval_source"):
             record = getattr(stage, which)[0]
+            if name in record and name not in _without_text(record):
+                kind = type(record[name]).__name__
+                return f"its task or transforms read {name!r}, which is of type {kind} in its {which}, and not an array"
             if name not in record:
                 entries = ", ".join(map(str, record))
                 return f"its task or transforms read {name!r}, and the records of its {which} have {entries}"

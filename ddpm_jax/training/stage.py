@@ -1,11 +1,15 @@
 """Description of training: a `Stage` is a task, its data, optimization options and the stages that it needs."""
 
 import dataclasses
+import inspect
 import math
 import numbers
+import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from ddpm_jax.checks import shown
+from ddpm_jax.data.source import transformed
 from ddpm_jax.parallel.sharding import Rule
 from ddpm_jax.types import Source, Task
 
@@ -132,6 +136,11 @@ class Stage:
             )
         if self.name == "embeddings":
             raise ValueError("name='embeddings' of a stage is a directory of the run itself; give another name")
+        for field in ("task", "source", "transforms", "needs", "eval_source"):
+            try:
+                _CHECKS[field](getattr(self, field))
+            except ValueError as error:
+                raise ValueError(f"{field} of stage {self.name} {error}") from None
         if not isinstance(self.training, Training):
             raise ValueError(f"training of stage {self.name} must be a Training, got {type(self.training).__name__}")
         try:
@@ -155,9 +164,74 @@ class Stage:
         return dataclasses.replace(self, **fields)
 
 
+def _check_task(task: Any) -> None:
+    missing = [name for name in ("init", "prepare", "loss", "preview") if not callable(getattr(task, name, None))]
+    if inspect.isclass(task) or missing:
+        if inspect.isclass(task):
+            given = f"the class {task.__name__}"
+        else:
+            given = f"{type(task).__name__} without the method {missing[0]}"
+        raise ValueError(f"must be a task such as DiffusionTask(...), with the methods of types.Task, got {given}")
+
+
+def _check_source(source: Any) -> None:
+    hint = "must hold records, dicts of arrays, by index"
+    if isinstance(source, (str, bytes, os.PathLike)):
+        raise ValueError(f"{hint}, got {shown(source)}; data.open_source.open_source opens a path")
+    if hasattr(source, "dtype"):
+        raise ValueError(f"{hint}, got an array; data.arrays.ArraySource(images) makes a source of it")
+    if inspect.isclass(source) or isinstance(source, Mapping) or not _is_source(source):
+        kind = f"the class {source.__name__}" if inspect.isclass(source) else type(source).__name__
+        raise ValueError(f"{hint}, as ArraySource and ImageFolder do, got {kind}")
+
+
+def _is_source(source: Any) -> bool:
+    return hasattr(source, "__len__") and hasattr(source, "__getitem__")
+
+
+def _check_transforms(transforms: Any) -> None:
+    hint = "must be a tuple of transforms"
+    if not isinstance(transforms, Sequence) or isinstance(transforms, (str, bytes)):
+        name = type(transforms).__name__
+        example = "; one transform is written as (transform,)" if _is_transform(transforms) else ""
+        raise ValueError(f"{hint}, got {name}{example}")
+    for number, transform in enumerate(transforms):
+        if inspect.isclass(transform):
+            raise ValueError(
+                f"{hint}, and [{number}] is the class {transform.__name__}; write {transform.__name__}(...)"
+            )
+        if not _is_transform(transform):
+            raise ValueError(f"{hint}, functions of a record, and [{number}] is {shown(transform)}")
+
+
+def _is_transform(value: Any) -> bool:
+    return callable(value) or hasattr(value, "random_map")
+
+
+def _check_needs(needs: Any) -> None:
+    if not isinstance(needs, Mapping):
+        raise ValueError(
+            f'must be a dict, role -> stage or model directory, such as {{"clip": "clip"}}, got {shown(needs)}'
+        )
+    for role, needed in needs.items():
+        if not isinstance(role, str) or not isinstance(needed, (str, os.PathLike)):
+            raise ValueError(
+                f"must be names of stages or paths of model directories by role, got {role!r}: {shown(needed)}"
+            )
+
+
+_CHECKS: dict[str, Callable[[Any], None]] = {
+    "task": _check_task,
+    "source": _check_source,
+    "transforms": _check_transforms,
+    "needs": _check_needs,
+    "eval_source": lambda source: None if source is None else _check_source(source),
+}
+
+
 def apply_transforms(record: dict, transforms: Sequence[Transform], rng: Any) -> dict:
     """Return a record after the transforms; rng serves those that are random."""
     for transform in transforms:
         random: Callable | None = getattr(transform, "random_map", None)
-        record = transform(record) if random is None else random(record, rng)
+        record = transformed(transform, record) if random is None else transformed(random, record, rng)
     return record

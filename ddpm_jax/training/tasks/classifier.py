@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from ddpm_jax.checks import check_model, check_type
 from ddpm_jax.diffusion.diffusion import Diffusion
 from ddpm_jax.diffusion.process import q_sample
 from ddpm_jax.training.tasks.data import Images
@@ -36,6 +37,11 @@ class ClassifierTask:
     x0: Images
     noised: bool = True
     names: tuple[str, ...] | None = None
+
+    def __post_init__(self):
+        check_model(self.model)
+        check_type("diffusion", self.diffusion, Diffusion)
+        check_type("x0", self.x0, Images)
 
     def init(self, key: jax.Array, batch: Batch) -> Any:
         """Return new parameters."""

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ddpm_jax.checks import check_count, check_number
 from ddpm_jax.diffusion.guidance import keep_mask
 from ddpm_jax.models.clip import CLIP, normalize
 from ddpm_jax.models.layers import downsample2
@@ -66,7 +67,8 @@ class Labels(_Condition):
     name = "labels"
 
     def __post_init__(self):
-        _check_rate("drop", self.drop)
+        check_count("Labels.num_classes", self.num_classes)
+        _check_rate("Labels.drop", self.drop)
 
     def __call__(self, batch: Batch, x0: jax.Array, key: jax.Array | None) -> Arguments:
         """Return {"y": int32[B]}."""
@@ -109,7 +111,8 @@ class Captions(_Condition):
     name = "caption"
 
     def __post_init__(self):
-        _check_rate("drop", self.drop)
+        check_count("Captions.length", self.length)
+        _check_rate("Captions.drop", self.drop)
 
     def prepare(self, frozen: Any, batch: Batch) -> Batch:
         """Add "hidden", [B, L, W], unless the network encodes tokens itself, and "z_text" unless it is there."""
@@ -151,7 +154,7 @@ class ImageEmbedding(_Condition):
     name = "image_embedding"
 
     def __post_init__(self):
-        _check_rate("drop", self.drop)
+        _check_rate("ImageEmbedding.drop", self.drop)
 
     def prepare(self, frozen: Any, batch: Batch) -> Batch:
         """Add "z_image" unless it is there."""
@@ -200,10 +203,12 @@ class LowResolution(_Condition):
     name = "low_resolution"
 
     def __post_init__(self):
-        if self.factor < 2 or self.factor.bit_count() != 1:
+        check_count("LowResolution.size", self.size)
+        if not isinstance(self.factor, int) or self.factor < 2 or self.factor.bit_count() != 1:
             raise ValueError(f"factor={self.factor} of enlarging must be a power of two, at least 2")
-        if not self.blur_sigma > 0:
-            raise ValueError(f"blur_sigma={self.blur_sigma} must be positive; blur_rate=0 never blurs")
+        check_number(
+            "blur_sigma", self.blur_sigma, lambda sigma: sigma > 0, "must be positive; blur_rate=0 never blurs"
+        )
         _check_rate("blur_rate", self.blur_rate)
         _check_rate("noise", self.noise)
 
@@ -265,5 +270,4 @@ def _keep(key: jax.Array | None, name: str, rate: float, count: int) -> jax.Arra
 
 
 def _check_rate(name: str, rate: float) -> None:
-    if not 0 <= rate <= 1:
-        raise ValueError(f"{name}={rate} must lie between 0 and 1")
+    check_number(name, rate, lambda rate: 0 <= rate <= 1, "must lie between 0 and 1")

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ddpm_jax.checks import check_count
 from ddpm_jax.storage.clip_images import encode_images
 from ddpm_jax.training.tasks.keys import named_keys
 from ddpm_jax.types import to_float
@@ -28,6 +29,10 @@ class Images:
     size: int
     channels: int = 3
     mix_colours: bool = False
+
+    def __post_init__(self):
+        check_count("Images.size", self.size)
+        check_count("Images.channels", self.channels)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -53,7 +58,12 @@ class Images:
         images = batch["image"]
         if images.dtype != np.uint8:
             raise ValueError(f"images of the records must be uint8, whose white is 255, got {images.dtype}")
-        height, width, channels = images.shape[1:] if images.ndim == 4 else (0, 0, 0)
+        if images.ndim != 4:
+            raise ValueError(
+                f"images of the records must be [H, W, {self.channels}], got the shape {list(images.shape[1:])}; "
+                "image[:, :, None] gives a grey image its one channel, for Images(size, channels=1)"
+            )
+        height, width, channels = images.shape[1:]
         whole = height == width == self.size
         smaller = crops and 0 < height <= self.size and 0 < width <= self.size
         if channels != self.channels or not (whole or smaller):
@@ -87,6 +97,9 @@ class Embeddings:
     size: int
     scale: float = 1.0
     role: str = "clip"
+
+    def __post_init__(self):
+        check_count("Embeddings.size", self.size)
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import inspect
 from collections.abc import Sequence
 from typing import Any, get_args
 
@@ -10,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ddpm_jax.checks import check_model, check_type, shown
 from ddpm_jax.diffusion.diffusion import Diffusion
 from ddpm_jax.diffusion.importance import (
     LossHistory,
@@ -56,11 +58,22 @@ class DiffusionTask:
     sampling: Sampling | None = None
 
     def __post_init__(self):
+        check_model(self.model)
+        check_type("diffusion", self.diffusion, Diffusion)
+        for name in ("prepare", "metadata"):
+            if inspect.isclass(self.x0) or not callable(getattr(self.x0, name, None)):
+                raise ValueError(f"x0={shown(self.x0)} must be what is generated, such as Images(size)")
+        _check_conditions(self.conditions)
+        if self.weighting is not None and not callable(self.weighting):
+            raise ValueError(
+                f"weighting={shown(self.weighting)} must be a function, such as losses.min_snr(...), or None"
+            )
         for name, options in {"objective": get_args(Objective), "timesteps": get_args(Timesteps)}.items():
             if getattr(self, name) not in options:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be one of {', '.join(map(repr, options))}")
         check_objective(self.objective, self.diffusion.variance, self.weighting)
         if self.sampling is not None:
+            check_type("sampling", self.sampling, Sampling)
             self.sampling.checked().process(self.diffusion)
 
     @property
@@ -167,6 +180,18 @@ class DiffusionTask:
         for condition in self.conditions:
             found |= condition(batch, x0, key)
         return found
+
+
+def _check_conditions(conditions: Any) -> None:
+    hint = "must be a tuple of conditions"
+    if not isinstance(conditions, Sequence) or isinstance(conditions, (str, bytes)):
+        raise ValueError(f"conditions={shown(conditions)} {hint}; one condition is written as (condition,)")
+    for number, condition in enumerate(conditions):
+        methods = all(callable(getattr(condition, name, None)) for name in ("prepare", "null", "metadata"))
+        if inspect.isclass(condition) or not methods or not hasattr(condition, "name"):
+            raise ValueError(
+                f"conditions[{number}]={shown(condition)} must be a condition, such as Labels(num_classes)"
+            )
 
 
 class _ByIdentity:
