@@ -45,6 +45,7 @@ ERRORS = {
     "ddpm_jax.training.loop": ("Interrupted", "TrainingDiverged"),
 }
 REASONS = {
+    "Exceeds the limit": "is too large",
     "invalid literal for int": "is not a whole number",
     "could not convert string to float": "is not a number",
     "Non-boolean argument": "is neither true nor false",
@@ -252,7 +253,7 @@ def _explain(text: str) -> str:
     match = re.match(r"flag (--[^=]+=.*?): (.*)", text, re.DOTALL)
     for start, meaning in REASONS.items():
         if match and start in match[2]:
-            return f"{match[1]} {meaning}"
+            return f"{match[1]:.120} {meaning}"
     return text.removeprefix("flag ").splitlines()[0]
 
 
@@ -370,7 +371,10 @@ def _importing_line(error: ModuleNotFoundError, path: str) -> int | None:
 
 
 def _with_overrides(message: str, name: str, argv: list[str]) -> str:
-    """Add to a message the fields that the command line sets to the value that it shows by another name."""
+    """Add to a message the fields that the command line sets to the value that it shows by another name.
+
+    More than two of them are too many to be of use.
+    """
     found = []
     for word, following in zip(argv, [*argv[1:], ""]):
         match = re.fullmatch(rf"--?{name}\.([\w.]+)(?:=(.*))?", word, re.DOTALL)
@@ -380,7 +384,7 @@ def _with_overrides(message: str, name: str, argv: list[str]) -> str:
         # As in "drop=2.0", "kind='foo'" or "got 0", and not as the beginning of another number.
         if value and re.search(rf"(?:=|got )['\"]?{re.escape(value)}(?:\.0)?(?![\w.]*\w)", message):
             found.append(f"--{name}.{match[1]}={value}")
-    return message + (f" (here {', '.join(found)})" if found else "")
+    return message + (f" (here {' or '.join(found)})" if 0 < len(found) < 3 else "")
 
 
 def _own_errors() -> tuple[type[Exception], ...]:

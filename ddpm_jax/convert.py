@@ -12,6 +12,7 @@ from ddpm_jax import cli
 
 # isort: split
 import os
+import re
 import secrets
 import time
 from pathlib import Path
@@ -142,7 +143,7 @@ def _convert(source: Path, out: Path) -> None:
 def _heads() -> tuple[int, int] | None:
     if not _HEAD.value:
         return None
-    if len(_HEAD.value) > 2 or not all(width.isdigit() and int(width) > 0 for width in _HEAD.value):
+    if len(_HEAD.value) > 2 or not all(re.fullmatch("[1-9][0-9]{0,8}", width) for width in _HEAD.value):
         raise cli.UsageError(f"--head_width={','.join(_HEAD.value)} must be one width or two, as in 64,80")
     return int(_HEAD.value[0]), int(_HEAD.value[-1])
 

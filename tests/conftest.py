@@ -11,6 +11,7 @@ os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "true")
 
 import jax
 import jaxlib
+import pytest
 
 # XLA's older code generator compiles these programs with a third of the processor time; the tests' programs inherit it.
 # A jaxlib that does not know a flag ends the process, so the flags are set for the release that they were measured on.
@@ -20,7 +21,7 @@ if jaxlib.__version__.startswith("0.10."):
 # pytest-xdist hands out these files first, then the rest: a long one at the end would leave the other worker idle.
 LONGEST = ("kill", "cli", "tasks", "pipeline", "interop_stable_diffusion", "interop_karlo", "models", "notebooks")
 LONGEST += ("published_sizes", "interop_karlo_original", "configs", "loop", "independence", "solvers", "convert")
-LONGEST += ("modes", "guidance", "docs", "keys", "checkpoint_limits")
+LONGEST += ("cli_flags", "modes", "guidance", "docs", "keys", "checkpoint_limits")
 
 CACHE = Path(os.environ.get("JAX_COMPILATION_CACHE_DIR", Path(__file__).parent / ".cache" / "jax"))
 # Entries of the cache are not written in one piece, so every worker of pytest-xdist has its own.
@@ -43,3 +44,23 @@ gc.set_threshold(100_000, 50, 100)
 def pytest_collection_modifyitems(items):
     order = {f"test_{name}": number for number, name in enumerate(LONGEST)}
     items.sort(key=lambda item: order.get(item.path.stem, len(order)))
+
+
+@pytest.fixture
+def call(capfd):
+    """Return call(program, *flags) -> (status, stdout, stderr)."""
+
+    def run(program, *argv):
+        from commands import as_command  # what imports absl is imported by few tests
+
+        capfd.readouterr()
+        status = 0
+        with as_command(program, *argv) as command:
+            try:
+                command()
+            except SystemExit as stop:
+                status = stop.code or 0
+        out, err = capfd.readouterr()
+        return status, out, err
+
+    return run

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from commands import assert_one_sentence, small_disk
 from image_files import encoded, pixels, write
 from PIL import Image
 from random_networks import random_params
-from test_cli import assert_one_sentence, call, small_disk  # noqa: F401 (call is a fixture)
 from tiny_run import ROOT
 
 from ddpm_jax import temporary
@@ -279,7 +279,7 @@ def test_nothing_left_is_one_sentence(tmp_path):
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_a_full_disk_is_one_sentence(call, tmp_path, workers):  # noqa: F811
+def test_a_full_disk_is_one_sentence(call, tmp_path, workers):
     rng = np.random.default_rng(0)
     for number in range(4):
         write(tmp_path / "folder" / f"{number}.png", rng.integers(0, 256, (128, 128, 3), dtype=np.uint8))
@@ -420,7 +420,7 @@ def test_only_a_clip_or_an_autoencoder_embeds(tmp_path):
 # ---- The command -----------------------------------------------------------------------------------------------------
 
 
-def test_the_command_reports(call, folder, tmp_path):  # noqa: F811
+def test_the_command_reports(call, folder, tmp_path):
     flags = ("--source", folder, "--out", tmp_path / "out", "--size", 8, "--shard_records", 64)
     status, out, _ = call("prepare", *flags, "--max_skipped", 9)
     assert status == 0
@@ -432,7 +432,7 @@ def test_the_command_reports(call, folder, tmp_path):  # noqa: F811
     assert status == 0 and out.splitlines() == lines  # complete already: the limit has no say
 
 
-def test_wrong_flags_are_one_sentence(call, folder, tmp_path):  # noqa: F811
+def test_wrong_flags_are_one_sentence(call, folder, tmp_path):
     good = ("--source", folder, "--out", tmp_path / "out", "--size", 8)
     for flags, parts in (
         ((), ("--source, --out and --size are needed",)),

@@ -2,8 +2,8 @@
 
 import numpy as np
 import pytest
+from commands import assert_one_sentence, listing
 from PIL import Image
-from test_cli import assert_one_sentence, call, listing  # noqa: F401 (call is a fixture)
 from tiny_pipelines import HIGH, LOW, cascade, clip, unclip, upsampler
 
 from ddpm_jax.pipelines import save
@@ -24,13 +24,13 @@ def places(tmp_path_factory):
     return place
 
 
-def sampled(call, place, out, *flags):  # noqa: F811
+def sampled(call, place, out, *flags):
     status, said, err = call("sample", "--workdir", place, "--out", out, *flags)
     assert status == 0, err
     return said, np.asarray(Image.open(out))
 
 
-def test_captions(call, places, tmp_path):  # noqa: F811
+def test_captions(call, places, tmp_path):
     said, image = sampled(call, places / "unclip", tmp_path / "a.png", "--prompt", A_WORD, "--prompt", "", "--count=2")
     assert said.endswith(f"a.png: 4 images of {HIGH} x {HIGH} pixels\n") and image.std() > 5
     flags = ["--prompt", A_WORD, "--negative_prompt", "a blue star", "--scale=2", "--prior_steps=3"]
@@ -39,7 +39,7 @@ def test_captions(call, places, tmp_path):  # noqa: F811
     assert other.std() > 5
 
 
-def test_labels_and_numbers(call, places, tmp_path):  # noqa: F811
+def test_labels_and_numbers(call, places, tmp_path):
     ddpm, classes = places / "ddpm", places / "classes"
     said, image = sampled(call, ddpm, tmp_path / "a.png", "--num_images=3", "--seed=4", "--columns=3")
     assert said.endswith(f"a.png: 3 images of {LOW} x {LOW} pixels\n")
@@ -88,7 +88,7 @@ def test_labels_and_numbers(call, places, tmp_path):  # noqa: F811
         ("model", ["--num_images=2"], ["cannot be sampled alone: base is an upsampler"]),
     ],
 )
-def test_what_does_not_fit_is_one_sentence(call, places, tmp_path, where, flags, parts):  # noqa: F811
+def test_what_does_not_fit_is_one_sentence(call, places, tmp_path, where, flags, parts):
     result = call("sample", "--workdir", places / where, "--out", tmp_path / "x.png", *flags)
     assert_one_sentence(result, 2, *parts)
     assert listing(tmp_path) == []
