@@ -184,6 +184,22 @@ def test_a_network_of_the_users_own_is_given_and_not_imported(tmp_path):
     equal(ddpm_jax.load(tmp_path / "own", network=Own()).params, params)
 
 
+def test_a_network_of_the_users_own_must_have_the_shapes_of_its_parameters(tmp_path):
+    params = Own().init(jax.random.key(0), jnp.zeros((1, 8, 8, 3)), None)
+    metadata = {"diffusion": {"schedule": "cosine", "num_steps": 10}, "image_size": 8, "channels": 3, "conditions": []}
+    save_model(Model(params, Own()), tmp_path / "own", metadata=metadata)
+    equal(ddpm_jax.load(tmp_path / "own", network=Own()).params, params)
+    for network, message in (
+        (Own(5), r"network=Own.*: Dense_0/kernel is \[4, 3\] in the file and \[5, 3\] in the network"),
+        (Own, r"network must be a model, got the class Own; write Own\(...\)"),
+        ("Own", "network must be a model such as a flax.linen.Module, with init and apply, got 'Own'"),
+    ):
+        with pytest.raises(LoadError, match=message):
+            ddpm_jax.load(tmp_path / "own", network=network)
+    with pytest.raises(LoadError, match="path=3 must be the path of a directory"):
+        ddpm_jax.load(3)
+
+
 def test_metadata_that_cannot_be_stored_writes_nothing(tmp_path):
     for metadata, message in (
         ({"when": object()}, "metadata.when is a object, which cannot be stored"),

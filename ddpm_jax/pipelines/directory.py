@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ddpm_jax.checks import shown
 from ddpm_jax.data.tokenizer import Tokenizer, tokenizer_from_config
 from ddpm_jax.errors import LoadError
 from ddpm_jax.pipelines.cascade import Cascade
@@ -20,7 +21,7 @@ from ddpm_jax.pipelines.unclip import UnCLIP
 from ddpm_jax.storage import model_directory
 from ddpm_jax.storage.fingerprint import tree_fingerprint
 from ddpm_jax.storage.metadata import thaw
-from ddpm_jax.storage.model_directory import MODEL_FILE, Model, open_model, read_description, save_model
+from ddpm_jax.storage.model_directory import MODEL_FILE, Model, check_given, open_model, read_description, save_model
 from ddpm_jax.temporary import temporary_path
 
 CLASSES: dict[str, type] = {"UnCLIP": UnCLIP, "Cascade": Cascade}
@@ -45,6 +46,9 @@ def load(path: str | os.PathLike | None = None, *, ema: bool = True, network: nn
     Raises:
         LoadError: if there is nothing to open there, or it cannot be opened; the message is one sentence.
     """
+    if path is not None and not isinstance(path, (str, os.PathLike)):
+        raise LoadError(f"path={shown(path)} must be the path of a directory, or None for the bundled pipeline")
+    check_given(network)
     directory = BUNDLED if path is None else Path(path)
     if (directory / PIPELINE_FILE).is_file():
         if network is not None:

@@ -25,6 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ddpm_jax.checks import check_model, shown
 from ddpm_jax.diffusion.diffusion import Diffusion
 from ddpm_jax.errors import LoadError, ReadError
 from ddpm_jax.extras import needs_extra
@@ -278,6 +279,7 @@ def open_model(
     Raises:
         LoadError: if it cannot be read, holds several networks, or network and parameters do not fit each other.
     """
+    check_given(network)
     directory, described = Path(directory), read_description(directory)
     if len(described["networks"]) != 1:
         names = ", ".join(described["networks"])
@@ -289,6 +291,20 @@ def open_model(
         params, network = _read_stage(directory, described, ema=ema, dtype=dtype, network=network)
     params = {"params": jax.tree.map(jnp.asarray, params)}
     return Model(params, network, freeze(described["metadata"]), described["family"])
+
+
+def check_given(network: Any) -> None:
+    """Raise LoadError unless a network that is given in place of the described one is None or a network."""
+    if network is not None:
+        try:
+            check_model(network)
+        except ValueError as error:
+            raise LoadError(str(error).replace("model must be a network", "network must be a model", 1)) from None
+
+
+def _named(directory: Path, name: str, given: nn.Module | None) -> str:
+    """Return what messages call a network."""
+    return f"the network {name} of {directory / MODEL_FILE}" if given is None else f"network={shown(given)}"
 
 
 def load(directory: str | os.PathLike, *, dtype: Any = None) -> Converted:
@@ -318,7 +334,7 @@ def _read(directory: Path, described: Mapping[str, Any], dtype: Any, network: nn
             odd = min(key for key in {*there, *shapes} if there.get(key) != shapes.get(key))
             raise ReadError(f"{directory / name}.safetensors does not hold what {MODEL_FILE} says: {odd}")
         if name in models:
-            where = f"the network {name} of {directory / MODEL_FILE}"
+            where = _named(directory, name, network)
             check_parameters(models[name], there, described["metadata"], where=where, file=str(file))
         flat = {key: np.array(array, np.float32) for key, array in tensors.items()}
         odd = sorted(key for key, array in flat.items() if not np.isfinite(array).all())
@@ -337,7 +353,7 @@ def _read_stage(
     """Read the newest checkpoint of a stage that is trained here."""
     ((name, fields),) = described["networks"].items()
     where = f"{directory / MODEL_FILE}: networks.{name}"
-    network = build(fields, where=where, dtype=dtype) if network is None else network
+    given, network = network, build(fields, where=where, dtype=dtype) if network is None else network
     # Here and not above: it loads Orbax, which files of parameters do not need.
     from ddpm_jax.storage.checkpoint import CheckpointError, restore_params
 
@@ -349,7 +365,7 @@ def _read_stage(
     flat = flax.traverse_util.flatten_dict(dict(params), sep="/")
     shapes = {key: tuple(array.shape) for key, array in flat.items()}
     file = f"the checkpoint in {directory}"
-    where = f"the network {name} of {directory / MODEL_FILE}"
+    where = _named(directory, name, given)
     check_parameters(network, shapes, described["metadata"], where=where, file=file)
     return params, network
 

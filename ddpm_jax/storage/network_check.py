@@ -44,15 +44,19 @@ def check_parameters(network: nn.Module, shapes: Shapes, metadata: Mapping[str, 
         where: names the network in messages.
         file: names the file in messages.
 
+    A network of another class than those of this package is called as the tasks of this package call it.
+
     Raises:
         LoadError: otherwise; it names the first parameter that differs.
     """
-    if type(network) not in _INPUTS:  # the caller's own, of which nothing is known
+    own = type(network) not in _INPUTS  # the caller's, of which nothing is known but the task that it was trained for
+    if own and (inputs := _inputs_of_task(metadata)) is None:
         return
-    _check_size(network, shapes, where, file)
-    network = _with_levels(network, shapes)
+    if not own:
+        _check_size(network, shapes, where, file)
+        network = _with_levels(network, shapes)
     try:
-        inputs = _INPUTS[type(network)](network, shapes, metadata)
+        inputs = inputs if own else _INPUTS[type(network)](network, shapes, metadata)
         init = lambda *args, **options: network.init(jax.random.key(0), *args, method=inputs.method, **options)
         wanted = jax.eval_shape(init, *inputs.args, **inputs.options)
     except LoadError:
@@ -116,6 +120,28 @@ def _with_levels(network: nn.Module, shapes: Shapes) -> nn.Module:
         below = {name.removeprefix("unet/"): shape for name, shape in shapes.items() if name.startswith("unet/")}
         return network.clone(unet=_with_levels(inner, below))
     return network
+
+
+def _inputs_of_task(metadata: Mapping[str, Any]) -> "_Inputs | None":
+    """Return what a task of this package calls any network with, as its metadata say; None if they do not."""
+    size, channels = metadata.get("image_size"), metadata.get("channels", 3)
+    shape: tuple[Any, ...] = (size, size, channels)
+    if "embedding" in metadata:
+        shape = (metadata["embedding"].get("size"),)
+    if "diffusion" not in metadata or not all(isinstance(n, int) and n > 0 for n in shape):
+        return None
+    options = {}
+    for condition in metadata.get("conditions", ()):
+        if condition == "labels":
+            options["y"] = _ints(1)
+        elif condition == "low_resolution":
+            low = metadata.get(condition, {})
+            side = low.get("size")
+            options["low_res"] = _floats(1, side, side, channels)
+            options |= {"noise_level": _floats(1)} if low.get("noise_level_input") else {}
+        else:  # its widths are not in the metadata
+            return None
+    return _Inputs((_floats(1, *shape), _ints(1)), options)
 
 
 # ---- Inputs ----------------------------------------------------------------------------------------------------------
