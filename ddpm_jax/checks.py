@@ -7,6 +7,7 @@ error says so in one sentence.
 """
 
 import inspect
+import math
 import numbers
 from collections.abc import Callable
 from typing import Any
@@ -60,12 +61,25 @@ def check_count(name: str, value: Any) -> None:
     if isinstance(value, (bool, np.bool_)) or not isinstance(value, numbers.Integral):
         raise ValueError(f"{name}={shown(value)} must be an integer")
     if value < 1:
-        raise ValueError(f"{name}={value} must be at least 1")
+        raise ValueError(f"{name}={shown(value)} must be at least 1")
+
+
+def is_finite(value: Any) -> bool:
+    """Return whether a value is one real number, of Python or numpy, that a float can hold."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer beyond the floats
+        return False
 
 
 def shown(value: Any) -> str:
     """Return a value as a message shows it: on one line, and short."""
-    text = " ".join(repr(value).split())
+    try:
+        text = " ".join(repr(value).split())
+    except ValueError:  # Python prints no integer of thousands of digits
+        return "an integer of thousands of digits"
     return text if len(text) <= 60 else text[:57] + "..."
 
 

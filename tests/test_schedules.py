@@ -210,3 +210,13 @@ def test_respacing_errors(spec, message):
 def test_fast27_needs_room_for_its_moved_step():
     with pytest.raises(ValueError, match="where there are only"):
         respaced_timesteps(30, "fast27")
+
+
+@pytest.mark.parametrize(
+    "spec", ["9" * 5000, "ddim" + "9" * 5000, "10," + "9" * 5000, 10**5000, [0, 10**5000]], ids=type
+)
+def test_numbers_of_thousands_of_digits_are_refused_in_a_short_sentence(spec):
+    """Python neither reads nor prints them."""
+    with pytest.raises(ValueError, match="^spec=") as error:
+        respaced_timesteps(1000, spec)
+    assert len(str(error.value)) < 200 and "set_int_max_str_digits" not in str(error.value)

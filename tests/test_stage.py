@@ -36,6 +36,7 @@ def test_counts_are_integers_of_at_least_one(name):
         refused(("stage toy", f"{name}={bad!r} must be {meaning}"), lambda bad=bad: make_stage({name: bad}))
     for bad in ("2", None):
         refused(("stage toy", f"{name}={bad!r} must be an integer"), lambda bad=bad: make_stage({name: bad}))
+    refused(("stage toy", f"{name}=an integer of thousands of digits"), lambda: make_stage({name: 10**5000}))
 
 
 @pytest.mark.parametrize("name", COUNTS)

@@ -134,7 +134,7 @@ def test_arguments_of_train(tmp_path, monkeypatch, arguments, message):
     ("options", "message"),
     [
         ({"names": "base"}, "names='base' must be a sequence of names of stages; write ['base']"),
-        ({"mesh": 8}, 'mesh=8 must be a Mesh with an axis "data"'),
+        ({"mesh": 8}, "mesh=8 must be a Mesh with axes of data, fsdp, tensor"),
         ({"pipeline": "Cascade"}, "pipeline='Cascade' must be a pipelines.PipelineDescription"),
     ],
 )

@@ -10,6 +10,7 @@ from typing import Any, SupportsIndex
 
 import numpy as np
 
+from ddpm_jax.checks import shown
 from ddpm_jax.data.decode import MAX_PIXELS, DecodeError, Decoder
 from ddpm_jax.data.source import CaptionError, Fingerprint, check_index, read_text
 from ddpm_jax.data.transforms import WHITE
@@ -213,6 +214,9 @@ class ImageFolder:
                 raise ValueError(f"{self._root / without[0]} has no value in the metadata's column {column}")
             values = [value if isinstance(value, int) and value >= 0 else str(value) for value in values]
             if all(isinstance(value, int) or value.isdecimal() for value in values):
+                large = [value for value in values if len(str(value)) > 10 or int(value) >= 2**31]
+                if large:
+                    raise ValueError(f"the column {column} has the label {shown(large[0])}, and labels are below 2**31")
                 self._labels = [int(value) for value in values]
                 return
             values = [str(value) for value in values]

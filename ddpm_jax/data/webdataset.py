@@ -19,7 +19,8 @@ from ddpm_jax.data.transforms import WHITE
 
 IMAGES = ("gif", "jpeg", "jpg", "png", "webp")
 JSON_CAPTIONS = ("caption", "text")
-_BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")
+_BRACES = re.compile(r"\{(\d{1,9})\.\.(\d{1,9})\}")
+_MOST_SHARDS = 10**6
 
 
 class WebDatasetSource:
@@ -179,6 +180,8 @@ def _expanded(text: str) -> Iterator[str]:
         yield text
         return
     first, last = match.groups()
+    if int(last) - int(first) >= _MOST_SHARDS:
+        raise ValueError(f"{match[0]} in the name of shards stands for more than {_MOST_SHARDS} names")
     for number in range(int(first), int(last) + 1):
         yield from _expanded(f"{text[: match.start()]}{number:0{len(first)}d}{text[match.end() :]}")
 

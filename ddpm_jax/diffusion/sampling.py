@@ -1,7 +1,6 @@
 """Sampling options of a network as plain data: the sampler, its steps, guidance and thresholds."""
 
 import dataclasses
-import math
 import numbers
 import re
 from collections.abc import Callable, Iterable, Mapping, Set
@@ -11,7 +10,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from ddpm_jax.checks import check_static
+from ddpm_jax.checks import check_static, is_finite, shown
 from ddpm_jax.diffusion.diffusion import Diffusion
 from ddpm_jax.diffusion.guidance import (
     classifier_free,
@@ -92,8 +91,8 @@ class Sampling:
         Raises:
             ValueError: if an option is unknown to the sampler, of another type or out of its range.
         """
-        if self.sampler not in SAMPLERS:
-            raise ValueError(f"{prefix}sampler={self.sampler!r} must be one of {', '.join(map(repr, SAMPLERS))}")
+        if not isinstance(self.sampler, str) or self.sampler not in SAMPLERS:
+            raise ValueError(f"{prefix}sampler={shown(self.sampler)} must be one of {', '.join(map(repr, SAMPLERS))}")
         options = SAMPLERS[self.sampler].options
         foreign = {name for sampler in SAMPLERS.values() for name in sampler.options} - set(options)
         found: dict[str, Any] = {"steps": as_steps(f"{prefix}steps", self.steps)}
@@ -116,7 +115,8 @@ class Sampling:
         """
         options = {name: value for name, value in options.items() if value is not None}
         if options.get("sampler", self.sampler) != self.sampler:
-            has = SAMPLERS[options["sampler"]].options if options["sampler"] in SAMPLERS else ()
+            known = isinstance(options["sampler"], str) and options["sampler"] in SAMPLERS
+            has = SAMPLERS[options["sampler"]].options if known else ()
             dropped = set(SAMPLERS[self.sampler].options) - set(has)
             self = self.replace(**{name: False if name == "sde" else None for name in dropped})
         return self.replace(**options).checked(prefix)
@@ -240,10 +240,10 @@ def as_steps(name: str, value: Any) -> int | str | tuple[int, ...]:
     value, given = _plain(value), value
     if isinstance(value, str):
         text = re.sub(r"\s*,\s*", ",", value.strip())
-        value = int(text) if text.isdecimal() else text
+        value = int(text) if re.fullmatch(r"\d{1,9}", text) else text  # longer ones are refused by `respace`
     if isinstance(value, numbers.Integral) and not isinstance(value, bool):
         if value < 1:
-            raise ValueError(f"{name}={given!r} must be at least 1")
+            raise ValueError(f"{name}={shown(given)} must be at least 1")
         return int(value)
     if isinstance(value, str) and value:
         return value
@@ -252,7 +252,7 @@ def as_steps(name: str, value: Any) -> int | str | tuple[int, ...]:
         if found and all(isinstance(step, numbers.Integral) and not isinstance(step, bool) for step in found):
             return tuple(map(int, found))
     raise ValueError(
-        f'{name}={given!r} must be a number of steps, a string like "25" or "ddim25", or increasing timesteps'
+        f'{name}={shown(given)} must be a number of steps, a string like "25" or "ddim25", or increasing timesteps'
     )
 
 
@@ -267,27 +267,27 @@ def _plain(value: Any) -> Any:
     return value.item() if getattr(value, "ndim", None) == 0 and hasattr(value, "item") else value
 
 
-def _checked_option(shown: str, name: str, value: Any) -> Any:
+def _checked_option(option: str, name: str, value: Any) -> Any:
     """Return a Python number, or a traced one as it is."""
     if name == "sde" or name in _COUNTS:
-        check_static(shown, value, "since another program is compiled for it")
+        check_static(option, value, "since another program is compiled for it")
     if name == "sde":
         if not isinstance(value, bool):
-            raise ValueError(f"{shown}={value!r} must be True or False")
+            raise ValueError(f"{option}={shown(value)} must be True or False")
         return value
     value, given = _plain(value), value
     if name in _COUNTS:
         least, most = _COUNTS[name]
         if isinstance(value, bool) or not isinstance(value, numbers.Integral) or not least <= value <= most:
-            raise ValueError(f"{shown}={given!r} must be an integer in [{least}, {most}]")
+            raise ValueError(f"{option}={shown(given)} must be an integer in [{least}, {most}]")
         return int(value)
     if _is_traced(value):
         return value
     least, most = _RANGES[name]
-    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value):
-        raise ValueError(f"{shown}={given!r} must be a finite number")
+    if not is_finite(value):
+        raise ValueError(f"{option}={shown(given)} must be a finite number")
     if not least <= value <= most or (name in _POSITIVE and value == 0):
-        raise ValueError(f"{shown}={value} must be in {'(' if name in _POSITIVE else '['}{least:g}, {most:g}]")
+        raise ValueError(f"{option}={value} must be in {'(' if name in _POSITIVE else '['}{least:g}, {most:g}]")
     return float(value)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from ddpm_jax.checks import check_static
+from ddpm_jax.checks import check_static, shown
 
 SPACINGS = ("leading", "trailing", "linspace")
 MADE_IN_NUMPY = "since schedules are made in float64 by numpy"
@@ -221,13 +221,17 @@ def respaced_timesteps(num_steps: int, spec: str | int | Sequence[int]) -> list[
     if not isinstance(spec, str):
         return _explicit(num_steps, spec)
     text = re.sub(r"\s*,\s*", ",", spec.strip())
+    if re.search(r"\d{10}", text):
+        raise ValueError(f"spec={shown(spec)} has a number of ten or more digits, and there are {num_steps} steps")
     if text == "fast27":
         return _fast27(num_steps)
     if re.fullmatch(r"ddim\d+", text):
         return _integer_stride(num_steps, int(text.removeprefix("ddim")))
     if re.fullmatch(r"\d+(,\d+)*", text):
         return _sections(num_steps, [int(count) for count in text.split(",")], spec)
-    raise ValueError(f'{spec=} must be like "250", "10,10,3,2,2", "ddim50", "fast27", or a list of timesteps')
+    raise ValueError(
+        f'spec={shown(spec)} must be like "250", "10,10,3,2,2", "ddim50", "fast27", or a list of timesteps'
+    )
 
 
 def spaced_timesteps(num_steps: int, count: int, spacing: str = "leading", offset: int = 0) -> list[int]:
@@ -302,11 +306,11 @@ def _check_num_steps(num_steps: int) -> None:
 def _explicit(num_steps: int, spec: Sequence[int]) -> list[int]:
     steps = np.asarray(spec)
     if steps.ndim != 1 or steps.size == 0 or not np.issubdtype(steps.dtype, np.integer):
-        raise ValueError(f"{spec=} must be a non-empty list of integer timesteps")
+        raise ValueError(f"spec={shown(spec)} must be a non-empty list of integer timesteps")
     if np.any(np.diff(steps) <= 0):
-        raise ValueError(f"{spec=} must be strictly increasing")
+        raise ValueError(f"spec={shown(spec)} must be strictly increasing")
     if steps[0] < 0 or steps[-1] >= num_steps:
-        raise ValueError(f"{spec=} must lie in [0, {num_steps})")
+        raise ValueError(f"spec={shown(spec)} must lie in [0, {num_steps})")
     return [int(step) for step in steps]
 
 
@@ -320,13 +324,15 @@ def _integer_stride(num_steps: int, count: int) -> list[int]:
 
 def _sections(num_steps: int, counts: Sequence[int], spec: str | int) -> list[int]:
     if min(counts) < 1:
-        raise ValueError(f"{spec=} must have at least 1 step in every section")
+        raise ValueError(f"spec={shown(spec)} must have at least 1 step in every section")
     base, longer = divmod(num_steps, len(counts))
     chosen, start = [], 0
     for section, count in enumerate(counts):
         size = base + (section < longer)
         if count > size:
-            raise ValueError(f"{spec=} selects {count} steps where there are only {size} (of {num_steps} in all)")
+            raise ValueError(
+                f"spec={shown(spec)} selects {shown(count)} steps where there are only {size} (of {num_steps} in all)"
+            )
         stride = (size - 1) / (count - 1) if count > 1 else 0.0
         # The stride is added up, not multiplied, and rounded half to even: ties fall as in the published models.
         chosen += [start + round(offset) for offset in accumulate([stride] * (count - 1), initial=0.0)]

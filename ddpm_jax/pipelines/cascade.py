@@ -18,6 +18,7 @@ from ddpm_jax.diffusion.samplers import RecordedNoise
 from ddpm_jax.diffusion.samplers.noise import transition_keys
 from ddpm_jax.diffusion.sampling import Sampling, sample_with
 from ddpm_jax.pipelines.request import (
+    MOST_IMAGES,
     as_int,
     as_labels,
     as_seed,
@@ -189,6 +190,7 @@ class Cascade(flax.struct.PyTreeNode):
             pipeline.sampling,
             options,
             main="base",
+            arguments=("num_images", "labels"),
             guided=[name for name, model in stages.items() if _null(model) is not None],
             classified=("base",) if self.classifier is not None else (),
         )
@@ -223,7 +225,7 @@ class Cascade(flax.struct.PyTreeNode):
     def _labels(self, labels: Any, num_images: int | None) -> tuple[np.ndarray | None, int]:
         """Return the labels, int32[N], -1 for the null class, or None; and N."""
         known = self.labels
-        count = None if num_images is None else as_int("num_images", num_images, least=1)
+        count = None if num_images is None else as_int("num_images", num_images, least=1, most=MOST_IMAGES)
         if known is None:
             if labels is not None:
                 raise ValueError(f"labels={labels!r:.60}: no model of this pipeline has classes")

@@ -332,7 +332,13 @@ class Karlo(flax.struct.PyTreeNode):
     ) -> np.ndarray:
         if self.tokenizer is None:
             raise ValueError("this pipeline has no tokenizer; give it one, as in karlo.replace(tokenizer=...)")
-        sampling, length = stage_samplings(self.sampling, options, guided=("prior", "decoder")), self.text.text.context
+        sampling = stage_samplings(
+            self.sampling,
+            options,
+            arguments=("prompts" if pixels is None else "pixels", "negative_prompts"),
+            guided=("prior", "decoder"),
+        )
+        length = self.text.text.context
         for stage, of_stage in sampling.items():
             check_steps(f"{stage}_steps", of_stage, DIFFUSION[stage])
         tokens, mask = tokenize(self.tokenizer, prompts, length, allow_empty=True)

@@ -15,18 +15,23 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from ddpm_jax.checks import is_finite, shown
 from ddpm_jax.data.tokenizer import Tokenizer
 from ddpm_jax.diffusion.diffusion import Diffusion
 from ddpm_jax.diffusion.process import GaussianProcess, respace
 from ddpm_jax.diffusion.sampling import Sampling, as_steps
 from ddpm_jax.diffusion.schedules import respaced_timesteps
-from ddpm_jax.parallel.mesh import batch_shards, data_sharding, replicated
+from ddpm_jax.parallel.mesh import batch_axes, batch_shards, data_sharding, replicated
 
 Steps = int | str | Sequence[int]
 """A number of steps, a spec of `schedules.respaced_timesteps`, or the timesteps themselves, increasing."""
 
 MOST_IMAGES = 2**31 - 1  # indices of images are int32
 MOST_AT_A_TIME = 2**16
+# What options are called in other libraries.
+_ELSEWHERE = {"guidance_scale": "scale", "cfg_scale": "scale", "num_inference_steps": "steps", "num_steps": "steps"}
+# What images are made from, of some pipelines or others.
+_OTHER_ARGUMENTS = ("prompts", "negative_prompts", "labels", "num_images", "images")
 FIELDS = tuple(field.name for field in dataclasses.fields(Sampling))
 
 
@@ -38,11 +43,11 @@ def as_int(name: str, value: Any, *, least: int, most: int | None = None) -> int
     """
     value, given = _plain(name, value), value
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-        raise ValueError(f"{name}={given!r} must be an integer")
+        raise ValueError(f"{name}={shown(given)} must be an integer")
     if value < least:
-        raise ValueError(f"{name}={value} must be at least {least}")
+        raise ValueError(f"{name}={shown(value)} must be at least {least}")
     if most is not None and value > most:
-        raise ValueError(f"{name}={value} must be at most {most}")
+        raise ValueError(f"{name}={shown(value)} must be at most {most}")
     return int(value)
 
 
@@ -61,7 +66,7 @@ def image_indices(start: Any, count: int) -> np.ndarray:
     Raises:
         ValueError: if start is not an integer in its range.
     """
-    return as_int("start", start, least=0, most=MOST_IMAGES - count) + np.arange(count, dtype=np.int32)
+    return as_int("start", start, least=0, most=max(MOST_IMAGES - count, 0)) + np.arange(count, dtype=np.int32)
 
 
 def image_keys(seed: jax.Array, index: jax.Array) -> jax.Array:
@@ -77,10 +82,10 @@ def as_float(name: str, value: Any, *, least: float = -math.inf, most: float = m
         ValueError: if value is not a finite number in [least, most].
     """
     value, given = _plain(name, value), value
-    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value):
-        raise ValueError(f"{name}={given!r} must be a finite number")
+    if not is_finite(value):
+        raise ValueError(f"{name}={shown(given)} must be a finite number")
     if not least <= value <= most:
-        raise ValueError(f"{name}={value} must be in [{least:g}, {most:g}]")
+        raise ValueError(f"{name}={shown(value)} must be in [{least:g}, {most:g}]")
     return float(value)
 
 
@@ -117,6 +122,8 @@ def on_mesh(mesh: Mesh | None, models: Any) -> tuple[Any, Callable[[Any], Any], 
     if mesh is None:
         here = lambda x: jax.device_put(x) if isinstance(x, np.ndarray) else x  # noqa: E731 (once, not for every batch)
         return jax.tree.map(here, models), lambda array: array, 1
+    if not isinstance(mesh, Mesh) or not batch_axes(mesh):
+        raise ValueError(f'mesh={shown(mesh)} must be a Mesh with an axis "data", as make_local_mesh returns')
     place = functools.partial(jax.device_put, device=data_sharding(mesh))
     return jax.device_put(models, replicated(mesh)), place, batch_shards(mesh)
 
@@ -126,6 +133,7 @@ def stage_samplings(
     options: Mapping[str, Any],
     *,
     main: str = "decoder",
+    arguments: Collection[str] = ("prompts", "negative_prompts"),
     guided: Collection[str] = (),
     classified: Collection[str] = (),
 ) -> dict[str, Sampling]:
@@ -136,6 +144,7 @@ def stage_samplings(
         options: the fields of `Sampling` by the names <stage>_<field>, and <field> alone for the main stage; None takes
             the default.
         main: the main stage.
+        arguments: the other arguments of the pipeline's `generate`, for messages; those of all pipelines are known.
         guided: the stages that have a null condition, for the options scale and rescale.
         classified: the stages that have a classifier, for the option classifier_scale.
 
@@ -145,7 +154,7 @@ def stage_samplings(
     found: dict[str, dict[str, Any]] = {stage: {} for stage in defaults}
     plain: set[str] = set()
     for name, value in options.items():
-        stage, field = (main, name) if name in FIELDS else _stage_and_field(name, tuple(defaults))
+        stage, field = (main, name) if name in FIELDS else _stage_and_field(name, tuple(defaults), arguments)
         if value is None:
             continue
         if isinstance(value, jax.core.Tracer):
@@ -165,14 +174,23 @@ def stage_samplings(
     return samplings
 
 
-def _stage_and_field(name: str, stages: Sequence[str]) -> tuple[str, str]:
+def _stage_and_field(name: str, stages: Sequence[str], arguments: Collection[str]) -> tuple[str, str]:
     known = {f"{stage}_{field}": (stage, field) for stage in stages for field in FIELDS}
     if name in known:
         return known[name]
+    if name in _OTHER_ARGUMENTS:
+        raise ValueError(
+            f"{name} is no argument of this pipeline, which generates images from {' and '.join(arguments)}"
+        )
+    names = [*known, *FIELDS, *arguments, "seed", "start", "batch_size", "report"]
+    meant = _ELSEWHERE.get(name)
+    near = (
+        f" (did you mean {meant!r}?)"
+        if meant
+        else "".join(f" (did you mean {other!r}?)" for other in difflib.get_close_matches(name, names, 1))
+    )
     if name.endswith(tuple(f"_{field}" for field in FIELDS)):
-        raise ValueError(f"there is no option {name!r}: this pipeline has the stages {', '.join(stages)}")
-    names = [*known, *FIELDS, "negative_prompts", "seed", "start", "batch_size", "report"]
-    near = "".join(f" (did you mean {other!r}?)" for other in difflib.get_close_matches(name, names, 1))
+        raise ValueError(f"there is no option {name!r}{near}: this pipeline has the stages {', '.join(stages)}")
     raise ValueError(
         f"there is no option {name!r}{near}; options are <stage>_<name> with the stages {', '.join(stages)} and the "
         f"names {', '.join(FIELDS)}"
@@ -247,6 +265,8 @@ def in_batches(
         NotFiniteError: if a stage returned NaN or infinity.
     """
     batch_size, done = as_int("batch_size", batch_size, least=1, most=MOST_AT_A_TIME), []
+    if report is not None and not callable(report):
+        raise ValueError(f"report={shown(report)} must be a function of the number of images that are done")
     count = next(len(array) for array in arrays if array is not None)
     for rows, new in batches(count, -(-batch_size // unit) * unit, unit):
         images, finite_of = run(*(place(None if array is None else array[rows]) for array in arrays))
@@ -404,4 +424,6 @@ def _plain(name: str, value: Any) -> Any:
     """Return the Python number or string of a scalar, and anything else as it is."""
     if isinstance(value, jax.core.Tracer):
         raise ValueError(f"{name} must be a concrete value, not one that JAX traces")
+    if isinstance(value, jax.Array) and jax.dtypes.issubdtype(value.dtype, jax.dtypes.extended):
+        return value  # a key, which is no number
     return value.item() if getattr(value, "ndim", None) == 0 and hasattr(value, "item") else value

@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 from ddpm_jax.checks import shown
 from ddpm_jax.data.source import read_record
 from ddpm_jax.errors import LoadError
-from ddpm_jax.parallel.mesh import batch_shards, make_mesh
+from ddpm_jax.parallel.mesh import AXES, batch_shards, make_mesh
 from ddpm_jax.storage.checkpoint import SUBDIRECTORY, Checkpoints, restore_params
 from ddpm_jax.storage.fingerprint import tree_fingerprint
 from ddpm_jax.storage.json_file import read_json, write_json
@@ -90,8 +90,8 @@ def train(
     stages = _as_stages(stages)
     if not isinstance(workdir, (str, os.PathLike)):
         raise ValueError(f"workdir={shown(workdir)} must be the path of a directory")
-    if mesh is not None and (not isinstance(mesh, Mesh) or DATA_AXIS not in mesh.shape):
-        raise ValueError(f'mesh={shown(mesh)} must be a Mesh with an axis "{DATA_AXIS}", as make_mesh returns')
+    if mesh is not None and (not isinstance(mesh, Mesh) or not set(mesh.shape) & set(AXES)):
+        raise ValueError(f"mesh={shown(mesh)} must be a Mesh with axes of {', '.join(AXES)}, as make_mesh returns")
     run = _Run(stages, Path(workdir), make_mesh({"data": -1}) if mesh is None else mesh)
     chosen = [run.stages[name] for name in run.check_names(names)]
     if pipeline is not None:

@@ -2,13 +2,11 @@
 
 import dataclasses
 import inspect
-import math
-import numbers
 import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from ddpm_jax.checks import shown
+from ddpm_jax.checks import is_finite, shown
 from ddpm_jax.data.source import transformed
 from ddpm_jax.parallel.sharding import Rule
 from ddpm_jax.types import Source, Task
@@ -83,17 +81,17 @@ class Training:
             if isinstance(value, bool) or not isinstance(value, int):
                 raise ValueError(f"{name}={value!r} must be an integer")
             if value > 10**9 and name != "seed":
-                raise ValueError(f"{name}={value} must be at most {10**9}")
+                raise ValueError(f"{name}={shown(value)} must be at most {10**9}")
             if value < leasts.get(name, value):
-                raise ValueError(f"{name}={value} must be at least {leasts[name]}")
+                raise ValueError(f"{name}={shown(value)} must be at least {leasts[name]}")
         for name in _FLOATS:
             value = getattr(self, name)
             if value is None and name in _OPTIONAL:
                 continue
-            if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value):
-                raise ValueError(f"{name}={value!r} must be a finite number")
+            if not is_finite(value):
+                raise ValueError(f"{name}={shown(value)} must be a finite number")
         if not 0 <= self.seed < 2**32:
-            raise ValueError(f"seed={self.seed} must lie in [0, 2**32)")
+            raise ValueError(f"seed={shown(self.seed)} must lie in [0, 2**32)")
         if not 0 <= self.ema_decay < 1:
             reason = ", or the average never leaves the first parameters" if self.ema_decay == 1 else ""
             raise ValueError(f"ema_decay={self.ema_decay} must be in [0, 1){reason}")
