@@ -50,6 +50,9 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
+    # So an editable install puts this directory on Python's path. By default it would install a finder that comes after
+    # the current directory, in which a clone named ddpm_jax would be taken for an empty package.
+    package_dir={"": "."},
     packages=find_packages(include=["ddpm_jax", "ddpm_jax.*"]),
     package_data={"ddpm_jax": ["data/*.txt.gz", "weights/*/pipeline.json", "weights/*/*/model.*"]},
     install_requires=["jax>=0.8.0", "flax>=0.10.0", "numpy>=1.26"],
