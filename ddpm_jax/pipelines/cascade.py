@@ -4,10 +4,10 @@ One model alone is DDPM (Ho et al. 2020); with a classifier it is guided diffusi
 upsamplers cascaded diffusion (Ho et al. 2022) and SR3.
 """
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import flax.errors
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,7 @@ from ddpm_jax.pipelines.request import (
     as_int,
     as_labels,
     as_seed,
+    call_fitting,
     check_steps,
     image_indices,
     image_keys,
@@ -202,17 +203,9 @@ class Cascade(flax.struct.PyTreeNode):
                 "classifier guides to"
             )
         pipeline, place, unit = on_mesh(mesh, pipeline.replace(sampling=sampling, noise_levels=levels, batch_size=0))
-
-        def run(*arrays: Any) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-            program = _generate_low if low_res else _generate
-            try:
-                return program(pipeline, np.uint32(as_seed(seed)), *arrays)
-            except flax.errors.FlaxError as error:
-                reason = str(error).partition(" (http")[0]
-                raise ValueError(f"the parameters do not fit the networks: {reason}") from error
-
+        program = _generate_low if low_res else _generate
         return in_batches(
-            run,
+            functools.partial(call_fitting, program, pipeline, np.uint32(as_seed(seed))),
             (image_indices(start, count), labels),
             batch_size=self.batch_size if batch_size is None else batch_size,
             stages=("base", *(() if low_res else pipeline.names)),

@@ -11,6 +11,7 @@ import numbers
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import flax.errors
 import jax
 import numpy as np
 from jax.sharding import Mesh
@@ -231,6 +232,19 @@ def batches(count: int, batch_size: int, unit: int = 1) -> Iterator[tuple[np.nda
     for size in sizes:
         yield np.minimum(np.arange(start, start + size), count - 1), min(size, count - start)
         start += size
+
+
+def call_fitting(program: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+    """Return `program(*arguments, **options)`.
+
+    Raises:
+        ValueError: if Flax finds that parameters do not fit their network.
+    """
+    try:
+        return program(*arguments, **options)
+    except flax.errors.FlaxError as error:
+        reason = str(error).partition(" (http")[0]
+        raise ValueError(f"the parameters do not fit the networks: {reason}") from error
 
 
 def in_batches(

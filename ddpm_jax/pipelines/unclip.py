@@ -4,7 +4,6 @@ import functools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 
-import flax.errors
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -22,6 +21,7 @@ from ddpm_jax.models.prior import DiffusionPrior
 from ddpm_jax.pipelines.request import (
     as_prompts,
     as_seed,
+    call_fitting,
     check_steps,
     image_indices,
     image_keys,
@@ -205,16 +205,8 @@ class UnCLIP(flax.struct.PyTreeNode):
         pipeline = pipeline.replace(sampling=sampling, noise_levels=levels, tokenizer=None, batch_size=0)
         pipeline, place, unit = on_mesh(mesh, pipeline)
         static = {"embedding": embedding, "use_text": bool(use_text), "low_res": bool(low_res)}
-
-        def run(*arrays: Any) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-            try:
-                return _generate(pipeline, np.uint32(as_seed(seed)), *arrays, **static)
-            except flax.errors.FlaxError as error:
-                reason = str(error).partition(" (http")[0]
-                raise ValueError(f"the parameters do not fit the networks: {reason}") from error
-
         return in_batches(
-            run,
+            functools.partial(call_fitting, _generate, pipeline, np.uint32(as_seed(seed)), **static),
             (image_indices(start, len(prompts)), tokens, mask, keep, *negative, images),
             batch_size=self.batch_size if batch_size is None else batch_size,
             stages=("CLIP model", "prior", "decoder", *names),

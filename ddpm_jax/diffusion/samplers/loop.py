@@ -60,16 +60,7 @@ def sample(
             the process ends too early to start from noise, or progress_every < 1.
     """
     keys = check_keys(keys)
-    if isinstance(keys, RecordedNoise) and keys.values.shape[1:2] != (process.num_steps + 1,):
-        raise ValueError(
-            f"recorded noise must have {process.num_steps + 1} entries along axis 1, the initial noise and one for "
-            f"each of {process.num_steps} transitions, got shape {keys.values.shape}"
-        )
-    check_static("shape", shape, "since arrays are made of it")
-    check_static("trajectory", trajectory, "since it decides what is returned")
-    check_static("progress_every", progress_every, "since it is compiled into the loop")
-    if progress_every < 1:
-        raise ValueError(f"{progress_every=} must be at least 1")
+    _check_options(process, keys, shape, trajectory, progress_every)
     step = ancestral_step() if step is None else step
     dtype = process.betas.dtype
     if x_init is None:
@@ -101,6 +92,25 @@ def sample(
     numbers = jnp.arange(1, process.num_steps + 1)  # 0 is the initial noise
     (x0, _), states = jax.lax.scan(transition, (x_init, step.init(x_init)), (numbers, here, there))
     return (x0, states) if trajectory else x0
+
+
+def _check_options(
+    process: GaussianProcess,
+    keys: jax.Array | RecordedNoise,
+    shape: tuple[int, ...],
+    trajectory: bool,
+    progress_every: int,
+) -> None:
+    if isinstance(keys, RecordedNoise) and keys.values.shape[1:2] != (process.num_steps + 1,):
+        raise ValueError(
+            f"recorded noise must have {process.num_steps + 1} entries along axis 1, the initial noise and one for "
+            f"each of {process.num_steps} transitions, got shape {keys.values.shape}"
+        )
+    check_static("shape", shape, "since arrays are made of it")
+    check_static("trajectory", trajectory, "since it decides what is returned")
+    check_static("progress_every", progress_every, "since it is compiled into the loop")
+    if progress_every < 1:
+        raise ValueError(f"{progress_every=} must be at least 1")
 
 
 def initial_noise(process: GaussianProcess, keys: jax.Array | RecordedNoise, shape: tuple[int, ...]) -> jax.Array:
