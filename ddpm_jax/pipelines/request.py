@@ -184,13 +184,12 @@ def _stage_and_field(name: str, stages: Sequence[str], arguments: Collection[str
             f"{name} is no argument of this pipeline, which generates images from {' and '.join(arguments)}"
         )
     names = [*known, *FIELDS, *arguments, "seed", "start", "batch_size", "report"]
-    meant = _ELSEWHERE.get(name)
-    near = (
-        f" (did you mean {meant!r}?)"
-        if meant
-        else "".join(f" (did you mean {other!r}?)" for other in difflib.get_close_matches(name, names, 1))
-    )
-    if name.endswith(tuple(f"_{field}" for field in FIELDS)):
+    of_stage = name.endswith(tuple(f"_{field}" for field in FIELDS))
+    # The end of a stage's option makes it like all options with that end.
+    close = difflib.get_close_matches(name, names, 1, cutoff=0.8 if of_stage else 0.6)
+    meant = [_ELSEWHERE[name]] if name in _ELSEWHERE else close
+    near = f" (did you mean {meant[0]!r}?)" if meant else ""
+    if of_stage:
         raise ValueError(f"there is no option {name!r}{near}: this pipeline has the stages {', '.join(stages)}")
     raise ValueError(
         f"there is no option {name!r}{near}; options are <stage>_<name> with the stages {', '.join(stages)} and the "
