@@ -19,9 +19,10 @@ if jaxlib.__version__.startswith("0.10."):
     os.environ.setdefault("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1")
 
 # pytest-xdist hands out these files first, then the rest: a long one at the end would leave the other worker idle.
-LONGEST = ("kill", "cli", "tasks", "pipeline", "interop_stable_diffusion", "interop_karlo", "models", "notebooks")
-LONGEST += ("published_sizes", "interop_karlo_original", "configs", "loop", "independence", "solvers", "convert")
-LONGEST += ("cli_flags", "modes", "guidance", "docs", "keys", "checkpoint_limits")
+LONGEST = ("kill", "cli", "tasks", "pipeline", "stable_diffusion_pipeline", "karlo_pipeline", "models", "notebooks")
+LONGEST += ("published_sizes", "interop_karlo", "interop_karlo_original", "configs", "loop", "independence", "solvers")
+LONGEST += ("convert", "interop_stable_diffusion", "cli_flags", "modes", "guidance", "docs", "keys")
+LONGEST += ("checkpoint_limits",)
 
 CACHE = Path(os.environ.get("JAX_COMPILATION_CACHE_DIR", Path(__file__).parent / ".cache" / "jax"))
 # Entries of the cache are not written in one piece, so every worker of pytest-xdist has its own.

@@ -29,7 +29,6 @@ from ddpm_jax.training import (
     DiffusionTask,
     Images,
     Labels,
-    LowResolution,
     Stage,
     Training,
     train,
@@ -388,17 +387,6 @@ def test_records_of_different_entries_are_refused(tmp_path):
     refused(ValueError, message, lambda: run(make_stage(source=Some()), tmp_path / "run"))
 
 
-def test_no_records_are_refused(tmp_path):
-    refused(ValueError, ("stage own", "its source has no records"), lambda: run(make_stage(source=[]), tmp_path))
-
-
-def test_a_batch_that_the_devices_cannot_share_is_refused(tmp_path):
-    message = "stage own: batch_size=8 must be a multiple of 6 = 3 (devices) x 2 (accumulate)"
-    mesh = make_mesh({"data": -1}, devices=jax.devices()[:3])
-    stage = make_stage(training={"accumulate": 2})
-    refused(ValueError, (message,), lambda: train(stage, tmp_path / "run", mesh=mesh))
-
-
 # ---- Directories -----------------------------------------------------------------------------------------------------
 
 
@@ -506,32 +494,3 @@ def test_a_class_conditional_diffusion_model_of_arrays_in_memory(tmp_path):
     assert model.network == stage.task.model and model.diffusion == Diffusion("cosine", 20)
     assert model.metadata["labels"]["null"] == 3 and tuple(model.metadata["labels"]["names"]) == ("a", "b", "c")
     assert_same_bits(model.params, restore_params(tmp_path / "run" / "base")[0])
-
-
-@pytest.mark.parametrize(
-    ("images", "message"),
-    [
-        (np.zeros((8, 9, 9, 3), np.uint8), "images of the records must be 8 x 8 x 3, got 9 x 9 x 3"),
-        (np.zeros((8, 8, 8, 3), np.float32), "images of the records must be uint8"),
-    ],
-)
-def test_images_of_another_size_or_type_are_refused(images, message):
-    task = DiffusionTask(model=None, diffusion=Diffusion(), x0=Images(8))
-    with pytest.raises(ValueError, match=message):
-        task.clean({"image": images})
-    upsampler = DiffusionTask(model=None, diffusion=Diffusion(), x0=Images(16), conditions=(LowResolution(8, 2),))
-    assert upsampler.clean({"image": np.zeros((2, 8, 8, 3), np.uint8)}).shape == (2, 8, 8, 3)
-    with pytest.raises(ValueError, match="must be 4 x 4 x 3, got 8 x 8 x 3"):
-        ClassifierTask(model=None, diffusion=Diffusion(), x0=Images(4)).x0({"image": np.zeros((2, 8, 8, 3), np.uint8)})
-
-
-def test_a_pipeline_of_models_that_are_not_there_is_refused_before_training(tmp_path):
-    class Pipeline:
-        models = {"base": "bose"}
-
-    refused(
-        ValueError,
-        ("the pipeline's base is 'bose', which is neither a stage (", "nor a model directory"),
-        lambda: run(make_stage(), tmp_path / "run", pipeline=Pipeline()),
-    )
-    assert not (tmp_path / "run").exists()

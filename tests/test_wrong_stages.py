@@ -1,6 +1,9 @@
 """Mistakes in Python with stages, tasks, sources and `train`: each is refused in one sentence, before training."""
 
+import dataclasses
+
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -11,6 +14,7 @@ from ddpm_jax.data.loader import make_loader
 from ddpm_jax.data.transforms import CenterCrop, RandomFlip, Select
 from ddpm_jax.diffusion.diffusion import Diffusion
 from ddpm_jax.models.unet import UNet
+from ddpm_jax.parallel.mesh import make_mesh
 from ddpm_jax.training import ClassifierTask, DiffusionTask, Images, Labels, LowResolution, Stage, Training, train
 
 IMAGE = np.zeros((8, 8, 3), np.uint8)
@@ -205,3 +209,43 @@ def test_a_record_that_cannot_be_read_names_the_cure():
     with make_loader(Broken([0]), batch_size=1, seed=0) as loader, pytest.raises(DecodeError) as error:
         next(loader)
     assert str(error.value).startswith(message)
+
+
+def test_no_records_are_refused(tmp_path):
+    refused("stage base cannot work: its source has no records", lambda: train(stage(source=[]), tmp_path / "run"))
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        (np.zeros((8, 9, 9, 3), np.uint8), "images of the records must be 8 x 8 x 3, got 9 x 9 x 3"),
+        (np.zeros((8, 8, 8, 3), np.float32), "images of the records must be uint8"),
+    ],
+)
+def test_images_of_another_size_or_type(images, message):
+    refused(message, lambda: task().clean({"image": images}))
+    upsampler = task(x0=Images(16), conditions=(LowResolution(8, 2),))
+    assert upsampler.clean({"image": np.zeros((2, 8, 8, 3), np.uint8)}).shape == (2, 8, 8, 3)
+    refused(
+        "images of the records must be 4 x 4 x 3, got 8 x 8 x 3",
+        lambda: task(x0=Images(4)).clean({"image": np.zeros((2, 8, 8, 3), np.uint8)}),
+    )
+
+
+def test_a_pipeline_of_models_that_are_not_there(tmp_path):
+    class Pipeline:
+        models = {"base": "bose"}
+
+        def write(self, directory):
+            raise AssertionError
+
+    message = "the pipeline's base is 'bose', which is neither a stage (base) nor a model directory"
+    refused(message, lambda: train(stage(), tmp_path / "run", pipeline=Pipeline()))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_batch_that_the_devices_cannot_share(tmp_path):
+    own = stage(training=dataclasses.replace(TRAINING, accumulate=2))
+    mesh = make_mesh({"data": -1}, devices=jax.devices()[:3])
+    message = "stage base: batch_size=8 must be a multiple of 6 = 3 (devices) x 2 (accumulate)"
+    refused(message, lambda: train(own, tmp_path / "run", mesh=mesh))
