@@ -33,7 +33,7 @@ TENSOR_RULES: tuple[Rule, ...] = (
 """Of the networks of `models/`: the MLPs of transformers, and the convolutions of residual blocks with what is between
 them. The rest is whole along "tensor"."""
 
-MIN_SIZE = 2**14
+MIN_SIZE = 2**12
 """Smaller parameters are whole on every device: gathering them costs more time than the memory is worth."""
 
 _GATHERED = "gathered_parameters"

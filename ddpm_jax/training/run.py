@@ -259,10 +259,11 @@ class _Run:
                     checkpoints.compare(_description(stage, needs if needs.keys() == stage.needs.keys() else {}))
 
     def _prepared(self, stage: Stage, source: Source) -> Any:
-        """Return the shapes of a prepared batch of one record."""
+        """Return the shapes of a prepared micro-batch, by the first record."""
         models = self._abstract_models(stage)
         example = _stack(stage, [_example_record(stage, models, source)])
-        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), example)
+        size = stage.training.batch_size // stage.training.accumulate // stage.examples_per_record
+        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct((size, *x.shape[1:]), x.dtype), example)
         return jax.eval_shape(lambda models, batch: stage.task.prepare(_Roles(models), batch), models, shapes)
 
     def _abstract_state(self, stage: Stage) -> Any:
