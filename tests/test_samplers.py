@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, PartitionSpec
 
 from ddpm_jax import (
     ancestral_step,
@@ -262,7 +263,7 @@ def eight(small):
     return draw, keys, np.asarray(draw(keys))
 
 
-def test_pmap_draws_and_trains_the_same(small, eight):
+def test_pmap_and_shard_map_sample_and_train_the_same(small, eight):
     process, denoise, options = small
     _, keys, whole = eight
     x0, loss_keys = jnp.tanh(whole), jax.random.split(jax.random.key(2), 8)
@@ -276,6 +277,12 @@ def test_pmap_draws_and_trains_the_same(small, eight):
     images, losses = jax.pmap(both)(keys.reshape(8, 1), loss_keys, x0.reshape(8, 1, 4, 4, 3))
     np.testing.assert_array_equal(images.reshape(whole.shape), whole)
     np.testing.assert_allclose(losses[0], jax.jit(loss)(loss_keys[0], x0[:1]), rtol=1e-5)
+    mesh, parts = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,)), PartitionSpec("data")
+    part = lambda keys, loss_keys, x0: both(keys, loss_keys[0], x0)
+    mapped = jax.jit(jax.shard_map(part, mesh=mesh, in_specs=(parts, parts, parts), out_specs=parts))
+    images, mapped_losses = mapped(keys, loss_keys, x0)
+    np.testing.assert_array_equal(images, whole)
+    np.testing.assert_allclose(mapped_losses, losses[:, 0], rtol=1e-6)
 
 
 def test_a_second_call_does_not_compile_again(small):

@@ -171,6 +171,26 @@ def test_a_step_is_the_same_on_every_mesh(axes):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), found, trained_on_one_device())
 
 
+def test_a_run_continues_on_other_devices(tmp_path):
+    """Data parallel on 8 devices, then split over 4: as on one device from the first step to the last."""
+
+    def go(workdir, num_steps, axes):
+        devices = jax.devices()[: np.prod(list(axes.values()))]
+        rules = RULES if "fsdp" in axes else ()
+        options = {"loader": toy_training.ToyLoader(), "task": WideTask(jnp.float32), "rules": rules}
+        return toy_training.run(workdir, num_steps=num_steps, mesh=make_mesh(axes, devices=devices), **options)
+
+    for directory in ("one", "several"):
+        (tmp_path / directory).mkdir()
+    expected = go(tmp_path / "one", 8, {"data": 1})
+    go(tmp_path / "several", 4, {"data": 8})
+    found = go(tmp_path / "several", 8, {"data": 2, "fsdp": 2})
+    assert found.params["wide"]["kernel"].sharding.spec == PartitionSpec("fsdp")
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), *map(jax.device_get, (found, expected))
+    )
+
+
 def test_sharded_weights_are_gathered_in_the_dtype_of_their_use_and_nothing_else_is_exchanged():
     _, text, lowered = trained({"fsdp": 8}, jnp.bfloat16)
     kinds = set(

@@ -67,7 +67,7 @@ class ToyLoader:
         self.position = state["position"]
 
 
-def run(workdir, *, task=None, loader=None, name="toy", num_steps=12, devices=None, **options):
+def run(workdir, *, task=None, loader=None, name="toy", num_steps=12, devices=None, mesh=None, **options):
     """Train the toy, on two devices and with defaults that log and save often; returns the final state."""
     tx, schedule = make_optimizer(
         learning_rate=0.05, warmup_steps=2, total_steps=100, decay="constant", weight_decay=0.01, clip_norm=1.0
@@ -82,7 +82,7 @@ def run(workdir, *, task=None, loader=None, name="toy", num_steps=12, devices=No
         num_steps=num_steps,
         tx=tx,
         schedule=schedule,
-        mesh=make_mesh({"data": -1}, devices=devices or jax.devices()[:2]),
+        mesh=mesh or make_mesh({"data": -1}, devices=devices or jax.devices()[:2]),
         seed=3,
         ema_decay=0.9,
         **(defaults | options),
