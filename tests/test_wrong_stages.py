@@ -13,9 +13,20 @@ from ddpm_jax.data.decode import DecodeError
 from ddpm_jax.data.loader import make_loader
 from ddpm_jax.data.transforms import CenterCrop, RandomFlip, Select
 from ddpm_jax.diffusion.diffusion import Diffusion
+from ddpm_jax.models.clip import CLIP
 from ddpm_jax.models.unet import UNet
 from ddpm_jax.parallel.mesh import make_mesh
-from ddpm_jax.training import ClassifierTask, DiffusionTask, Images, Labels, LowResolution, Stage, Training, train
+from ddpm_jax.training import (
+    ClassifierTask,
+    ContrastiveTask,
+    DiffusionTask,
+    Images,
+    Labels,
+    LowResolution,
+    Stage,
+    Training,
+    train,
+)
 
 IMAGE = np.zeros((8, 8, 3), np.uint8)
 TRAINING = Training(batch_size=8, num_steps=1, learning_rate=1e-3, preview_every=0, progress=False)
@@ -92,6 +103,10 @@ def test_fields_of_data_and_conditions(make, message):
     ("fields", "message"),
     [
         ({"task": object()}, "task of stage base must be a task such as DiffusionTask(...)"),
+        (
+            {"task": ContrastiveTask(CLIP, None)},
+            "task of stage base cannot be trained: model must be a",
+        ),
         ({"task": DiffusionTask}, "task of stage base must be a task such as DiffusionTask(...)"),
         ({"source": "photos"}, "source of stage base must hold records, dicts of arrays, by index, got 'photos'"),
         (

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from ddpm_jax.checks import is_finite, shown
+from ddpm_jax.checks import check_model, is_finite, shown
 from ddpm_jax.data.source import transformed
 from ddpm_jax.parallel.sharding import Rule
 from ddpm_jax.types import Source, Task
@@ -170,6 +170,11 @@ def _check_task(task: Any) -> None:
         else:
             given = f"{type(task).__name__} without the method {missing[0]}"
         raise ValueError(f"must be a task such as DiffusionTask(...), with the methods of types.Task, got {given}")
+    if hasattr(task, "model") and hasattr(task, "metadata"):  # which are written to model.json
+        try:
+            check_model(task.model)
+        except ValueError as error:
+            raise ValueError(f"cannot be trained: {error}") from None
 
 
 def _check_source(source: Any) -> None:
