@@ -378,12 +378,15 @@ def _with_overrides(message: str, name: str, argv: list[str]) -> str:
     found = []
     for word, following in zip(argv, [*argv[1:], ""]):
         match = re.fullmatch(rf"--?{name}\.([\w.]+)(?:=(.*))?", word, re.DOTALL)
-        if match is None or re.search(rf"\b{match[1].rpartition('.')[2]}\b", message):
+        if match is None:
             continue
         value = following if match[2] is None else match[2]
         # As in "drop=2.0", "kind='foo'" or "got 0", and not as the beginning of another number.
-        if value and re.search(rf"(?:=|got )['\"]?{re.escape(value)}(?:\.0)?(?![\w.]*\w)", message):
+        shown = rf"(?:=|got )['\"]?{re.escape(value)}(?:\.0)?(?![\w.]*\w)"
+        if value and re.search(shown, message) and not re.search(rf"\b{match[1].rpartition('.')[2]}\b", message):
             found.append(f"--{name}.{match[1]}={value}")
+        elif value and re.search(rf"\b{match[1].rpartition('.')[2]}{shown}", message):
+            return message  # which names the field itself
     return message + (f" (here {' or '.join(found)})" if 0 < len(found) < 3 else "")
 
 

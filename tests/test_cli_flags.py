@@ -165,6 +165,7 @@ def test_a_number_under_another_name_is_that_of_the_command_line():
     assert name("size=16 must be less", "--config.a=1", "--config.b=6", "--config.c=160", "--config.d=.1") == ""
     assert name("n=0 is none", "--config.a=0", "--config.b=0") == " (here --config.a=0 or --config.b=0)"
     assert name("n=0 is none", "--config.a=0", "--config.b=0", "--config.c=0") == ""
+    assert name("stage x: size=0 must be more", "--config.every=0", "--config.x.size=0") == ""
     assert name("stage x: num_steps=0 must be more", "--config.x.num_steps=0") == ""
 
 

@@ -13,9 +13,11 @@ from ddpm_jax.data.decode import DecodeError
 from ddpm_jax.data.loader import make_loader
 from ddpm_jax.data.transforms import CenterCrop, RandomFlip, Select
 from ddpm_jax.diffusion.diffusion import Diffusion
+from ddpm_jax.diffusion.sampling import Sampling
 from ddpm_jax.models.clip import CLIP
 from ddpm_jax.models.unet import UNet
 from ddpm_jax.parallel.mesh import make_mesh
+from ddpm_jax.pipelines.description import PipelineDescription
 from ddpm_jax.training import (
     ClassifierTask,
     ContrastiveTask,
@@ -256,6 +258,14 @@ def test_a_pipeline_of_models_that_are_not_there(tmp_path):
 
     message = "the pipeline's base is 'bose', which is neither a stage (base) nor a model directory"
     refused(message, lambda: train(stage(), tmp_path / "run", pipeline=Pipeline()))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_pipeline_of_more_steps_than_there_are(tmp_path):
+    """Not after the training, when the pipeline is loaded."""
+    pipeline = PipelineDescription("Cascade", models={"base": "base"}, sampling={"base": Sampling("ddim", 20)})
+    message = "the pipeline cannot sample base: steps=20 selects 20 steps where there are only 10"
+    refused(message, lambda: train(stage(), tmp_path / "run", pipeline=pipeline))
     assert not (tmp_path / "run").exists()
 
 

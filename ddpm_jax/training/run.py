@@ -368,7 +368,7 @@ class _Roles(dict):
 
 
 def _check_pipeline(pipeline: Any, run: _Run) -> None:
-    """Raise ValueError for a role of a pipeline whose model is neither a stage of the run nor a directory."""
+    """Raise ValueError for a model that is neither a stage of the run nor a directory, or steps that it cannot make."""
     if not hasattr(pipeline, "write") or not isinstance(getattr(pipeline, "models", None), Mapping):
         raise ValueError(f"pipeline={shown(pipeline)} must be a pipelines.PipelineDescription")
     for role, place in pipeline.models.items():
@@ -378,6 +378,13 @@ def _check_pipeline(pipeline: Any, run: _Run) -> None:
                     f"the pipeline's {role} is {str(each)!r}, which is neither a stage ({', '.join(run.stages)}) nor a "
                     "model directory"
                 )
+    for name, sampling in getattr(pipeline, "sampling", {}).items():
+        stage = run.stages.get(str(pipeline.models.get(name, name)))
+        if stage is not None and hasattr(stage.task, "diffusion"):
+            try:
+                sampling.checked().process(stage.task.diffusion)
+            except ValueError as error:
+                raise ValueError(f"the pipeline cannot sample {name}: {error}") from None
 
 
 def _make_optimizer(stage: Stage, mesh: Mesh | None) -> Any:
