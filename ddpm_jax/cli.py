@@ -40,6 +40,7 @@ ERRORS = {
     "ddpm_jax.data.preparing.part": ("PrepareError",),
     "ddpm_jax.interop.table": ("ConvertError",),
     "ddpm_jax.errors": ("LoadError",),
+    "ddpm_jax.parallel.cluster": ("ClusterError",),
     "ddpm_jax.storage.checkpoint": ("CheckpointError",),
     "ddpm_jax.storage.lock": ("WorkdirInUse",),
     "ddpm_jax.training.loop": ("Interrupted", "TrainingDiverged"),
@@ -56,16 +57,19 @@ class UsageError(Exception):
     """A wrong flag, or a config field that does not exist; the message is one sentence."""
 
 
-def run(main: Callable[[], Any], flag_values: flags.FlagValues, *, config: str | None = None) -> None:
+def run(
+    main: Callable[[], Any], flag_values: flags.FlagValues, *, config: str | None = None, distributed: bool = False
+) -> None:
     """Run a program: parse flags, call `main`, and turn what users can mend into one sentence and a status.
 
     Ends the process unless all went well. Status 2 is a wrong flag or config field, 1 a failure, 128 + n a stop by
-    signal n. Defines the flag --compilation_cache.
+    signal n, 75 a stop by a preemption notice or since another host is missing. Defines the flag --compilation_cache.
 
     Args:
         main: the program.
         flag_values: its flags.
         config: the name of its config flag, if it has one.
+        distributed: True for a program that several processes can run together; defines their flags.
     """
     _say_in_one_line()
     if hasattr(sys.stdout, "reconfigure"):
@@ -73,6 +77,8 @@ def run(main: Callable[[], Any], flag_values: flags.FlagValues, *, config: str |
     if "compilation_cache" not in flag_values:
         cache_help = "Keep compiled programs in the user's cache directory."
         flags.DEFINE_bool("compilation_cache", True, cache_help, flag_values=flag_values)
+    if distributed and "distributed" not in flag_values:
+        _define_distributed_flags(flag_values)
     with ending_on_signals():
         try:
             if not _wants_help(flag_values):
@@ -81,9 +87,14 @@ def run(main: Callable[[], Any], flag_values: flags.FlagValues, *, config: str |
                     from ddpm_jax.compilation_cache import use_compilation_cache
 
                     use_compilation_cache()
+                several = distributed and _join_hosts(flag_values, config)
                 main()
+                if several:
+                    from ddpm_jax.parallel.distributed import finish
+
+                    finish()
         except Exception as error:
-            message = _sentence(error)
+            message = _sentence_of_hosts(error)
             if message is None:
                 raise
             if config is not None and isinstance(error, (UsageError, ValueError)):
@@ -130,7 +141,9 @@ def keep_memory() -> None:
 
 
 def show(text: str) -> None:
-    """Print a result at once: what follows may fail."""
+    """Print a result at once, on the first host alone: what follows may fail."""
+    if not _is_first_host():
+        return
     # A path may hold bytes that the locale does not know, and the terminal may not know a character.
     text = text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
     encoding = sys.stdout.encoding or "utf-8"
@@ -412,6 +425,85 @@ def _nearest(name: str, fields: list[str]) -> str:
     return (found or difflib.get_close_matches(name, fields, 1, cutoff=0.0))[0]
 
 
+# ---- Several hosts ---------------------------------------------------------------------------------------------------
+
+_OF_HOSTS = ("distributed", "coordinator_address", "num_processes", "process_id")
+_OF_HOSTS += ("initialization_timeout", "host_timeout")
+
+
+def _define_distributed_flags(flag_values: flags.FlagValues) -> None:
+    """Define the flags of a program that several processes run together."""
+    modes = "Connect with the other hosts of the job: auto on Slurm, Cloud TPU and GKE."
+    flags.DEFINE_enum("distributed", "auto", ["auto", "on", "off"], modes, flag_values=flag_values)
+    address = "HOST:PORT of process 0; JAX_COORDINATOR_ADDRESS if none."
+    flags.DEFINE_string("coordinator_address", None, address, flag_values=flag_values)
+    flags.DEFINE_integer("num_processes", None, "In all; JAX_NUM_PROCESSES if none.", flag_values=flag_values)
+    flags.DEFINE_integer("process_id", None, "Of this process; JAX_PROCESS_ID if none.", flag_values=flag_values)
+    start, limit = "Seconds to wait for the other hosts at the start.", "Seconds to wait for a host without progress."
+    define_finite("initialization_timeout", 1800.0, start, flag_values=flag_values, lower_bound=0.0)
+    define_finite("host_timeout", 1800.0, limit, flag_values=flag_values, lower_bound=1.0)
+
+
+def _join_hosts(flag_values: flags.FlagValues, config: str | None) -> bool:
+    """Connect with the other processes of this run, which must have the same flags; return whether there are any."""
+    from ddpm_jax.parallel.distributed import initialize
+
+    given = {name: flag_values[name].value for name in _OF_HOSTS}
+    fields = {"the command": Path(sys.argv[0]).stem}
+    for name in flag_values:
+        value = flag_values[name].value
+        if config is not None and (name == config or name.startswith(f"{config}.")):
+            continue
+        if name not in (*_OF_HOSTS, "compilation_cache"):
+            fields[f"--{name}"] = value
+    if config is not None and flag_values[config].value is not None:
+        leaves = ((name, value) for name, value in _fields(flag_values[config].value) if not hasattr(value, "items"))
+        fields |= {f"--{config}.{name}": value for name, value in leaves}
+    return initialize(
+        given["distributed"],
+        coordinator_address=given["coordinator_address"],
+        num_processes=given["num_processes"],
+        process_id=given["process_id"],
+        timeout=given["initialization_timeout"],
+        host_timeout=given["host_timeout"],
+        fields=fields,
+        report=_say,
+    )
+
+
+def _is_first_host() -> bool:
+    hosts = sys.modules.get("ddpm_jax.parallel.hosts")
+    return hosts is None or hosts.current().index == 0
+
+
+def _sentence_of_hosts(error: Exception) -> str | None:
+    """Return what to tell a user, after telling the other hosts, if there are any, why this one ends."""
+    hosts = sys.modules.get("ddpm_jax.parallel.hosts")
+    others = None if hosts is None or hosts.current().count == 1 else hosts.current()
+    if others is not None and _may_be_of_another_host(error):
+        others.wait_for_reason()
+    message = _sentence(error)
+    if others is not None and hasattr(error, "of_all_hosts"):
+        others.leave()
+    elif others is not None:
+        if message is None:
+            traceback.print_exc()
+            message = f"{type(error).__name__}: {error}"
+        others.fail(message, _status(error))
+    return message
+
+
+def _may_be_of_another_host(error: BaseException | None) -> bool:
+    """Return whether an error came from the runtime, as it does when another host has left a collective operation."""
+    seen: list[BaseException] = []
+    while error is not None and error not in seen:
+        if type(error).__name__ in ("JaxRuntimeError", "XlaRuntimeError"):
+            return "RESOURCE_EXHAUSTED" not in str(error)
+        seen.append(error)
+        error = error.__cause__ or error.__context__
+    return False
+
+
 # ---- Errors and warnings ---------------------------------------------------------------------------------------------
 
 
@@ -446,7 +538,7 @@ def _raised_here(error: Exception) -> bool:
 def _status(error: Exception) -> int:
     if isinstance(error, UsageError):
         return USAGE_ERROR
-    return 128 + error.signum if hasattr(error, "signum") else FAILURE
+    return getattr(error, "status", FAILURE)
 
 
 def _stop(message: str, status: int) -> None:
@@ -474,7 +566,9 @@ class _OneLine(python_logging.Handler):
     """Prints what this package has to say, and what others warn of, a line each."""
 
     def emit(self, record: python_logging.LogRecord) -> None:
-        """Print one record."""
+        """Print one record; of several hosts only the first one informs."""
+        if record.levelno <= python_logging.INFO and not _is_first_host():
+            return
         if record.levelno < python_logging.WARNING and not record.pathname.startswith(PACKAGE):
             return
         level = "" if record.levelno <= python_logging.INFO else f"{record.levelname.lower()}: "

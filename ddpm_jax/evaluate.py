@@ -54,4 +54,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, FLAGS)
+    cli.run(main, FLAGS, distributed=True)

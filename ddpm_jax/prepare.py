@@ -180,4 +180,4 @@ def _show(summary: Any) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, FLAGS)
+    cli.run(main, FLAGS, distributed=True)

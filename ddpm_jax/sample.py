@@ -208,4 +208,4 @@ def _check_prompts(prompts: list[str], tokenizer: Any) -> None:
 
 if __name__ == "__main__":
     define_stage_flags(sys.argv[1:])
-    cli.run(main, FLAGS)
+    cli.run(main, FLAGS, distributed=True)

@@ -8,6 +8,8 @@ comes first; temporary files are removed before.
 
 A training loop has steps to save: it installs other handlers, which only record the signal. While they are
 installed the thread leaves the first signal to them, and a later one ends the process.
+
+In a run of several hosts the first signal is given to a listener (`parallel.hosts`), so that all hosts stop together.
 """
 
 import contextlib
@@ -18,7 +20,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from os import _exit
 from types import FrameType
 from typing import Any
@@ -28,6 +30,33 @@ from ddpm_jax.temporary import remove_temporary_paths
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name))
 # `timeout`, job launchers and closing terminals deliver one request to a process twice, a moment apart.
 REPEAT_SECONDS = 1.0
+FAREWELL_SECONDS = 20.0
+
+_listener: Callable[[int], None] | None = None
+_farewell: Callable[[str, int], None] | None = None
+_active = 0
+_ending_thread: dict[str, int] = {}
+
+
+def signals_go_to(listener: Callable[[int], None] | None, farewell: Callable[[str, int], None] | None = None) -> None:
+    """Give the first signal of `ending_on_signals` to a function, called in a thread, instead of ending the process.
+
+    Args:
+        listener: takes the signal's number; None ends the process, as without this.
+        farewell: called with what is said and the status before a later signal ends the process.
+    """
+    global _listener, _farewell
+    _listener, _farewell = listener, farewell
+
+
+def is_ending_on_signals() -> bool:
+    """Return whether the code runs in `ending_on_signals`."""
+    return _active > 0
+
+
+def signal_name(number: int) -> str:
+    """Return "SIGTERM" for 15."""
+    return signal.Signals(number).name
 
 
 @contextlib.contextmanager
@@ -39,6 +68,7 @@ def ending_on_signals() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
+    global _active
     ending = _Ending()
     receiver, sender = socket.socketpair()
     sender.setblocking(False)
@@ -49,8 +79,10 @@ def ending_on_signals() -> Iterator[None]:
     try:
         for number in caught:
             signal.signal(number, ending.handle)
+        _active += 1
         yield
     finally:
+        _active -= 1
         for number, handler in caught.items():
             signal.signal(number, handler)
         signal.set_wakeup_fd(wakeup)
@@ -58,14 +90,11 @@ def ending_on_signals() -> Iterator[None]:
 
 
 class _Ending:
-    def __init__(self):
-        self._thread: dict[str, int] = {}
-        self._said = False
-
     def handle(self, number: int, frame: FrameType | None) -> None:
         """End the process; the handler of the main thread."""
         del frame
-        self.end(number)
+        if _listener is None:
+            self.end(number)
 
     def watch(self, receiver: socket.socket) -> None:
         """End the process on a signal that the main thread is too busy for, or on a second one; runs in a thread."""
@@ -76,22 +105,41 @@ class _Ending:
                 if number not in SIGNALS:
                     continue
                 first = now if first is None else first
-                if signal.getsignal(number) == self.handle or now - first > REPEAT_SECONDS:
+                repeated = now - first > REPEAT_SECONDS
+                if _listener is not None and not repeated:
+                    _listener(number)
+                elif signal.getsignal(number) == self.handle or repeated:
                     self.end(number)
 
     def end(self, number: int) -> None:
-        """Print the reason, remove temporary files and end the process; only the first thread does it."""
-        mine = threading.get_ident()
-        while self._thread.setdefault("ends", mine) != mine:
-            time.sleep(1.0)
-        if not self._said:
-            self._said = True
-            _print(f"error: stopped by {signal.Signals(number).name}; what was finished is kept")
-        # C code of another thread may be creating the file: once more after it has.
-        for pause in (0.0, 0.02):
-            time.sleep(pause)
-            remove_temporary_paths()
-        _exit(128 + number)
+        """End the process for a signal."""
+        message, status = f"stopped by {signal_name(number)}; what was finished is kept", 128 + number
+        end_process(message, status, farewell=None if _farewell is None else lambda: _farewell(message, status))
+
+
+def end_process(message: str, status: int, *, farewell: Callable[[], None] | None = None) -> None:
+    """Print the reason, remove temporary files and end the process; only the first thread does it.
+
+    Args:
+        message: one sentence.
+        status: exit status.
+        farewell: called after the message is printed, for at most `FAREWELL_SECONDS`.
+    """
+    mine = threading.get_ident()
+    while _ending_thread.setdefault("ends", mine) != mine:
+        time.sleep(1.0)
+    if not _ending_thread.setdefault("said", 0):
+        _ending_thread["said"] = 1
+        _print(f"error: {message}")
+        if farewell is not None:
+            thread = threading.Thread(target=farewell, name="farewell", daemon=True)
+            thread.start()
+            thread.join(FAREWELL_SECONDS)
+    # C code of another thread may be creating the file: once more after it has.
+    for pause in (0.0, 0.02):
+        time.sleep(pause)
+        remove_temporary_paths()
+    _exit(status)
 
 
 def _print(line: str) -> None:

@@ -55,12 +55,12 @@ def main() -> None:
         raise cli.UsageError(f"config.mesh: {error}") from None
     begin = time.perf_counter()
     train(stages, _WORKDIR.value, names=chosen, pipeline=pipeline, config=plain(config.to_dict()), mesh=mesh)
-    print(f"trained {', '.join(chosen)} in {time.perf_counter() - begin:.0f} s", flush=True)
+    cli.show(f"trained {', '.join(chosen)} in {time.perf_counter() - begin:.0f} s")
     complete = all(is_trained(stage, _WORKDIR.value) for stage in stages)
     if _EVALUATE.value and not _STAGE.value and complete and hasattr(recipe, "evaluate"):
         begin = time.perf_counter()
         recipe.evaluate(config, ddpm_jax.load(_WORKDIR.value), Path(_WORKDIR.value), cli.show)
-        print(f"measured in {time.perf_counter() - begin:.0f} s", flush=True)
+        cli.show(f"measured in {time.perf_counter() - begin:.0f} s")
 
 
 def plain(value):
@@ -74,4 +74,4 @@ def plain(value):
 
 if __name__ == "__main__":
     cli.keep_memory()
-    cli.run(main, FLAGS, config="config")
+    cli.run(main, FLAGS, config="config", distributed=True)

@@ -378,7 +378,7 @@ def config_differences(saved: Any, current: Any, *, ignore: Collection[str] = NO
       current: the same.
       ignore: fields that may differ: a dotted name, a prefix of one, or its last part.
     """
-    saved, current = _flatten(saved), _flatten(current)
+    saved, current = flatten(saved), flatten(current)
 
     def ignored(field: str) -> bool:
         parts = field.split(".")
@@ -420,12 +420,13 @@ def _shapes(tree: Any) -> dict[str, str]:
     }
 
 
-def _flatten(config: Any, prefix: str = "") -> dict[str, Any]:
+def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
+    """Return {"a.b": value} for nested dicts."""
     if not isinstance(config, Mapping) or not config:
         return {prefix: config} if prefix else {}
     flat: dict[str, Any] = {}
     for key, value in config.items():
-        flat |= _flatten(value, f"{prefix}.{key}" if prefix else str(key))
+        flat |= flatten(value, f"{prefix}.{key}" if prefix else str(key))
     return flat
 
 

@@ -8,7 +8,6 @@ was not. The device is never waited for except to log, to save, for a preview, a
 import contextlib
 import functools
 import os
-import signal as signals
 import sys
 import time
 from collections import deque
@@ -23,10 +22,11 @@ from jax.sharding import Mesh
 
 from ddpm_jax.data import image_grid
 from ddpm_jax.extras import needs_extra
+from ddpm_jax.parallel import hosts
 from ddpm_jax.parallel.mesh import data_sharding, replicated, shard_batch
+from ddpm_jax.parallel.placing import put, split_key
 from ddpm_jax.parallel.sharding import Rule, is_sharded, make_gather, used_dtypes
 from ddpm_jax.progress import progress_bar
-from ddpm_jax.stopping import StopRequest
 from ddpm_jax.storage.checkpoint import NOT_COMPARED, CheckpointError, Checkpoints
 from ddpm_jax.training.metrics import MetricWriter, format_flops, step_flops
 from ddpm_jax.training.state import TrainState, abstract_state, create_state
@@ -55,15 +55,19 @@ class TrainingDiverged(RuntimeError):
 
 
 class Interrupted(RuntimeError):
-    """The run was asked to stop and did, after saving.
+    """The run was asked to stop and did, after saving; on all hosts at the same step.
 
     Attributes:
-      signum: the signal; the conventional exit status is 128 + signum.
+      status: exit status of a command, 128 + the signal's number, or 75 after a preemption notice.
+      signum: the signal, or None after a preemption notice.
+      of_all_hosts: all hosts raise it.
     """
 
-    def __init__(self, message: str, signum: int):
+    of_all_hosts = True
+
+    def __init__(self, message: str, status: int):
         super().__init__(message)
-        self.signum = signum
+        self.status, self.signum = status, status - 128 if status > 128 else None
 
 
 def fit(
@@ -147,7 +151,7 @@ def fit(
     )
     if eval_every < 0 or (eval_every and eval_batches is None):
         raise ValueError(f"{eval_every=} must be 0 (never), or more with eval_batches")
-    init_key, train_key, preview_key = jax.random.split(jax.device_put(jax.random.key(seed), replicated(mesh)), 3)
+    init_key, train_key, preview_key = split_key(seed, 3, mesh)
 
     with contextlib.ExitStack() as stack:
         checkpoints = stack.enter_context(contextlib.closing(Checkpoints(workdir, max_to_keep=max_to_keep)))
@@ -174,7 +178,7 @@ def fit(
         stack.enter_context(report)
 
         # ---- Steps: until the first of them there is nothing to save, and a signal ends the process as it may --------
-        stop = stack.enter_context(StopRequest())
+        stop = stack.enter_context(hosts.current().saving())
         window, in_flight = new_window(), deque()
         for step in range(start + 1, num_steps + 1):
             state, window, done = update(state, window, batch, train_key)
@@ -182,10 +186,10 @@ def fit(
             if len(in_flight) > STEPS_IN_FLIGHT:
                 in_flight.popleft().block_until_ready()
 
-            last = step == num_steps
+            last, stopping = step == num_steps, stop.point(f"{name} step {step}")
             evaluated = eval_every > 0 and (last or step % eval_every == 0)
             log = last or evaluated or step % log_every == 0
-            checkpoint = last or step % checkpoint_every == 0 or stop.signum is not None
+            checkpoint = last or step % checkpoint_every == 0 or stopping
             preview = preview_every > 0 and (last or step % preview_every == 0)
             if log or checkpoint or preview:
                 means = _read_window(window, step, run)
@@ -204,9 +208,9 @@ def fit(
                     report.preview(step, task, state, shown, preview_key)
                 except FloatingPointError as error:
                     raise TrainingDiverged(_bad_preview(run, step, error)) from error
-            if checkpoint and stop.signum is not None:
+            if checkpoint and stopping:
                 checkpoints.wait()
-                raise Interrupted(_interruption(run, stop.signum, step, num_steps), stop.signum)
+                raise Interrupted(_interruption(run, stop.describe_reason(), step, num_steps), stop.status())
             if not last:
                 batch = prepare(_next_batch(loader, step, mesh))
         checkpoints.wait()
@@ -268,9 +272,9 @@ def _needs_steps(run: _Run, start: int, num_steps: int, state: TrainState) -> bo
     return start < num_steps
 
 
-def _interruption(run: _Run, signum: int, step: int, num_steps: int) -> str:
-    name, saved = signals.Signals(signum).name, run.checkpoints.directory / str(step)
-    return f"{run.name}: stopped by {name} after step {step} of {num_steps}; the same command continues from {saved}"
+def _interruption(run: _Run, reason: str, step: int, num_steps: int) -> str:
+    saved = run.checkpoints.directory / str(step)
+    return f"{run.name}: stopped by {reason} after step {step} of {num_steps}; the same command continues from {saved}"
 
 
 def _bad_preview(run: _Run, step: int, error: FloatingPointError) -> str:
@@ -290,7 +294,7 @@ def _make_prepare(task: Task, mesh: Mesh, frozen: Any) -> Callable[[Any], Any]:
         return lambda batch: batch
     place, split = replicated(mesh), data_sharding(mesh)
     # The weights are an argument: closed over, they would be constants of the program.
-    frozen = jax.device_put(frozen, place)
+    frozen = put(frozen, place)
     return functools.partial(jax.jit(task.prepare, in_shardings=(place, split), out_shardings=split), frozen)
 
 
@@ -351,7 +355,7 @@ def _compile(
     empty = {"count": np.zeros((), np.int32), "good": np.zeros((), np.int32), "sums": sums, "bad": sums}
 
     def new_window() -> Any:
-        return jax.device_put(empty, place)
+        return put(empty, place)
 
     def update(state: TrainState, window: Any, batch: Any, key: jax.Array) -> tuple[TrainState, Any, jax.Array]:
         state, metrics = step_fn(state, batch, key)

@@ -21,8 +21,10 @@ from jax.sharding import Mesh
 from ddpm_jax.checks import shown
 from ddpm_jax.data.source import read_record
 from ddpm_jax.errors import LoadError
+from ddpm_jax.parallel import hosts
+from ddpm_jax.parallel.distributed import watch_hosts
 from ddpm_jax.parallel.mesh import AXES, batch_shards, make_mesh
-from ddpm_jax.storage.checkpoint import SUBDIRECTORY, Checkpoints, restore_params
+from ddpm_jax.storage.checkpoint import SUBDIRECTORY, Checkpoints, flatten, restore_params
 from ddpm_jax.storage.fingerprint import tree_fingerprint
 from ddpm_jax.storage.json_file import read_json, write_json
 from ddpm_jax.storage.lock import lock_workdir
@@ -86,12 +88,14 @@ def train(
         CheckpointError: if a checkpoint cannot be written, read or used, or was made with other settings.
         TrainingDiverged, Interrupted: see `training.loop.fit`.
         WorkdirInUse: if another run holds the directory.
+        ClusterError: if the hosts of the run disagree on what is trained.
     """
     stages = _as_stages(stages)
     if not isinstance(workdir, (str, os.PathLike)):
         raise ValueError(f"workdir={shown(workdir)} must be the path of a directory")
     if mesh is not None and (not isinstance(mesh, Mesh) or not set(mesh.shape) & set(AXES)):
         raise ValueError(f"mesh={shown(mesh)} must be a Mesh with axes of {', '.join(AXES)}, as make_mesh returns")
+    watch_hosts()
     run = _Run(stages, Path(workdir), make_mesh({"data": -1}) if mesh is None else mesh)
     chosen = [run.stages[name] for name in run.check_names(names)]
     if pipeline is not None:
@@ -102,12 +106,13 @@ def train(
         run.dry_run(stage)
     # On a shared disk the first process holds the directory for all of them.
     with lock_workdir(run.workdir) if jax.process_index() == 0 else contextlib.nullcontext():
-        _check_workdir(run.workdir)
         if jax.process_index() == 0:
+            _check_workdir(run.workdir)
             document = {"version": __version__, "stages": list(run.stages), "config": config}
             write_json(run.workdir / RUN_FILE, document)
             if pipeline is not None:
                 pipeline.write(run.workdir)
+        run.agree(chosen)
         for stage in chosen:
             run.train(stage)
 
@@ -234,6 +239,14 @@ class _Run:
         except (ValueError, TypeError) as error:
             raise ValueError(f"stage {stage.name} cannot work: {error}") from error
         self._compare(stage)
+
+    def agree(self, chosen: Sequence[Stage]) -> None:
+        """Raise ClusterError on all hosts if one has another idea of the devices, a stage or its records."""
+        fields: dict[str, Any] = {"the mesh": dict(self.mesh.shape)}
+        for stage in chosen:
+            described = flatten(_description(stage, dict.fromkeys(stage.needs.values(), "")))
+            fields |= {f"{name} of stage {stage.name}": value for name, value in described.items()}
+        hosts.current().agree(fields)
 
     def _trace_loss(self, stage: Stage, *, evaluated: bool = False) -> None:
         """Trace the loss on a record of the source, or that of an evaluation on a held-out one."""
