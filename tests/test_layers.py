@@ -7,14 +7,15 @@ import numpy as np
 import pytest
 from random_networks import fast_jit, normal, random_params, with_zeros
 
+from ddpm_jax.models import attention as attention_module
 from ddpm_jax.models import layers
+from ddpm_jax.models.attention import attention
 from ddpm_jax.models.layers import (
     AttentionBlock,
     GroupNorm,
     Resample,
     ResBlock,
     TimeEmbedding,
-    attention,
     depth_to_space,
     downsample2,
     space_to_depth,
@@ -129,6 +130,14 @@ def test_group_norm_of_a_constant_is_its_bias_and_groups_must_divide():
         jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, 4, 4, 6)))
 
 
+@pytest.fixture(params=["stored", "recomputed"])
+def attention_form(request, monkeypatch):
+    """The forms of attention: with logits that are stored, and as on a TPU with logits that are computed twice."""
+    if request.param == "recomputed":
+        monkeypatch.setattr(attention_module, "_stored", attention_module._recomputed)
+
+
+@pytest.mark.usefixtures("attention_form")
 @pytest.mark.parametrize("masked", [False, True])
 def test_attention_is_softmax_attention(masked):
     b, n, m, h, d = 2, 3, 5, 2, 4
@@ -143,6 +152,7 @@ def test_attention_is_softmax_attention(masked):
     assert not masked or not out[1, 2].any()
 
 
+@pytest.mark.usefixtures("attention_form")
 @pytest.mark.parametrize("dtype,tolerance", [("bfloat16", 0.016), ("float16", 0.002)])
 @pytest.mark.parametrize("size", [1.0, 5.0, 100.0])
 def test_logits_of_attention_are_float32_in_half_precision(dtype, tolerance, size):
@@ -151,11 +161,12 @@ def test_logits_of_attention_are_float32_in_half_precision(dtype, tolerance, siz
     q, k, v = (x.astype(dtype) for x in (size * a, size * b + 0.5 * size * a, v))
     exact = f64(tuple(x.astype(jnp.float32) for x in (q, k, v)))
     weights = softmax(np.einsum("bnhd,bmhd->bhnm", *exact[:2]) / np.sqrt(40))
-    out = jax.jit(attention)(q, k, v)
+    out = jax.jit(lambda *x: attention(*x))(q, k, v)
     assert out.dtype == dtype
     np.testing.assert_allclose(out.astype(jnp.float32), np.einsum("bhnm,bmhd->bnhd", weights, exact[2]), atol=tolerance)
 
 
+@pytest.mark.usefixtures("attention_form")
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_gradient_of_attention_in_half_precision(dtype):
     """Within the rounding of the dtype of the gradient in float32, and of the inputs' own dtype."""
@@ -167,6 +178,20 @@ def test_gradient_of_attention_in_half_precision(dtype):
         np.testing.assert_allclose(half.astype(jnp.float32), full, atol=0.03 * float(jnp.abs(full).max()))
 
 
+def test_gradient_of_attention_whose_logits_are_computed_twice():
+    """In float32 it is that of the plain form, but for masked queries, which have none."""
+    q, k, v = normal(0, 2, 3, 2, 4), normal(1, 2, 5, 2, 4), normal(2, 2, 5, 2, 4)
+    mask = jnp.asarray(np.random.default_rng(3).random((2, 2, 3, 5)) < 0.6).at[1, 0, 2].set(False)
+    folded = [attention_module._fold(x) for x in (q, k, v)] + [mask.reshape(4, 3, 5)]
+    grads = [
+        jax.grad(lambda *x, form=form: (form(*x) ** 2).sum(), argnums=(0, 1, 2))(*folded)
+        for form in (attention_module._stored, attention_module._recomputed)
+    ]
+    for plain, twice in zip(*grads, strict=True):
+        np.testing.assert_allclose(twice, plain, atol=1e-5)
+
+
+@pytest.mark.usefixtures("attention_form")
 def test_attention_has_a_finite_gradient_where_a_query_sees_nothing():
     q = normal(0, 1, 2, 1, 4)
     grad = jax.grad(lambda q: attention(q, q, q, jnp.zeros((1, 1, 2, 2), bool)).sum())(q)

@@ -6,7 +6,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from ddpm_jax.models.layers import Embed, GroupNorm, TimeEmbedding, attention
+from ddpm_jax.models.attention import attention
+from ddpm_jax.models.layers import Embed, GroupNorm, TimeEmbedding
 from ddpm_jax.models.unet import Blocks, UNet, check_image_size, encode
 
 POOLS = ("attention", "adaptive", "spatial", "spatial_v2")

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from ddpm_jax.checks import check_indices
+from ddpm_jax.models.attention import attention
 
 Dtype = Any
 
@@ -61,6 +62,11 @@ def rematerialized(block: Any, remat: bool | str, **options: Any) -> Any:
     return nn.remat(block, policy=_is_product if remat == "products" else None, **options)
 
 
+def rematerialized_function(function: Callable, remat: bool | str) -> Callable:
+    """Return a function that computes again in the backward pass what `rematerialized` does."""
+    return jax.checkpoint(function, policy=_is_product if remat == "products" else None) if remat else function
+
+
 class Embed(nn.Embed):
     """A learned vector for each of ``num_embeddings`` ids (class labels, tokens): ``nn.Embed``, without wrong answers.
 
@@ -74,36 +80,6 @@ class Embed(nn.Embed):
         inside = (inputs >= 0) & (inputs < self.num_embeddings)
         vectors = super().__call__(jnp.where(inside, inputs, 0))
         return jnp.where(inside[..., None], vectors, jnp.nan)
-
-
-def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None = None) -> jax.Array:
-    """Compute scaled dot-product attention, `softmax(q k^T / sqrt(D)) v`; logits and softmax are float32 or wider.
-
-    In half precision both products are accumulated in float32, and only the softmax weights and the result are rounded.
-
-    q: [B, N, H, D]; k: [B, M, H, D]; v: [B, M, H, E]; mask: bool, broadcastable to [B, H, N, M], True at keys
-    that are attended to. A query whose keys are all masked gets zeros. Returns [B, N, H, E] in v's dtype.
-
-    The heads are folded into the batch, since batched matmuls over (batch x heads) are what every backend runs
-    fastest without a fused kernel; a fused kernel would replace this one function.
-    """
-    b, n, h, d = q.shape
-    m = k.shape[1]
-    fold = lambda x: x.transpose(0, 2, 1, 3).reshape(b * h, *x.shape[1::2])  # noqa: E731
-    wide = jnp.promote_types(q.dtype, jnp.float32)
-    # Half-precision queries are not scaled before the product, which would round them.
-    before, after = (d**-0.5, None) if q.dtype == wide else (None, d**-0.5)
-    q = q if before is None else q * jnp.asarray(before, q.dtype)
-    logits = jnp.einsum("xnd,xmd->xnm", fold(q), fold(k), preferred_element_type=wide)
-    logits = logits if after is None else logits * jnp.asarray(after, wide)
-    if mask is not None:
-        mask = jnp.broadcast_to(mask, (b, h, n, m)).reshape(b * h, n, m)
-        logits = jnp.where(mask, logits, jnp.finfo(wide).min)
-    weights = jax.nn.softmax(logits, axis=-1)
-    if mask is not None:
-        weights = jnp.where(mask, weights, 0.0)
-    out = jnp.einsum("xnm,xmd->xnd", weights.astype(v.dtype), fold(v), preferred_element_type=wide).astype(v.dtype)
-    return out.reshape(b, h, n, v.shape[-1]).transpose(0, 2, 1, 3)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))

@@ -6,7 +6,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from ddpm_jax.models.layers import GroupNorm, attention
+from ddpm_jax.models.attention import attention
+from ddpm_jax.models.layers import GroupNorm
 from ddpm_jax.models.transformer import gelu
 
 

@@ -7,7 +7,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from ddpm_jax.models.layers import attention, rematerialized
+from ddpm_jax.models.attention import attention
+from ddpm_jax.models.layers import rematerialized
 
 
 def quick_gelu(x: jax.Array) -> jax.Array:
