@@ -165,7 +165,7 @@ def fit(
         # ---- Programs: frozen networks, and the step -----------------------------------------------------------------
         prepare = _make_prepare(task, mesh, frozen)
         batch = prepare(_next_batch(loader, start, mesh))
-        gather = _make_gather(run, state, batch, train_key)
+        gather = make_parameter_gather(task, mesh, state, batch)
         averaging = {"ema_decay": ema_decay, "ema_warmup": ema_warmup}
         step_fn = make_train_step(task, tx, accumulate=accumulate, schedule=schedule, gather=gather, **averaging)
         update, new_window, flops = _compile(step_fn, state, batch, train_key, mesh, accumulate)
@@ -298,14 +298,24 @@ def _make_prepare(task: Task, mesh: Mesh, frozen: Any) -> Callable[[Any], Any]:
     return functools.partial(jax.jit(task.prepare, in_shardings=(place, split), out_shardings=split), frozen)
 
 
-def _make_gather(run: _Run, state: TrainState, batch: Any, key: jax.Array) -> Callable[[Any], Any] | None:
-    """Return what gathers the parameters inside of a loss, or None if every device has them whole."""
+def make_parameter_gather(task: Task, mesh: Mesh, state: TrainState, batch: Any) -> Callable[[Any], Any] | None:
+    """Return what gathers the parameters inside of a loss, or None if every device has them whole.
+
+    Args:
+      task: whose loss it is.
+      mesh: where the state is.
+      state, batch: arrays, or their shapes; the leaves of the state have shardings.
+    """
     specs = jax.tree.map(lambda leaf: leaf.sharding.spec, state.params)
-    if not is_sharded(specs, run.mesh):
+    if not is_sharded(specs, mesh):
         return None
     extra = () if state.extra_state is None else (state.extra_state,)
-    dtypes = used_dtypes(lambda params: run.task.loss(params, batch, key, *extra), state.params)
-    return make_gather(run.mesh, specs, dtypes)
+
+    def loss(params: Any) -> Any:  # of zeros, which are never computed
+        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), (batch, *extra))
+        return task.loss(params, zeros[0], jax.random.key(0), *zeros[1:])
+
+    return make_gather(mesh, specs, used_dtypes(loss, state.params))
 
 
 def _prepare_example(run: _Run, example: Mapping[str, Any]) -> Any:
@@ -339,23 +349,25 @@ def _make_evaluate(
     return evaluate
 
 
-def _compile(
-    step_fn: TrainStep, state: TrainState, batch: Any, key: jax.Array, mesh: Mesh, accumulate: int
-) -> tuple[Callable[..., tuple], Callable[[], Any], float | None]:
-    """Compile the step together with the sums over a logging window.
+def lower_update(
+    step_fn: TrainStep, state: TrainState, batch: Any, key: jax.Array, mesh: Mesh
+) -> tuple[jax.stages.Lowered, Any]:
+    """Lower the step together with the sums over a logging window, as `fit` runs it.
+
+    Args:
+      step_fn: from `make_train_step`.
+      state, batch, key: arrays, or their shapes; the leaves of the state have shardings.
+      mesh: where it runs.
 
     Returns:
-      (update, new_window, flops): `update(state, window, batch, key) -> (state, window, done)` donates its first two
-      arguments; `done` is an array that is ready when the step is; `flops` of one step, or None.
+      (lowered, empty): `update(state, window, batch, key) -> (state, window, done)`, which donates its first two
+      arguments; `done` is an array that is ready when the step is. `empty` is the window at its beginning.
     """
     _, metrics = jax.eval_shape(step_fn, state, batch, key)
     place, split = replicated(mesh), data_sharding(mesh)
     parts = jax.tree.map(lambda leaf: leaf.sharding, state)
     sums = {name: np.zeros((), np.float32) for name in metrics if name != "finite"}
     empty = {"count": np.zeros((), np.int32), "good": np.zeros((), np.int32), "sums": sums, "bad": sums}
-
-    def new_window() -> Any:
-        return put(empty, place)
 
     def update(state: TrainState, window: Any, batch: Any, key: jax.Array) -> tuple[TrainState, Any, jax.Array]:
         state, metrics = step_fn(state, batch, key)
@@ -376,7 +388,19 @@ def _compile(
         in_shardings=(parts, place, split, place),
         out_shardings=(parts, place, place),
     )
-    lowered = jitted.lower(state, new_window(), batch, key)
+    return jitted.lower(state, empty, batch, key), empty
+
+
+def _compile(
+    step_fn: TrainStep, state: TrainState, batch: Any, key: jax.Array, mesh: Mesh, accumulate: int
+) -> tuple[Callable[..., tuple], Callable[[], Any], float | None]:
+    """Compile the update of `lower_update`.
+
+    Returns:
+      (update, new_window, flops): the number of one step, or None.
+    """
+    lowered, empty = lower_update(step_fn, state, batch, key, mesh)
+    new_window = lambda: put(empty, replicated(mesh))  # noqa: E731
     return lowered.compile(), new_window, step_flops(lowered, accumulate=accumulate)
 
 
