@@ -11,6 +11,7 @@ from ddpm_jax.data.emoji.source import EmojiSource
 from ddpm_jax.data.image_folder import ImageFolder
 from ddpm_jax.data.record_format import MANIFEST
 from ddpm_jax.data.webdataset import WebDatasetSource
+from ddpm_jax.data.zeros import ZerosSource
 from ddpm_jax.types import Source
 
 
@@ -31,6 +32,7 @@ def open_source(spec: str | os.PathLike, **options: Any) -> Source:
             - "emoji:DIRECTORY", with the packages of the emoji: `emoji.source.EmojiSource`; labels and captions
             - "cifar10:PATH", CIFAR-10's cifar-10-binary.tar.gz or the directory of its files:
               `cifar10.Cifar10Source`; labels; split="test" is an option
+            - "zeros:image=256x256,labels=1000,captions", black images: `zeros.ZerosSource`; to plan or time a run
         options: of the source, as captions=None.
 
     Raises:
@@ -64,4 +66,4 @@ def _tfds(name: str, **options: Any) -> Source:
     return TFDSSource(name, **options)
 
 
-_NAMED = {"tfds": _tfds, "emoji": EmojiSource, "cifar10": Cifar10Source}
+_NAMED = {"tfds": _tfds, "emoji": EmojiSource, "cifar10": Cifar10Source, "zeros": ZerosSource}
