@@ -68,6 +68,8 @@ setup(
         # What else it needs, without what that depends on: tests/parity/requirements.txt.
         "parity": [*TEST, "torch==2.13.*", "diffusers==0.42.*", "transformers==5.*", "guided-diffusion-sdk==1.0.*"],
         "tpu": ["jax[tpu]>=0.8.0"],
+        # The TPU's compiler, for ddpm_jax.plan; it needs no TPU.
+        "plan": [*TRAIN, "jax[tpu]>=0.8.0"],
         "cuda": ["jax[cuda12]>=0.8.0"],
     },
 )

@@ -211,11 +211,27 @@ class _ByIdentity:
 def _preview(
     held: _ByIdentity, sampling: Sampling, params: Any, batch: Batch, key: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    task = held.task
+    images = sample_batch(held.task, sampling, params, batch, key)
+    return to_uint8(images), jnp.isfinite(images).all()
+
+
+def sample_batch(task: DiffusionTask, sampling: Sampling, params: Any, batch: Batch, key: jax.Array) -> jax.Array:
+    """Sample, for every example of a prepared batch, data like its own, given its conditions.
+
+    Args:
+        task: whose network it is.
+        sampling: checked.
+        params: of the network.
+        batch: prepared; of its clean data only the shape is read.
+        key: of the noise.
+
+    Returns:
+        float32[N, ...], in the range of the network's data.
+    """
     x0 = task.clean(batch)
     arguments = task._arguments(batch, x0, None)
     null = None if sampling.scale is None else task.null_arguments(arguments)
-    images = sample_with(
+    return sample_with(
         sampling,
         task.diffusion,
         task.denoiser(params, arguments),
@@ -223,4 +239,3 @@ def _preview(
         x0.shape[1:],  # of the examples, which may be crops
         null=None if null is None else task.denoiser(params, null),
     )
-    return to_uint8(images), jnp.isfinite(images).all()

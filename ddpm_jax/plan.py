@@ -1,0 +1,148 @@
+"""Plan a run on TPUs before one is paid for: `python -m ddpm_jax.plan --config R --stage S --topology v5p:4x4x4`.
+
+Compiles the training step of a stage, or with --sampler its sampler, by the TPU's own compiler, which needs no TPU.
+Prints whether it fits, how fast it is, and how many days and chip-hours the configured run takes. --topology,
+--batch_size and --mesh may be repeated: the table has a line for each combination. Needs ddpm_jax[plan];
+docs/performance.md explains the columns.
+
+    python -m ddpm_jax.plan --config configs/unclip.py --stage decoder --topology v5p:4x4x4 --topology v6e-64
+
+Where the recipe's data is not on this machine, records of zeros stand in (data.path=zeros:..., see docs/data.md).
+"""
+
+import contextlib
+import json
+import tempfile
+from pathlib import Path
+
+from ddpm_jax import cli
+
+# isort: split
+from absl import flags
+from ml_collections import config_flags
+
+FLAGS = flags.FlagValues()
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "Recipe, with a variant after a colon.", lock_config=True, flag_values=FLAGS
+)
+_STAGE = flags.DEFINE_multi_string("stage", None, "Stage to plan; all by default.", flag_values=FLAGS)
+_TOPOLOGY = flags.DEFINE_multi_string(
+    "topology", None, "Slice: chip and shape, as v5p:4x4x4, or accelerator type, as v5p-128.", flag_values=FLAGS
+)
+_BATCH_SIZE = flags.DEFINE_multi_integer(
+    "batch_size", None, "Batch size; the recipe's by default.", lower_bound=1, flag_values=FLAGS
+)
+_MESH = flags.DEFINE_multi_string(
+    "mesh", None, "Mesh, as data=4,fsdp=16; -1 takes the rest. By default those worth trying.", flag_values=FLAGS
+)
+_SAMPLER = flags.DEFINE_bool("sampler", False, "Plan the stage's sampler in place of its training.", flag_values=FLAGS)
+_METHOD = flags.DEFINE_enum(
+    "method",
+    "auto",
+    ["auto", "whole", "blocks"],
+    "Compile the whole step, or its blocks and add them up; auto: blocks for networks of many different ones.",
+    flag_values=FLAGS,
+)
+_JSON = flags.DEFINE_string("json", None, "File to write everything to.", flag_values=FLAGS)
+_DETAILS = flags.DEFINE_bool("details", True, "Also print a line of details for each plan.", flag_values=FLAGS)
+
+
+def main() -> None:
+    """Run the program."""
+    if not _CONFIG.value:
+        raise cli.UsageError("--config is needed")
+    if not _TOPOLOGY.value:
+        raise cli.UsageError("--topology is needed, as in --topology=v5p:4x4x4 or --topology=v6e-64")
+    import jax
+
+    # The devices are those of the topology; a TPU of this machine is left alone.
+    jax.config.update("jax_platforms", "cpu")
+    from ddpm_jax.planning import report
+    from ddpm_jax.planning.plan import default_meshes, lower_for, parse_mesh
+    from ddpm_jax.planning.topology import parse_topology, topology_devices
+
+    try:
+        topologies = [parse_topology(text) for text in _TOPOLOGY.value]
+        meshes = [parse_mesh(text) for text in _MESH.value or ()]
+    except ValueError as error:
+        raise cli.UsageError(str(error)) from None
+    config = _CONFIG.value
+    cli.check_config_numbers(config)
+    _stand_in_for_data(config)
+    recipe = cli.load_recipe(config_flags.get_config_filename(FLAGS["config"]).partition(":")[0])
+    stages = cli.call_recipe(recipe, "stages", config)
+    names = [stage.name for stage in stages]
+    unknown = [name for name in _STAGE.value or () if name not in names]
+    if unknown:
+        raise cli.UsageError(f"--stage={unknown[0]} is not a stage of this recipe, which has {', '.join(names)}")
+    for topology in topologies:
+        topology_devices(topology)
+    chosen = [name for name in names if not _STAGE.value or name in _STAGE.value]
+    lowered = []
+    for name in chosen:
+        for topology in topologies:
+            tried = meshes or default_meshes(dict(config.get("mesh", {})), topology)
+            tried = [{"data": -1}] if _SAMPLER.value else tried
+            for batch_size in _BATCH_SIZE.value or (None,):
+                lowered += [(topology, each) for each in lower_for(stages, name, topology, tried, batch_size)]
+    samplings = getattr(cli.call_recipe(recipe, "pipeline", config), "sampling", {})
+    plans = _plan_all(lowered, samplings)
+    cli.show(report.table(plans))
+    if _DETAILS.value:
+        for plan in plans:
+            cli.show(report.details(plan))
+    cli.show(report.suggestions(plans))
+
+
+def _plan_all(lowered: list, samplings: dict) -> list:
+    """Compile one after the other, with a line about each; the JSON file is complete after every one."""
+    from ddpm_jax.planning.plan import plan_sampler, plan_training
+
+    plans = []
+    with contextlib.ExitStack() as stack:
+        # The blocks of several meshes are the same, so that there is a cache in any case.
+        cache = _cache() or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        options = {"cache": cache, "show": lambda text: cli.show("  " + text)}
+        for topology, each in lowered:
+            cli.show(f"{each.stage.name} on {topology.name}, {dict(each.mesh.shape)}")
+            if _SAMPLER.value:
+                plans.append(plan_sampler(each, topology, samplings.get(each.stage.name), **options))
+            else:
+                plans.append(plan_training(each, topology, method=_METHOD.value, **options))
+            if _JSON.value:
+                document = json.dumps([plan.to_json() for plan in plans], indent=1)
+                Path(_JSON.value).write_text(document + "\n", encoding="utf-8")
+    return plans
+
+
+def _stand_in_for_data(config) -> None:
+    """Use records of zeros where the recipe's data is not on this machine: only shapes are read."""
+    path = config.get("data", {}).get("path")
+    if path is None or (path and Path(path).expanduser().exists()) or path in ("noise", "shapes") or ":" in path:
+        return
+    side = max(_image_sizes(config.to_dict()), default=256)
+    config.data.path = f"zeros:image={side}x{side},labels=1000,captions"
+    cli.show(f"data.path={path!r} is not on this machine: planned for {config.data.path}")
+
+
+def _image_sizes(config: dict) -> list[int]:
+    found = [config["image_size"]] if isinstance(config.get("image_size"), int) else []
+    return found + [size for part in config.values() if isinstance(part, dict) for size in _image_sizes(part)]
+
+
+def _cache() -> Path | None:
+    """Return the directory for results of the compiler, which are small and need no limit; None for no cache."""
+    if not FLAGS["compilation_cache"].value:
+        return None
+    from ddpm_jax.compilation_cache import cache_directory
+
+    try:
+        directory = cache_directory().parent.parent / "plans"
+        directory.mkdir(parents=True, exist_ok=True)
+    except (OSError, RuntimeError):  # RuntimeError: the user has no home directory
+        return None
+    return directory
+
+
+if __name__ == "__main__":
+    cli.run(main, FLAGS, config="config")

@@ -1,0 +1,92 @@
+"""The planner's table, and which sharding it suggests."""
+
+from collections.abc import Sequence
+
+from ddpm_jax.planning.plan import Plan
+
+_COLUMNS = ("stage", "topology", "chips", "mesh", "batch", "HBM a chip, GB", "fits", "roofline", "model")
+_COLUMNS += ("step, s", "steps/s", "days", "chip-hours", "sent / least, GB", "by")
+
+
+def table(plans: Sequence[Plan]) -> str:
+    """Return the plans as a Markdown table, one line each.
+
+    "HBM" is the most that is in use, of what the chip has; "roofline" and "model" are `Plan.roofline_utilization` and
+    `Plan.model_utilization`; "sent" is what a chip sends to others in a step, and the least that it has to.
+    """
+    rows = [_COLUMNS, *(_row(plan) for plan in plans)]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(_COLUMNS))]
+    padded = [[cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in rows]
+    lines = ["| " + " | ".join(row) + " |" for row in padded]
+    return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]])
+
+
+def suggest(plans: Sequence[Plan]) -> list[Plan]:
+    """Return the cheapest plan that fits of each stage: that of the fewest chip-hours, then of the fewest days."""
+    best: dict[str, Plan] = {}
+    for plan in plans:
+        if plan.fits and plan.step_seconds > 0:
+            cost = lambda each: (each.chip_hours, each.days)  # noqa: E731
+            best[plan.stage] = min(best.get(plan.stage, plan), plan, key=cost)
+    return list(best.values())
+
+
+def suggestions(plans: Sequence[Plan]) -> str:
+    """Return a sentence for each stage: the cheapest sharding that fits, or that none does."""
+    found = {plan.stage: plan for plan in suggest(plans)}
+    lines = []
+    for stage in dict.fromkeys(plan.stage for plan in plans):
+        plan = found.get(stage)
+        if plan is None:
+            need = min(each.peak for each in plans if each.stage == stage)
+            lines.append(
+                f"{stage}: nothing of this fits; the least is {need / 1e9:.1f} GB a chip. Try a larger slice, more of "
+                "the mesh along fsdp, a smaller batch, or accumulate"
+            )
+            continue
+        mesh = " ".join(f"--config.mesh.{axis}={size}" for axis, size in plan.mesh.items())
+        lines.append(
+            f"{stage}: cheapest that fits is {plan.topology} ({plan.accelerator_type}) with {mesh} at batch size "
+            f"{plan.batch_size}: {plan.days:.1f} days, {plan.chip_hours:,.0f} chip-hours"
+        )
+    return "\n".join(lines)
+
+
+def details(plan: Plan) -> str:
+    """Return what the table has no room for: operations, exchanges, and the parts that take longest."""
+    exchanges = ", ".join(f"{count} {kind} ({size / 1e9:.3f} GB)" for kind, (count, size) in plan.collectives.items())
+    parts = ", ".join(f"{part} {share:.0%}" for part, share in list(plan.parts.items())[:8])
+    return (
+        f"{plan.stage} on {plan.topology}, {_mesh(plan)}, batch size {plan.batch_size}, {plan.parameters / 1e6:.1f}M "
+        f"parameters: {plan.arguments / 1e9:.2f} GB of arguments and {plan.temporaries / 1e9:.2f} GB of temporaries; "
+        f"{plan.flops / 1e12:.2f} TFLOP a chip and step ({plan.model_flops / 1e12:.2f} without recomputation); "
+        f"{plan.compiler_seconds:.4f} s by the compiler, {plan.link_seconds:.4f} s of links, "
+        f"{plan.frozen_seconds:.4f} s of frozen networks; exchanges: {exchanges or 'none'}; time by part: "
+        f"{parts or 'unknown'}"
+    )
+
+
+def _row(plan: Plan) -> tuple[str, ...]:
+    known = plan.step_seconds > 0 and plan.step_seconds == plan.step_seconds
+    number = lambda value, form: format(value, form) if known else "-"  # noqa: E731
+    return (
+        plan.stage,
+        plan.topology,
+        str(plan.chips),
+        _mesh(plan),
+        str(plan.batch_size),
+        f"{plan.peak / 1e9:.1f} of {plan.hbm / 1e9:.0f}",
+        "yes" if plan.fits else "no",
+        number(plan.roofline_utilization, ".2f"),
+        number(plan.model_utilization, ".2f"),
+        number(plan.step_seconds, ".3f"),
+        number(1 / plan.step_seconds if known else 0.0, ".2f"),
+        number(plan.days, ".1f"),
+        number(plan.chip_hours, ",.0f"),
+        f"{plan.sent / 1e9:.2f} / {plan.minimum / 1e9:.2f}" if known else "-",
+        plan.method,
+    )
+
+
+def _mesh(plan: Plan) -> str:
+    return " x ".join(f"{axis} {size}" for axis, size in plan.mesh.items() if size > 1) or "1 chip"

@@ -1,0 +1,114 @@
+"""The programs of a training stage, lowered from shapes: nothing is computed, and the devices need not exist."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from ddpm_jax.diffusion.sampling import Sampling
+from ddpm_jax.parallel.mesh import data_sharding, replicated
+from ddpm_jax.training.loop import lower_update, make_parameter_gather
+from ddpm_jax.training.run import _example_record, _make_optimizer, _Roles, _Run, _stack
+from ddpm_jax.training.stage import Stage
+from ddpm_jax.training.state import TrainState, abstract_state
+from ddpm_jax.training.step import make_train_step
+from ddpm_jax.training.tasks.diffusion import DiffusionTask, sample_batch
+
+
+@dataclasses.dataclass(frozen=True)
+class LoweredStage:
+    """What `train` compiles for a stage.
+
+    Attributes:
+        stage: the stage.
+        mesh: the devices.
+        state: shapes and shardings of the training state.
+        batch: shapes and shardings of a prepared batch.
+        frozen: shapes of the models that the stage needs, by role.
+        raw: shapes and shardings of a batch as the loader gives it.
+    """
+
+    stage: Stage
+    mesh: Mesh
+    state: TrainState
+    batch: Any
+    frozen: Any
+    raw: Any
+
+    def lower_step(self) -> jax.stages.Lowered:
+        """Lower the training step."""
+        stage, training, key = self.stage, self.stage.training, self._key()
+        tx, schedule = _make_optimizer(stage, self.mesh)
+        step = make_train_step(
+            stage.task,
+            tx,
+            ema_decay=training.ema_decay,
+            accumulate=training.accumulate,
+            schedule=schedule,
+            gather=make_parameter_gather(stage.task, self.mesh, self.state, self.batch),
+        )
+        return lower_update(step, self.state, self.batch, key, self.mesh)[0]
+
+    def lower_prepare(self) -> jax.stages.Lowered | None:
+        """Lower what frozen networks compute before each step; None if they compute nothing."""
+        if not self.frozen:
+            return None
+        place, split = replicated(self.mesh), data_sharding(self.mesh)
+        prepare = lambda models, batch: self.stage.task.prepare(_Roles(models), batch)  # noqa: E731
+        return jax.jit(prepare, in_shardings=(place, split), out_shardings=split).lower(self.frozen, self.raw)
+
+    def lower_sampler(self, sampling: Sampling | None) -> jax.stages.Lowered:
+        """Lower the sampling of a batch; None samples as the task's previews do.
+
+        Raises:
+            ValueError: for a task that has nothing to sample.
+        """
+        task, place, split = self.stage.task, replicated(self.mesh), data_sharding(self.mesh)
+        sampling = getattr(task, "sampling", None) if sampling is None else sampling
+        if not isinstance(task, DiffusionTask) or sampling is None:
+            raise ValueError(f"stage {self.stage.name} has no sampler")
+        checked = sampling.checked()
+        sample = lambda params, batch, key: sample_batch(task, checked, params, batch, key)  # noqa: E731
+        jitted = jax.jit(sample, in_shardings=(place, split, place), out_shardings=split)
+        return jitted.lower(self.state.params, self.batch, self._key())
+
+    def loss(self) -> tuple[Callable[..., Any], tuple]:
+        """Return the loss and the shapes of its arguments."""
+        extra = () if self.state.extra_state is None else (self.state.extra_state,)
+        return self.stage.task.loss, (self.state.params, self.batch, self._key(), *extra)
+
+    def _key(self) -> Any:
+        return jax.ShapeDtypeStruct((), jax.random.key(0).dtype, sharding=replicated(self.mesh))
+
+
+def lower_stage(stages: Sequence[Stage], name: str, mesh: Mesh) -> LoweredStage:
+    """Find the shapes of all that a stage is trained with.
+
+    Args:
+        stages: of a recipe; those that the stage needs need not be trained.
+        name: of the stage.
+        mesh: where it would run; its devices may be those of a topology.
+
+    Raises:
+        ValueError: for a stage that `train` would refuse.
+    """
+    run = _Run(stages, Path(), mesh)
+    stage = run.stages[name]
+    run.dry_run(stage)
+    models = run._abstract_models(stage)
+    models = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), models)
+    example = _stack(stage, [_example_record(stage, models, stage.source)])
+    records = stage.training.batch_size // stage.examples_per_record
+    split = data_sharding(mesh)
+    raw = {
+        name: jax.ShapeDtypeStruct((records, *array.shape[1:]), array.dtype, sharding=split)
+        for name, array in example.items()
+    }
+    prepared = jax.eval_shape(lambda models, batch: stage.task.prepare(_Roles(models), batch), models, raw)
+    batch = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=split), prepared)
+    tx, _ = _make_optimizer(stage, None)
+    state = abstract_state(stage.task, tx, jax.random.key(0), mesh, batch, stage.sharding_rules)
+    return LoweredStage(stage, mesh, state, batch, models, raw)
