@@ -18,10 +18,12 @@ import tempfile
 import time
 from pathlib import Path
 
-# Eight devices share the cores: a device that is late by 40 seconds is not stuck.
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_collective_call_terminate_timeout_seconds=900"
+# Eight devices share the cores: one that is late by 40 seconds is not stuck. With a pool of threads for convolutions
+# beside those that wait for each other, they would be (see cli.use_one_thread_per_cpu_device).
+FLAGS = " --xla_cpu_multi_thread_eigen=false --xla_cpu_collective_call_terminate_timeout_seconds=900"
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + FLAGS
 
-import jax
+import jax  # noqa: E402
 
 jax.config.update("jax_num_cpu_devices", 8)
 
