@@ -102,21 +102,6 @@ def run(
             _stop(message, _status(error))
 
 
-def use_one_thread_per_cpu_device() -> None:
-    """Let each CPU device compute in one thread, where there are as many devices as cores.
-
-    Devices that wait for each other in the middle of a program (FSDP, tensor parallelism) hold threads of the pool that
-    the others' convolutions need: XLA for the CPU then waits forever (jaxlib 0.10). Call it before JAX computes
-    anything. A flag that the user has set counts.
-    """
-    import jax
-
-    flags = os.environ.get("XLA_FLAGS", "")
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    if jax.config.jax_num_cpu_devices >= cores and "xla_cpu_multi_thread_eigen" not in flags:
-        os.environ["XLA_FLAGS"] = f"{flags} --xla_cpu_multi_thread_eigen=false".strip()
-
-
 def use_cpu_devices(count: int = 0) -> None:
     """Split the CPU into this number of JAX devices, over which batches are sharded; 0: one per core.
 

@@ -38,9 +38,6 @@ def main() -> None:
     config = _CONFIG.value
     cli.check_config_numbers(config)
     cli.use_cpu_devices(config.get("cpu_devices", 0))
-    axes = dict(config.get("mesh", {"data": -1}))
-    if any(axes.get(name, 1) != 1 for name in ("fsdp", "tensor")):
-        cli.use_one_thread_per_cpu_device()
     import ddpm_jax
     from ddpm_jax.parallel.mesh import make_mesh
     from ddpm_jax.training.run import is_trained, train
@@ -53,7 +50,7 @@ def main() -> None:
         raise cli.UsageError(f"--stage={unknown[0]} is not a stage of this recipe, which has {', '.join(names)}")
     chosen = [name for name in names if not _STAGE.value or name in _STAGE.value]
     try:
-        mesh = make_mesh(axes)
+        mesh = make_mesh(dict(config.get("mesh", {"data": -1})))
     except ValueError as error:
         raise cli.UsageError(f"config.mesh: {error}") from None
     begin = time.perf_counter()

@@ -18,7 +18,7 @@ import pytest
 if jaxlib.__version__.startswith("0.10."):
     flags = ("use_fusion_emitters=false", "parallel_codegen_split_count=1")
     # Eight devices share the cores of a machine that may be busy: one that is late by 40 seconds is not stuck.
-    flags += ("collective_call_terminate_timeout_seconds=300", "multi_thread_eigen=false")
+    flags += ("collective_call_terminate_timeout_seconds=300",)
     os.environ.setdefault("XLA_FLAGS", " ".join(f"--xla_cpu_{flag}" for flag in flags))
 
 # pytest-xdist hands out these files first, then the rest: a long one at the end would leave the other worker idle.

@@ -18,10 +18,8 @@ import tempfile
 import time
 from pathlib import Path
 
-# Eight devices share the cores: one that is late by 40 seconds is not stuck. With a pool of threads for convolutions
-# beside those that wait for each other, they would be (see cli.use_one_thread_per_cpu_device).
-FLAGS = " --xla_cpu_multi_thread_eigen=false --xla_cpu_collective_call_terminate_timeout_seconds=900"
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + FLAGS
+# Eight devices share the cores: one that is late by 40 seconds is not stuck.
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_collective_call_terminate_timeout_seconds=900"
 
 import jax  # noqa: E402
 

@@ -394,11 +394,17 @@ def config_differences(saved: Any, current: Any, *, ignore: Collection[str] = NO
 
 def checksum(tree: Any) -> int:
     """Return a 32-bit checksum of the bits and positions of a tree of arrays, the same under every sharding."""
-    sums = jax.device_get([_checksum(leaf) for leaf in jax.tree.leaves(tree)])
+    # One program: many that run at once, each with a sum over devices, can leave the devices of a CPU waiting for one
+    # another in different programs.
+    sums = jax.device_get(_checksums(jax.tree.leaves(tree)))
     return sum((2 * i + 1) * int(value) for i, value in enumerate(sums)) % 2**32
 
 
 @jax.jit
+def _checksums(leaves: list[jax.Array]) -> list[jax.Array]:
+    return [_checksum(leaf) for leaf in leaves]
+
+
 def _checksum(array: jax.Array) -> jax.Array:
     # Sums of integers modulo 2**32 do not depend on their order, so a sharded array gives the same number.
     if array.dtype == jnp.bool_:
