@@ -268,8 +268,14 @@ def test_a_half_written_checkpoint_does_not_count(tmp_path):
     save(tmp_path, 1)
     leftover = tmp_path / "checkpoints" / "2.orbax-checkpoint-tmp"
     subprocess.run(["cp", "-r", tmp_path / "checkpoints" / "1", leftover], check=True)
-    assert int(state_of(restore(tmp_path)).step) == 1
-    assert not leftover.exists()
+    checkpoints, state = Checkpoints(tmp_path), make_state(2)
+    restored = checkpoints.restore_latest(abstract(state).trees(), config=CONFIG)
+    assert int(state_of(restored).step) == 1
+    # It is removed in the background, and before anything is written.
+    checkpoints.save(state.trees(), step=2, data={}, config=CONFIG, version="1.2", stage="toy")
+    checkpoints.close()
+    assert not leftover.exists() and checkpoints.steps() == [1, 2]
+    assert_equal(state_of(restore(tmp_path)), state)
 
 
 def test_checksum_sees_bits_and_places_but_not_shardings():
