@@ -50,6 +50,11 @@ def make_config(name, variant, folder):
     return config
 
 
+def own_mesh(config):
+    """The devices of the recipe, not the eight of the tests: the more there are, the longer a step takes to compile."""
+    return make_mesh({"data": -1}, devices=jax.devices()[: config.cpu_devices])
+
+
 def abstract_params(config, recipe):
     """Return the shapes of the parameters of every stage; nothing is computed, and everything is checked."""
     run = _Run(recipe.stages(config), Path("unused"), make_mesh({"data": -1}, devices=jax.devices()[:1]))
@@ -184,7 +189,7 @@ def test_smoke_of_unclip_trains_every_stage(tmp_path):
     config.decoder.unet.channel_mult = (1,)
     config.decoder.attention_resolutions = (16,)
     stages = FILES["unclip"].stages(config)
-    train(stages, tmp_path / "run", pipeline=FILES["unclip"].pipeline(config))
+    train(stages, tmp_path / "run", pipeline=FILES["unclip"].pipeline(config), mesh=own_mesh(config))
     for stage in stages:
         (row,) = read_metrics(tmp_path / "run" / stage.name)
         assert np.isfinite(row["loss"]) and row["grad_norm"] > 0, stage.name
@@ -198,11 +203,11 @@ def test_smoke_of_ddpm_continues_bit_for_bit(tmp_path):
     config.training.update(progress=False, preview_every=0, eval_every=0)
     config.unet.channel_mult = (1,)  # compiling is what takes the time
     config.attention_resolutions = (4,)
-    (stage,) = FILES["ddpm"].stages(config)
-    train(stage, tmp_path / "whole")
+    (stage,), mesh = FILES["ddpm"].stages(config), own_mesh(config)
+    train(stage, tmp_path / "whole", mesh=mesh)
     config.training.num_steps = 1
-    train(FILES["ddpm"].stages(config), tmp_path / "parts")
-    train(stage, tmp_path / "parts")
+    train(FILES["ddpm"].stages(config), tmp_path / "parts", mesh=mesh)
+    train(stage, tmp_path / "parts", mesh=mesh)
     whole, parts = (restore_params(tmp_path / name / "base", step=2)[0] for name in ("whole", "parts"))
     for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(parts), strict=True):
         assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
@@ -215,7 +220,7 @@ def test_smoke_of_adm_is_sampled_with_its_classifier(tmp_path):
     config.base.attention_resolutions = (4,)
     config.base.training.preview_every = 0
     config.upsampler.training.update(num_steps=1, preview_every=0, eval_every=0)
-    train(FILES["adm"].stages(config), tmp_path / "run", pipeline=FILES["adm"].pipeline(config))
+    train(FILES["adm"].stages(config), tmp_path / "run", pipeline=FILES["adm"].pipeline(config), mesh=own_mesh(config))
     assert "accuracy" in read_metrics(tmp_path / "run" / "classifier")[0]
     assert np.isfinite(read_metrics(tmp_path / "run" / "classifier")[-1]["eval_loss"])
     pipeline = ddpm_jax.load(tmp_path / "run")
