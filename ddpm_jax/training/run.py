@@ -147,6 +147,7 @@ class _Run:
         self._models: dict[str, Model] = {}
         self._fingerprints: dict[str, str] = {}
         self._abstract: dict[str, Any] = {}
+        self._batches: dict[tuple[str, bool], Any] = {}
 
     def check_names(self, names: Sequence[str] | None) -> list[str]:
         """Return the stages to train, in order; raise ValueError for one that is unknown or lacks what it needs."""
@@ -253,10 +254,10 @@ class _Run:
         params, key = self._abstract_state(stage).params, jax.random.key(0)
         if evaluated:
             loss = getattr(stage.task, "eval_loss", stage.task.loss)
-            jax.eval_shape(loss, params, self._prepared(stage, stage.eval_source), key)
+            jax.eval_shape(loss, params, self._prepared(stage, evaluated=True), key)
             return
         extra = getattr(stage.task, "extra_state", None)
-        batch = self._prepared(stage, stage.source)
+        batch = self._prepared(stage)
         loss = _checked_loss(stage.task)
         jax.eval_shape(loss, params, batch, key, *(() if extra is None else (extra,)))
 
@@ -271,18 +272,22 @@ class _Run:
                     needs = found[1].get("needs", {})
                     checkpoints.compare(_description(stage, needs if needs.keys() == stage.needs.keys() else {}))
 
-    def _prepared(self, stage: Stage, source: Source) -> Any:
-        """Return the shapes of a prepared micro-batch, by the first record."""
-        models = self._abstract_models(stage)
-        example = _stack(stage, [_example_record(stage, models, source)])
-        size = stage.training.batch_size // stage.training.accumulate // stage.examples_per_record
-        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct((size, *x.shape[1:]), x.dtype), example)
-        return jax.eval_shape(lambda models, batch: stage.task.prepare(_Roles(models), batch), models, shapes)
+    def _prepared(self, stage: Stage, *, evaluated: bool = False) -> Any:
+        """Return the shapes of a prepared micro-batch, by the first record of the source or of the held-out one."""
+        if (stage.name, evaluated) not in self._batches:
+            models = self._abstract_models(stage)
+            source = stage.eval_source if evaluated else stage.source
+            example = _stack(stage, [_example_record(stage, models, source)])
+            size = stage.training.batch_size // stage.training.accumulate // stage.examples_per_record
+            shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct((size, *x.shape[1:]), x.dtype), example)
+            prepare = lambda models, batch: stage.task.prepare(_Roles(models), batch)  # noqa: E731
+            self._batches[stage.name, evaluated] = jax.eval_shape(prepare, models, shapes)
+        return self._batches[stage.name, evaluated]
 
     def _abstract_state(self, stage: Stage) -> Any:
         if stage.name not in self._abstract:
             tx, _ = _make_optimizer(stage, None)
-            prepared = self._prepared(stage, stage.source)
+            prepared = self._prepared(stage)
             rules = stage.sharding_rules
             self._abstract[stage.name] = abstract_state(stage.task, tx, jax.random.key(0), self.mesh, prepared, rules)
         return self._abstract[stage.name]
