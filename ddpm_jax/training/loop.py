@@ -363,6 +363,7 @@ def lower_update(
       (lowered, empty): `update(state, window, batch, key) -> (state, window, done)`, which donates its first two
       arguments; `done` is an array that is ready when the step is. `empty` is the window at its beginning.
     """
+    step_fn = jax.jit(step_fn, inline=True)  # traced once, here
     _, metrics = jax.eval_shape(step_fn, state, batch, key)
     place, split = replicated(mesh), data_sharding(mesh)
     parts = jax.tree.map(lambda leaf: leaf.sharding, state)
