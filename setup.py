@@ -63,6 +63,7 @@ setup(
         # To read and build data sets of TFDS, which works without TensorFlow.
         "tfds": TFDS,
         "examples": [*TRAIN, *ODE, "matplotlib>=3.8", "scikit-learn>=1.4"],
+        "gcs": ["gcsfs>=2024.2", "google-cloud-storage>=2.14"],
         "tensorboard": ["tensorboard>=2.16", "tensorflow-cpu>=2.16"],
         "test": TEST,
         # What else it needs, without what that depends on: tests/parity/requirements.txt.

@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from ddpm_jax.paths import as_path, check_bucket, is_remote
 from ddpm_jax.stopping import ending_on_signals
 from ddpm_jax.temporary import temporary_path
 
@@ -142,7 +143,7 @@ def keep_memory() -> None:
 
 def show(text: str) -> None:
     """Print a result at once, on the first host alone: what follows may fail."""
-    if not _is_first_host():
+    if not is_first_host():
         return
     # A path may hold bytes that the locale does not know, and the terminal may not know a character.
     text = text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
@@ -172,8 +173,12 @@ def check_can_write(path: str | os.PathLike, *, what: str, given: str | None = N
     A file is written beside it: permissions say little about root, read-only disks, full ones and quotas. given: the
     flag's value where it is not the path.
     """
-    path = Path(path)
     flag = f"{what}={path if given is None else given}"
+    if is_remote(path):
+        if (reason := check_bucket(as_path(path).parent)) is not None:
+            raise UsageError(f"{flag} cannot be written: {reason}")
+        return
+    path = Path(path)
     try:
         mode = path.stat().st_mode
     except (FileNotFoundError, NotADirectoryError):
@@ -204,7 +209,7 @@ def check_can_write(path: str | os.PathLike, *, what: str, given: str | None = N
 
 def check_exists(path: str | os.PathLike | None, *, what: str) -> None:
     """Raise UsageError, naming the flag `what`, unless there is a file or directory at a path; None is no path."""
-    if path is not None and not os.path.exists(path):
+    if path is not None and not as_path(path).exists():
         raise UsageError(f"{what}={path} does not exist")
 
 
@@ -471,7 +476,8 @@ def _join_hosts(flag_values: flags.FlagValues, config: str | None) -> bool:
     )
 
 
-def _is_first_host() -> bool:
+def is_first_host() -> bool:
+    """Return whether this process is the one that writes results and prints."""
     hosts = sys.modules.get("ddpm_jax.parallel.hosts")
     return hosts is None or hosts.current().index == 0
 
@@ -567,7 +573,7 @@ class _OneLine(python_logging.Handler):
 
     def emit(self, record: python_logging.LogRecord) -> None:
         """Print one record; of several hosts only the first one informs."""
-        if record.levelno <= python_logging.INFO and not _is_first_host():
+        if record.levelno <= python_logging.INFO and not is_first_host():
             return
         if record.levelno < python_logging.WARNING and not record.pathname.startswith(PACKAGE):
             return

@@ -5,12 +5,12 @@ workdir (or --out). With --compare it also answers "why a prior?": the same deco
 text embedding, the prior's and the true image embedding.
 """
 
-from pathlib import Path
-
 from ddpm_jax import cli
 
 # isort: split
 from absl import flags
+
+from ddpm_jax.paths import as_path
 
 FLAGS = flags.FlagValues()
 _WORKDIR = flags.DEFINE_string(
@@ -36,7 +36,7 @@ def main() -> None:
     cli.check_exists(_WORKDIR.value, what="--workdir")
     if _WORKDIR.value is None and not _OUT.value:
         raise cli.UsageError("--out is needed, a directory for the results")
-    out = Path(_OUT.value or _WORKDIR.value)
+    out = as_path(_OUT.value or _WORKDIR.value)
     if _OUT.value or out.is_dir():
         cli.check_can_write(out / "faithfulness.json", what="--out" if _OUT.value else "--workdir")
     from ddpm_jax.evaluation import report

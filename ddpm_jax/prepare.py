@@ -79,6 +79,7 @@ def main() -> None:
         raise cli.UsageError("--source, --out and --size are needed")
     if _INDEX.value >= _COUNT.value:
         raise cli.UsageError(f"--process_index={_INDEX.value} must be less than --process_count={_COUNT.value}")
+    index, count = _share()
     limit = _limit(_MAX_SKIPPED.value)
     for path in _EMBED.value:
         cli.check_exists(path, what="--embed")
@@ -93,21 +94,38 @@ def main() -> None:
         keep_duplicates=_DUPLICATES.value,
         shard_records=_SHARD.value,
     )
+    kwargs = {
+        "workers": _WORKERS.value or _cores(),
+        "max_skipped": limit,
+        "embedders": [_embedder(path) for path in _EMBED.value],
+        "process_index": index,
+        "process_count": count,
+        "provenance": {"source": _SOURCE.value, "options": _OPTION.value},
+    }
     try:
-        summary = prepare(
-            source,
-            _OUT.value,
-            options,
-            workers=_WORKERS.value or _cores(),
-            max_skipped=limit,
-            embedders=[_embedder(path) for path in _EMBED.value],
-            process_index=_INDEX.value,
-            process_count=_COUNT.value,
-            provenance={"source": _SOURCE.value, "options": _OPTION.value},
-        )
+        summary = prepare(source, _OUT.value, options, **kwargs)
+        if _connected().count > 1:
+            _connected().barrier("the data are prepared")
+            summary = prepare(source, _OUT.value, options, **kwargs)  # of the whole
     except OutputError as error:
         raise cli.UsageError(f"--out: {error}") from error
     _show(summary)
+
+
+def _share() -> tuple[int, int]:
+    """Return the index of this process and the number of those that share the work."""
+    if _connected().count == 1:
+        return _INDEX.value, _COUNT.value
+    if _COUNT.value != 1:
+        raise cli.UsageError(f"--process_count={_COUNT.value} is for processes that are not connected; leave it out")
+    return _connected().index, _connected().count
+
+
+def _connected() -> Any:
+    """Return the hosts of this run."""
+    from ddpm_jax.parallel import hosts
+
+    return hosts.current()
 
 
 def _open(spec: str, options: Mapping[str, Any]) -> Any:
@@ -170,7 +188,8 @@ def _show(summary: Any) -> None:
     if summary.complete:
         cli.show(f"wrote {_OUT.value}: {done}")
     else:
-        cli.show(f"wrote the parts of process {_INDEX.value} of {_COUNT.value} in {_OUT.value}: {done}")
+        index, count = _share()
+        cli.show(f"wrote the parts of process {index} of {count} in {_OUT.value}: {done}")
     reasons = ", ".join(f"{count} {reason}" for reason, count in summary.skipped.items())
     if reasons:
         listed = f"; {_OUT.value}/skipped.jsonl names them" if summary.complete else ""

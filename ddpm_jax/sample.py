@@ -102,10 +102,13 @@ def main() -> None:
     cli.check_exists(_WORKDIR.value, what="--workdir")
     texts = [cli.as_utf8(prompt, what="--prompt") for prompt in _PROMPT.value or ()]
     cli.check_can_write(_OUT.value, what="--out")
+    import jax
+
     from ddpm_jax.data import image_grid
     from ddpm_jax.pipelines.cascade import Cascade
     from ddpm_jax.pipelines.directory import load, read_tokenizer
     from ddpm_jax.pipelines.request import NotFiniteError
+    from ddpm_jax.pipelines.sharing import generate_on_all_hosts
     from ddpm_jax.progress import progress_bar
     from ddpm_jax.storage.model_directory import Model
 
@@ -120,15 +123,18 @@ def main() -> None:
             raise cli.UsageError(f"--workdir={_WORKDIR.value} cannot be sampled alone: {error}") from error
     given, captions = _request(pipeline, texts)
     count = len(captions)
-    with progress_bar(count, description="sample", unit="image") as bar:
+    share = -(-count // jax.process_count())
+    with progress_bar(share, description="sample", unit="image", shown=cli.is_first_host()) as bar:
         try:
-            images = pipeline.generate(**given, **_how(pipeline, count), report=bar.update)
+            kwargs = _how(pipeline, count) | {"report": bar.update}
+            images = generate_on_all_hosts(pipeline.generate, count, given, **kwargs)
         except NotFiniteError:
             raise
         except ValueError as error:
             raise cli.UsageError(str(error)) from error
     grid = image_grid.grid(_shown(images), captions if any(captions) else None, columns=_COLUMNS.value)
-    image_grid.save_png(_OUT.value, grid)
+    if cli.is_first_host():
+        image_grid.save_png(_OUT.value, grid)
     height, width = images.shape[1:3]
     cli.show(f"wrote {_OUT.value}: {len(images)} images of {height} x {width} pixels")
 
@@ -172,10 +178,9 @@ def _request(pipeline: Any, prompts: list[str]) -> tuple[dict[str, Any], list[st
 
 def _how(pipeline: Any, count: int) -> dict[str, Any]:
     """Return the other arguments of `generate`."""
-    from ddpm_jax.parallel.mesh import make_local_mesh
     from ddpm_jax.pipelines import Cascade, UnCLIP
 
-    kwargs: dict[str, Any] = {"seed": _SEED.value, "start": _START.value, "mesh": make_local_mesh(at_most=count)}
+    kwargs: dict[str, Any] = {"seed": _SEED.value, "start": _START.value}
     if isinstance(pipeline, (UnCLIP, Cascade)):
         kwargs["batch_size"] = min(pipeline.batch_size, count)
     if _BATCH.value is not None:

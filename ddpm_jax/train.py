@@ -8,8 +8,8 @@ sampled together, and `evaluate(config, pipeline, workdir, show)`, called at the
 batch, "fsdp" a part of both, "tensor" a part of the parameters and of the computation (`ddpm_jax.parallel`).
 """
 
+import re
 import time
-from pathlib import Path
 
 from ddpm_jax import cli
 
@@ -25,6 +25,9 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run; created i
 _STAGE = flags.DEFINE_multi_string(
     "stage", None, "Train this stage only; may be repeated. All stages by default.", flag_values=FLAGS
 )
+_PROFILE = flags.DEFINE_string(
+    "profile_steps", None, "Write a profiler trace of these steps, such as 100-105.", flag_values=FLAGS
+)
 _EVALUATE = flags.DEFINE_bool(
     "evaluate", True, "Evaluate after all stages, if the recipe has an evaluate function.", flag_values=FLAGS
 )
@@ -35,11 +38,18 @@ def main() -> None:
     for name, value in (("config", _CONFIG.value), ("workdir", _WORKDIR.value)):
         if not value:
             raise cli.UsageError(f"--{name} is needed")
+    profile = None
+    if _PROFILE.value is not None:
+        match = re.fullmatch(r"(\d+)-(\d+)", _PROFILE.value)
+        profile = (int(match[1]), int(match[2])) if match else (0, 0)
+        if not 1 <= profile[0] <= profile[1]:
+            raise cli.UsageError(f"--profile_steps={_PROFILE.value} must be FIRST-LAST, such as 100-105")
     config = _CONFIG.value
     cli.check_config_numbers(config)
     cli.use_cpu_devices(config.get("cpu_devices", 0))
     import ddpm_jax
     from ddpm_jax.parallel.mesh import make_mesh
+    from ddpm_jax.paths import as_path
     from ddpm_jax.training.run import is_trained, train
 
     recipe = cli.load_recipe(config_flags.get_config_filename(FLAGS["config"]).partition(":")[0])
@@ -54,12 +64,13 @@ def main() -> None:
     except ValueError as error:
         raise cli.UsageError(f"config.mesh: {error}") from None
     begin = time.perf_counter()
-    train(stages, _WORKDIR.value, names=chosen, pipeline=pipeline, config=plain(config.to_dict()), mesh=mesh)
+    settings = {"pipeline": pipeline, "config": plain(config.to_dict()), "mesh": mesh, "profile_steps": profile}
+    train(stages, _WORKDIR.value, names=chosen, **settings)
     cli.show(f"trained {', '.join(chosen)} in {time.perf_counter() - begin:.0f} s")
     complete = all(is_trained(stage, _WORKDIR.value) for stage in stages)
     if _EVALUATE.value and not _STAGE.value and complete and hasattr(recipe, "evaluate"):
         begin = time.perf_counter()
-        recipe.evaluate(config, ddpm_jax.load(_WORKDIR.value), Path(_WORKDIR.value), cli.show)
+        recipe.evaluate(config, ddpm_jax.load(_WORKDIR.value), as_path(_WORKDIR.value), cli.show)
         cli.show(f"measured in {time.perf_counter() - begin:.0f} s")
 
 

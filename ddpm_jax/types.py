@@ -99,7 +99,9 @@ class Task(Protocol):
     def preview(self, params: Any, batch: dict[str, Any], key: jax.Array) -> np.ndarray | None:
         """Return images to look at while it trains, uint8[N, H, W, 3], or None; raise FloatingPointError for NaN.
 
-        ``batch``: a prepared batch, the same at every preview, and ``key`` too.
+        ``batch``: a prepared batch, the same at every preview, and ``key`` too. Several hosts all have the whole of it,
+        and all call this; a task with a true attribute ``shares_previews`` is given arrays that are split over their
+        devices, and returns the images whole (`parallel.placing.fetch`).
         """
         ...
 

@@ -1,12 +1,14 @@
 """A recipe of two tiny stages, for runs of several processes: CLIP, and a network trained on its embeddings.
 
-Records are read slowly where DDPM_JAX_TEST_SLOW says so, "embed:0.05" or "train:0.05" (seconds each), so that a signal
-finds the run where a test wants it. DDPM_JAX_TEST_SEEN names a directory in which each process notes what it read.
+Records are read slowly where DDPM_JAX_TEST_SLOW says so, "embed:0.05,head:0.05" (seconds each), so that a signal finds
+the run where a test wants it. DDPM_JAX_TEST_SEEN names a directory in which a file of the source's name is written when
+one of its records is read. The metrics of the second stage say which records a batch had.
 """
 
 import dataclasses
 import os
 import time
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -48,17 +50,16 @@ class Source:
         return f"{self.count} {self.nan_at} {self.name}"
 
     def __getitem__(self, index):
-        what, _, seconds = os.environ.get("DDPM_JAX_TEST_SLOW", "").partition(":")
-        if what == self.name:
-            time.sleep(float(seconds))
-        if self.name == "head" and (directory := os.environ.get("DDPM_JAX_TEST_SEEN")):
-            with open(f"{directory}/{os.getpid()}", "a") as file:
-                file.write(f"{index}\n")
+        slow = dict(each.split(":") for each in os.environ.get("DDPM_JAX_TEST_SLOW", "").split(",") if each)
+        time.sleep(float(slow.get(self.name, 0)))
+        if directory := os.environ.get("DDPM_JAX_TEST_SEEN"):
+            (Path(directory) / self.name).touch()
         rng = np.random.default_rng(int(index))
         tokens, mask = TOKENIZER([" ".join(rng.permutation(["red", "green", "blue", "star"])[:2])], LENGTH)
         weight = np.float32(np.nan if index == self.nan_at else 1.0)
         image = rng.integers(0, 256, (SIZE, SIZE, 3), np.uint8)
-        return {"image": image, "tokens": tokens[0], "mask": mask[0], "weight": weight}
+        record = {"image": image, "tokens": tokens[0], "mask": mask[0], "weight": weight}
+        return record | {"record": np.float32(index)}
 
 
 class HeadTask:
@@ -73,7 +74,8 @@ class HeadTask:
     def loss(self, params, batch, key):
         noise = 0.1 * jax.random.normal(key, batch["z_text"].shape)
         error = batch["z_image"] @ params["kernel"] - batch["z_text"] - noise
-        return jnp.mean(error**2, axis=-1) * batch["weight"], {}
+        record = batch["record"]
+        return jnp.mean(error**2, axis=-1) * batch["weight"], {"record": record, "record_squared": record**2}
 
     def preview(self, params, batch, key):
         level = jax.nn.sigmoid(batch["z_image"] @ params["kernel"])

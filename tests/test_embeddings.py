@@ -5,6 +5,7 @@ import pytest
 from test_tasks import CLIP_NETWORK, SIZE, B, frozen_clip, images, make_batch
 
 from ddpm_jax.models.clip import CLIP
+from ddpm_jax.training import embeddings
 from ddpm_jax.training.embeddings import NAMES, Embedded, EmbeddedSource, cached_embeddings, tree_fingerprint
 
 
@@ -70,11 +71,23 @@ def test_another_clip_or_source_computes_them_anew(tmp_path, mark, count):
     assert_equal(compute(tmp_path / "e", Embed(break_at=1), mark, count), count)
 
 
-def test_an_interruption_leaves_nothing(tmp_path):
+def test_an_interrupted_embedding_goes_on(tmp_path):
     with pytest.raises(KeyboardInterrupt):
-        compute(tmp_path / "e", Embed(break_at=2))
-    assert list(tmp_path.iterdir()) == []
-    assert_equal(compute(tmp_path / "e", Embed()))
+        compute(tmp_path / "e", Embed(break_at=3))
+    assert [path.name for path in tmp_path.iterdir()] == ["e.parts"]
+    assert sorted(path.name for path in (tmp_path / "e.parts").iterdir()) == ["0.npy", "4.npy", "fingerprint.json"]
+    embed = Embed()
+    assert_equal(compute(tmp_path / "e", embed))
+    assert len(embed.shapes) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["e"]
+
+
+def test_parts_of_another_embedding_are_not_used(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        compute(tmp_path / "e", Embed(break_at=3))
+    embed = Embed()
+    assert_equal(compute(tmp_path / "e", embed, "two"))
+    assert len(embed.shapes) == 3
 
 
 def test_what_a_kill_left_is_cleared(tmp_path):
@@ -95,14 +108,14 @@ def test_a_truncated_cache_is_computed_anew(tmp_path, size):
 
 
 def test_a_full_disk(tmp_path, monkeypatch):
-    def full(path, array, **options):
-        path.write_bytes(b"half")
-        raise OSError("22 requested and 3 written")  # as numpy says it
+    def full(path, data):
+        path.with_suffix(".tmp").write_bytes(b"half")
+        raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(np, "save", full)
-    with pytest.raises(OSError, match="could not write the embeddings: 22 requested and 3 written; is the disk full"):
+    monkeypatch.setattr(embeddings, "write_whole", full)
+    with pytest.raises(OSError, match="could not write the embeddings: No space left on device"):
         compute(tmp_path / "e", Embed())
-    assert list(tmp_path.iterdir()) == []
+    assert not (tmp_path / "e").exists()
 
 
 def test_a_source_with_its_embeddings():

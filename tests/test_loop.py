@@ -73,7 +73,7 @@ def test_a_run_leaves_what_it_should(uninterrupted):
     rows = read_metrics(directory)
     assert [row["step"] for row in rows] == [2, 4, 6, 8, 10, 12]
     names = {"step", "time", "loss", "absolute", "grad_norm", "param_norm", "lr", "steps_per_second"}
-    assert names | {"images_per_second", "flops_per_second"} == set(rows[-1])
+    assert names | {"images_per_second", "flops_per_second", "input_bound"} == set(rows[-1])
     for row in rows:
         assert row["images_per_second"] == pytest.approx(BATCH * row["steps_per_second"])
     assert Checkpoints(directory, read_only=True).steps() == [8, 12]

@@ -3,12 +3,12 @@
 import os
 import secrets
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ddpm_jax.extras import needs_extra
+from ddpm_jax.paths import as_path, is_remote
 from ddpm_jax.temporary import temporary_path
 
 if TYPE_CHECKING:
@@ -107,10 +107,14 @@ def save_png(path: str | os.PathLike, image: "Image | np.ndarray") -> None:
     with needs_extra("train"):
         from PIL import Image
 
-    path = Path(path)
+    path = as_path(path)
     pillow_image = Image.fromarray(image) if isinstance(image, np.ndarray) else image
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        if is_remote(path):
+            with path.open("wb") as file:
+                pillow_image.save(file, format="PNG")
+            return
         with temporary_path(path.with_name(f".{secrets.token_hex(8)}.tmp")) as temporary:
             pillow_image.save(temporary, format="PNG")
             os.replace(temporary, path)

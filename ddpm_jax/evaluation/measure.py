@@ -8,6 +8,7 @@ import numpy as np
 
 from ddpm_jax.data.shapes.scenes import ShapesSource
 from ddpm_jax.evaluation import faithfulness
+from ddpm_jax.pipelines.sharing import generate_on_all_hosts
 from ddpm_jax.pipelines.unclip import UnCLIP
 from ddpm_jax.progress import progress_bar
 
@@ -38,7 +39,7 @@ def measure(
     progress: bool = True,
     **kwargs: Any,
 ) -> dict[str, Any]:
-    """Sample an image for each of a split's captions and read it back.
+    """Sample an image for each of a split's captions and read it back; the hosts of a run share the work.
 
     Args:
         pipeline: that knows captions of captioned shapes.
@@ -46,7 +47,7 @@ def measure(
         num_captions: N.
         seed: of captions and noise.
         progress: True shows a bar on stderr.
-        **kwargs: options of `UnCLIP.generate`; embedding="image" takes the embedding of the true image.
+        **kwargs: options of `UnCLIP.generate` but mesh; embedding="image" takes the embedding of the true image.
 
     Returns:
         The result of `faithfulness.score`, and "captions" and "images" uint8[N, R, R, 3].
@@ -56,11 +57,13 @@ def measure(
     source = ShapesSource(seed, pipeline.clip.network.vision.image_size, split)
     records = [source[i] for i in range(num_captions)]
     captions = [record["caption"] for record in records]
+    each: dict[str, Any] = {"prompts": captions}
     if kwargs.get("embedding") == "image":
-        kwargs["images"] = np.stack([record["image"] for record in records])
-    hidden = not progress or jax.process_index() != 0
-    with progress_bar(num_captions, description=split, unit="image", shown=not hidden) as bar:
-        images = pipeline.generate(captions, seed=seed, report=bar.update, **kwargs)
+        each["images"] = np.stack([record["image"] for record in records])
+    hidden, share = not progress or jax.process_index() != 0, -(-num_captions // jax.process_count())
+    with progress_bar(share, description=split, unit="image", shown=not hidden) as bar:
+        kwargs |= {"seed": seed, "report": bar.update}
+        images = generate_on_all_hosts(pipeline.generate, num_captions, each, **kwargs)
     scored = faithfulness.score(images, [source.scene(i) for i in range(num_captions)])
     return scored | {"captions": captions, "images": images}
 

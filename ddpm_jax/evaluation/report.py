@@ -9,8 +9,8 @@ import numpy as np
 
 from ddpm_jax.data import image_grid
 from ddpm_jax.evaluation import faithfulness, measure
-from ddpm_jax.parallel.mesh import make_local_mesh
 from ddpm_jax.pipelines.cascade import Cascade
+from ddpm_jax.pipelines.sharing import generate_on_all_hosts
 from ddpm_jax.pipelines.unclip import UnCLIP
 from ddpm_jax.progress import progress_bar
 from ddpm_jax.storage.json_file import write_json
@@ -29,9 +29,7 @@ def write_faithfulness(
 
     show: called with the table before the files are written, which may fail.
     """
-    results = measure.measure_all(
-        pipeline, num_captions=num_captions, seed=seed, progress=progress, mesh=make_local_mesh()
-    )
+    results = measure.measure_all(pipeline, num_captions=num_captions, seed=seed, progress=progress)
     table = faithfulness.table({measure.SPLITS[split]: result for split, result in results.items()})
     if show is not None:
         show(table)
@@ -54,9 +52,7 @@ def write_comparison(
 
     show: called with the table before the files are written, which may fail.
     """
-    results = measure.compare_conditions(
-        pipeline, num_captions=num_captions, seed=seed, progress=progress, mesh=make_local_mesh()
-    )
+    results = measure.compare_conditions(pipeline, num_captions=num_captions, seed=seed, progress=progress)
     table = faithfulness.table(results)
     if show is not None:
         show(table)
@@ -84,10 +80,10 @@ def write_samples(
     known, labels = pipeline.labels, None
     if known is not None:
         labels = [i % known["num_classes"] for i in range(num_images)]
-    hidden = not progress or jax.process_index() != 0
-    with progress_bar(num_images, description="sample", unit="image", shown=not hidden) as bar:
-        mesh = make_local_mesh(at_most=num_images)
-        images = pipeline.generate(num_images, labels=labels, seed=seed, mesh=mesh, report=bar.update)
+    hidden, share = not progress or jax.process_index() != 0, -(-num_images // jax.process_count())
+    with progress_bar(share, description="sample", unit="image", shown=not hidden) as bar:
+        each, kwargs = {"num_images": num_images, "labels": labels}, {"seed": seed, "report": bar.update}
+        images = generate_on_all_hosts(pipeline.generate, num_images, each, **kwargs)
     if jax.process_index() != 0:
         return
     names = None if known is None else known.get("names")

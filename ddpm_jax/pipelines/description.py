@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from ddpm_jax.diffusion.sampling import Sampling, sampling_from
 from ddpm_jax.errors import LoadError, ReadError
+from ddpm_jax.paths import as_path
 from ddpm_jax.storage.json_file import read_json, write_json
 from ddpm_jax.storage.metadata import check_plain, integer, number
 from ddpm_jax.version import __version__
@@ -133,7 +134,7 @@ class PipelineDescription:
             "sampling": {stage: value.describe() for stage, value in self.sampling.items()},
             "options": dict(self.options),
         }
-        write_json(Path(directory) / PIPELINE_FILE, value)
+        write_json(as_path(directory) / PIPELINE_FILE, value)
 
 
 def read_pipeline(directory: str | os.PathLike) -> PipelineDescription:
@@ -142,7 +143,7 @@ def read_pipeline(directory: str | os.PathLike) -> PipelineDescription:
     Raises:
         LoadError: if it is missing, not such a file, or has a field that cannot be.
     """
-    path = Path(directory) / PIPELINE_FILE
+    path = as_path(directory) / PIPELINE_FILE
     try:
         described = read_json(path)
     except FileNotFoundError:

@@ -14,6 +14,7 @@ import numpy as np
 from ddpm_jax.checks import shown
 from ddpm_jax.data.tokenizer import Tokenizer, tokenizer_from_config
 from ddpm_jax.errors import LoadError
+from ddpm_jax.paths import as_path
 from ddpm_jax.pipelines.cascade import Cascade
 from ddpm_jax.pipelines.converted import PIPELINES, pipeline_of
 from ddpm_jax.pipelines.description import PIPELINE_FILE, PipelineDescription, read_pipeline
@@ -49,7 +50,7 @@ def load(path: str | os.PathLike | None = None, *, ema: bool = True, network: nn
     if path is not None and not isinstance(path, (str, os.PathLike)):
         raise LoadError(f"path={shown(path)} must be the path of a directory, or None for the bundled pipeline")
     check_given(network)
-    directory = BUNDLED if path is None else Path(path)
+    directory = BUNDLED if path is None else as_path(path)
     if (directory / PIPELINE_FILE).is_file():
         if network is not None:
             raise LoadError(f"{directory} is a pipeline of several models; give network= for the directory of one")
@@ -78,7 +79,7 @@ def read_tokenizer(path: str | os.PathLike | None = None) -> Tokenizer | None:
     Raises:
         LoadError: if it cannot be read.
     """
-    directory = BUNDLED if path is None else Path(path)
+    directory = BUNDLED if path is None else as_path(path)
     if (directory / PIPELINE_FILE).is_file():
         place = read_pipeline(directory).models.get("clip")
         if place is None:

@@ -27,6 +27,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from ddpm_jax.extras import needs_extra
+from ddpm_jax.paths import as_path, is_remote
 from ddpm_jax.storage.quiet import silence_storage
 
 with needs_extra("train"):
@@ -39,6 +40,8 @@ DOCUMENTS = ("data", "config", "meta")
 # Fields that change how a run is watched or stored, not what it computes; and its length.
 NOT_COMPARED = frozenset({"log_every", "preview_every", "num_previews", "checkpoint_every", "max_to_keep"})
 NOT_COMPARED |= {"tensorboard", "progress", "num_workers", "num_steps", "eval_every", "eval_batches"}
+# What follows a bad step; a run that was stopped by one may go on with another policy.
+NOT_COMPARED |= {"nonfinite", "spike", "spike_factor", "max_bad_steps"}
 
 
 class CheckpointError(RuntimeError):
@@ -69,7 +72,7 @@ class Checkpoints:
     def __init__(self, directory: str | os.PathLike, *, max_to_keep: int = 2, read_only: bool = False):
         if max_to_keep < 1:
             raise ValueError(f"{max_to_keep=} must be at least 1")
-        self.directory = Path(directory).absolute() / SUBDIRECTORY
+        self.directory = (as_path(directory) if is_remote(directory) else Path(directory).absolute()) / SUBDIRECTORY
         self._max_to_keep, self._read_only = max_to_keep, read_only
         self._writing_step: int | None = None
         silence_storage()
@@ -93,7 +96,10 @@ class Checkpoints:
     def steps(self) -> list[int]:
         """Return the steps of the complete checkpoints, oldest first."""
         entries = self.directory.iterdir() if self.directory.is_dir() else ()
-        return sorted(int(entry.name) for entry in entries if entry.name.isdecimal())
+        found = [entry for entry in entries if entry.name.isdecimal()]
+        if is_remote(self.directory):  # nothing can be renamed there: a file says that a checkpoint is complete
+            found = [entry for entry in found if ocp.utils.is_checkpoint_finalized(entry)]
+        return sorted(int(entry.name) for entry in found)
 
     def check_space(self, trees: Mapping[str, Any]) -> None:
         """Raise `CheckpointError` when the disk has no space for the checkpoints to write.
@@ -102,6 +108,8 @@ class Checkpoints:
           trees: of arrays or of shapes. While one checkpoint is written the old ones are still there, so a fresh run
             requires `max_to_keep + 0.5` times the state's size, and a resumed one for that less what it already holds.
         """
+        if is_remote(self.directory):
+            return
         size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(trees))
         needed = int(size * max(1.2, self._max_to_keep + 0.5 - len(self.steps())))
         available = shutil.disk_usage(self.directory).free
@@ -112,7 +120,15 @@ class Checkpoints:
             )
 
     def save(
-        self, trees: Mapping[str, Any], *, step: int, data: Any, config: Mapping[str, Any], version: str, stage: str
+        self,
+        trees: Mapping[str, Any],
+        *,
+        step: int,
+        data: Any,
+        config: Mapping[str, Any],
+        version: str,
+        stage: str,
+        notes: Mapping[str, Any] | None = None,
     ) -> None:
         """Begin to write a checkpoint; the arrays are copied before this returns, so they may be donated after it.
 
@@ -123,6 +139,7 @@ class Checkpoints:
           config: what the result depends on, as plain data.
           version: the package's version.
           stage: the stage's name.
+          notes: what else to keep, plain data, stored under "notes" in `meta`.
 
         Raises:
           CheckpointError: when this checkpoint or the one before could not be written.
@@ -134,6 +151,7 @@ class Checkpoints:
             "version": version,
             "stage": stage,
             "step": step,
+            "notes": dict(notes or {}),
             "num_parameters": sum(leaf.size for leaf in jax.tree.leaves(arrays["params"])),
             "checksums": {name: checksum(tree) for name, tree in arrays.items()},
         }
@@ -184,7 +202,7 @@ class Checkpoints:
             if quiet == 5:
                 return
             for leftover in leftovers:
-                shutil.rmtree(leftover, ignore_errors=True)
+                _remove(leftover)
             time.sleep(0.1)
 
     def restore_latest(
@@ -334,10 +352,19 @@ class Checkpoints:
         for step in steps:
             aside = self.directory / f"unreadable-{step}"
             if jax.process_index() == 0:
-                shutil.rmtree(aside, ignore_errors=True)
-                os.replace(self.directory / str(step), aside)
+                _remove(aside)
+                (self.directory / str(step)).rename(aside)
         multihost_utils.sync_global_devices("moved unreadable checkpoints aside")
         self._manager.reload()
+
+
+def _remove(directory: Any) -> None:
+    """Remove a directory, as far as possible."""
+    if not is_remote(directory):
+        shutil.rmtree(directory, ignore_errors=True)
+        return
+    with contextlib.suppress(Exception):  # each bucket's client has errors of its own
+        directory.rmtree()
 
 
 def restore_params(

@@ -1,14 +1,13 @@
 """JSON files: bounded before they are parsed, without two values for one name, and written whole or not at all."""
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import jax
 
+from ddpm_jax.paths import as_path, is_remote, write_whole
 from ddpm_jax.storage.mapping import opened
-from ddpm_jax.temporary import temporary_path
 
 JSON_BYTES = 1 << 24  # the largest header of a published safetensors file has about one million
 JSON_VALUES = 1_400_000  # commas, opening brackets and strings; a safetensors header has 13 for each tensor
@@ -21,9 +20,13 @@ def read_json(path: str | Path) -> Any:
         ValueError: if it is no JSON, or beyond the limits of `parse_json`.
         OSError: if it cannot be read.
     """
-    if not Path(path).stat().st_size:
+    path = as_path(path)
+    if is_remote(path):
+        data = path.read_bytes()
+    elif not path.stat().st_size:
         raise ValueError("it is empty")
-    data = opened(Path(path))
+    else:
+        data = opened(path)
     if len(data) > JSON_BYTES:
         raise ValueError(f"it has {len(data)} bytes of JSON, more than {JSON_BYTES}")
     return parse_json(data[:])
@@ -64,11 +67,7 @@ def write_json(path: str | Path, value: Any) -> None:
     """
     if jax.process_index() != 0:
         return
-    path = Path(path)
-    # One name, so that what a kill leaves is written over by the next run.
     try:
-        with temporary_path(path.with_name(path.name + ".tmp")) as new:
-            new.write_text(json.dumps(value, indent=1) + "\n")
-            os.replace(new, path)
+        write_whole(path, (json.dumps(value, indent=1) + "\n").encode())
     except OSError as error:
         raise OSError(error.errno, f"could not write the file: {error.strerror}", str(path)) from error

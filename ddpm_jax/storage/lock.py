@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from ddpm_jax.paths import is_remote
 from ddpm_jax.storage.checkpoint import CheckpointError
 
 
@@ -18,12 +19,15 @@ def lock_workdir(path: str | os.PathLike) -> Iterator[None]:
     """Hold a directory for one run; the kernel lets go of it when the process ends, however it ends.
 
     Args:
-      path: the directory; it is created.
+      path: the directory; it is created. One in a bucket is not held.
 
     Raises:
       WorkdirInUse: when another run holds it.
       CheckpointError: when it cannot be created or written.
     """
+    if is_remote(path):  # a bucket has no locks
+        yield
+        return
     path = Path(path)
     try:
         path.mkdir(parents=True, exist_ok=True)

@@ -29,6 +29,7 @@ from ddpm_jax.checks import check_model, shown
 from ddpm_jax.diffusion.diffusion import Diffusion
 from ddpm_jax.errors import LoadError, ReadError
 from ddpm_jax.extras import needs_extra
+from ddpm_jax.paths import as_path
 from ddpm_jax.storage.json_file import read_json, write_json
 from ddpm_jax.storage.metadata import check_metadata, diffusion_from, freeze, thaw
 from ddpm_jax.storage.network_check import check_parameters
@@ -110,8 +111,8 @@ def write_description(
         OSError: if the file cannot be written.
     """
     described = _described(FAMILY, networks, metadata)
-    Path(directory).mkdir(parents=True, exist_ok=True)
-    write_json(Path(directory) / MODEL_FILE, described)
+    as_path(directory).mkdir(parents=True, exist_ok=True)
+    write_json(as_path(directory) / MODEL_FILE, described)
 
 
 def _described(family: str, networks: Mapping[str, nn.Module], metadata: Mapping[str, Any]) -> dict[str, Any]:
@@ -262,7 +263,7 @@ def _shards(arrays: Mapping[str, Any], itemsize: int) -> Iterator[list[str]]:
 
 def is_model_directory(path: str | os.PathLike) -> bool:
     """Return whether there is a model.json in a directory."""
-    return (Path(path) / MODEL_FILE).is_file()
+    return (as_path(path) / MODEL_FILE).is_file()
 
 
 def open_model(
@@ -280,7 +281,7 @@ def open_model(
         LoadError: if it cannot be read, holds several networks, or network and parameters do not fit each other.
     """
     check_given(network)
-    directory, described = Path(directory), read_description(directory)
+    directory, described = as_path(directory), read_description(directory)
     if len(described["networks"]) != 1:
         names = ", ".join(described["networks"])
         raise LoadError(f"{directory} holds the networks {names}, and not one model; ddpm_jax.load opens the whole")
@@ -313,7 +314,7 @@ def load(directory: str | os.PathLike, *, dtype: Any = None) -> Converted:
     Raises:
         LoadError: if it cannot be read; the message is one sentence.
     """
-    directory, described = Path(directory), read_description(directory)
+    directory, described = as_path(directory), read_description(directory)
     if "shapes" not in described:
         raise LoadError(f"{directory} is a stage that is trained here, and not a converted checkpoint")
     return _read(directory, described, dtype, None)
@@ -376,7 +377,7 @@ def read_description(directory: str | os.PathLike) -> dict[str, Any]:
     Raises:
         LoadError: if it is missing, not such a file, or has a field that cannot be.
     """
-    path = Path(directory) / MODEL_FILE
+    path = as_path(directory) / MODEL_FILE
     try:
         described = read_json(path)
     except FileNotFoundError:

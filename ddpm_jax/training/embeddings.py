@@ -1,11 +1,13 @@
 """CLIP embeddings of a data set, computed once and shared by the stages that are conditioned on them."""
 
+import contextlib
 import dataclasses
 import errno
+import io
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, SupportsIndex
 
@@ -15,7 +17,9 @@ import numpy as np
 from ddpm_jax.data.transforms import Select
 from ddpm_jax.extras import needs_extra
 from ddpm_jax.models.clip import CLIP, normalize
+from ddpm_jax.parallel import hosts
 from ddpm_jax.parallel.mesh import batch_shards, data_sharding, make_local_mesh, replicated
+from ddpm_jax.paths import as_path, is_remote, write_whole
 from ddpm_jax.progress import progress_bar
 from ddpm_jax.storage.clip_images import encode_images
 from ddpm_jax.storage.fingerprint import tree_fingerprint
@@ -127,7 +131,8 @@ def cached_embeddings(
     """Return {"z_image", "z_text"}, float32[N, D] each, read from `directory` or computed and written there.
 
     Args:
-        directory: of the cache; it appears complete or not at all, and its parent exists.
+        directory: of the cache; it appears complete or not at all, and its parent exists. Several hosts share it, and
+            each embeds a share of the records. What was embedded before an interruption is in `<directory>.parts`.
         source: N records.
         transforms: bring a record to what `embed` takes.
         embed: a batch of records -> (z_image, z_text), unit vectors float32[B, D]. The batch always has `batch_size`
@@ -137,29 +142,64 @@ def cached_embeddings(
         progress: True shows a bar on stderr.
 
     Raises:
-        OSError: when the cache cannot be written; nothing of it is left behind.
+        OSError: when the cache cannot be written.
     """
-    directory = Path(directory)
+    directory, others = as_path(directory), hosts.current()
     mark = json.dumps(fingerprint, sort_keys=True)
     cached = _read(directory, mark)
-    if cached is not None:
+    if all(others.gather("looking for embeddings", cached is not None)):
         return cached
+    parts = _Parts(directory, mark)
+    if others.index == 0:
+        parts.begin()
+    others.barrier("the begin of an embedding")
+    spans = _spans(len(source), batch_size)
+    own = spans[others.index :: others.count]
+    total = sum(stop - start for start, stop in own)
+    hidden = not progress or others.index != 0
+    with progress_bar(total, description="embed", unit="image", shown=not hidden) as bar:
+        for start, stop in own:
+            if not parts.has(start):
+                parts.write(start, _embed_span(source, transforms, embed, start, stop, batch_size, bar.update))
+            else:
+                bar.update(stop - start)
+    others.barrier("the end of an embedding")
+    if others.index == 0:
+        parts.finish([start for start, _ in spans])
+    others.barrier("the embeddings are written")
+    found = _read(directory, mark)
+    if found is None:
+        raise OSError(errno.EIO, "the embeddings that were written cannot be read", str(directory))
+    return found
+
+
+def _spans(count: int, batch_size: int) -> list[tuple[int, int]]:
+    """Return the records of the parts, which depend on no number of hosts: at most 64 batches, in some 256 parts."""
+    rows = batch_size * min(max(count // (256 * batch_size), 1), 64)
+    return [(start, min(start + rows, count)) for start in range(0, count, rows)]
+
+
+def _embed_span(
+    source: Source,
+    transforms: tuple[Callable[[dict], dict], ...],
+    embed: Callable[[dict[str, np.ndarray]], tuple[jax.Array, jax.Array]],
+    first: int,
+    last: int,
+    batch_size: int,
+    report: Callable[[int], Any],
+) -> dict[str, np.ndarray]:
+    """Return the embeddings of the records from `first` up to `last`."""
     rows: dict[str, list[np.ndarray]] = {name: [] for name in NAMES}
-    count = len(source)
-    hidden = not progress or jax.process_index() != 0
-    with progress_bar(count, description="embed", unit="image", shown=not hidden) as bar:
-        for start in range(0, count, batch_size):
-            records = [_apply(source[i], transforms) for i in range(start, min(start + batch_size, count))]
-            filled = len(records)
-            records += [records[-1]] * (batch_size - filled)
-            batch = {name: np.stack([record[name] for record in records]) for name in records[0]}
-            for name, z in zip(NAMES, embed(batch)):
-                rows[name].append(np.asarray(z, np.float32)[:filled])
-            bar.update(filled)
-    arrays = {name: np.concatenate(parts) for name, parts in rows.items()}
-    if jax.process_index() == 0:
-        _write(directory, mark, arrays)
-    return arrays
+    for start in range(first, last, batch_size):
+        hosts.current().busy(f"embedding of record {start}")
+        records = [_apply(source[i], transforms) for i in range(start, min(start + batch_size, last))]
+        filled = len(records)
+        records += [records[-1]] * (batch_size - filled)
+        batch = {name: np.stack([record[name] for record in records]) for name in records[0]}
+        for name, z in zip(NAMES, embed(batch)):
+            rows[name].append(np.asarray(z, np.float32)[:filled])
+        report(filled)
+    return {name: np.concatenate(parts) for name, parts in rows.items()}
 
 
 def _apply(record: dict, transforms: tuple[Callable[[dict], dict], ...]) -> dict:
@@ -173,7 +213,7 @@ def _read(directory: Path, mark: str) -> dict[str, np.ndarray] | None:
         if (directory / "fingerprint.json").read_text() != mark:
             logging.info("the embeddings in %s are of other data or another CLIP and are recomputed", directory)
             return None
-        return {name: np.load(directory / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in NAMES}
+        return {name: _load(directory / f"{name}.npy") for name in NAMES}
     except FileNotFoundError:
         return None
     except (OSError, ValueError, EOFError) as error:
@@ -181,18 +221,95 @@ def _read(directory: Path, mark: str) -> dict[str, np.ndarray] | None:
         return None
 
 
-def _write(directory: Path, mark: str, arrays: Mapping[str, np.ndarray]) -> None:
-    new = directory.with_name(directory.name + ".tmp")
-    shutil.rmtree(new, ignore_errors=True)
-    try:
-        with temporary_path(new):
+def _load(path: Any) -> np.ndarray:
+    """Return an array, mapped into memory where its file can be."""
+    if is_remote(path):
+        return np.load(io.BytesIO(path.read_bytes()), allow_pickle=False)
+    return np.load(path, mmap_mode="r", allow_pickle=False)
+
+
+def _remove(directory: Any) -> None:
+    if not is_remote(directory):
+        shutil.rmtree(directory, ignore_errors=True)
+    elif directory.exists():
+        directory.rmtree()
+
+
+class _Parts:
+    """Embeddings of spans of records, written as they are computed, so that an interrupted embedding goes on.
+
+    Args:
+        directory: of the whole cache; the parts are in one of the same name and ".parts".
+        mark: says what is embedded by what; parts with another one are removed.
+    """
+
+    def __init__(self, directory: Path, mark: str):
+        self._directory, self._mark = directory, mark
+        self._parts = directory.with_name(directory.name + ".parts")
+
+    def begin(self) -> None:
+        """Create the directory of the parts, without those of another embedding."""
+        with _writing(self._directory):
+            marked = self._parts / "fingerprint.json"
+            if not marked.exists() or marked.read_text() != self._mark:
+                _remove(self._parts)
+                self._parts.mkdir(parents=True)
+                marked.write_text(self._mark)
+
+    def has(self, start: int) -> bool:
+        """Return whether the part that begins with a record is there."""
+        return self._path(start).exists()
+
+    def write(self, start: int, arrays: Mapping[str, np.ndarray]) -> None:
+        """Write a part, whole or not at all."""
+        data = io.BytesIO()
+        np.save(data, np.stack([arrays[name] for name in NAMES]), allow_pickle=False)
+        with _writing(self._directory):
+            write_whole(self._path(start), data.getvalue())
+
+    def finish(self, starts: Sequence[int]) -> None:
+        """Put the parts together and remove them."""
+        parts = [_load(self._path(start)) for start in starts]
+        if is_remote(self._directory):
+            self._finish_remote(parts)
+            return
+        new = self._directory.with_name(self._directory.name + ".tmp")
+        shutil.rmtree(new, ignore_errors=True)
+        with _writing(self._directory), temporary_path(new):
             new.mkdir(parents=True)
-            for name, array in arrays.items():
-                np.save(new / f"{name}.npy", array, allow_pickle=False)
-            (new / "fingerprint.json").write_text(mark)
-            shutil.rmtree(directory, ignore_errors=True)
-            os.replace(new, directory)
+            shape = (sum(part.shape[1] for part in parts), parts[0].shape[2])
+            for i, name in enumerate(NAMES):
+                with open(new / f"{name}.npy", "wb") as file:
+                    header = {"descr": "<f4", "fortran_order": False, "shape": shape}
+                    np.lib.format.write_array_header_1_0(file, header)
+                    for part in parts:
+                        part[i].tofile(file)
+            (new / "fingerprint.json").write_text(self._mark)
+            shutil.rmtree(self._directory, ignore_errors=True)
+            os.replace(new, self._directory)
+        shutil.rmtree(self._parts, ignore_errors=True)
+
+    def _finish_remote(self, parts: Sequence[np.ndarray]) -> None:
+        """Put the parts together in a bucket, where the fingerprint, which is written last, says that all is there."""
+        with _writing(self._directory):
+            _remove(self._directory)
+            self._directory.mkdir(parents=True, exist_ok=True)
+            for i, name in enumerate(NAMES):
+                data = io.BytesIO()
+                np.save(data, np.concatenate([part[i] for part in parts]), allow_pickle=False)
+                (self._directory / f"{name}.npy").write_bytes(data.getvalue())
+            (self._directory / "fingerprint.json").write_text(self._mark)
+            _remove(self._parts)
+
+    def _path(self, start: int) -> Any:
+        return self._parts / f"{start}.npy"
+
+
+@contextlib.contextmanager
+def _writing(directory: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
-        # numpy tells a short write by the number of items, without an errno.
+        # numpy reports a short write by the number of items, without an errno.
         reason = error.strerror or f"{error}; is the disk full?"
         raise OSError(error.errno or errno.EIO, f"could not write the embeddings: {reason}", str(directory)) from error

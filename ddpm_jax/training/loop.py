@@ -8,11 +8,8 @@ was not. The device is never waited for except to log, to save, for a preview, a
 import contextlib
 import functools
 import os
-import sys
-import time
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -20,15 +17,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from ddpm_jax.data import image_grid
 from ddpm_jax.extras import needs_extra
 from ddpm_jax.parallel import hosts
 from ddpm_jax.parallel.mesh import data_sharding, replicated, shard_batch
 from ddpm_jax.parallel.placing import put, split_key
 from ddpm_jax.parallel.sharding import Rule, is_sharded, make_gather, used_dtypes
-from ddpm_jax.progress import progress_bar
+from ddpm_jax.paths import as_path
 from ddpm_jax.storage.checkpoint import NOT_COMPARED, CheckpointError, Checkpoints
-from ddpm_jax.training.metrics import MetricWriter, format_flops, step_flops
+from ddpm_jax.training.guard import NEW, STOP, Bad, Policy, empty_window, make_update, read_window
+from ddpm_jax.training.metrics import step_flops
+from ddpm_jax.training.report import Due, Evaluate, Examples, Profile, Report, make_evaluate
 from ddpm_jax.training.state import TrainState, abstract_state, create_state
 from ddpm_jax.training.step import TrainStep, make_train_step
 from ddpm_jax.types import Task
@@ -97,6 +95,8 @@ def fit(
     max_to_keep: int = 2,
     ignore: Collection[str] = NOT_COMPARED,
     items_per_step: int | None = None,
+    policy: Policy = STOP,
+    profile_steps: tuple[int, int] | None = None,
     tensorboard: bool = False,
     progress: bool = True,
 ) -> TrainState:
@@ -128,17 +128,21 @@ def fit(
       max_to_keep: how many checkpoints stay.
       ignore: fields of the config that may differ, see `Checkpoints.restore_latest`.
       items_per_step: images a step, for the rate; the leading axis of the batch by default.
+      policy: what follows a step whose loss or gradient is not finite, or whose loss is a spike. The update of such a
+        step is not made.
+      profile_steps: the first and the last step of a trace, written to `<workdir>/profile`.
       tensorboard: True also writes event files.
       progress: True shows a bar on stderr.
 
     Returns:
-      The state after `num_steps` updates.
+      The state after `num_steps` steps.
 
     Raises:
       ValueError: for an argument out of its range.
       CheckpointError: when a checkpoint cannot be written, read or used.
       TrainingDiverged: when the loss or its gradient is not finite, of which no checkpoint is written, or a preview.
-      Interrupted: after SIGTERM, SIGINT or SIGHUP during the steps. The step in flight is finished and saved first. A
+      Interrupted: after SIGTERM, SIGINT or SIGHUP during the steps, on all hosts after the same one. The step in flight
+        is finished and saved first; an evaluation or previews that were under way are made when the run continues. A
         second signal, and one before the first step, is left to the handlers of the caller.
       OSError: when metrics or previews cannot be written.
     """
@@ -158,61 +162,92 @@ def fit(
         run = _Run(task, name, checkpoints, mesh, frozen, rules)
 
         # ---- State: the newest checkpoint's, or a new one ------------------------------------------------------------
-        state, start = _restore_or_create(run, tx, loader, init_key, example, config, ignore)
-        if not _needs_steps(run, start, num_steps, state):
+        first = functools.partial(_restore_or_create, run, tx, init_key, example, config, ignore)
+        state, start, notes = first(loader)
+        report = Report(
+            name,
+            as_path(workdir),
+            start,
+            num_steps,
+            rollbacks=notes.get("rollbacks", 0),
+            items=items_per_step or jax.tree.leaves(example)[0].shape[0],
+            tensorboard=tensorboard,
+            bar=progress,
+        )
+        stack.enter_context(report)
+        left = hosts.current().gather("the last step", report.unfinished(notes.get("due")))[0]
+        if not _needs_steps(run, start, num_steps, state) and left is None:
             return state
 
-        # ---- Programs: frozen networks, and the step -----------------------------------------------------------------
+        # ---- Programs: frozen networks, the step, and an evaluation --------------------------------------------------
+        stop = hosts.current()
         prepare = _make_prepare(task, mesh, frozen)
         batch = prepare(_next_batch(loader, start, mesh))
         gather = make_parameter_gather(task, mesh, state, batch)
         averaging = {"ema_decay": ema_decay, "ema_warmup": ema_warmup}
         step_fn = make_train_step(task, tx, accumulate=accumulate, schedule=schedule, gather=gather, **averaging)
-        update, new_window, flops = _compile(step_fn, state, batch, train_key, mesh, accumulate)
-        evaluate = _make_evaluate(run, prepare, eval_batches, gather) if eval_every else None
-        shown = _prepare_example(run, example) if preview_every else None
-        items = items_per_step or jax.tree.leaves(batch)[0].shape[0]
-        report = _Report(
-            name, Path(workdir), start, num_steps, items=items, flops=flops, tensorboard=tensorboard, bar=progress
-        )
-        stack.enter_context(report)
+        update, new_window, report.flops = _compile(step_fn, state, batch, train_key, mesh, accumulate, policy)
+        evaluate = make_evaluate(task, mesh, prepare, eval_batches, gather, stop) if eval_every else None
+        examples = Examples(task, _prepare_example(run, example), mesh) if preview_every else None
+        show = functools.partial(_show, run, report, evaluate, examples, preview_key)
+        profile = stack.enter_context(contextlib.closing(Profile(profile_steps, as_path(workdir) / "profile")))
+
+        def save(state: TrainState, due: Due) -> None:
+            notes = {"due": due._asdict(), "running": running, "rollbacks": rollbacks}
+            meta = {"step": due.step, "config": config, "version": version, "stage": name, "notes": notes}
+            checkpoints.save(state.trees(), data=loader.get_state(), **meta)
 
         # ---- Steps: until the first of them there is nothing to save, and a signal ends the process as it may --------
-        stop = stack.enter_context(hosts.current().saving())
-        window, in_flight = new_window(), deque()
-        for step in range(start + 1, num_steps + 1):
+        stack.enter_context(stop.saving())
+        report.begin()
+        running, rollbacks, step = notes.get("running", NEW), notes.get("rollbacks", 0), start
+        if left is not None and not show(state, Due(*left)):
+            raise Interrupted(*_interruption(run, step, num_steps))
+        window, in_flight = new_window(running), deque()
+        while step < num_steps:
+            step += 1
+            profile.before(step)
             state, window, done = update(state, window, batch, train_key)
             in_flight.append(done)
             if len(in_flight) > STEPS_IN_FLIGHT:
                 in_flight.popleft().block_until_ready()
+            profile.after(step, done)
+            report.tick()
 
             last, stopping = step == num_steps, stop.point(f"{name} step {step}")
             evaluated = eval_every > 0 and (last or step % eval_every == 0)
             log = last or evaluated or step % log_every == 0
-            checkpoint = last or step % checkpoint_every == 0 or stopping
+            checkpoint = last or step % checkpoint_every == 0
             preview = preview_every > 0 and (last or step % preview_every == 0)
-            if log or checkpoint or preview:
-                means = _read_window(window, step, run)
-            report.tick()
-            if log:
+            row = None
+            if log or checkpoint or preview or stopping:
                 checkpoints.check()
-                with report.pause():
-                    held_out = evaluate(state, preview_key) if evaluated else {}
-                report.write(step, means, held_out)
-                window = new_window()
+                means, bad, running = read_window(window, step)
+                if bad is not None and _rolls_back(run, policy, bad, report, step, rollbacks):
+                    (state, back, _), rollbacks = first(None), rollbacks + 1
+                    report.rewind(back, step - back)
+                    seen = {"loss": bad.loss, "grad_norm": bad.grad_norm}
+                    report.event(back, "roll_back", rollback=rollbacks, last_step=step, bad_step=bad.step, **seen)
+                    batch = prepare(_next_batch(loader, step, mesh))
+                    window, step = new_window(running), back
+                    in_flight.clear()
+                    continue
+                if log or bad is not None:
+                    row, window = report.row(means), new_window(running)
+            due = Due(step, row, evaluated, preview)
             if checkpoint:
-                data = loader.get_state()
-                checkpoints.save(state.trees(), step=step, data=data, config=config, version=version, stage=name)
-            if preview:
-                try:
-                    report.preview(step, task, state, shown, preview_key)
-                except FloatingPointError as error:
-                    raise TrainingDiverged(_bad_preview(run, step, error)) from error
-            if checkpoint and stopping:
+                save(state, due)
+            if (row is not None or preview) and not (stopping and (evaluated or preview)):
+                stopping |= not show(state, due)
+            if stopping:
+                if not checkpoint:
+                    save(state, due)
                 checkpoints.wait()
-                raise Interrupted(_interruption(run, stop.describe_reason(), step, num_steps), stop.status())
+                raise Interrupted(*_interruption(run, step, num_steps))
             if not last:
-                batch = prepare(_next_batch(loader, step, mesh))
+                with report.waiting():
+                    batch = _next_batch(loader, step, mesh)
+                batch = prepare(batch)
         checkpoints.wait()
     return state
 
@@ -245,20 +280,21 @@ class _Run(NamedTuple):
 def _restore_or_create(
     run: _Run,
     tx: optax.GradientTransformation,
-    loader: Loader,
     key: jax.Array,
     example: Mapping[str, Any],
     config: Mapping[str, Any],
     ignore: Collection[str],
-) -> tuple[TrainState, int]:
-    """Return the state to continue from and its step, with the loader at the batch that comes next."""
+    loader: Loader | None,
+) -> tuple[TrainState, int, dict[str, Any]]:
+    """Return the state to continue from, its step and the notes of its checkpoint; the loader continues with it."""
     prepared = example if run.frozen is None else jax.eval_shape(run.task.prepare, run.frozen, example)
     abstract = abstract_state(run.task, tx, key, run.mesh, prepared, run.rules)
     restored = run.checkpoints.restore_latest(abstract.trees(), config=config, stage=run.name, ignore=ignore)
     if restored is None:
-        return create_state(run.task, tx, key, run.mesh, prepared, run.rules), 0
-    loader.set_state(restored.data)
-    return TrainState.from_trees(restored.trees), restored.meta["step"]
+        return create_state(run.task, tx, key, run.mesh, prepared, run.rules), 0, {}
+    if loader is not None:
+        loader.set_state(restored.data)
+    return TrainState.from_trees(restored.trees), restored.meta["step"], restored.meta.get("notes") or {}
 
 
 def _needs_steps(run: _Run, start: int, num_steps: int, state: TrainState) -> bool:
@@ -272,9 +308,13 @@ def _needs_steps(run: _Run, start: int, num_steps: int, state: TrainState) -> bo
     return start < num_steps
 
 
-def _interruption(run: _Run, reason: str, step: int, num_steps: int) -> str:
-    saved = run.checkpoints.directory / str(step)
-    return f"{run.name}: stopped by {reason} after step {step} of {num_steps}; the same command continues from {saved}"
+def _interruption(run: _Run, step: int, num_steps: int) -> tuple[str, int]:
+    """Return what is said of a stop, and the exit status."""
+    reason, saved = hosts.current().describe_reason(), run.checkpoints.directory / str(step)
+    message = (
+        f"{run.name}: stopped by {reason} after step {step} of {num_steps}; the same command continues from {saved}"
+    )
+    return message, hosts.current().status()
 
 
 def _bad_preview(run: _Run, step: int, error: FloatingPointError) -> str:
@@ -323,34 +363,8 @@ def _prepare_example(run: _Run, example: Mapping[str, Any]) -> Any:
     return example if run.frozen is None else jax.device_get(jax.jit(run.task.prepare)(run.frozen, example))
 
 
-def _make_evaluate(
-    run: _Run,
-    prepare: Callable[[Any], Any],
-    eval_batches: Callable[[], Iterable[Mapping[str, np.ndarray]]],
-    gather: Callable[[Any], Any] | None,
-) -> Callable[[TrainState, jax.Array], dict[str, float]]:
-    """Return the function that computes the mean loss of held-out batches with both sets of parameters."""
-    loss = getattr(run.task, "eval_loss", run.task.loss)
-    place, split = replicated(run.mesh), data_sharding(run.mesh)
-
-    @functools.partial(jax.jit, in_shardings=(None, split, place), out_shardings=place)
-    def mean_loss(params: Any, batch: Any, key: jax.Array) -> jax.Array:
-        params = params if gather is None else gather(params)
-        return jnp.mean(loss(params, batch, key)[0], dtype=jnp.float32)
-
-    def evaluate(state: TrainState, key: jax.Array) -> dict[str, float]:
-        found: dict[str, list[jax.Array]] = {"eval_loss": [], "eval_loss_ema": []}
-        for number, batch in enumerate(eval_batches()):
-            prepared, own = prepare(shard_batch(batch, run.mesh)), jax.random.fold_in(key, number)
-            found["eval_loss"].append(mean_loss(state.params, prepared, own))
-            found["eval_loss_ema"].append(mean_loss(state.ema_params, prepared, own))
-        return {name: float(np.mean(jax.device_get(values))) for name, values in found.items()}
-
-    return evaluate
-
-
 def lower_update(
-    step_fn: TrainStep, state: TrainState, batch: Any, key: jax.Array, mesh: Mesh
+    step_fn: TrainStep, state: TrainState, batch: Any, key: jax.Array, mesh: Mesh, policy: Policy = STOP
 ) -> tuple[jax.stages.Lowered, Any]:
     """Lower the step together with the sums over a logging window, as `fit` runs it.
 
@@ -358,6 +372,7 @@ def lower_update(
       step_fn: from `make_train_step`.
       state, batch, key: arrays, or their shapes; the leaves of the state have shardings.
       mesh: where it runs.
+      policy: says which steps are bad.
 
     Returns:
       (lowered, empty): `update(state, window, batch, key) -> (state, window, done)`, which donates its first two
@@ -367,134 +382,71 @@ def lower_update(
     _, metrics = jax.eval_shape(step_fn, state, batch, key)
     place, split = replicated(mesh), data_sharding(mesh)
     parts = jax.tree.map(lambda leaf: leaf.sharding, state)
-    sums = {name: np.zeros((), np.float32) for name in metrics if name != "finite"}
-    empty = {"count": np.zeros((), np.int32), "good": np.zeros((), np.int32), "sums": sums, "bad": sums}
-
-    def update(state: TrainState, window: Any, batch: Any, key: jax.Array) -> tuple[TrainState, Any, jax.Array]:
-        state, metrics = step_fn(state, batch, key)
-        finite = metrics.pop("finite")
-        clean = window["good"] == window["count"]
-        window = {
-            "count": window["count"] + 1,
-            "good": window["good"] + (clean & finite),
-            "sums": jax.tree.map(jnp.add, window["sums"], metrics),
-            # The numbers of the first step that is not finite.
-            "bad": jax.tree.map(lambda kept, new: jnp.where(clean, new, kept), window["bad"], metrics),
-        }
-        return state, window, finite
-
     jitted = jax.jit(
-        update,
+        make_update(step_fn, policy),
         donate_argnums=(0, 1),
         in_shardings=(parts, place, split, place),
         out_shardings=(parts, place, place),
     )
+    empty = empty_window(metrics, NEW)
     return jitted.lower(state, empty, batch, key), empty
 
 
 def _compile(
-    step_fn: TrainStep, state: TrainState, batch: Any, key: jax.Array, mesh: Mesh, accumulate: int
-) -> tuple[Callable[..., tuple], Callable[[], Any], float | None]:
+    step_fn: TrainStep, state: TrainState, batch: Any, key: jax.Array, mesh: Mesh, accumulate: int, policy: Policy
+) -> tuple[Callable[..., tuple], Callable[[Mapping[str, float]], Any], float | None]:
     """Compile the update of `lower_update`.
 
     Returns:
-      (update, new_window, flops): the number of one step, or None.
+      (update, new_window, flops): `new_window(running)` gives sums without steps; `flops` of one step, or None.
     """
-    lowered, empty = lower_update(step_fn, state, batch, key, mesh)
-    new_window = lambda: put(empty, replicated(mesh))  # noqa: E731
+    lowered, empty = lower_update(step_fn, state, batch, key, mesh, policy)
+    new_window = lambda running: put(empty_window(empty["sums"], running), replicated(mesh))  # noqa: E731
     return lowered.compile(), new_window, step_flops(lowered, accumulate=accumulate)
 
 
-def _read_window(window: Any, step: int, run: _Run) -> dict[str, float]:
-    """Return the means over the window that ends with `step`; raise when one of its steps was not finite."""
-    values = jax.tree.map(float, jax.device_get(window))
-    count, good = int(values["count"]), int(values["good"])
-    if good < count:
-        loss, grad_norm = values["bad"]["loss"], values["bad"]["grad_norm"]
-        raise TrainingDiverged(
-            f"{run.name}: step {step - count + good + 1} is not finite (loss {loss:.4g}, gradient norm "
-            f"{grad_norm:.4g}) and training stopped; {run.last_checkpoint('the last good checkpoint')}; try a lower "
-            "learning rate, a longer warm-up or a smaller clip_norm"
-        )
-    return {name: value / count for name, value in values["sums"].items()}
+def _rolls_back(run: _Run, policy: Policy, bad: Bad, report: Report, step: int, rollbacks: int) -> bool:
+    """Return whether to go back to a checkpoint, and False to go on; raise if the policy is to stop."""
+    what, action = bad.describe(run.name), policy.spike if bad.finite else policy.nonfinite
+    if action == "skip" and bad.in_row <= policy.max_bad_steps:
+        logging.warning("%s and was skipped (%d of the steps up to %d)", what, bad.count, step)
+        report.event(step, "skip", bad_step=bad.step, count=bad.count, loss=bad.loss, grad_norm=bad.grad_norm)
+        return False
+    if action == "roll_back" and rollbacks < policy.max_bad_steps:
+        logging.warning("%s; going back to %s, with the data after step %d", what, run.last_checkpoint(), step)
+        return True
+    times = {"stop": "", "skip": f", {bad.in_row} in a row are bad,", "roll_back": f" after {rollbacks} times back"}
+    raise TrainingDiverged(
+        f"{what}{times[action]} and training stopped; {run.last_checkpoint('the last good checkpoint')}; try a lower "
+        "learning rate, a longer warm-up or a smaller clip_norm"
+    )
 
 
-class _Report:
-    """The progress bar, the metrics and the previews of one stage."""
-
-    def __init__(
-        self,
-        name: str,
-        workdir: Path,
-        start: int,
-        num_steps: int,
-        *,
-        items: int,
-        flops: float | None,
-        tensorboard: bool,
-        bar: bool,
-    ):
-        self._name, self._workdir, self._items, self._flops = name, workdir, items, flops
-        self._writer = MetricWriter(workdir, start_step=start, tensorboard=tensorboard)
-        shown = bar and jax.process_index() == 0
-        self._bar = progress_bar(num_steps, description=name, unit="step", initial=start, shown=shown)
-        self._loss: float | None = None
-        self._eval_loss: float | None = None
-        self._begin, self._steps = time.perf_counter(), 0
-
-    def __enter__(self) -> "_Report":
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._bar.close()
-        self._writer.close()
-
-    @contextlib.contextmanager
-    def pause(self) -> Iterator[None]:
-        """Leave the time of what runs inside out of the rates."""
-        begin = time.perf_counter()
-        yield
-        self._begin += time.perf_counter() - begin
-
-    def tick(self) -> None:
-        """Count one step."""
-        self._steps += 1
-        self._bar.update()
-
-    def write(self, step: int, means: dict[str, float], evaluated: dict[str, float]) -> None:
-        """Log the means over the steps since the last call, with their rates, and an evaluation."""
-        now = time.perf_counter()
-        rate = self._steps / max(now - self._begin, 1e-9)
-        rates = {"steps_per_second": rate, "images_per_second": rate * self._items}
-        if self._flops is not None:
-            rates["flops_per_second"] = rate * self._flops
-        self._writer.write(step, means | evaluated | rates)
-        self._loss = means["loss"] if self._loss is None else 0.8 * self._loss + 0.2 * means["loss"]
-        self._eval_loss = evaluated.get("eval_loss_ema", self._eval_loss)
-        held_out = [] if self._eval_loss is None else [f"held-out {self._eval_loss:.4g}"]
-        speed = [f"loss {self._loss:.4g}", *held_out, f"{rates['images_per_second']:.4g} images/s"]
-        if self._flops is not None:
-            speed.append(format_flops(rates["flops_per_second"]))
-        self._bar.set_postfix_str(", ".join(speed), refresh=False)
-        self._begin, self._steps = now, 0
-
-    def preview(self, step: int, task: Task, state: TrainState, batch: Any, key: jax.Array) -> None:
-        """Write previews/step_<step>_{raw,ema}.png; the time they take does not count in the rates."""
+def _show(
+    run: _Run,
+    report: Report,
+    evaluate: Evaluate | None,
+    examples: Examples | None,
+    key: jax.Array,
+    state: TrainState,
+    due: Due,
+) -> bool:
+    """Evaluate, write the line and make the previews of a step; return False if the hosts stop meanwhile."""
+    with report.pause():
+        held_out = evaluate(state, key) if due.evaluate and evaluate is not None else {}
+        if held_out is None:
+            return False
+        if due.row is not None:
+            report.write(due.step, due.row, held_out)
         for name, params in {"raw": state.params, "ema": state.ema_params}.items():
-            with self.pause():
-                images = task.preview(params, batch, key)
-            if images is None or jax.process_index() != 0:
+            if not due.preview or examples is None:
                 continue
-            image = image_grid.grid(images)
-            image_grid.save_png(self._workdir / "previews" / f"step_{step:06d}_{name}.png", image)
-            self._writer.write_images(step, {f"preview_{name}": np.asarray(image)})
-            if name == "ema":
-                _show_inline(image, f"{self._name}, step {step}")
-
-
-def _show_inline(image: Any, title: str) -> None:
-    """Show an image below the cell of a notebook; elsewhere do nothing."""
-    ipython = sys.modules.get("IPython")
-    shell = ipython.get_ipython() if ipython is not None else None
-    if shell is not None and hasattr(shell, "kernel"):
-        sys.modules["IPython.display"].display(title, image)
+            try:
+                images = examples.preview(params, key)
+            except FloatingPointError as error:
+                raise TrainingDiverged(_bad_preview(run, due.step, error)) from error
+            if images is not None:
+                report.preview(due.step, name, images)
+            if hosts.current().point(f"{run.name} preview of step {due.step}"):
+                return False
+    return True

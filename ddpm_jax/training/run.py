@@ -2,7 +2,7 @@
 
 workdir/run.json              the version, and the config if the stages were made from one
 workdir/<stage>/              model.json, checkpoints/, previews/, metrics.jsonl
-workdir/embeddings/           CLIP embeddings of a data set, computed once
+workdir/embeddings/           CLIP embeddings of a data set, computed once; those of held-out records beside it
 workdir/pipeline.json         how the stages are sampled together, if the caller says so
 """
 
@@ -20,26 +20,28 @@ from jax.sharding import Mesh
 
 from ddpm_jax.checks import shown
 from ddpm_jax.data.source import read_record
-from ddpm_jax.errors import LoadError
 from ddpm_jax.parallel import hosts
 from ddpm_jax.parallel.distributed import watch_hosts
 from ddpm_jax.parallel.mesh import AXES, batch_shards, make_mesh
+from ddpm_jax.paths import as_path
 from ddpm_jax.storage.checkpoint import SUBDIRECTORY, Checkpoints, flatten, restore_params
 from ddpm_jax.storage.fingerprint import tree_fingerprint
-from ddpm_jax.storage.json_file import read_json, write_json
+from ddpm_jax.storage.json_file import write_json
 from ddpm_jax.storage.lock import lock_workdir
 from ddpm_jax.storage.metadata import freeze
 from ddpm_jax.storage.model_directory import Model, open_model, write_description
 from ddpm_jax.storage.networks import check_fields
 from ddpm_jax.training.describe import describe
+from ddpm_jax.training.guard import Policy
 from ddpm_jax.training.loop import fit
 from ddpm_jax.training.optimizer import make_optimizer
 from ddpm_jax.training.stage import Stage, apply_transforms
 from ddpm_jax.training.state import abstract_state
+from ddpm_jax.training.workdir import RUN_FILE, check_workdir
 from ddpm_jax.types import Source, Task
 from ddpm_jax.version import __version__
 
-RUN_FILE, EMBEDDINGS = "run.json", "embeddings"
+EMBEDDINGS, HELD_OUT = "embeddings", "embeddings_held_out"
 _OPTIMIZER = (
     "learning_rate",
     "warmup_steps",
@@ -64,6 +66,7 @@ def train(
     pipeline: Any = None,
     config: Mapping[str, Any] | None = None,
     mesh: Mesh | None = None,
+    profile_steps: tuple[int, int] | None = None,
 ) -> None:
     """Train stages in their order; finished ones are skipped, an unfinished one resumes.
 
@@ -81,6 +84,7 @@ def train(
         pipeline: how the stages are sampled together, a `pipelines.PipelineDescription`; written to pipeline.json.
         config: what the stages were made from, plain data, for the record.
         mesh: devices along "data", "fsdp" and "tensor" (`parallel.mesh.make_mesh`); by default all along "data".
+        profile_steps: the first and the last step of a profiler trace, written to `<workdir>/<stage>/profile`.
 
     Raises:
         ValueError: if a stage cannot work, or needs another one that has not been trained.
@@ -96,25 +100,25 @@ def train(
     if mesh is not None and (not isinstance(mesh, Mesh) or not set(mesh.shape) & set(AXES)):
         raise ValueError(f"mesh={shown(mesh)} must be a Mesh with axes of {', '.join(AXES)}, as make_mesh returns")
     watch_hosts()
-    run = _Run(stages, Path(workdir), make_mesh({"data": -1}) if mesh is None else mesh)
+    run = _Run(stages, as_path(workdir), make_mesh({"data": -1}) if mesh is None else mesh)
     chosen = [run.stages[name] for name in run.check_names(names)]
     if pipeline is not None:
         _check_pipeline(pipeline, run)
     # Before the lock, which would leave its file in a directory that is not ours.
-    _check_workdir(run.workdir)
+    check_workdir(run.workdir)
     for stage in chosen:
         run.dry_run(stage)
     # On a shared disk the first process holds the directory for all of them.
     with lock_workdir(run.workdir) if jax.process_index() == 0 else contextlib.nullcontext():
         if jax.process_index() == 0:
-            _check_workdir(run.workdir)
+            check_workdir(run.workdir)
             document = {"version": __version__, "stages": list(run.stages), "config": config}
             write_json(run.workdir / RUN_FILE, document)
             if pipeline is not None:
                 pipeline.write(run.workdir)
         run.agree(chosen)
         for stage in chosen:
-            run.train(stage)
+            run.train(stage, profile_steps)
 
 
 def _as_stages(stages: Any) -> tuple[Stage, ...]:
@@ -130,7 +134,7 @@ def _as_stages(stages: Any) -> tuple[Stage, ...]:
 
 def is_trained(stage: Stage, workdir: str | os.PathLike) -> bool:
     """Return whether a stage has a checkpoint of its last step."""
-    return (Path(workdir) / stage.name / SUBDIRECTORY / str(stage.training.num_steps)).is_dir()
+    return (as_path(workdir) / stage.name / SUBDIRECTORY / str(stage.training.num_steps)).is_dir()
 
 
 class _Run:
@@ -294,14 +298,15 @@ class _Run:
 
     # ---- Training ----------------------------------------------------------------------------------------------------
 
-    def train(self, stage: Stage) -> None:
+    def train(self, stage: Stage, profile_steps: tuple[int, int] | None = None) -> None:
         """Train one stage, or find it finished."""
         training, directory = stage.training, self.workdir / stage.name
         models = self.models(stage)
         needs = self.fingerprints(stage)
         description = _description(stage, needs)
         self._describe_model(stage, needs)
-        source, eval_source = (self._computed(each, models, training) for each in (stage.source, stage.eval_source))
+        source = self._computed(stage.source, models, training, EMBEDDINGS)
+        eval_source = self._computed(stage.eval_source, models, training, HELD_OUT)
         tx, schedule = _make_optimizer(stage, self.mesh)
         options = {name: getattr(training, name) for name in _LOOP}
         loader = self._loader(stage, source)
@@ -323,12 +328,14 @@ class _Run:
                 rules=stage.sharding_rules,
                 eval_batches=None if eval_source is None else lambda: self._eval_batches(stage, eval_source),
                 items_per_step=training.batch_size,
+                policy=Policy(*(getattr(training, name) for name in Policy._fields)),
+                profile_steps=profile_steps,
                 **options,
             )
 
-    def _computed(self, source: Source | None, models: Mapping[str, Model], training: Any) -> Source | None:
+    def _computed(self, source: Source | None, models: Mapping[str, Model], training: Any, name: str) -> Source | None:
         compute = getattr(source, "compute", None)
-        return source if compute is None else compute(models, self.workdir / EMBEDDINGS, progress=training.progress)
+        return source if compute is None else compute(models, self.workdir / name, progress=training.progress)
 
     def _describe_model(self, stage: Stage, needs: Mapping[str, str]) -> None:
         """Write model.json, if the task has a network of this package's form."""
@@ -491,24 +498,3 @@ def _missing(stage: Stage, error: KeyError) -> str:
                 entries = ", ".join(map(str, record))
                 return f"its task or transforms read {name!r}, and the records of its {which} have {entries}"
     return f"its task or transforms read {name!r}, which the records do not have"
-
-
-def _check_workdir(workdir: Path) -> None:
-    """Raise LoadError for a foreign directory."""
-    if workdir.exists() and not workdir.is_dir():
-        raise LoadError(f"workdir {workdir} is a file, not a directory")
-    if (workdir / RUN_FILE).exists():
-        try:
-            read_json(workdir / RUN_FILE)["stages"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise LoadError(
-                f"{workdir / RUN_FILE} cannot be read as a training run of this version ({type(error).__name__}); give "
-                "another workdir"
-            ) from None
-    elif workdir.exists() and any(not _is_own(entry.name) for entry in workdir.iterdir()):
-        raise LoadError(f"workdir {workdir} is not empty and holds no training run; give a new or empty directory")
-
-
-def _is_own(name: str) -> bool:
-    """Return whether a run that was killed before it wrote run.json may have left a file of this name."""
-    return name == ".lock" or (name.startswith(RUN_FILE) and name.endswith(".tmp"))

@@ -12,8 +12,9 @@ from ddpm_jax.parallel.sharding import Rule
 from ddpm_jax.types import Source, Task
 
 _FLOATS = ("learning_rate", "final_fraction", "weight_decay", "b1", "b2", "eps", "clip_norm", "muon_learning_rate")
-_FLOATS += ("ema_decay",)
-_OPTIONAL = ("clip_norm", "muon_learning_rate")
+_FLOATS += ("ema_decay", "spike_factor")
+_OPTIONAL = ("clip_norm", "muon_learning_rate", "spike_factor")
+_ACTIONS = ("stop", "skip", "roll_back")
 
 Transform = Any
 """A callable record -> record, or an object with `random_map(record, rng)`; see `data.transforms`."""
@@ -39,6 +40,12 @@ class Training:
         num_previews: examples in a preview.
         eval_every: steps between evaluations of the loss on held-out records (`Stage.eval_source`), 0 for none.
         eval_batches: batches of an evaluation.
+        nonfinite: what follows a step whose loss or gradient is not finite, whose update is not made. "stop" ends the
+            run, "skip" goes on, "roll_back" goes on from the newest checkpoint, with the data that follow.
+        spike: the same, for a step whose loss is a spike.
+        spike_factor: a loss of more than this multiple of its running mean (of about 100 steps, from the 20th on) is a
+            spike; None finds none. For losses that are positive.
+        max_bad_steps: bad steps in a row that are skipped, and times that a stage is rolled back, before it stops.
         num_workers: processes that read and transform records; 0 uses threads of this one.
         tensorboard: True also writes event files.
         progress: True shows a bar on stderr.
@@ -67,6 +74,10 @@ class Training:
     num_previews: int = 16
     eval_every: int = 0
     eval_batches: int = 4
+    nonfinite: str = "stop"
+    spike: str = "stop"
+    spike_factor: float | None = None
+    max_bad_steps: int = 3
     num_workers: int = 0
     tensorboard: bool = False
     progress: bool = True
@@ -74,7 +85,17 @@ class Training:
     def check(self) -> None:
         """Raise ValueError for a field out of its range; a `Stage` calls it."""
         leasts = dict.fromkeys(
-            ("batch_size", "num_steps", "accumulate", "checkpoint_every", "max_to_keep", "log_every", "eval_batches"), 1
+            (
+                "batch_size",
+                "num_steps",
+                "accumulate",
+                "checkpoint_every",
+                "max_to_keep",
+                "log_every",
+                "eval_batches",
+                "max_bad_steps",
+            ),
+            1,
         ) | dict.fromkeys(("warmup_steps", "preview_every", "num_previews", "eval_every", "num_workers"), 0)
         for name in (*leasts, "seed"):
             value = getattr(self, name)
@@ -95,6 +116,11 @@ class Training:
         if not 0 <= self.ema_decay < 1:
             reason = ", or the average never leaves the first parameters" if self.ema_decay == 1 else ""
             raise ValueError(f"ema_decay={self.ema_decay} must be in [0, 1){reason}")
+        for name in ("nonfinite", "spike"):
+            if getattr(self, name) not in _ACTIONS:
+                raise ValueError(f"{name}={shown(getattr(self, name))} must be one of {', '.join(_ACTIONS)}")
+        if self.spike_factor is not None and self.spike_factor <= 1:
+            raise ValueError(f"spike_factor={self.spike_factor} must be more than 1")
         if self.batch_size % self.accumulate:
             raise ValueError(f"batch_size={self.batch_size} must be a multiple of accumulate={self.accumulate}")
 
@@ -132,8 +158,8 @@ class Stage:
             raise ValueError(
                 f"name={self.name!r} of a stage must be letters, digits, - and _, since it names a directory"
             )
-        if self.name == "embeddings":
-            raise ValueError("name='embeddings' of a stage is a directory of the run itself; give another name")
+        if self.name in ("embeddings", "embeddings_held_out"):
+            raise ValueError(f"name={self.name!r} of a stage is a directory of the run itself; give another name")
         for field in ("task", "source", "transforms", "needs", "eval_source"):
             try:
                 _CHECKS[field](getattr(self, field))

@@ -14,8 +14,8 @@ from ddpm_jax.types import Task
 with needs_extra("train"):
     import optax
 
-TrainStep = Callable[[TrainState, Any, jax.Array], tuple[TrainState, dict[str, jax.Array]]]
-RESERVED_METRICS = ("loss", "grad_norm", "param_norm", "lr", "finite")
+TrainStep = Callable[..., tuple[TrainState, dict[str, jax.Array]]]
+RESERVED_METRICS = ("loss", "grad_norm", "param_norm", "lr", "finite", "made")
 
 
 def ema_decay_at(step: jax.Array, decay: float, *, warmup: bool = True) -> jax.Array:
@@ -49,7 +49,8 @@ def make_train_step(
     """Make the pure function `(state, batch, key) -> (state, metrics)`; the caller jits it and donates the state.
 
     The key is folded with `state.step`, so the same key is given at every step. An update whose loss or gradient is not
-    finite is not made: the state comes back as it went in, and `metrics["finite"]` is False.
+    finite is not made: the state comes back as it went in, and `metrics["finite"]` is False. A fourth argument,
+    float32[], is the largest loss of which an update is made; then `metrics["made"]` says whether it was.
 
     Args:
       task: its `loss(params, batch, key)` gives (float32[B], dict of float32[] or float32[B]); with an
@@ -76,7 +77,9 @@ def make_train_step(
     if accumulate < 1:
         raise ValueError(f"{accumulate=} must be at least 1")
 
-    def step(state: TrainState, batch: Any, key: jax.Array) -> tuple[TrainState, dict[str, jax.Array]]:
+    def step(
+        state: TrainState, batch: Any, key: jax.Array, limit: jax.Array | None = None
+    ) -> tuple[TrainState, dict[str, jax.Array]]:
         key = jax.random.fold_in(key, state.step)
         (loss, metrics), grads, aux = _gradients(task, state, batch, key, accumulate, gather)
         clash = sorted(set(metrics) & set(RESERVED_METRICS))
@@ -93,11 +96,12 @@ def make_train_step(
             extra = None if state.extra_state is None else task.update_extra_state(state.extra_state, aux)
             return TrainState(state.step + 1, params, ema_params, opt_state, extra)
 
-        new_state = jax.lax.cond(finite, make_update, lambda: state)
+        made = finite if limit is None else finite & (loss <= limit)
+        new_state = jax.lax.cond(made, make_update, lambda: state)
         metrics |= {"loss": loss, "grad_norm": grad_norm, "param_norm": optax.tree.norm(state.params)}
         if schedule is not None:
             metrics["lr"] = jnp.asarray(schedule(state.step), jnp.float32)
-        return new_state, metrics | {"finite": finite}
+        return new_state, metrics | {"finite": finite} | ({} if limit is None else {"made": made})
 
     return step
 

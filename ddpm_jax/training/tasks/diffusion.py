@@ -23,6 +23,7 @@ from ddpm_jax.diffusion.importance import (
 from ddpm_jax.diffusion.losses import Objective, Weighting, check_objective, denoising_loss, stratified_timesteps
 from ddpm_jax.diffusion.samplers import example_keys
 from ddpm_jax.diffusion.sampling import Sampling, sample_with
+from ddpm_jax.parallel.placing import fetch
 from ddpm_jax.training.tasks.conditions import Condition
 from ddpm_jax.training.tasks.data import Embeddings, Images
 from ddpm_jax.training.tasks.keys import named_keys
@@ -160,6 +161,11 @@ class DiffusionTask:
             found |= {name: value for name, value in without.items() if value is not arguments.get(name)}
         return found if droppable else None
 
+    @property
+    def shares_previews(self) -> bool:
+        """Whether several hosts split the examples of a preview."""
+        return True
+
     def preview(self, params: Any, batch: Batch, key: jax.Array) -> np.ndarray | None:
         """Sample an image for every example of a prepared batch, uint8[N, S, S, C]; None for other data."""
         if self.sampling is None or not isinstance(self.x0, Images):
@@ -167,7 +173,7 @@ class DiffusionTask:
         images, finite = _preview(_ByIdentity(self), self.sampling.checked(), params, batch, key)
         if not finite:
             raise FloatingPointError("its pixels contain NaN or infinity")
-        return np.asarray(images)
+        return fetch(images)
 
     def metadata(self) -> dict[str, Any]:
         """Return what a pipeline has to know, plain data."""
