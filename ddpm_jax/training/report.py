@@ -221,22 +221,22 @@ def make_evaluate(
     loss = getattr(task, "eval_loss", task.loss)
     place, split = replicated(mesh), data_sharding(mesh)
 
-    @functools.partial(jax.jit, in_shardings=(None, split, place), out_shardings=place)
-    def mean_loss(params: Any, batch: Any, key: jax.Array) -> jax.Array:
-        params = params if gather is None else gather(params)
-        return jnp.mean(loss(params, batch, key)[0], dtype=jnp.float32)
+    @functools.partial(jax.jit, in_shardings=(None, None, split, place), out_shardings=place)
+    def mean_losses(params: Any, ema_params: Any, batch: Any, key: jax.Array) -> list[jax.Array]:
+        both = (params, ema_params) if gather is None else (gather(params), gather(ema_params))
+        return [jnp.mean(loss(each, batch, key)[0], dtype=jnp.float32) for each in both]
 
     def evaluate(state: TrainState, key: jax.Array) -> dict[str, float] | None:
-        found: dict[str, list[jax.Array]] = {"eval_loss": [], "eval_loss_ema": []}
+        found: list[list[jax.Array]] = []
         for number, batch in enumerate(eval_batches()):
             prepared, own = prepare(shard_batch(batch, mesh)), jax.random.fold_in(key, number)
-            found["eval_loss"].append(mean_loss(state.params, prepared, own))
-            found["eval_loss_ema"].append(mean_loss(state.ema_params, prepared, own))
-            if number > 0:  # so that a stop finds one batch in flight
-                found["eval_loss"][-2].block_until_ready()
+            # One program at a time: two with sums over the devices of a CPU can wait for each other (`checksum`).
+            jax.block_until_ready(found[-1:])
+            found.append(mean_losses(state.params, state.ema_params, prepared, own))
             if stop.point(f"batch {number + 1} of an evaluation"):
                 return None
-        return {name: float(np.mean(jax.device_get(values))) for name, values in found.items()}
+        means = np.mean(jax.device_get(found), axis=0)
+        return dict(zip(("eval_loss", "eval_loss_ema"), map(float, means), strict=True))
 
     return evaluate
 
