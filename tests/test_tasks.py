@@ -94,7 +94,7 @@ def make_task(name, **options):
         )
         return task, frozen
     if name == "decoder":
-        network, loss = Decoder(unet(dropout=0.1), D, 8), {"weighting": min_snr(5.0, "v")}
+        network, loss = Decoder(unet(attention=(), dropout=0.1), D, 8), {"weighting": min_snr(5.0, "v")}
         diffusion = DIFFUSION.replace(prediction="v")
     else:
         network = Decoder(
