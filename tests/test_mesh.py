@@ -64,3 +64,16 @@ def test_a_batch_that_does_not_divide_is_refused(array):
 def test_text_is_refused():
     with pytest.raises(ValueError, match=r"\['caption'\] holds text"):
         shard_batch({"caption": np.array(["a star"] * 8)}, make_mesh({"data": -1}))
+
+
+def test_a_mesh_that_has_to_split_an_axis_of_the_torus(monkeypatch):
+    """jax.make_mesh refuses 8 devices along an axis where a slice has 4 x 4 x 4 chips."""
+
+    def refuse(*_, **__):
+        raise NotImplementedError("Failed to find assignment for logical_axis_index 1 of size 8")
+
+    monkeypatch.setattr(jax, "make_mesh", refuse)
+    mesh = make_mesh({"data": -1, "fsdp": 4})
+    assert dict(mesh.shape) == {"data": 2, "fsdp": 4}
+    assert sorted(device.id for device in mesh.devices.flat) == sorted(device.id for device in jax.devices())
+    assert all(kind == jax.sharding.AxisType.Auto for kind in mesh.axis_types)

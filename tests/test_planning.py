@@ -115,6 +115,8 @@ def test_the_cycles_of_a_loop_count_as_often_as_it_runs():
 def test_a_program_that_is_too_large_says_what_it_needs():
     message = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 25.50G of 15.75G hbm. Exceeded by 9.75G."
     assert _needed_memory(message) == 25.5 * 2**30
+    message = "Ran out of memory on HBM, the total memory required for HLO temporaries (32.00G) exceeds available HBM"
+    assert _needed_memory(message) == 2**35
     assert _needed_memory("INTERNAL: something else") is None
 
 
@@ -197,7 +199,7 @@ def test_meshes():
     assert parse_mesh("data=-1,fsdp=16") == {"data": -1, "fsdp": 16}
     with pytest.raises(ValueError, match="must name axes out of data, fsdp, tensor"):
         parse_mesh("model=4")
-    topology = parse_topology("v5e:4x8")
+    topology = parse_topology("v5p:2x4x4")
     assert default_meshes({"data": -1, "fsdp": 1, "tensor": 1}, topology) == [
         {"data": 32, "fsdp": 1},
         {"data": -1, "fsdp": 8},

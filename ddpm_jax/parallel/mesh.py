@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 AXES = ("data", "fsdp", "tensor")
@@ -40,7 +41,12 @@ def make_mesh(axes: Mapping[str, int], *, devices: Sequence[jax.Device] | None =
     if len(devices) % fixed != 0 or (-1 not in sizes and fixed != len(devices)):
         raise ValueError(f"{axes=} does not fit {len(devices)} devices: the sizes must multiply to {len(devices)}")
     sizes = [len(devices) // fixed if size == -1 else size for size in sizes]
-    return jax.make_mesh(sizes, names, axis_types=(AxisType.Auto,) * len(names), devices=devices)
+    kinds = (AxisType.Auto,) * len(names)
+    try:
+        return jax.make_mesh(sizes, names, axis_types=kinds, devices=devices)
+    except NotImplementedError:  # no set of the axes of a TPU's torus has these sizes, so that one has to be split
+        arranged = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+        return Mesh(arranged, names, axis_types=kinds)
 
 
 def make_local_mesh(at_most: int | None = None) -> Mesh:

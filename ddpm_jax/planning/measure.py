@@ -117,7 +117,7 @@ def _cost(compiled: jax.stages.Compiled, program: Program, seconds: float, chip:
 
 def _needed_memory(message: str) -> float | None:
     """Return the HBM that a program would need, from the compiler's error; None for another error."""
-    found = re.search(r"Used ([\d.]+)([KMGT]?)B? of [\d.]+[KMGT]?B? hbm", message)
+    found = re.search(r"(?:Used |required for HLO temporaries \()([\d.]+)([KMGT]?)", message)
     return float(found[1]) * _UNITS[found[2]] if found else None
 
 

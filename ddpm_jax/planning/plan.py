@@ -1,6 +1,7 @@
 """A stage on a topology with a sharding: does it fit, how fast is it, how long does the run take."""
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -115,11 +116,12 @@ def parse_mesh(text: str) -> dict[str, int]:
 def default_meshes(configured: Mapping[str, int], topology: Topology) -> list[dict[str, int]]:
     """Return the meshes that are worth trying on a topology: the recipe's, if it chose one, or data alone and FSDP.
 
-    FSDP is tried over 8 and 16 chips, which are a ring or a plane of the torus, and over all.
+    FSDP is tried over the rings and planes of the torus that have at least 8 chips, and over all chips.
     """
     if any(configured.get(axis, 1) not in (1, -1) for axis in _AXES):
         return [dict(configured)]
-    sizes = [size for size in (8, 16) if size < topology.chips and topology.chips % size == 0] + [topology.chips]
+    subsets = itertools.chain(*(itertools.combinations(topology.shape, n) for n in range(1, len(topology.shape))))
+    sizes = sorted({math.prod(subset) for subset in subsets if math.prod(subset) >= 8} | {topology.chips})
     return [{"data": topology.chips, "fsdp": 1}] + [{"data": -1, "fsdp": size} for size in sizes if size > 1]
 
 
