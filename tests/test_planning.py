@@ -37,6 +37,11 @@ PROGRAM = """HloModule jit_update, is_scheduled=true
   ROOT %slice = bf16[2,64]{1,0} dynamic-slice(%all-reduce.11), dynamic_slice_sizes={2,64}
 }
 
+%fused (v: bf16[2,64]) -> bf16[16,64] {
+  %v = bf16[2,64]{1,0} parameter(0)
+  ROOT %gathered = bf16[16,64]{1,0} all-gather(%v), channel_id=2, replica_groups={{0,1,2,3,4,5,6,7}}, dimensions={0}
+}
+
 %body (p: (s32[], f32[8])) -> (s32[], f32[8]) {
   %p = (s32[], f32[8]{0}) parameter(0)
   %x = f32[8]{0} get-tuple-element(%p), index=1
@@ -54,6 +59,7 @@ ENTRY %main (w: bf16[2,64], g: bf16[16,64], s: (s32[], f32[8])) -> bf16[2,64] {
   %w = bf16[2,64]{1,0} parameter(0)
   %g = bf16[16,64]{1,0} parameter(1)
   %s = (s32[], f32[8]{0}) parameter(2)
+  %beside = bf16[16,64]{1,0} fusion(%w), kind=kCustom, calls=%fused
   %all-gather.1 = bf16[16,64]{1,0:T(8,128)(2,1)S(1)} all-gather(%w), channel_id=2, replica_groups=mesh['axis_0'=1,'axis_2'=8,'axis_4'=8], device_ids=([8,8]T(1,0)) {'axis_2'}, dimensions={0}
   %fusion.3 = bf16[2,64]{1,0} fusion(%g), kind=kCustom, calls=%all-reduce-scatter.2
   %start = (bf16[2,64]{1,0}, bf16[2,64]{1,0}, u32[], u32[]) collective-permute-start(%w), source_target_pairs={{0,1},{1,0}}

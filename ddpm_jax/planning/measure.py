@@ -125,5 +125,5 @@ def _fingerprint(lowered: jax.stages.Lowered, chip: Chip) -> str:
     import libtpu
 
     text = lowered.as_text()
-    parts: tuple[Any, ...] = (text, chip.name, getattr(libtpu, "__version__", ""), jax.__version__, 1)
+    parts: tuple[Any, ...] = (text, chip.name, getattr(libtpu, "__version__", ""), jax.__version__, 2)
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:24]

@@ -83,10 +83,19 @@ class Program:
 
     def collectives(self) -> list[Collective]:
         """Return all exchanges between devices."""
-        found = []
-        for instruction, computation, times in self._executed():
-            collective = self._collective(instruction, computation)
-            if collective is not None:
+        found, channels = [], set()
+        for instruction, name, times in self._executed():
+            for each, inside in self._with_fused(instruction, name):
+                collective = self._collective(each, inside)
+                if collective is None:
+                    continue
+                # One that runs beside other work is in the fusion that starts it and in those that it runs beside.
+                # Fusions of a reduce-scatter all have the same channel.
+                channel = re.search(r"channel_id=\d+", each.attributes)
+                if channel is not None and collective.kind != "reduce-scatter":
+                    if (collective.kind, channel[0]) in channels:
+                        continue
+                    channels.add((collective.kind, channel[0]))
                 found.append(dataclasses.replace(collective, times=times))
         return found
 
@@ -112,11 +121,11 @@ class Program:
                 found[_part(instruction.source, depth)] += instruction.cycles * times
         return dict(found.most_common())
 
-    def _executed(self, name: str | None = None, times: int = 1) -> Iterator[tuple[Instruction, dict, int]]:
-        """Iterate over the operations that run, with their computation and how often each runs."""
-        computation = self._computations[self._entry if name is None else name]
-        for instruction in computation.values():
-            yield instruction, computation, times
+    def _executed(self, name: str | None = None, times: int = 1) -> Iterator[tuple[Instruction, str, int]]:
+        """Iterate over the operations that run, with the name of their computation and how often each runs."""
+        name = self._entry if name is None else name
+        for instruction in self._computations[name].values():
+            yield instruction, name, times
             called = []
             if instruction.opcode == "while":
                 count = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', instruction.attributes)
@@ -140,35 +149,31 @@ class Program:
         cost = lambda name: sum(each.cycles * times for each, _, times in self._executed(name))  # noqa: E731
         return [max(names, key=cost)] if names else []
 
-    def _collective(self, instruction: Instruction, computation: dict) -> Collective | None:
-        kind, attributes = instruction.opcode.removesuffix("-start"), instruction.attributes
-        shape, operands = (
-            instruction.shape,
-            [computation[name].shape for name in instruction.operands if name in computation],
-        )
-        if instruction.opcode == "fusion":
-            # A reduce-scatter of the TPU is an all-reduce and the slice of its result in one fusion.
-            called = re.search(r"calls=%?([\w.\-]*all-reduce-scatter[\w.\-]*)", attributes)
-            inner = self._computations.get(called[1], {}) if called else {}
-            reduces = [each for each in inner.values() if each.opcode == "all-reduce"]
-            if not reduces:
-                return None
-            kind, attributes, shape = "reduce-scatter", reduces[0].attributes, reduces[0].shape
-            size = sum(_size(each.shape) for each in reduces)
-        elif kind not in COLLECTIVES or instruction.opcode.endswith("-done"):
+    def _with_fused(self, instruction: Instruction, name: str) -> Iterator[tuple[Instruction, str]]:
+        """Iterate over an operation and those that are fused into it, with the names of their computations."""
+        yield instruction, name
+        called = re.search(r"calls=%?([\w.\-]+)", instruction.attributes) if instruction.opcode == "fusion" else None
+        for inner in self._computations.get(called[1], {}).values() if called else ():
+            yield from self._with_fused(inner, called[1])
+
+    def _collective(self, instruction: Instruction, name: str) -> Collective | None:
+        opcode, shape = instruction.opcode, instruction.shape
+        kind, group = opcode.removesuffix("-start"), _group(instruction.attributes)
+        if kind not in COLLECTIVES:
             return None
-        elif kind == "reduce-scatter":
-            size = sum(map(_size, operands)) or _size(shape) * _group(attributes)
-        elif instruction.opcode.endswith("-start"):
+        computation = self._computations[name]
+        given = sum(_size(computation[operand].shape) for operand in instruction.operands if operand in computation)
+        if kind == "all-reduce" and "all-reduce-scatter" in name:
+            kind = "reduce-scatter"  # a fusion of an all-reduce and of the slice of its result
+        if kind == "reduce-scatter":
+            size = given or _size(shape) * group
+        elif opcode.endswith("-start"):
             # The result is a tuple of operands, results and what the hardware needs.
-            size = sum(map(_size, operands)) * (_group(attributes) if kind == "all-gather" else 1)
+            size = given * (group if kind == "all-gather" else 1)
         else:
             size = _size(shape)
-        group = _group(attributes)
         share = (group - 1) / group if group else 0
-        factor = {"all-gather": share, "reduce-scatter": share, "all-reduce": 2 * share, "all-to-all": share}.get(
-            kind, 1.0
-        )
+        factor = {"all-reduce": 2 * share, "collective-permute": 1.0}.get(kind, share)
         return Collective(kind, size * factor, group, 1)
 
 
