@@ -134,7 +134,46 @@ def test_a_transparent_colour_is_the_background():
         np.testing.assert_array_equal(decode_image(data, background=(90, 90, 90))[0, :, 0], [1, 2, 90])
 
 
+def test_a_transparent_colour_has_the_depth_of_its_file():
+    """Row of 2 bits: levels 0 to 3, of which 1 is transparent; of 4 bits: levels 1 and 11; of 16: 0x0203, 0x0303."""
+    for depth, row, level, wanted in (
+        (2, 0b00011011, 1, [0, 9, 170, 255]),
+        (4, 0x1B, 11, [17, 9]),
+        (1, 1, 1, [0] * 7 + [9]),
+    ):
+        data = png(depth, 0, [bytes([row])], (b"tRNS", struct.pack(">H", level)))
+        np.testing.assert_array_equal(decode_image(data, background=(9, 9, 9))[0, :, 0], wanted)
+    row = struct.pack(">HHHHHH", 0x0203, 0x0405, 0x0607, 0x0303, 0x0405, 0x0607)
+    data = png(16, 2, [row], (b"tRNS", row[:6]))
+    np.testing.assert_array_equal(decode_image(data, background=(9, 8, 7))[0], [(9, 8, 7), (3, 4, 6)])
+
+
+def test_dark_16_bits_are_not_taken_for_8():
+    for values in ([0, 1, 128, 129, 200], [255, 0, 0, 1, 2]):
+        data = png(16, 0, [np.array(values, ">u2").tobytes()])
+        np.testing.assert_array_equal(decode_image(data)[0, :, 0], np.rint(np.array(values) / 257))
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
+@pytest.mark.parametrize("tag", [0x0100, 0x011A, 0x0128])  # ImageWidth, XResolution and ResolutionUnit, stored as ASCII
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_only_the_orientation_of_exif_counts(kind, tag):
+    def exif(*entries):
+        rows = b"".join(struct.pack("<HHI4s", *entry) for entry in entries)
+        return b"Exif\0\0II*\0\x08\0\0\0" + struct.pack("<H", len(entries)) + rows + bytes(4)
+
+    turned = (0x0112, 3, 1, b"\x06\0\0\0")
+    options = {"lossless": True} if kind == "WEBP" else {}
+    upright = decode_image(encode(RGB, kind, **options))
+    damaged_exif = exif(*sorted([turned, (tag, 2, 3, b"72\0")]))
+    image = decode_image(encode(RGB, kind, exif=damaged_exif, **options))
+    np.testing.assert_array_equal(image, np.rot90(upright, -1))
+    image = decode_image(encode(RGB, kind, exif=damaged_exif[:24] + b"\xff" * 9, **options))
+    assert image.shape in (upright.shape, (20, 12, 3))
+
+
 def damaged():
+    yield pytest.param(png(8, 3, [b"\0\1"]), "^the image cannot be read: it has no palette$", id="no palette")
     for kind in ("JPEG", "PNG", "WEBP", "GIF"):
         data = encode(RGB, kind)
         yield pytest.param(data[: len(data) // 2], "truncated or damaged", id=f"half of {kind}")
@@ -211,3 +250,6 @@ def test_max_pixels_counts_width_times_height():
 def test_a_background_is_three_integers(background):
     with pytest.raises(ValueError, match=r"background must be three integers in \[0, 255\]"):
         decode_image(encode(RGB, "PNG"), background=background)
+    with pytest.raises(ValueError, match="^background must be three integers") as caught:
+        decode_image(b"", background=background)
+    assert not isinstance(caught.value, DecodeError)

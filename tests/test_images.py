@@ -66,6 +66,10 @@ FORMS = {
     "PIL P, transparent": (saved(CUT_OUT, format="PNG"), WITH_CUT_OUT),
     "PIL CMYK": (Image.fromarray(RGB).convert("CMYK"), RGB),
     "PIL I;16": (saved(Image.fromarray(DEEP), format="PNG"), DEEP3),
+    "PIL I;16, dark": (
+        saved(Image.fromarray(DEEP % 256), format="PNG"),
+        np.repeat((DEEP % 256 > 128)[..., None], 3, 2),
+    ),
     "PIL I": (Image.fromarray(DEEP.astype(np.int32)), DEEP3),
     "PIL F": (Image.fromarray(np.float32(GREY / 255.0)), GREY3),
     "PIL, turned by EXIF": (turned(), np.rot90(RGB, -1)),
@@ -110,6 +114,7 @@ REFUSED = {
     "no pixels": ([np.zeros((0, 9, 3), np.uint8)], r"got shape \(0, 9, 3\)$"),
     "strings": (np.array([["a"]]), r"images\[0\] must hold numbers, got dtype <U1"),
     "complex": (FINE.astype(complex), r"images\[0\] must hold numbers, got dtype complex128"),
+    "mode I of 8 bits": (Image.fromarray(GREY.astype(np.int32)), "is uint16, whose white is 65535, but its largest"),
     "32 bits": (Image.fromarray(DEEP.astype(np.int32) * 9), r"cannot be read: the values of mode I must be in"),
 }
 

@@ -17,6 +17,7 @@ MAX_PIXELS = 89_478_485
 """The largest image by default; also that of Pillow (a quarter of a gigabyte of RGB)."""
 
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP")
+_GREY_SCALES = {"L;2": 85, "L;4": 17}  # from the levels of 2 and 4 bits to those of 8
 _MAGIC = ((b"\xff\xd8", "JPEG"), (b"\x89PNG", "PNG"), (b"GIF8", "GIF"), (b"RIFF", "WebP"))
 
 
@@ -29,7 +30,8 @@ def decode_image(data: bytes, *, background: Sequence[int] = WHITE, max_pixels: 
 
     The content decides about the format, not the name of the file. The first frame of an animation is taken, the EXIF
     orientation is applied, and colour profiles are ignored. Palettes, grey, CMYK and bits become RGB; 16-bit grey is
-    scaled to 8 bits, and of 16-bit RGB the upper 8 bits are taken. Transparent parts are composited on `background`.
+    scaled to 8 bits, and of 16-bit RGB the upper 8 bits are taken. Transparent parts are composited on `background`;
+    where a 16-bit RGB file names one transparent colour, these are all colours with its upper 8 bits.
 
     Args:
         data: a whole JPEG, PNG, WebP or GIF file.
@@ -44,11 +46,13 @@ def decode_image(data: bytes, *, background: Sequence[int] = WHITE, max_pixels: 
         DecodeError: if the data are empty, truncated, damaged, of another format, or hold too many pixels.
         ValueError: if background is not a colour.
     """
+    background = check_colour("background", background)
     if not data:
         raise DecodeError("the file is empty")
     image = _open(data, max_pixels)
     if image.width * image.height > max_pixels:
         raise DecodeError(f"the image has {image.width} x {image.height} pixels, more than max_pixels={max_pixels}")
+    _scale_transparency(image)
     try:
         image.load()
     except MemoryError:
@@ -108,6 +112,16 @@ def _open(data: bytes, max_pixels: int) -> Image.Image:
         ) from None
     except Exception as error:  # see decode_image
         raise DecodeError(f"the image is truncated or damaged ({_reason(error)})") from None
+
+
+def _scale_transparency(image: Image.Image) -> None:
+    """Scale the one transparent colour of a PNG file to 8 bits, as Pillow scales its pixels but not that colour."""
+    transparent = image.info.get("transparency")
+    depth = image.tile[0][3] if image.format == "PNG" and image.tile else None
+    if depth in _GREY_SCALES and isinstance(transparent, int):
+        image.info["transparency"] = transparent * _GREY_SCALES[depth]
+    elif depth == "RGB;16B" and isinstance(transparent, tuple):
+        image.info["transparency"] = tuple(value >> 8 for value in transparent)
 
 
 def _reason(error: Exception) -> str:

@@ -7,19 +7,18 @@ place. Instances can be pickled, so that worker processes can run them.
 
 import dataclasses
 import operator
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from ddpm_jax.data.pil_image import is_pil, pil_array
 from ddpm_jax.data.tokenizer import Tokenizer
 from ddpm_jax.extras import needs_extra
 
 CLIP_MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
 CLIP_STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
 WHITE = (255, 255, 255)
-_ORIENTATION = 0x0112  # the tag of EXIF
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,7 +118,7 @@ def as_images(images: Any) -> list[np.ndarray]:
     if hasattr(images, "dtype"):
         images = _as_numpy(images)
         images = list(images) if images.ndim == 4 else [images]
-    elif _is_pil(images):
+    elif is_pil(images):
         images = [images]
     elif isinstance(images, (str, bytes, Mapping)) or not isinstance(images, Iterable):
         raise ValueError(f"images must be PIL images or arrays, got {_shown(images)}")
@@ -199,11 +198,6 @@ def clip_pixels(images: Any, size: int = 224) -> np.ndarray:
     return (resize_center_crop(images, size).astype(np.float32) / 255 - CLIP_MEAN) / CLIP_STD
 
 
-def _is_pil(image: Any) -> bool:
-    module = sys.modules.get("PIL.Image")  # not imported: there can be no such image
-    return module is not None and isinstance(image, module.Image)
-
-
 def _shown(value: Any) -> str:
     text = repr(value)
     return f"{type(value).__name__} {text if len(text) <= 60 else text[:57] + '...'}"
@@ -218,8 +212,8 @@ def _as_numpy(image: Any) -> np.ndarray:
 
 def _as_array(image: Any) -> np.ndarray:
     """Return an image as an array [H, W] or [H, W, C], with 1 <= C <= 4, of any dtype."""
-    if _is_pil(image):
-        image = _pil_array(image)
+    if is_pil(image):
+        image = pil_array(image)
     if not hasattr(image, "dtype"):
         raise ValueError(f"must be a PIL image or an array, got {_shown(image)}; open a file with PIL.Image.open")
     array = _as_numpy(image)
@@ -230,29 +224,6 @@ def _as_array(image: Any) -> np.ndarray:
             + ("; move its channels to the last axis" if first and 0 not in array.shape else "")
         )
     return array
-
-
-def _pil_array(image: Any) -> np.ndarray:
-    from PIL import Image, ImageOps
-
-    try:
-        if image.getexif().get(_ORIENTATION, 1) != 1:  # else it would be copied
-            image = ImageOps.exif_transpose(image)
-        if image.mode == "F":
-            return np.asarray(image)
-        if image.mode.startswith("I"):  # "I" holds 16 bits too, where Pillow read a 16-bit file
-            values = np.asarray(image)
-            if values.min() < 0 or values.max() > 65535:
-                raise ValueError(f"the values of mode I must be in [0, 65535], got {values.min()} to {values.max()}")
-            transparent = image.info.get("transparency")  # one level of grey
-            values = values.astype(np.uint16)
-            if not isinstance(transparent, int):
-                return values
-            return np.stack([values, np.where(values == transparent, 0, 65535).astype(np.uint16)], -1)
-        mode = "RGBA" if image.has_transparency_data else "RGB"
-        return np.asarray(image if image.mode == mode else image.convert(mode))
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"cannot be read: {error}") from None
 
 
 def _as_uint8(array: np.ndarray) -> np.ndarray:
