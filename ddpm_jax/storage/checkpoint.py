@@ -421,9 +421,11 @@ def config_differences(saved: Any, current: Any, *, ignore: Collection[str] = NO
 
 def checksum(tree: Any) -> int:
     """Return a 32-bit checksum of the bits and positions of a tree of arrays, the same under every sharding."""
-    # One program: many that run at once, each with a sum over devices, can leave the devices of a CPU waiting for one
-    # another in different programs.
-    sums = jax.device_get(_checksums(jax.tree.leaves(tree)))
+    leaves = jax.tree.leaves(tree)
+    # Sharded leaves in one program: many that run at once, each with a sum over devices, can leave the devices of a CPU
+    # waiting for one another in different programs. Otherwise one for each shape, which compiles faster.
+    sharded = any(isinstance(leaf, jax.Array) and not leaf.sharding.is_fully_replicated for leaf in leaves)
+    sums = jax.device_get(_checksums(leaves) if sharded else [_checksum(leaf) for leaf in leaves])
     return sum((2 * i + 1) * int(value) for i, value in enumerate(sums)) % 2**32
 
 
@@ -432,6 +434,7 @@ def _checksums(leaves: list[jax.Array]) -> list[jax.Array]:
     return [_checksum(leaf) for leaf in leaves]
 
 
+@jax.jit
 def _checksum(array: jax.Array) -> jax.Array:
     # Sums of integers modulo 2**32 do not depend on their order, so a sharded array gives the same number.
     if array.dtype == jnp.bool_:
