@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import importlib.util
 import json
+import math
 import os
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from ddpm_jax.data.tokenizer import CompactTokenizer
 from ddpm_jax.data.transforms import CenterCrop, RandomCrop, Select, Tokenize
 from ddpm_jax.diffusion.diffusion import Diffusion
 from ddpm_jax.diffusion.losses import min_snr, snr_power
+from ddpm_jax.diffusion.sampling import Sampling
 from ddpm_jax.models.unet import UNet
 from ddpm_jax.training.describe import describe
 from ddpm_jax.training.stage import Stage, Training
@@ -54,6 +56,11 @@ class Slots:
 class Attributes:
     def __init__(self, size, names=("a",)):
         self.size, self.names = size, names
+
+
+class Private:
+    def __init__(self, factor):
+        self._factor = factor
 
 
 class Marked:
@@ -134,6 +141,9 @@ OBJECTS = {
     "a method of another object": lambda: Slots(4).apply,
     "attributes": lambda: Attributes(3),
     "other attributes": lambda: Attributes(3, ("b",)),
+    "private attribute": lambda: Private(3),
+    "other private attribute": lambda: Private(4),
+    "module": lambda: Private(math),
     "a fingerprint": lambda: Marked("one"),
     "another fingerprint": lambda: Marked("two"),
     "a dataclass": lambda: Hidden(3),
@@ -209,6 +219,18 @@ def test_what_does_not_count():
     assert describe(Hidden(3, shown=True)) == describe(Hidden(3)) == {"class": "Hidden", "size": 3}
     assert describe(Marked("one")) == {"class": "Marked", "fingerprint": "one"}
     assert {"parent", "name"}.isdisjoint(describe(unet()))
+    assert describe(unet(remat=True)) == describe(unet())  # the same numbers, computed again
+    task = DiffusionTask(model=unet(), diffusion=Diffusion(), x0=Images(8))
+    assert describe(dataclasses.replace(task, sampling=Sampling("ddim", 2))) == describe(task)  # of previews
+
+
+def test_an_object_that_refers_to_itself_needs_a_fingerprint():
+    looped = Attributes(3)
+    looped.names = [looped]
+    with pytest.raises(
+        ValueError, match=r"an object of the class Attributes cannot be .* give it a method fingerprint\(\)"
+    ):
+        describe(looped)
 
 
 PROGRAM = """

@@ -37,11 +37,12 @@ with needs_extra("train"):
 FORMAT, SUBDIRECTORY = 1, "checkpoints"
 ARRAYS = ("params", "ema_params", "optimizer")
 DOCUMENTS = ("data", "config", "meta")
-# Fields that change how a run is watched or stored, not what it computes; and its length.
-NOT_COMPARED = frozenset({"log_every", "preview_every", "num_previews", "checkpoint_every", "max_to_keep"})
-NOT_COMPARED |= {"tensorboard", "progress", "num_workers", "num_steps", "eval_every", "eval_batches"}
+# Fields of `Training` that change how a run is watched or stored, not what it computes; and its length.
+_WATCHED = ("log_every", "preview_every", "num_previews", "checkpoint_every", "max_to_keep", "tensorboard", "progress")
+_WATCHED += ("num_workers", "num_steps", "eval_every", "eval_batches")
 # What follows a bad step; a run that was stopped by one may go on with another policy.
-NOT_COMPARED |= {"nonfinite", "spike", "spike_factor", "max_bad_steps"}
+_WATCHED += ("nonfinite", "spike", "spike_factor", "max_bad_steps")
+NOT_COMPARED = frozenset(f"training.{name}" for name in _WATCHED)
 
 
 class CheckpointError(RuntimeError):
@@ -222,7 +223,7 @@ class Checkpoints:
           abstract: shapes, dtypes and shardings of the trees.
           config: what this run's result depends on, compared with what is in the checkpoint.
           stage: the stage's name; a checkpoint of another stage is refused. None accepts any.
-          ignore: fields that may differ: a dotted name, a prefix of one, or its last part.
+          ignore: fields that may differ: a dotted name, or a prefix of one.
 
         Returns:
           What was read, or None when there is no checkpoint.
@@ -403,13 +404,13 @@ def config_differences(saved: Any, current: Any, *, ignore: Collection[str] = NO
     Args:
       saved: nested dicts of plain values.
       current: the same.
-      ignore: fields that may differ: a dotted name, a prefix of one, or its last part.
+      ignore: fields that may differ: a dotted name, or a prefix of one.
     """
     saved, current = flatten(saved), flatten(current)
 
     def ignored(field: str) -> bool:
         parts = field.split(".")
-        return parts[-1] in ignore or any(".".join(parts[:n]) in ignore for n in range(1, len(parts) + 1))
+        return any(".".join(parts[:n]) in ignore for n in range(1, len(parts) + 1))
 
     return [
         f"{field} is {json.dumps(saved[field]) if field in saved else 'absent'} there and "

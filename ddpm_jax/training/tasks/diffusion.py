@@ -56,7 +56,7 @@ class DiffusionTask:
     weighting: Weighting | None = None
     vlb_weight: float = 1e-3
     timesteps: Timesteps = "uniform"
-    sampling: Sampling | None = None
+    sampling: Sampling | None = dataclasses.field(default=None, metadata={"describe": False})
 
     def __post_init__(self):
         check_model(self.model)
