@@ -16,9 +16,9 @@ def is_remote(path: str | os.PathLike) -> bool:
 
 
 def as_path(path: str | os.PathLike) -> Any:
-    """Return a path with the methods of `pathlib.Path`, also of one in a bucket."""
+    """Return a path with the methods of `pathlib.Path`, also of one in a bucket; "~" is the home directory."""
     if not is_remote(path):
-        return Path(path)
+        return Path(os.path.expanduser(path))
     with needs_extra("train"):
         from etils import epath
     return epath.Path(path)

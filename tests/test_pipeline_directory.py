@@ -1,6 +1,7 @@
 """Directories of pipelines: what is saved comes back, and every field of pipeline.json is checked."""
 
 import json
+import re
 
 import jax
 import numpy as np
@@ -22,6 +23,12 @@ def directory(tmp_path_factory):
     path = tmp_path_factory.mktemp("pipelines") / "tiny"
     save(pipeline(), path, dtype=np.float16)
     return path
+
+
+def test_a_home_directory_is_found(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with pytest.raises(LoadError, match=re.escape(str(tmp_path / "runs"))):
+        load("~/runs")
 
 
 def test_a_pipeline_comes_back_rounded_to_half_precision(directory):

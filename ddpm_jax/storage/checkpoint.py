@@ -18,7 +18,6 @@ import os
 import shutil
 import time
 from collections.abc import Collection, Iterator, Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -73,7 +72,7 @@ class Checkpoints:
     def __init__(self, directory: str | os.PathLike, *, max_to_keep: int = 2, read_only: bool = False):
         if max_to_keep < 1:
             raise ValueError(f"{max_to_keep=} must be at least 1")
-        self.directory = (as_path(directory) if is_remote(directory) else Path(directory).absolute()) / SUBDIRECTORY
+        self.directory = (as_path(directory) if is_remote(directory) else as_path(directory).absolute()) / SUBDIRECTORY
         self._max_to_keep, self._read_only = max_to_keep, read_only
         self._writing_step: int | None = None
         silence_storage()
