@@ -117,6 +117,59 @@ def test_captions_and_labels_from_metadata(folder, name, text):
     assert source.class_names == tuple(row["text"] for row in ROWS) and source[5]["label"] == 5
 
 
+def test_a_caption_column_that_is_not_there_is_refused(folder):
+    write(folder / "metadata.csv", table([{"file_name": row["file_name"], "prompt": row["text"]} for row in ROWS]))
+    assert ImageFolder(folder, caption_column="prompt")[2]["caption"] == ROWS[2]["text"]
+    message = "has the columns file_name, prompt; there is no column promt for captions"
+    for options in ({}, {"captions": "metadata"}, {"check": False}):
+        with pytest.raises(ValueError, match=message):
+            ImageFolder(folder, caption_column="promt", **options)
+    for captions in ("txt", None):
+        with pytest.raises(
+            ValueError, match=f"caption_column='prompt' is a column of metadata, and captions={captions!r}"
+        ):
+            ImageFolder(folder, caption_column="prompt", captions=captions)
+    (folder / "metadata.csv").unlink()
+    with pytest.raises(ValueError, match="is not there or has no rows; there is no column prompt for captions"):
+        ImageFolder(with_texts(folder), caption_column="prompt")
+
+
+def test_spaces_after_commas_are_no_part_of_metadata(folder):
+    lines = [
+        f'{row["file_name"]}, "{row["text"].replace(chr(34), chr(34) * 2)}", {number}'
+        for number, row in enumerate(ROWS)
+    ]
+    write(folder / "metadata.csv", "\n".join(["file_name, text , size", *lines]))
+    source = ImageFolder(folder, label_column="size")
+    assert [record["caption"] for record in source] == [row["text"] for row in ROWS]
+    assert [record["label"] for record in source] == [0, 1, 2, 3, 4, 5]
+
+
+def test_zeros_before_a_label_do_not_count(folder):
+    write(folder / "metadata.jsonl", jsonl([row | {"number": "00000000001"} for row in ROWS]))
+    assert ImageFolder(folder, label_column="number")[3]["label"] == 1
+    write(folder / "metadata.jsonl", jsonl([row | {"number": "02147483648"} for row in ROWS]))
+    with pytest.raises(ValueError, match="has the label '02147483648', and labels are below 2"):
+        ImageFolder(folder, label_column="number")
+
+
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be"])
+def test_utf_16_and_32_are_named(folder, encoding):
+    write(folder / "metadata.csv", ("\ufeff" + table(ROWS)).encode(encoding))
+    name = encoding[:6]
+    message = rf"metadata\.csv: is {name.upper()}, not UTF-8; convert the file, e\.g\. with iconv -f {name} -t utf-8$"
+    with pytest.raises(CaptionError, match=message):
+        ImageFolder(folder)
+
+
+def test_pipes_are_not_read(folder):
+    for name in ("z.png", "cat/0.txt", "metadata.csv"):
+        os.mkfifo(folder / name)
+    (folder / "cat/a.png").symlink_to(folder / "z.png")
+    source = ImageFolder(folder)
+    assert len(source) == 6 and source.ignored == () and "caption" not in source[0]
+
+
 def test_metadata_in_subfolders_names_files_beside_it(folder):
     for name in ("cat", "dog"):
         rows = [{"file_name": row["file_name"][4:], "caption": row["text"]} for row in ROWS if name in row["file_name"]]
@@ -179,12 +232,19 @@ def test_captions_in_latin_1_are_named(folder):
         ("metadata.jsonl", "{", "line 1 is not JSON"),
         ("metadata.jsonl", "[" * 100_000, "line 1 is not JSON"),
         ("metadata.jsonl", '{"file_name": "a"}\n[]', r"line 2 must be a JSON object, got \[\]"),
-        ("metadata.jsonl", '{"text": "a"}', "line 1 has no file_name"),
-        ("metadata.jsonl", '{"file_name": 3}', "line 1 has no file_name"),
+        ("metadata.jsonl", '{"text": "a"}', "line 1 has no file_name, only the columns 'text'$"),
+        ("metadata.jsonl", '{"file_name": 3}', "line 1 has no file_name: it is 3$"),
+        ("metadata.jsonl", "{}", "line 1 has no file_name$"),
         ("metadata.jsonl", jsonl([ROWS[0], ROWS[0]]), "line 2 names cat/0.png, as an earlier line does"),
         ("metadata.csv", "file_name,text\ncat/0.png\n", "line 2 does not have 2 columns"),
         ("metadata.csv", "file_name,text\ncat/0.png,a,b\n", "line 2 does not have 2 columns"),
-        ("metadata.csv", "name,text\ncat/0.png,a\n", "line 2 has no file_name"),
+        ("metadata.csv", "name,text\ncat/0.png,a\n", "line 2 has no file_name, only the columns 'name', 'text'$"),
+        (
+            "metadata.csv",
+            "file_name;text\ncat/0.png;a\n",
+            "line 2 has no file_name, only the columns 'file_name;text'; columns are separated by commas$",
+        ),
+        ("metadata.csv", "file_name,text, text\ncat/0.png,a,b\n", "line 1 names a column twice: file_name, text, text"),
         ("metadata.csv", 'file_name,text\n"cat/0.png,a\n', "line 2 is not CSV"),
     ],
 )
@@ -237,6 +297,18 @@ def test_folders_without_images(tmp_path):
         ImageFolder(tmp_path / "missing")
     with pytest.raises(ValueError, match=r"has no image, no file that ends in \.gif, \.jpeg, \.jpg, \.png, \.webp$"):
         ImageFolder(tmp_path)
+    write(tmp_path / "prepared/00000.array_record", "")
+    with pytest.raises(
+        ValueError, match="has no image.*; it has ArrayRecord shards without manifest.json, which python -m"
+    ):
+        ImageFolder(tmp_path / "prepared")
+    write(tmp_path / "sets/odd/1.0.0/dataset_info.json", "")
+    with pytest.raises(
+        ValueError, match="has no image.*; a data set of TensorFlow Datasets is in its subfolder odd/1.0.0,"
+    ):
+        ImageFolder(tmp_path / "sets")
+    for name in ("prepared", "sets"):
+        shutil.rmtree(tmp_path / name)
     write(tmp_path / "a.HEIC", "")
     with pytest.raises(ValueError, match=r"has no image.*; it has files that end in \.heic"):
         ImageFolder(tmp_path)

@@ -154,7 +154,7 @@ class ImageFolder:
                 where = f"{self._root / table}: line {line}"
                 name = row.get("file_name")
                 if not isinstance(name, str) or not name:
-                    raise ValueError(f"{where} has no file_name")
+                    raise ValueError(f"{where} has no file_name{_columns(row)}")
                 key = os.path.normpath(os.path.join(folder, name)).replace(os.sep, "/")
                 if key in rows:
                     raise ValueError(f"{where} names {name}, as an earlier line does")
@@ -176,6 +176,9 @@ class ImageFolder:
         """Set `_texts`, the names of caption files, or `_captions`, {key: caption}, or neither."""
         self._texts = self._captions = None
         columns = sorted({name for row in rows.values() for name in row})
+        if column is not None and captions in ("txt", None):
+            raise ValueError(f"caption_column={column!r} is a column of metadata, and captions={captions!r} reads none")
+        captions = "metadata" if captions == "auto" and column is not None and column not in columns else captions
         column = column or next((name for name in CAPTION_COLUMNS if name in columns), None)
         beside = texts & {_sidecar(key) for key in self._keys}
         if captions == "auto":
@@ -214,7 +217,7 @@ class ImageFolder:
                 raise ValueError(f"{self._root / without[0]} has no value in the metadata's column {column}")
             values = [value if isinstance(value, int) and value >= 0 else str(value) for value in values]
             if all(isinstance(value, int) or value.isdecimal() for value in values):
-                large = [value for value in values if len(str(value)) > 10 or int(value) >= 2**31]
+                large = [value for value in values if len(str(value).lstrip("0")) > 10 or int(value) >= 2**31]
                 if large:
                     raise ValueError(f"the column {column} has the label {shown(large[0])}, and labels are below 2**31")
                 self._labels = [int(value) for value in values]
@@ -235,28 +238,53 @@ class ImageFolder:
 
 
 def _files(root: Path) -> Iterator[str]:
-    """Yield the relative names of all files, with forward slashes; links are followed, each folder once."""
-    seen = set()
-    for folder, folders, names in os.walk(root, followlinks=True):
+    """Yield the relative names of all files, with forward slashes; links are followed, each folder once.
+
+    Pipes, sockets and devices are no files. A link to nothing is one, which cannot be read.
+    """
+    seen, folders = set(), [(str(root), "")]
+    while folders:
+        folder, prefix = folders.pop()
         real = os.path.realpath(folder)
         if real in seen:
-            folders.clear()
             continue
         seen.add(real)
-        folders[:] = sorted(name for name in folders if not name.startswith((".", "__MACOSX")))
-        prefix = Path(folder).relative_to(root).as_posix()
-        for name in names:
-            if not name.startswith("."):
-                yield name if prefix == "." else f"{prefix}/{name}"
+        try:
+            entries = sorted(os.scandir(folder), key=lambda entry: entry.name, reverse=True)
+        except OSError:  # as lost+found of a disk, which other users must not read
+            continue
+        for entry in entries:
+            if entry.name.startswith("."):
+                continue
+            if entry.is_dir():
+                if not entry.name.startswith("__MACOSX"):
+                    folders.append((entry.path, f"{prefix}{entry.name}/"))
+            elif entry.is_file() or not os.path.exists(entry.path):
+                yield prefix + entry.name
 
 
 def _found(names: Sequence[str]) -> str:
+    """Return what to say about a folder without images."""
+    sets = [name.rpartition("/")[0] for name in names if name.endswith("/dataset_info.json")]
+    if sets:
+        return f"; a data set of TensorFlow Datasets is in its subfolder {sets[0]}, give that one"
     endings = sorted({os.path.splitext(name)[1].lower() or name for name in names})
+    if ".array_record" in endings:
+        return "; it has ArrayRecord shards without manifest.json, which python -m ddpm_jax.prepare writes last"
     return f"; it has files that end in {', '.join(endings[:8])}" if endings else ""
 
 
 def _sidecar(key: str) -> str:
     return os.path.splitext(key)[0] + ".txt"
+
+
+def _columns(row: dict[str, Any]) -> str:
+    """Return what to say about the columns of a row whose file_name is missing."""
+    if "file_name" in row:
+        return f": it is {shown(row['file_name'])}"
+    names = list(row)
+    hint = "; columns are separated by commas" if len(names) == 1 and any(mark in names[0] for mark in ";\t|") else ""
+    return f", only the columns {', '.join(shown(name) for name in names[:8])}{hint}" if names else ""
 
 
 def _text(value: Any) -> str:
@@ -268,7 +296,10 @@ def _read_table(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     text = read_text(path)
     if path.name.endswith(".csv"):
         try:
-            reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+            reader = csv.DictReader(io.StringIO(text, newline=""), strict=True, skipinitialspace=True)
+            reader.fieldnames = [name.strip() for name in reader.fieldnames or ()]
+            if len(set(reader.fieldnames)) < len(reader.fieldnames):
+                raise ValueError(f"{path}: line 1 names a column twice: {', '.join(reader.fieldnames[:8])}")
             for row in reader:
                 if None in row or None in row.values():
                     raise ValueError(f"{path}: line {reader.line_num} does not have {len(reader.fieldnames)} columns")

@@ -3,6 +3,7 @@
 A source has `__len__`, `__getitem__(index) -> dict` and `fingerprint() -> str`; see docs/data.md.
 """
 
+import codecs
 import hashlib
 import json
 import operator
@@ -15,7 +16,15 @@ import numpy as np
 
 from ddpm_jax.types import Source
 
+RESERVED = ("image", "caption", "label", "key")
+"""Fields of records with a type of their own, so that no other array has such a name."""
 ENDS = 64 * 1024
+_MARKS = (  # byte order marks; that of UTF-32 begins with that of UTF-16
+    (codecs.BOM_UTF32_LE, "utf-32"),
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)
 
 
 class RecordError(ValueError):
@@ -152,6 +161,10 @@ def decode_text(data: bytes, name: str) -> str:
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
+        for mark, encoding in _MARKS:
+            if data.startswith(mark):
+                hint = f"convert the file, e.g. with iconv -f {encoding} -t utf-8"
+                raise CaptionError(f"{name}: is {encoding.upper()}, not UTF-8; {hint}") from None
         line = data.count(b"\n", 0, error.start) + 1
         raise CaptionError(
             f"{name}: line {line} is not UTF-8 (byte 0x{data[error.start]:02x}); "
