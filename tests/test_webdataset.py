@@ -182,6 +182,7 @@ def test_shards_that_cannot_be_read(tmp_path):
         ({"txt": "größer".encode("latin-1")}, CaptionError, r"\.txt: line 1 is not UTF-8 \(byte 0xf6\)"),
         ({"cls": "cat"}, RecordError, r"\.cls must hold an integer in \[0, 2\^31\), got b'cat'"),
         ({"cls": "-1"}, RecordError, r"\.cls must hold an integer"),
+        ({"cls": "02147483648"}, RecordError, r"\.cls must hold an integer in \[0, 2\^31\), got b'02147483648'"),
         ({"cls": "9" * 5000}, RecordError, r"\.cls must hold an integer"),
         ({"cls": None}, RecordError, r"\.cls must hold an integer"),
         ({"z_image.npy": None}, RecordError, "has no member .z_image.npy"),
@@ -219,6 +220,31 @@ def test_missing_captions_and_images_are_named(tmp_path):
     write_tar(tmp_path / "s.tar", members(3, png=None))
     with pytest.raises(ValueError, match="have no sample with an image"):
         WebDatasetSource(tmp_path, check=False)
+
+
+def test_zeros_before_a_label_do_not_count(tmp_path):
+    write_tar(tmp_path / "s.tar", members(3, cls="00000000001"))
+    assert WebDatasetSource(tmp_path)[0]["label"] == 1
+
+
+def test_files_that_macos_adds_split_no_sample(tmp_path):
+    """Its tar puts "._NAME" before each file that has extended attributes."""
+    files = [
+        pair for name, value in members(3) + members(4) for pair in ((name.replace("/0", "/._0"), b"x"), (name, value))
+    ]
+    write_tar(tmp_path / "s.tar", files)
+    source = WebDatasetSource(tmp_path)
+    assert [record["caption"] for record in source] == ["größer 3", "größer 4"]
+    assert [record["label"] for record in source] == [0, 1]
+
+
+@pytest.mark.parametrize("name", ["image", "caption", "label", "key"])
+def test_arrays_do_not_replace_fields(tmp_path, name):
+    write_tar(tmp_path / "s.tar", members(3, **{f"{name}.npy": npy(Z[3])}))
+    with pytest.raises(
+        ValueError, match=rf"s\.tar: \./part/003\.{name}\.npy cannot be the field '{name}' of a record; re"
+    ):
+        WebDatasetSource(tmp_path)
 
 
 @pytest.mark.parametrize("text", ["{", "[1]", '{"caption": 3}', "{}", '{"text": " "}', "[" * 100_000])

@@ -6,10 +6,8 @@ from typing import Any, SupportsIndex
 
 import numpy as np
 
-from ddpm_jax.data.source import Fingerprint, check_index
+from ddpm_jax.data.source import RESERVED, Fingerprint, check_index
 from ddpm_jax.data.transforms import as_images
-
-_RESERVED = ("image", "caption", "label", "key")
 
 
 class ArraySource:
@@ -135,7 +133,7 @@ def _checked_labels(
 
 
 def _checked_array(name: str, array: Any, count: int) -> np.ndarray:
-    if name in _RESERVED:
+    if name in RESERVED:
         plural = f"; {name}s are the argument {name}s" if name in ("caption", "label") else ""
         raise ValueError(f"{name} must not be the name of another array{plural}")
     array = np.asarray(array)

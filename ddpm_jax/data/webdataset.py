@@ -13,7 +13,7 @@ from typing import Any, SupportsIndex
 import numpy as np
 
 from ddpm_jax.data.decode import MAX_PIXELS, Decoder
-from ddpm_jax.data.source import CaptionError, Fingerprint, RecordError, check_index, decode_text
+from ddpm_jax.data.source import RESERVED, CaptionError, Fingerprint, RecordError, check_index, decode_text
 from ddpm_jax.data.tar_index import TarIndex, open_index
 from ddpm_jax.data.transforms import WHITE
 
@@ -29,7 +29,7 @@ class WebDatasetSource:
     Successive members with the same name up to the first dot of the file name are a sample, as "000.jpg", "000.txt",
     "000.cls". A record is {"image": uint8[H, W, 3], "key": str}, the key being that name; where they exist "caption":
     str (from .txt, or "caption" or "text" in .json), "label": int32 (from .cls, an integer), and for each NAME.npy the
-    array NAME. Other members are not read.
+    array NAME, which is none of these four names. Other members are not read.
 
     An index of each shard, NAME.tar.index.json, is made by reading the shard once, and stored. It is made again when
     the shard has changed: its size, time of modification, or the headers of its members.
@@ -194,16 +194,20 @@ def _grouped(index: TarIndex, shard: Path) -> Iterator[tuple[str, dict[str, tupl
         stem, _, extension = name.partition(".")
         return folder + slash + stem if stem and extension else "", extension.lower()
 
-    for key, group in itertools.groupby(index.members, lambda member: split(member)[0]):
+    # Others have no ending, or begin with a dot, as the files that macOS adds between those of a sample.
+    named = (member for member in index.members if split(member)[0])
+    for key, group in itertools.groupby(named, lambda member: split(member)[0]):
         members: dict[str, tuple[int, int]] = {}
         for member in group:
             extension = split(member)[1]
             name = "image" if extension in IMAGES else extension
-            if name in members and key:
+            field, _, ending = name.rpartition(".")
+            if ending == "npy" and field in RESERVED:
+                raise ValueError(f"{shard}: {member[0]} cannot be the field {field!r} of a record; rename the member")
+            if name in members:
                 raise ValueError(f"{shard}: {key} has more than one {name}, the second is {member[0]}")
             members[name] = member[2], member[1]
-        if key:  # others have no ending, or begin with a dot, as the files that macOS adds
-            yield key, members
+        yield key, members
 
 
 class _Samples:
@@ -258,7 +262,7 @@ def _caption(data: bytes | None, kind: str) -> str:
 
 def _label(data: bytes | None) -> np.int32:
     text = b"" if data is None else data.strip()
-    if not text.isdigit() or len(text) > 10 or int(text) >= 2**31:
+    if not text.isdigit() or len(text.lstrip(b"0")) > 10 or int(text) >= 2**31:
         raise RecordError(f".cls must hold an integer in [0, 2^31), got {text[:40]!r}")
     return np.int32(int(text))
 
