@@ -9,7 +9,6 @@ from ddpm_jax import cli
 # isort: split
 import ast
 import os
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -137,11 +136,7 @@ def _open(spec: str, options: Mapping[str, Any]) -> Any:
             return open_source(spec, **{"check": False, **options})
         except TypeError:  # sources whose records are all complete have no such option
             return open_source(spec, **options)
-    except TypeError as error:
-        unknown = re.match(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", str(error))
-        reason = f"{unknown[1]} has no option {unknown[2]}" if unknown else str(error)
-        raise cli.UsageError(f"--source={spec}: {reason}") from error
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         raise cli.UsageError(f"--source={spec}: {error}") from error
 
 

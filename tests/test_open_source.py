@@ -109,12 +109,25 @@ def test_every_source_yields_the_same_records(paths, options):
 
 
 def test_specs_are_strings_too(paths):
+    with pytest.raises(
+        ValueError, match="a data set of TensorFlow Datasets is in its subfolder files/1.0.0, give that"
+    ):
+        open_source(paths[TFDSSource].parent.parent)
     for kind, path in paths.items():
         assert type(open_source(str(path))) is kind
     assert type(open_source(str(paths[WebDatasetSource].parent / "shard-{000..000}.tar"))) is WebDatasetSource
     assert type(open_source(paths[WebDatasetSource].parent)) is WebDatasetSource
     with pytest.raises(ValueError, match="no_such_set is neither a directory nor a data set of TFDS"):
         open_source("tfds:no_such_set")
+
+
+def test_options_that_a_source_does_not_have_are_named(paths):
+    for kind, path in paths.items():
+        with pytest.raises(TypeError, match=f"^{kind.__name__} has no option colour; it has .*background, max_pixels"):
+            open_source(path, colour="x")
+    for spec, name in (("zeros:image=8x8", "ZerosSource"), ("cifar10:x", "Cifar10Source"), ("emoji:x", "EmojiSource")):
+        with pytest.raises(TypeError, match=f"^{name} has no option path; it has "):
+            open_source(spec, path="x")
 
 
 def test_what_is_no_source_is_named(tmp_path):

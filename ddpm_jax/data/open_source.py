@@ -1,7 +1,10 @@
 """From a path or a name to the source that reads it."""
 
+import functools
 import glob
+import inspect
 import os
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,33 +40,46 @@ def open_source(spec: str | os.PathLike, **options: Any) -> Source:
 
     Raises:
         ValueError: if nothing is there, what is there is none of these, or the source refuses it.
-        TypeError: if the source has no such option.
+        TypeError: if the source has no such option; the message names those that it has.
     """
     text = os.fspath(spec)
     path = Path(text).expanduser()
     prefix, colon, rest = text.partition(":")
     if colon and prefix in _NAMED:
-        return _NAMED[prefix](os.path.expanduser(rest), **options)
+        return _NAMED[prefix](os.path.expanduser(rest), options)
     if path.is_dir():
         if (path / MANIFEST).exists():
-            return ArrayRecordSource(path, **options)
+            return _opened(ArrayRecordSource, path, options)
         if (path / "dataset_info.json").exists():
-            return _tfds(str(path), **options)
+            return _tfds(str(path), options)
         if any(path.glob("*.tar")):
-            return WebDatasetSource(path, **options)
-        return ImageFolder(path, **options)
+            return _opened(WebDatasetSource, path, options)
+        return _opened(ImageFolder, path, options)
     if text.endswith(".tar") and (path.is_file() or glob.has_magic(text) or "{" in text):
-        return WebDatasetSource(path, **options)
+        return _opened(WebDatasetSource, path, options)
     if path.exists():
         raise ValueError(f"{spec} is neither a directory nor a .tar file; give a folder of images, or prepared data")
     named = "or a name: " + ", ".join(f"{prefix}:..." for prefix in _NAMED)
     raise ValueError(f"{spec} does not exist; give a folder of images, prepared data, .tar files, {named}")
 
 
-def _tfds(name: str, **options: Any) -> Source:
+def _opened(source: Callable[..., Source], path: str | os.PathLike, options: Mapping[str, Any]) -> Source:
+    known = list(inspect.signature(source).parameters)[1:]  # the first is the path
+    unknown = next((name for name in options if name not in known), None)
+    if unknown is not None:
+        raise TypeError(f"{source.__name__} has no option {unknown}; it has {', '.join(known)}")
+    return source(path, **options)
+
+
+def _tfds(name: str, options: Mapping[str, Any]) -> Source:
     from ddpm_jax.data.tfds_source import TFDSSource  # imported here, since it needs an extra
 
-    return TFDSSource(name, **options)
+    return _opened(TFDSSource, name, options)
 
 
-_NAMED = {"tfds": _tfds, "emoji": EmojiSource, "cifar10": Cifar10Source, "zeros": ZerosSource}
+_NAMED: dict[str, Callable[[str, Mapping[str, Any]], Source]] = {
+    "tfds": _tfds,
+    "emoji": functools.partial(_opened, EmojiSource),
+    "cifar10": functools.partial(_opened, Cifar10Source),
+    "zeros": functools.partial(_opened, ZerosSource),
+}
