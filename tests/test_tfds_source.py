@@ -121,6 +121,25 @@ def test_features_are_chosen(tmp_path, directory):
             TFDSSource(directory, **{option: "z_image"})
 
 
+def test_an_integer_is_a_label_and_no_array_replaces_a_field(tmp_path):
+    features = FEATURES | {"kind": FEATURES["label"], "label": tfds.features.Scalar(np.int64)}
+    path = build(tmp_path, features=features, changes={"kind": 1, "label": 7})
+    source = TFDSSource(path)
+    record = source[0]
+    assert record["label"] == 7 and record["label"].dtype == np.int32 and source.class_names is None
+    with pytest.raises(
+        ValueError, match=r"the array 'label' of .*tiny/1\.0\.0 cannot be that field of a record; build"
+    ):
+        TFDSSource(path, label="kind")
+    large = TFDSSource(build(tmp_path / "large", features=features, changes={"kind": 1, "label": 2**31}))
+    with pytest.raises(RecordError, match=r"train\[0\]: has the label 2147483648, and labels are below 2\*\*31"):
+        large[0]
+    features = {"image": FEATURES["image"], "text": FEATURES["caption"], "caption": FEATURES["z_image"]}
+    path = build(tmp_path / "caption", features=features, changes={"text": "a", "caption": np.zeros(3, np.float32)})
+    with pytest.raises(ValueError, match="the array 'caption' of .* cannot be that field of a record"):
+        TFDSSource(path)
+
+
 def test_the_fingerprint_is_that_of_the_records(directory, tmp_path):
     mark = TFDSSource(directory).fingerprint()
     copy = shutil.copytree(directory, tmp_path / "elsewhere")

@@ -10,7 +10,7 @@ from typing import Any, SupportsIndex
 import numpy as np
 
 from ddpm_jax.data.decode import MAX_PIXELS, DecodeError, Decoder
-from ddpm_jax.data.source import Fingerprint, RecordError, check_index, decode_text
+from ddpm_jax.data.source import RESERVED, Fingerprint, RecordError, check_index, decode_text
 from ddpm_jax.data.transforms import WHITE
 from ddpm_jax.extras import needs_extra
 
@@ -31,18 +31,19 @@ class TFDSSource:
         split: as TFDS has it: "train", "train[:90%]", "train+test".
         image: the feature with the image; None for "image" or the only one.
         caption: the feature with captions; None for "caption", "text" or none.
-        label: the feature with labels; None for "label", or the only one, or none.
+        label: the feature with labels, a ClassLabel or an integer; None for "label", or the only ClassLabel, or none.
         data_dir: where data sets are built; None for the default of TFDS.
         download: whether to download and build a data set that is not built yet.
         background: a colour for transparent parts, red, green and blue in [0, 255].
         max_pixels: a larger image is not decoded.
 
     Attributes:
-        class_names: a tuple of str, or None without labels.
+        class_names: a tuple of str, or None without labels or for integers.
 
     Raises:
         ModuleNotFoundError: without the extra ddpm_jax[tfds].
-        ValueError: if there is no such data set, split or feature, or its file format has no random access.
+        ValueError: if there is no such data set, split or feature, an array has the name of another field of
+            records (image, caption, label, key), or its file format has no random access.
     """
 
     def __init__(
@@ -108,9 +109,7 @@ class TFDSSource:
         if self._caption is not None:
             record["caption"] = decode_text(values[self._caption], where).strip()
         if self._label is not None:
-            if values[self._label] < 0:
-                raise RecordError(f"{where}: has no label")
-            record["label"] = np.int32(values[self._label])
+            record["label"] = _label(int(values[self._label]), where)
         for name in self._arrays:
             record[name] = np.asarray(values[name])
             if record[name].dtype.kind == "f" and not np.isfinite(record[name]).all():
@@ -143,33 +142,52 @@ class TFDSSource:
         """Set the names of the features that are read, and `class_names`."""
         kinds = tfds.features
 
-        def choose(argument: str, given: str | None, kind: type, wanted: Sequence[str], only: bool) -> str | None:
+        def choose(
+            argument: str, given: str | None, kind: type, wanted: Sequence[str], only: bool, also: Sequence[str] = ()
+        ) -> str | None:
             names = [name for name, feature in features.items() if isinstance(feature, kind)]
+            fitting = [*names, *also]
             if given is not None:
-                if given not in names:
+                if given not in fitting:
                     raise ValueError(
-                        f"{argument}={given!r} is no {kind.__name__} feature of {self._directory}: {names}"
+                        f"{argument}={given!r} is no {kind.__name__} feature of {self._directory}: {fitting}"
                     )
                 return given
-            first = next((name for name in wanted if name in names), None)
+            first = next((name for name in wanted if name in fitting), None)
             return names[0] if first is None and only and len(names) == 1 else first
 
         self._image = choose("image", image, kinds.Image, ("image",), True)
         if self._image is None:
             raise ValueError(f"{self._directory} has no feature 'image', only {', '.join(features)}; set image")
         self._caption = choose("caption", caption, kinds.Text, CAPTIONS, False)
-        self._label = choose("label", label, kinds.ClassLabel, ("label",), True)
-        self._key = choose("key", None, kinds.Text, KEYS, False)
-        self.class_names = None
-        if self._label is not None:
-            self.class_names = tuple(features[self._label].names)
-        self._arrays = [
-            name
+        numeric = {
+            name: feature
             for name, feature in features.items()
             if type(feature) in (kinds.Tensor, kinds.Scalar)
             and None not in feature.shape
             and np.dtype(feature.np_dtype).kind in "biuf"
-        ]
+        }
+        integers = [name for name, x in numeric.items() if x.shape == () and np.dtype(x.np_dtype).kind in "iu"]
+        self._label = choose("label", label, kinds.ClassLabel, ("label",), True, integers)
+        self._key = choose("key", None, kinds.Text, KEYS, False)
+        self.class_names = None
+        if self._label is not None and self._label not in integers:
+            self.class_names = tuple(features[self._label].names)
+        self._arrays = [name for name in numeric if name != self._label]
+        reserved = next((name for name in self._arrays if name in RESERVED), None)
+        if reserved is not None:
+            raise ValueError(
+                f"the array {reserved!r} of {self._directory} cannot be that field of a record; "
+                "build the data set with another name"
+            )
+
+
+def _label(number: int, where: str) -> np.int32:
+    if number < 0:
+        raise RecordError(f"{where}: has no label")
+    if number >= 2**31:
+        raise RecordError(f"{where}: has the label {number}, and labels are below 2**31")
+    return np.int32(number)
 
 
 def _built(tfds: Any, name: str | os.PathLike, data_dir: str | os.PathLike | None, download: bool) -> Path:
