@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from ddpm_jax import cli_hosts
 from ddpm_jax.paths import as_path, check_bucket, is_remote
 from ddpm_jax.stopping import ending_on_signals
 from ddpm_jax.temporary import temporary_path
@@ -79,7 +80,7 @@ def run(
         cache_help = "Keep compiled programs in the user's cache directory."
         flags.DEFINE_bool("compilation_cache", True, cache_help, flag_values=flag_values)
     if distributed and "distributed" not in flag_values:
-        _define_distributed_flags(flag_values)
+        cli_hosts.define_flags(flag_values, define_finite)
     with ending_on_signals():
         try:
             if not _wants_help(flag_values):
@@ -88,14 +89,14 @@ def run(
                     from ddpm_jax.compilation_cache import use_compilation_cache
 
                     use_compilation_cache()
-                several = distributed and _join_hosts(flag_values, config)
+                several = distributed and cli_hosts.join(flag_values, _given(flag_values, config), _say)
                 main()
                 if several:
                     from ddpm_jax.parallel.distributed import finish
 
                     finish()
         except Exception as error:
-            message = _sentence_of_hosts(error)
+            message = cli_hosts.tell_others(error, _sentence, _status)
             if message is None:
                 raise
             if config is not None and isinstance(error, (UsageError, ValueError)):
@@ -143,7 +144,7 @@ def keep_memory() -> None:
 
 def show(text: str) -> None:
     """Print a result at once, on the first host alone: what follows may fail."""
-    if not is_first_host():
+    if not cli_hosts.is_first_host():
         return
     # A path may hold bytes that the locale does not know, and the terminal may not know a character.
     text = text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
@@ -422,92 +423,22 @@ def _fields(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield from _fields(value, f"{prefix}{name}.")
 
 
+def _given(flag_values: flags.FlagValues, config: str | None) -> dict[str, Any]:
+    """Return the value of every flag and config field, by what a user would write on the command line."""
+    names = [name for name in flag_values if config is None or not (name == config or name.startswith(f"{config}."))]
+    given = {f"--{name}": flag_values[name].value for name in names}
+    if config is not None and flag_values[config].value is not None:
+        leaves = ((name, value) for name, value in _fields(flag_values[config].value) if not hasattr(value, "items"))
+        given |= {f"--{config}.{name}": value for name, value in leaves}
+    return given
+
+
 def _nearest(name: str, fields: list[str]) -> str:
     """Return the field most like a name: one in the same part of the config before one elsewhere."""
     part = name.rpartition(".")[0]
     siblings = [field for field in fields if part and field.rpartition(".")[0] == part]
     found = difflib.get_close_matches(name, siblings, 1, cutoff=0.6)
     return (found or difflib.get_close_matches(name, fields, 1, cutoff=0.0))[0]
-
-
-# ---- Several hosts ---------------------------------------------------------------------------------------------------
-
-_OF_HOSTS = ("distributed", "coordinator_address", "num_processes", "process_id")
-_OF_HOSTS += ("initialization_timeout", "host_timeout")
-
-
-def _define_distributed_flags(flag_values: flags.FlagValues) -> None:
-    """Define the flags of a program that several processes run together."""
-    modes = "Connect with the other hosts of the job: auto on Slurm, Cloud TPU and GKE."
-    flags.DEFINE_enum("distributed", "auto", ["auto", "on", "off"], modes, flag_values=flag_values)
-    address = "HOST:PORT of process 0; JAX_COORDINATOR_ADDRESS if none."
-    flags.DEFINE_string("coordinator_address", None, address, flag_values=flag_values)
-    flags.DEFINE_integer("num_processes", None, "In all; JAX_NUM_PROCESSES if none.", flag_values=flag_values)
-    flags.DEFINE_integer("process_id", None, "Of this process; JAX_PROCESS_ID if none.", flag_values=flag_values)
-    start, limit = "Seconds to wait for the other hosts at the start.", "Seconds to wait for a host without progress."
-    define_finite("initialization_timeout", 1800.0, start, flag_values=flag_values, lower_bound=0.0)
-    define_finite("host_timeout", 1800.0, limit, flag_values=flag_values, lower_bound=1.0)
-
-
-def _join_hosts(flag_values: flags.FlagValues, config: str | None) -> bool:
-    """Connect with the other processes of this run, which must have the same flags; return whether there are any."""
-    from ddpm_jax.parallel.distributed import initialize
-
-    given = {name: flag_values[name].value for name in _OF_HOSTS}
-    fields = {"the command": Path(sys.argv[0]).stem}
-    for name in flag_values:
-        value = flag_values[name].value
-        if config is not None and (name == config or name.startswith(f"{config}.")):
-            continue
-        if name not in (*_OF_HOSTS, "compilation_cache"):
-            fields[f"--{name}"] = value
-    if config is not None and flag_values[config].value is not None:
-        leaves = ((name, value) for name, value in _fields(flag_values[config].value) if not hasattr(value, "items"))
-        fields |= {f"--{config}.{name}": value for name, value in leaves}
-    return initialize(
-        given["distributed"],
-        coordinator_address=given["coordinator_address"],
-        num_processes=given["num_processes"],
-        process_id=given["process_id"],
-        timeout=given["initialization_timeout"],
-        host_timeout=given["host_timeout"],
-        fields=fields,
-        report=_say,
-    )
-
-
-def is_first_host() -> bool:
-    """Return whether this process is the one that writes results and prints."""
-    hosts = sys.modules.get("ddpm_jax.parallel.hosts")
-    return hosts is None or hosts.current().index == 0
-
-
-def _sentence_of_hosts(error: Exception) -> str | None:
-    """Return what to tell a user, after telling the other hosts, if there are any, why this one ends."""
-    hosts = sys.modules.get("ddpm_jax.parallel.hosts")
-    others = None if hosts is None or hosts.current().count == 1 else hosts.current()
-    if others is not None and _may_be_of_another_host(error):
-        others.wait_for_reason()
-    message = _sentence(error)
-    if others is not None and hasattr(error, "of_all_hosts"):
-        others.leave()
-    elif others is not None:
-        if message is None:
-            traceback.print_exc()
-            message = f"{type(error).__name__}: {error}"
-        others.fail(message, _status(error))
-    return message
-
-
-def _may_be_of_another_host(error: BaseException | None) -> bool:
-    """Return whether an error came from the runtime, as it does when another host has left a collective operation."""
-    seen: list[BaseException] = []
-    while error is not None and error not in seen:
-        if type(error).__name__ in ("JaxRuntimeError", "XlaRuntimeError"):
-            return "RESOURCE_EXHAUSTED" not in str(error)
-        seen.append(error)
-        error = error.__cause__ or error.__context__
-    return False
 
 
 # ---- Errors and warnings ---------------------------------------------------------------------------------------------
@@ -573,7 +504,7 @@ class _OneLine(python_logging.Handler):
 
     def emit(self, record: python_logging.LogRecord) -> None:
         """Print one record; of several hosts only the first one informs."""
-        if record.levelno <= python_logging.INFO and not is_first_host():
+        if record.levelno <= python_logging.INFO and not cli_hosts.is_first_host():
             return
         if record.levelno < python_logging.WARNING and not record.pathname.startswith(PACKAGE):
             return

@@ -6,7 +6,7 @@ captioned pipelines, the base of the others); an option of any stage is --<stage
 --upsampler_sampler=dpm_solver or --decoder_scale=3.
 """
 
-from ddpm_jax import cli
+from ddpm_jax import cli, cli_hosts
 
 # isort: split
 import dataclasses
@@ -124,7 +124,7 @@ def main() -> None:
     given, captions = _request(pipeline, texts)
     count = len(captions)
     share = -(-count // jax.process_count())
-    with progress_bar(share, description="sample", unit="image", shown=cli.is_first_host()) as bar:
+    with progress_bar(share, description="sample", unit="image", shown=cli_hosts.is_first_host()) as bar:
         try:
             kwargs = _how(pipeline, count) | {"report": bar.update}
             images = generate_on_all_hosts(pipeline.generate, count, given, **kwargs)
@@ -133,7 +133,7 @@ def main() -> None:
         except ValueError as error:
             raise cli.UsageError(str(error)) from error
     grid = image_grid.grid(_shown(images), captions if any(captions) else None, columns=_COLUMNS.value)
-    if cli.is_first_host():
+    if cli_hosts.is_first_host():
         image_grid.save_png(_OUT.value, grid)
     height, width = images.shape[1:3]
     cli.show(f"wrote {_OUT.value}: {len(images)} images of {height} x {width} pixels")

@@ -69,6 +69,7 @@ def ending_on_signals() -> Iterator[None]:
         yield
         return
     global _active
+    _ending_thread.clear()
     ending = _Ending()
     receiver, sender = socket.socketpair()
     sender.setblocking(False)
