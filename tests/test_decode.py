@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from ddpm_jax.data.decode import MAX_PIXELS, DecodeError, decode_image, encode_png
+from ddpm_jax.data.transforms import as_images
 
 RGB = np.random.default_rng(0).integers(0, 256, (12, 20, 3), dtype=np.uint8)
 
@@ -143,6 +144,9 @@ def test_a_transparent_colour_has_the_depth_of_its_file():
     ):
         data = png(depth, 0, [bytes([row])], (b"tRNS", struct.pack(">H", level)))
         np.testing.assert_array_equal(decode_image(data, background=(9, 9, 9))[0, :, 0], wanted)
+        opened = Image.open(io.BytesIO(data))  # the second time it is read already
+        for _ in range(2):
+            np.testing.assert_array_equal(as_images(opened)[0][0, :, 0], [255 if x == 9 else x for x in wanted])
     row = struct.pack(">HHHHHH", 0x0203, 0x0405, 0x0607, 0x0303, 0x0405, 0x0607)
     data = png(16, 2, [row], (b"tRNS", row[:6]))
     np.testing.assert_array_equal(decode_image(data, background=(9, 8, 7))[0], [(9, 8, 7), (3, 4, 6)])

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from ddpm_jax.data.pil_image import load
 from ddpm_jax.data.source import RecordError
 from ddpm_jax.data.transforms import WHITE, as_image, check_colour
 from ddpm_jax.extras import needs_extra
@@ -17,7 +18,6 @@ MAX_PIXELS = 89_478_485
 """The largest image by default; also that of Pillow (a quarter of a gigabyte of RGB)."""
 
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP")
-_GREY_SCALES = {"L;2": 85, "L;4": 17}  # from the levels of 2 and 4 bits to those of 8
 _MAGIC = ((b"\xff\xd8", "JPEG"), (b"\x89PNG", "PNG"), (b"GIF8", "GIF"), (b"RIFF", "WebP"))
 
 
@@ -52,9 +52,8 @@ def decode_image(data: bytes, *, background: Sequence[int] = WHITE, max_pixels: 
     image = _open(data, max_pixels)
     if image.width * image.height > max_pixels:
         raise DecodeError(f"the image has {image.width} x {image.height} pixels, more than max_pixels={max_pixels}")
-    _scale_transparency(image)
     try:
-        image.load()
+        load(image)
     except MemoryError:
         raise
     except Exception as error:  # Pillow's decoders raise many types for damaged data
@@ -112,16 +111,6 @@ def _open(data: bytes, max_pixels: int) -> Image.Image:
         ) from None
     except Exception as error:  # see decode_image
         raise DecodeError(f"the image is truncated or damaged ({_reason(error)})") from None
-
-
-def _scale_transparency(image: Image.Image) -> None:
-    """Scale the one transparent colour of a PNG file to 8 bits, as Pillow scales its pixels but not that colour."""
-    transparent = image.info.get("transparency")
-    depth = image.tile[0][3] if image.format == "PNG" and image.tile else None
-    if depth in _GREY_SCALES and isinstance(transparent, int):
-        image.info["transparency"] = transparent * _GREY_SCALES[depth]
-    elif depth == "RGB;16B" and isinstance(transparent, tuple):
-        image.info["transparency"] = tuple(value >> 8 for value in transparent)
 
 
 def _reason(error: Exception) -> str:

@@ -154,7 +154,7 @@ class ImageFolder:
                 where = f"{self._root / table}: line {line}"
                 name = row.get("file_name")
                 if not isinstance(name, str) or not name:
-                    raise ValueError(f"{where} has no file_name{_columns(row)}")
+                    raise ValueError(f"{where} has no file_name: it is {shown(name)}")
                 key = os.path.normpath(os.path.join(folder, name)).replace(os.sep, "/")
                 if key in rows:
                     raise ValueError(f"{where} names {name}, as an earlier line does")
@@ -278,13 +278,12 @@ def _sidecar(key: str) -> str:
     return os.path.splitext(key)[0] + ".txt"
 
 
-def _columns(row: dict[str, Any]) -> str:
-    """Return what to say about the columns of a row whose file_name is missing."""
-    if "file_name" in row:
-        return f": it is {shown(row['file_name'])}"
-    names = list(row)
+def _columns(names: Sequence[str]) -> str:
+    """Return what to say about columns that have no file_name."""
+    if not names:
+        return "has no file_name"
     hint = "; columns are separated by commas" if len(names) == 1 and any(mark in names[0] for mark in ";\t|") else ""
-    return f", only the columns {', '.join(shown(name) for name in names[:8])}{hint}" if names else ""
+    return f"has no file_name, only the columns {', '.join(map(shown, names[:8]))}{hint}"
 
 
 def _text(value: Any) -> str:
@@ -300,6 +299,8 @@ def _read_table(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             reader.fieldnames = [name.strip() for name in reader.fieldnames or ()]
             if len(set(reader.fieldnames)) < len(reader.fieldnames):
                 raise ValueError(f"{path}: line 1 names a column twice: {', '.join(reader.fieldnames[:8])}")
+            if reader.fieldnames and "file_name" not in reader.fieldnames:
+                raise ValueError(f"{path}: line 1 {_columns(reader.fieldnames)}")
             for row in reader:
                 if None in row or None in row.values():
                     raise ValueError(f"{path}: line {reader.line_num} does not have {len(reader.fieldnames)} columns")
@@ -316,4 +317,6 @@ def _read_table(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             raise ValueError(f"{path}: line {number} is not JSON: {error}") from None
         if not isinstance(row, dict):
             raise ValueError(f"{path}: line {number} must be a JSON object, got {line[:40]}")
+        if "file_name" not in row:
+            raise ValueError(f"{path}: line {number} {_columns(list(row))}")
         yield number, row

@@ -6,12 +6,30 @@ from typing import Any
 import numpy as np
 
 _ORIENTATION = 0x0112  # the tag of EXIF
+_GREY_SCALES = {"L;2": 85, "L;4": 17}  # from the levels of 2 and 4 bits to those of 8
 
 
 def is_pil(image: Any) -> bool:
     """Whether it is a PIL image; Pillow is not imported for that."""
     module = sys.modules.get("PIL.Image")  # not imported: there can be no such image
     return module is not None and isinstance(image, module.Image)
+
+
+def load(image: Any) -> None:
+    """Read the pixels of a PIL image that is open, and nothing if they are read already.
+
+    The one transparent colour of a PNG file is scaled to 8 bits, as Pillow scales the pixels but not that colour.
+
+    Raises:
+        Exception: of many types, if the file is damaged.
+    """
+    transparent = image.info.get("transparency")
+    depth = image.tile[0][3] if image.format == "PNG" and image.tile else None  # no tile is left after reading
+    image.load()
+    if depth in _GREY_SCALES and isinstance(transparent, int):
+        image.info["transparency"] = transparent * _GREY_SCALES[depth]
+    elif depth == "RGB;16B" and isinstance(transparent, tuple):
+        image.info["transparency"] = tuple(value >> 8 for value in transparent)
 
 
 def pil_array(image: Any) -> np.ndarray:
@@ -29,7 +47,7 @@ def pil_array(image: Any) -> np.ndarray:
     """
     try:
         is_file = image.format is not None
-        image.load()
+        load(image)
         image = _turned(image)
         if image.mode == "F":
             return np.asarray(image)
