@@ -15,10 +15,10 @@ from ddpm_jax.data.open_source import open_source
 from ddpm_jax.models.transformer import Transformer
 from ddpm_jax.models.unet import UNet
 from ddpm_jax.parallel.chips import find_chip
-from ddpm_jax.planning import report
-from ddpm_jax.planning.blocks import find_blocks
+from ddpm_jax.planning import blocks, report
+from ddpm_jax.planning.blocks import find_blocks, measure_blocks
 from ddpm_jax.planning.flops import count_flops
-from ddpm_jax.planning.measure import _needed_memory
+from ddpm_jax.planning.measure import Cost, _needed_memory
 from ddpm_jax.planning.plan import Plan, default_meshes, parse_mesh
 from ddpm_jax.planning.program import Program
 from ddpm_jax.planning.topology import parse_topology
@@ -152,6 +152,32 @@ def test_equal_blocks_of_a_network_are_found():
     assert by_name["down_0_0"].key() == by_name["down_0_1"].key() != by_name["down_1_0"].key()
     assert by_name["down_1_0"].key() == by_name["mid_1"].key()
     assert by_name["down_0_0"].remat is True
+
+
+def test_the_costs_of_blocks_are_added_up(monkeypatch):
+    """Of 3 equal layers, whose two programs, forward and backward, take 1 and 1 s; half of the batch is on a chip."""
+    seen = []
+
+    def measured(lowered, chip, *, cache):
+        seen.append([leaf.shape for leaf in jax.tree.leaves(lowered.in_avals) if len(leaf.shape) == 3])
+        return Cost(temporaries=100.0, peak=0.0, flops=10.0, bytes=20.0, seconds=1.0, compile_seconds=5.0)
+
+    monkeypatch.setattr(blocks, "measure", measured)
+    network = Transformer(3, 2, remat=True)
+    x = jax.ShapeDtypeStruct((4, 5, 8), jnp.float32)
+    params = jax.eval_shape(network.init, jax.random.key(0), x)
+    cost, by_name = measure_blocks(
+        lambda params, x: network.apply(params, x).sum(),
+        (params, x),
+        jax.devices()[0],
+        find_chip("TPU v5"),
+        batch_size=4,
+        shards=2,
+    )
+    assert seen == [[(2, 5, 8)], [(2, 5, 8)] * 2]  # the backward program also has the gradient of the result
+    assert list(by_name) == ["block_0"] and by_name["block_0"][0] == 3
+    assert (cost.seconds, cost.flops, cost.bytes, cost.compile_seconds) == (6.0, 60.0, 120.0, 10.0)
+    assert cost.temporaries == 3 * (2 * 5 * 8 * 4) + 100  # the inputs of all blocks, and what one needs
 
 
 def test_a_scanned_transformer_is_one_block():

@@ -120,20 +120,16 @@ def measure_blocks(
     counted = 0.0
     for number, group in enumerate(groups.values(), 1):
         call, count = group[0], len(group)
-        program, shapes = _program(call, batch_size, shards)
-        placed = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=SingleDeviceSharding(device)), shapes
-        )
-        cost = measure(jax.jit(program).lower(*placed), chip, cache=cache)
+        local = _LocalBlock(call, batch_size, shards)
+        cost = _sum([measure(each, chip, cache=cache) for each in local.lower(device)])
         seen[call.name] = (count, cost)
         if not cost.fits:
             return cost, seen
         show(f"{number}/{len(groups)} {call.name} x {count}: {cost.seconds * 1e3:.3f} ms, {cost.compile_seconds:.0f} s")
         for name in ("flops", "bytes", "seconds", "compile_seconds"):
             totals[name] += getattr(cost, name) * (1 if name == "compile_seconds" else count)
-        forward = lambda params, arguments, module=call.module: _apply(module, params, arguments)  # noqa: E731
-        counted += 3 * count * count_flops(forward, *shapes[:2])
-        kept += count * _size(shapes[1])
+        counted += 3 * count * count_flops(local.apply, local.params, local.arrays)
+        kept += count * _size(local.arrays)
         largest = max(largest, cost.temporaries)
         parts[call.name] += cost.seconds * count
     # What is no block, such as the first and the last convolution, at the speed of the blocks.
@@ -152,61 +148,78 @@ def measure_blocks(
     )
 
 
-def _program(call: BlockCall, batch_size: int, shards: int) -> tuple[Callable[..., Any], tuple]:
-    """Return a function that runs a block and its gradient, and the shapes of its arguments on one device."""
-    is_shape = lambda x: isinstance(x, tuple) and len(x) == 2 and isinstance(x[0], tuple) and hasattr(x[1], "itemsize")  # noqa: E731
-
-    def local(x: Any) -> Any:
-        if not is_shape(x):
-            return x
-        (first, *others), dtype = (x[0] or (0,)), x[1]
-        if not x[0]:
-            return jax.ShapeDtypeStruct((), dtype)
-        return jax.ShapeDtypeStruct((first // shards if first % batch_size == 0 else first, *others), dtype)
-
-    args, kwargs = jax.tree.map(local, call.shapes, is_leaf=is_shape)
-    arrays = [x for x in jax.tree.leaves((args, kwargs)) if isinstance(x, jax.ShapeDtypeStruct)]
-    structure = jax.tree.structure((args, kwargs))
-    leaves = jax.tree.leaves((args, kwargs))
-
-    def filled(values: list) -> tuple:
-        given = iter(values)
-        return jax.tree.unflatten(
-            structure, [next(given) if isinstance(x, jax.ShapeDtypeStruct) else x for x in leaves]
-        )
-
-    module = call.module
-    object.__setattr__(module, "_plan_filled", filled)
-    params = jax.eval_shape(lambda key: _init(module, key, filled(_zeros(arrays))), jax.random.key(0))
-    out = jax.eval_shape(lambda params, values: _apply(module, params, values), params, arrays)
-
-    def program(params: Any, values: list, gradient: Any) -> Any:
-        floating = [jnp.issubdtype(x.dtype, jnp.floating) for x in arrays]
-
-        def run(params: Any, of: list) -> Any:
-            given = iter(of)
-            return _apply(module, params, [next(given) if f else x for f, x in zip(floating, values, strict=True)])
-
-        y, backward = jax.vjp(
-            rematerialized_function(run, call.remat), params, [x for f, x in zip(floating, values, strict=True) if f]
-        )
-        return y, backward(gradient)
-
-    return program, (params, arrays, out)
+def _sum(costs: list[Cost]) -> Cost:
+    """Return the cost of programs that run one after the other."""
+    total = lambda name: sum(getattr(cost, name) for cost in costs)  # noqa: E731
+    return Cost(
+        temporaries=max(cost.temporaries for cost in costs),
+        peak=max(cost.peak for cost in costs),
+        flops=total("flops"),
+        bytes=total("bytes"),
+        seconds=total("seconds"),
+        compile_seconds=total("compile_seconds"),
+        fits=all(cost.fits for cost in costs),
+    )
 
 
-def _init(module: nn.Module, key: jax.Array, inputs: tuple) -> Any:
-    args, kwargs = inputs
-    return module.init({"params": key, "dropout": key}, *args, **kwargs)
+class _LocalBlock:
+    """A block with the part of the batch that one chip has.
+
+    Attributes:
+        params, arrays: shapes of the parameters, and of the arguments that are arrays.
+    """
+
+    def __init__(self, call: BlockCall, batch_size: int, shards: int):
+        def local(x: Any) -> Any:
+            if not _is_described(x):
+                return x
+            shape, dtype = x
+            if shape and shape[0] % batch_size == 0:
+                shape = (shape[0] // shards, *shape[1:])
+            return jax.ShapeDtypeStruct(shape, dtype)
+
+        self._call = call
+        described = jax.tree.map(local, call.shapes, is_leaf=_is_described)
+        self._leaves, self._structure = jax.tree.flatten(described)
+        self.arrays = [x for x in self._leaves if isinstance(x, jax.ShapeDtypeStruct)]
+        self.params = jax.eval_shape(self._init, jax.random.key(0))
+
+    def apply(self, params: Any, arrays: list) -> Any:
+        """Run the block."""
+        args, kwargs = self._arguments(arrays)
+        return self._call.module.apply(params, *args, **kwargs, rngs={"dropout": jax.random.key(0)})
+
+    def lower(self, device: Any) -> list[jax.stages.Lowered]:
+        """Lower the block with its gradient; apart from each other where the latter computes the block again."""
+        floating = [jnp.issubdtype(x.dtype, jnp.floating) for x in self.arrays]
+
+        def backward(params: Any, arrays: list, gradient: Any) -> Any:
+            def run(params: Any, differentiable: list) -> Any:
+                given = iter(differentiable)
+                return self.apply(params, [next(given) if f else x for f, x in zip(floating, arrays, strict=True)])
+
+            differentiable = [x for f, x in zip(floating, arrays, strict=True) if f]
+            y, back = jax.vjp(rematerialized_function(run, self._call.remat), params, differentiable)
+            return back(gradient) if self._call.remat else (y, back(gradient))
+
+        shapes = (self.params, self.arrays, jax.eval_shape(self.apply, self.params, self.arrays))
+        place = SingleDeviceSharding(device)
+        placed = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes)
+        forward = [jax.jit(self.apply).lower(*placed[:2])] if self._call.remat else []
+        return [*forward, jax.jit(backward).lower(*placed)]
+
+    def _init(self, key: jax.Array) -> Any:
+        args, kwargs = self._arguments([jnp.zeros(x.shape, x.dtype) for x in self.arrays])
+        return self._call.module.init({"params": key, "dropout": key}, *args, **kwargs)
+
+    def _arguments(self, arrays: list) -> Any:
+        given = iter(arrays)
+        leaves = [next(given) if isinstance(x, jax.ShapeDtypeStruct) else x for x in self._leaves]
+        return jax.tree.unflatten(self._structure, leaves)
 
 
-def _apply(module: nn.Module, params: Any, values: list) -> Any:
-    args, kwargs = module._plan_filled(values)
-    return module.apply(params, *args, **kwargs, rngs={"dropout": jax.random.key(0)})
-
-
-def _zeros(shapes: list) -> list:
-    return [jnp.zeros(x.shape, x.dtype) for x in shapes]
+def _is_described(x: Any) -> bool:
+    return isinstance(x, tuple) and len(x) == 2 and isinstance(x[0], tuple) and hasattr(x[1], "itemsize")
 
 
 def _fields(module: nn.Module) -> list[dataclasses.Field]:
