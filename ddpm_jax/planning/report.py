@@ -79,11 +79,11 @@ def _row(plan: Plan) -> tuple[str, ...]:
         "yes" if plan.fits else "no",
         number(plan.roofline_utilization, ".2f"),
         number(plan.model_utilization, ".2f"),
-        number(plan.step_seconds, ".3f"),
-        number(1 / plan.step_seconds if known else 0.0, ".2f"),
+        number(plan.step_seconds, ".3g"),
+        number(1 / plan.step_seconds if known else 0.0, ".3g"),
         number(plan.days, ".1f"),
         number(plan.chip_hours, ",.0f"),
-        f"{plan.sent / 1e9:.2f} / {plan.minimum / 1e9:.2f}" if known else "-",
+        f"{plan.sent / 1e9:.3g} / {plan.minimum / 1e9:.3g}" if known else "-",
         plan.method,
     )
 
