@@ -7,7 +7,6 @@ import contextlib
 import difflib
 import errno
 import importlib.util
-import logging as python_logging
 import math
 import os
 import platform
@@ -17,12 +16,11 @@ import signal as signals
 import stat
 import sys
 import traceback
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ddpm_jax import cli_hosts
+from ddpm_jax import cli_hosts, cli_messages
 from ddpm_jax.paths import as_path, check_bucket, is_remote
 from ddpm_jax.stopping import ending_on_signals
 from ddpm_jax.temporary import temporary_path
@@ -32,7 +30,7 @@ for _package in ("absl", "ml_collections"):
     if importlib.util.find_spec(_package) is None:
         sys.exit(f"error: the package {_package} is not installed; {EXTRA}")
 
-from absl import flags, logging  # noqa: E402 (after the check above)
+from absl import flags  # noqa: E402 (after the check above)
 
 USAGE_ERROR = 2
 FAILURE = 1
@@ -73,7 +71,7 @@ def run(
         config: the name of its config flag, if it has one.
         distributed: True for a program that several processes can run together; defines their flags.
     """
-    _say_in_one_line()
+    cli_messages.say_in_one_line()
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: a name that cannot be printed is no failure
     if "compilation_cache" not in flag_values:
@@ -89,7 +87,7 @@ def run(
                     from ddpm_jax.compilation_cache import use_compilation_cache
 
                     use_compilation_cache()
-                several = distributed and cli_hosts.join(flag_values, _given(flag_values, config), _say)
+                several = distributed and cli_hosts.join(flag_values, _given(flag_values, config), cli_messages.say)
                 main()
                 if several:
                     from ddpm_jax.parallel.distributed import finish
@@ -485,42 +483,3 @@ def _stop(message: str, status: int) -> None:
             stream.flush()
     # Writer threads of a failed checkpoint could keep the interpreter alive.
     os._exit(status)
-
-
-def _say(text: str) -> None:
-    """Print a line to stderr, above the progress bars if there are any."""
-    line = " ".join(text.split())
-    if sys.stderr is None:
-        return
-    with contextlib.suppress(OSError):  # its reader has gone
-        if "tqdm" in sys.modules:
-            sys.modules["tqdm"].tqdm.write(line, file=sys.stderr)
-        else:
-            print(line, file=sys.stderr, flush=True)
-
-
-class _OneLine(python_logging.Handler):
-    """Prints what this package has to say, and what others warn of, a line each."""
-
-    def emit(self, record: python_logging.LogRecord) -> None:
-        """Print one record; of several hosts only the first one informs."""
-        if record.levelno <= python_logging.INFO and not cli_hosts.is_first_host():
-            return
-        if record.levelno < python_logging.WARNING and not record.pathname.startswith(PACKAGE):
-            return
-        level = "" if record.levelno <= python_logging.INFO else f"{record.levelname.lower()}: "
-        _say(level + record.getMessage())
-
-
-def _say_in_one_line() -> None:
-    """Send log lines and warnings to stderr in the form of the errors."""
-    logger = logging.get_absl_logger()
-    logging.set_verbosity(logging.INFO)
-    logger.handlers[:] = [_OneLine()]
-    logger.propagate = False
-
-    def show(message: Warning | str, category: type[Warning], *_: Any) -> None:
-        del category
-        _say(f"warning: {message}")
-
-    warnings.showwarning = show

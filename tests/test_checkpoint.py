@@ -23,9 +23,9 @@ from ddpm_jax.storage.checkpoint import (
     CheckpointError,
     Checkpoints,
     checksum,
-    config_differences,
     restore_params,
 )
+from ddpm_jax.storage.config_difference import config_differences
 from ddpm_jax.storage.lock import WorkdirInUse, lock_workdir
 from ddpm_jax.training.state import TrainState, abstract_state
 

@@ -27,6 +27,7 @@ from jax.experimental import multihost_utils
 
 from ddpm_jax.extras import needs_extra
 from ddpm_jax.paths import as_path, is_remote
+from ddpm_jax.storage.config_difference import NOT_COMPARED, config_differences
 from ddpm_jax.storage.quiet import silence_storage
 
 with needs_extra("train"):
@@ -36,12 +37,6 @@ with needs_extra("train"):
 FORMAT, SUBDIRECTORY = 1, "checkpoints"
 ARRAYS = ("params", "ema_params", "optimizer")
 DOCUMENTS = ("data", "config", "meta")
-# Fields of `Training` that change how a run is watched or stored, not what it computes; and its length.
-_WATCHED = ("log_every", "preview_every", "num_previews", "checkpoint_every", "max_to_keep", "tensorboard", "progress")
-_WATCHED += ("num_workers", "num_steps", "eval_every", "eval_batches")
-# What follows a bad step; a run that was stopped by one may go on with another policy.
-_WATCHED += ("nonfinite", "spike", "spike_factor", "max_bad_steps")
-NOT_COMPARED = frozenset(f"training.{name}" for name in _WATCHED)
 
 
 class CheckpointError(RuntimeError):
@@ -397,28 +392,6 @@ def restore_params(
     return params, config
 
 
-def config_differences(saved: Any, current: Any, *, ignore: Collection[str] = NOT_COMPARED) -> list[str]:
-    """Return one phrase for each field in which two configs differ, with both values.
-
-    Args:
-      saved: nested dicts of plain values.
-      current: the same.
-      ignore: fields that may differ: a dotted name, or a prefix of one.
-    """
-    saved, current = flatten(saved), flatten(current)
-
-    def ignored(field: str) -> bool:
-        parts = field.split(".")
-        return any(".".join(parts[:n]) in ignore for n in range(1, len(parts) + 1))
-
-    return [
-        f"{field} is {json.dumps(saved[field]) if field in saved else 'absent'} there and "
-        f"{json.dumps(current[field]) if field in current else 'absent'} here"
-        for field in sorted(saved.keys() | current.keys())
-        if not ignored(field) and (field not in saved or field not in current or saved[field] != current[field])
-    ]
-
-
 def checksum(tree: Any) -> int:
     """Return a 32-bit checksum of the bits and positions of a tree of arrays, the same under every sharding."""
     leaves = jax.tree.leaves(tree)
@@ -454,16 +427,6 @@ def _shapes(tree: Any) -> dict[str, str]:
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
         if hasattr(leaf, "shape")
     }
-
-
-def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
-    """Return {"a.b": value} for nested dicts."""
-    if not isinstance(config, Mapping) or not config:
-        return {prefix: config} if prefix else {}
-    flat: dict[str, Any] = {}
-    for key, value in config.items():
-        flat |= flatten(value, f"{prefix}.{key}" if prefix else str(key))
-    return flat
 
 
 def _plain(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -23,7 +23,8 @@ from ddpm_jax.parallel.mesh import data_sharding, replicated, shard_batch
 from ddpm_jax.parallel.placing import put, split_key
 from ddpm_jax.parallel.sharding import Rule, is_sharded, make_gather, used_dtypes
 from ddpm_jax.paths import as_path
-from ddpm_jax.storage.checkpoint import NOT_COMPARED, CheckpointError, Checkpoints
+from ddpm_jax.storage.checkpoint import CheckpointError, Checkpoints
+from ddpm_jax.storage.config_difference import NOT_COMPARED
 from ddpm_jax.training.guard import NEW, STOP, Bad, Policy, empty_window, make_update, read_window
 from ddpm_jax.training.metrics import step_flops
 from ddpm_jax.training.report import Due, Evaluate, Examples, Profile, Report, make_evaluate

@@ -24,7 +24,8 @@ from ddpm_jax.parallel import hosts
 from ddpm_jax.parallel.distributed import watch_hosts
 from ddpm_jax.parallel.mesh import AXES, batch_shards, make_mesh
 from ddpm_jax.paths import as_path
-from ddpm_jax.storage.checkpoint import SUBDIRECTORY, Checkpoints, flatten, restore_params
+from ddpm_jax.storage.checkpoint import SUBDIRECTORY, Checkpoints, restore_params
+from ddpm_jax.storage.config_difference import flatten
 from ddpm_jax.storage.fingerprint import tree_fingerprint
 from ddpm_jax.storage.json_file import write_json
 from ddpm_jax.storage.lock import lock_workdir
@@ -42,18 +43,8 @@ from ddpm_jax.types import Source, Task
 from ddpm_jax.version import __version__
 
 EMBEDDINGS, HELD_OUT = "embeddings", "embeddings_held_out"
-_OPTIMIZER = (
-    "learning_rate",
-    "warmup_steps",
-    "decay",
-    "final_fraction",
-    "b1",
-    "b2",
-    "eps",
-    "weight_decay",
-    "clip_norm",
-)
-_OPTIMIZER += ("optimizer", "muon_learning_rate")
+_OPTIMIZER = ("learning_rate", "warmup_steps", "decay", "final_fraction", "b1", "b2", "eps", "weight_decay")
+_OPTIMIZER += ("clip_norm", "optimizer", "muon_learning_rate")
 _LOOP = ("num_steps", "seed", "ema_decay", "accumulate", "checkpoint_every", "log_every", "preview_every", "eval_every")
 _LOOP += ("max_to_keep", "tensorboard", "progress")
 
