@@ -12,16 +12,21 @@ import pytest
 
 from ddpm_jax import cli, plan
 from ddpm_jax.data.open_source import open_source
+from ddpm_jax.data.transforms import Select
+from ddpm_jax.diffusion.diffusion import Diffusion
 from ddpm_jax.models.transformer import Transformer
 from ddpm_jax.models.unet import UNet
 from ddpm_jax.parallel.chips import find_chip
+from ddpm_jax.parallel.mesh import make_mesh
 from ddpm_jax.planning import blocks, report
 from ddpm_jax.planning.blocks import find_blocks, measure_blocks
 from ddpm_jax.planning.flops import count_flops
 from ddpm_jax.planning.measure import Cost, _needed_memory
-from ddpm_jax.planning.plan import Plan, default_meshes, parse_mesh
+from ddpm_jax.planning.plan import Plan, _least_exchange, default_meshes, parse_mesh
 from ddpm_jax.planning.program import Program
 from ddpm_jax.planning.topology import parse_topology
+from ddpm_jax.training import DiffusionTask, Images, Stage, Training
+from ddpm_jax.training.lowered import lower_stage
 
 PROGRAM = """HloModule jit_update, is_scheduled=true
 
@@ -187,6 +192,45 @@ def test_a_scanned_transformer_is_one_block():
     calls = find_blocks(lambda params, x: network.apply(params, x), (params, x))
     assert [type(call.module) for call in calls] == [Transformer]
     assert isinstance(calls[0].module, nn.Module)
+
+
+@pytest.fixture(scope="module")
+def lowered():
+    """A stage of a network with one large weight, on 2 x 4 devices, which split the weight 4 ways."""
+
+    class Network(nn.Module):
+        @nn.compact
+        def __call__(self, xt, t, *, train=False):
+            h = nn.Dense(1024, dtype=jnp.bfloat16, name="wide")(xt.reshape(len(xt), -1))
+            return h[:, : 4 * 4 * 3].reshape(xt.shape).astype(jnp.float32)
+
+    stage = Stage(
+        name="toy",
+        task=DiffusionTask(model=Network(), diffusion=Diffusion("cosine", 10), x0=Images(4)),
+        source=open_source("zeros:image=4x4"),
+        transforms=(Select(("image",)),),
+        training=Training(batch_size=16, num_steps=10, learning_rate=1e-3),
+    )
+    return lower_stage((stage,), "toy", make_mesh({"data": 2, "fsdp": 4}))
+
+
+def test_the_step_of_a_stage_is_lowered_without_computing_it(lowered):
+    text = lowered.lower_step().as_text()
+    assert "jax.buffer_donor" in text or "tf.aliasing_output" in text
+    assert lowered.lower_prepare() is None
+    assert count_flops(*lowered.loss()[:1], *lowered.loss()[1]) == 2 * 16 * 48 * 1024
+    with pytest.raises(ValueError, match="stage toy has no sampler"):
+        lowered.lower_sampler(None)
+
+
+def test_the_least_exchange_is_that_of_each_weight_once(lowered):
+    """48 x 1024 bfloat16 in 4 parts, of which there are 2 copies each; 1024 biases are whole on 8 chips."""
+    weight, bias = 48 * 1024 * 2, 1024 * 2
+    assert _least_exchange(lowered) == {
+        "all-gather": (1, weight * 3 / 4),
+        "reduce-scatter": (1, weight * 3 / 4),
+        "all-reduce": (2, 2 * weight / 4 * 1 / 2 + 2 * bias * 7 / 8),
+    }
 
 
 def a_plan(**changes):
