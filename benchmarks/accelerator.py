@@ -32,8 +32,8 @@ from ddpm_jax.models.adm import ClassUNet
 from ddpm_jax.models.unet import UNet
 from ddpm_jax.parallel.chips import device_peak_flops
 from ddpm_jax.parallel.mesh import make_mesh, shard_batch
-from ddpm_jax.planning.flops import count_flops
 from ddpm_jax.training import DiffusionTask, Images, Labels
+from ddpm_jax.training.flops import count_flops
 from ddpm_jax.training.metrics import read_metrics
 from ddpm_jax.training.state import create_state
 from ddpm_jax.training.step import make_train_step

@@ -20,12 +20,12 @@ from ddpm_jax.parallel.chips import find_chip
 from ddpm_jax.parallel.mesh import make_mesh
 from ddpm_jax.planning import blocks, report
 from ddpm_jax.planning.blocks import find_blocks, measure_blocks
-from ddpm_jax.planning.flops import count_flops
 from ddpm_jax.planning.measure import Cost, _needed_memory
 from ddpm_jax.planning.plan import Plan, _least_exchange, default_meshes, parse_mesh
 from ddpm_jax.planning.program import Program
 from ddpm_jax.planning.topology import parse_topology
 from ddpm_jax.training import DiffusionTask, Images, Stage, Training
+from ddpm_jax.training.flops import count_flops
 from ddpm_jax.training.lowered import lower_stage
 
 PROGRAM = """HloModule jit_update, is_scheduled=true

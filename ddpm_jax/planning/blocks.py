@@ -21,8 +21,8 @@ from ddpm_jax.models.layers import AttentionBlock, Resample, ResBlock, remateria
 from ddpm_jax.models.spatial_transformer import SpatialTransformer
 from ddpm_jax.models.transformer import Block, Transformer
 from ddpm_jax.parallel.chips import Chip
-from ddpm_jax.planning.flops import count_flops
 from ddpm_jax.planning.measure import Cost, measure
+from ddpm_jax.training.flops import count_flops
 
 _BLOCKS = (ResBlock, AttentionBlock, Resample, SpatialTransformer, Block)
 UPDATE_BYTES = 44

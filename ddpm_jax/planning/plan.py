@@ -14,9 +14,9 @@ from ddpm_jax.diffusion.sampling import Sampling
 from ddpm_jax.parallel.mesh import batch_shards, make_mesh
 from ddpm_jax.parallel.sharding import used_dtypes
 from ddpm_jax.planning.blocks import UPDATE_BYTES, find_blocks, measure_blocks
-from ddpm_jax.planning.flops import count_flops
 from ddpm_jax.planning.measure import Cost, measure
 from ddpm_jax.planning.topology import Topology, topology_devices
+from ddpm_jax.training.flops import count_flops
 from ddpm_jax.training.lowered import LoweredStage, lower_stage
 from ddpm_jax.training.stage import Stage
 from ddpm_jax.training.state import count_parameters

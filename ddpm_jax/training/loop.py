@@ -25,8 +25,8 @@ from ddpm_jax.parallel.sharding import Rule, is_sharded, make_gather, used_dtype
 from ddpm_jax.paths import as_path
 from ddpm_jax.storage.checkpoint import CheckpointError, Checkpoints
 from ddpm_jax.storage.config_difference import NOT_COMPARED
+from ddpm_jax.training.flops import count_flops
 from ddpm_jax.training.guard import NEW, STOP, Bad, Policy, empty_window, make_update, read_window
-from ddpm_jax.training.metrics import step_flops
 from ddpm_jax.training.report import Due, Evaluate, Examples, Profile, Report, make_evaluate
 from ddpm_jax.training.state import TrainState, abstract_state, create_state
 from ddpm_jax.training.step import TrainStep, make_train_step
@@ -187,7 +187,9 @@ def fit(
         gather = make_parameter_gather(task, mesh, state, batch)
         averaging = {"ema_decay": ema_decay, "ema_warmup": ema_warmup}
         step_fn = make_train_step(task, tx, accumulate=accumulate, schedule=schedule, gather=gather, **averaging)
-        update, new_window, report.flops = _compile(step_fn, state, batch, train_key, mesh, accumulate, policy)
+        update, new_window = _compile(step_fn, state, batch, train_key, mesh, policy)
+        extra = () if state.extra_state is None else (state.extra_state,)
+        report.flops = 3 * count_flops(task.loss, state.params, batch, train_key, *extra) or None
         evaluate = make_evaluate(task, mesh, prepare, eval_batches, gather, stop) if eval_every else None
         examples = Examples(task, _prepare_example(run, example), mesh) if preview_every else None
         show = functools.partial(_show, run, report, evaluate, examples, preview_key)
@@ -394,16 +396,16 @@ def lower_update(
 
 
 def _compile(
-    step_fn: TrainStep, state: TrainState, batch: Any, key: jax.Array, mesh: Mesh, accumulate: int, policy: Policy
-) -> tuple[Callable[..., tuple], Callable[[Mapping[str, float]], Any], float | None]:
+    step_fn: TrainStep, state: TrainState, batch: Any, key: jax.Array, mesh: Mesh, policy: Policy
+) -> tuple[Callable[..., tuple], Callable[[Mapping[str, float]], Any]]:
     """Compile the update of `lower_update`.
 
     Returns:
-      (update, new_window, flops): `new_window(running)` gives sums without steps; `flops` of one step, or None.
+      (update, new_window): `new_window(running)` gives sums without steps.
     """
     lowered, empty = lower_update(step_fn, state, batch, key, mesh, policy)
     new_window = lambda running: put(empty_window(empty["sums"], running), replicated(mesh))  # noqa: E731
-    return lowered.compile(), new_window, step_flops(lowered, accumulate=accumulate)
+    return lowered.compile(), new_window
 
 
 def _rolls_back(run: _Run, policy: Policy, bad: Bad, report: Report, step: int, rollbacks: int) -> bool:

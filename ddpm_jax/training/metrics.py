@@ -113,13 +113,15 @@ class _Lines:
         if is_remote(path):
             self._text = path.read_text() if path.exists() else ""
         else:
-            self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (open until close)
+            # Without a buffer, whose rest a full disk would leave for `close`.
+            self._file = open(path, "ab", buffering=0)  # noqa: SIM115 (open until close)
 
     def append(self, line: str) -> None:
         """Append a line."""
         if self._file is not None:
-            self._file.write(line)
-            self._file.flush()
+            data = line.encode()
+            while data:
+                data = data[self._file.write(data) :]
             return
         self._text += line
         if time.monotonic() - self._time > REMOTE_SECONDS:
@@ -147,24 +149,6 @@ def read_metrics(directory: str | os.PathLike) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             continue
     return rows
-
-
-def step_flops(lowered: jax.stages.Lowered, *, accumulate: int = 1) -> float | None:
-    """Return the floating-point operations of one training step, as XLA counts them before partitioning.
-
-    XLA counts the body of a loop once. The loop over micro-batches is put right here; a network that scans over its
-    layers is undercounted.
-
-    Args:
-      lowered: the step, `jax.jit(step).lower(...)`.
-      accumulate: the micro-batches of a step.
-
-    Returns:
-      The number over all devices, or None when the backend does not count.
-    """
-    cost = lowered.cost_analysis()
-    flops = cost.get("flops", 0.0) if cost else 0.0
-    return flops * accumulate if flops > 0 else None
 
 
 def format_flops(flops_per_second: float) -> str:
