@@ -22,9 +22,17 @@ if jaxlib.__version__.startswith("0.10."):
     os.environ.setdefault("XLA_FLAGS", " ".join(f"--xla_cpu_{flag}" for flag in flags))
 
 # pytest-xdist hands out these files first, then the rest: a long one at the end would leave the other worker idle.
-LONGEST = ("kill", "configs", "cli", "tasks", "pipeline", "stable_diffusion_pipeline", "karlo_pipeline", "models")
-LONGEST += ("notebooks", "published_sizes", "interop_karlo", "interop_karlo_original", "loop", "independence")
-LONGEST += ("solvers", "convert", "interop_stable_diffusion", "cli_flags", "modes", "guidance", "docs", "keys")
+LONGEST = ("kill", "configs", "cli", "docs", "notebooks", "hosts", "tasks", "pipeline", "stable_diffusion_pipeline")
+LONGEST += (
+    "karlo_pipeline",
+    "models",
+    "published_sizes",
+    "interop_karlo",
+    "interop_karlo_original",
+    "rehearse",
+    "loop",
+)
+LONGEST += ("independence", "solvers", "convert", "interop_stable_diffusion", "cli_flags", "modes", "guidance", "keys")
 LONGEST += ("checkpoint_limits",)
 
 CACHE = Path(os.environ.get("JAX_COMPILATION_CACHE_DIR", Path(__file__).parent / ".cache" / "jax"))
