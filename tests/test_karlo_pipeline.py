@@ -62,6 +62,7 @@ TWO = {"prior_steps": 2, "decoder_steps": 2, "upsampler_steps": 2}
 def test_numbers_compile_nothing_new(opened):
     """Scales, thresholds, seeds, the number of prompts and their start are arguments of one program."""
     sample = lambda prompts, **options: opened.generate(prompts, **(TWO | options)).astype(int)
+    before = karlo_pipeline._generate._cache_size()  # of other tests in this process
     first, programs = sample(["a cat"]), karlo_pipeline._generate._cache_size()
     scalar = jnp.float32(2.5)  # which is a program of its own
     with no_compilation():
@@ -80,7 +81,7 @@ def test_numbers_compile_nothing_new(opened):
         np.testing.assert_array_equal(sample(["", "mice"], start=2), four[2:])
         np.testing.assert_array_equal(sample(["a cat"], negative_prompts=[""]), first)
         np.testing.assert_array_equal(sample(["a cat"], batch_size=4), first)
-    assert karlo_pipeline._generate._cache_size() == programs == 1
+    assert karlo_pipeline._generate._cache_size() == programs <= before + 1
 
 
 def test_batches_have_two_sizes():
