@@ -61,6 +61,7 @@ def training(batch_size: int, num_steps: int, learning_rate: float, **overrides)
         "log_every": 100,
         "preview_every": 10_000,
         "eval_every": 10_000,
+        "moment_examples": 0,
         "max_to_keep": 2,
     } | overrides
 

@@ -87,6 +87,7 @@ def get_config(variant: str = "") -> ConfigDict:
         "log_every": 100,
         "preview_every": 10_000,
         "eval_every": 10_000,
+        "moment_examples": 0,
         "max_to_keep": 2,
         "num_workers": 0,
         "tensorboard": False,

@@ -67,6 +67,7 @@ def training(batch_size: int, num_steps: int, learning_rate: float, **overrides)
         "log_every": 50,
         "preview_every": 500,
         "eval_every": 0,
+        "moment_examples": 0,
         "max_to_keep": 2,
     } | overrides
 

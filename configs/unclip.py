@@ -86,6 +86,7 @@ def training(batch_size: int, num_steps: int, learning_rate: float, **overrides)
         "checkpoint_every": 5_000,
         "log_every": 100,
         "preview_every": 10_000,
+        "moment_examples": 0,
         "max_to_keep": 3,
         "num_workers": 0,
     } | overrides

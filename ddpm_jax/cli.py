@@ -325,7 +325,8 @@ def check_config_numbers(config: Any) -> None:
     """
     for name, value in _fields(config):
         leaf = name.rpartition(".")[2]
-        if isinstance(value, float) and not math.isfinite(value):
+        off = leaf == "threshold" and value == math.inf  # of samplers: no threshold
+        if isinstance(value, float) and not math.isfinite(value) and not off:
             raise UsageError(f"{name}={value} must be a finite number")
         if leaf == "seed" and isinstance(value, int) and not 0 <= value <= MAX_SEED:
             raise UsageError(f"{name}={value} must lie in [0, 2**32)")

@@ -46,6 +46,7 @@ _START = flags.DEFINE_integer(
 )
 _BATCH = flags.DEFINE_integer("batch_size", None, "Images sampled together.", lower_bound=1, flag_values=FLAGS)
 _COLUMNS = flags.DEFINE_integer("columns", None, "Images per row of the PNG.", lower_bound=1, flag_values=FLAGS)
+_LOW_RES = flags.DEFINE_bool("low_res", False, "Images of the main stage, not upsampled.", flag_values=FLAGS)
 _RAW = flags.DEFINE_bool("raw_weights", False, "Use raw instead of averaged weights of a workdir.", flag_values=FLAGS)
 _HELP = {
     "sampler": "Sampler of the main stage; docs/samplers.md compares them.",
@@ -59,8 +60,8 @@ _HELP = {
     "scale": "Scale of classifier-free guidance; 1 does not guide.",
     "rescale": "Rescaling of guidance, from 0 to 1.",
     "classifier_scale": "Scale of classifier guidance; 0 does not guide.",
-    "threshold": "Bound of estimates of clean images.",
-    "quantile": "Dynamic threshold: quantile of the estimates' sizes, up to 1.",
+    "threshold": "Bound of estimates of clean images; inf for no threshold at all.",
+    "quantile": "Dynamic threshold: quantile of the estimates' sizes, up to 1; 0 for none.",
 }
 OPTIONS = tuple(field.name for field in dataclasses.fields(Sampling))
 
@@ -75,6 +76,8 @@ def _define(name: str, option: str, help: str) -> None:
         flags.DEFINE_integer(name, None, help, flag_values=FLAGS)
     elif option == "sde":
         flags.DEFINE_bool(name, None, help, flag_values=FLAGS)
+    elif option == "threshold":
+        flags.DEFINE_float(name, None, help, flag_values=FLAGS)  # which may be inf
     else:
         cli.define_finite(name, None, help, flag_values=FLAGS)
 
@@ -183,6 +186,10 @@ def _how(pipeline: Any, count: int) -> dict[str, Any]:
     kwargs: dict[str, Any] = {"seed": _SEED.value, "start": _START.value}
     if isinstance(pipeline, (UnCLIP, Cascade)):
         kwargs["batch_size"] = min(pipeline.batch_size, count)
+    if _LOW_RES.value:
+        if not isinstance(pipeline, (UnCLIP, Cascade)):
+            raise cli.UsageError(f"--low_res is not used: a {type(pipeline).__name__} returns images of one size")
+        kwargs["low_res"] = True
     if _BATCH.value is not None:
         kwargs["batch_size"] = _BATCH.value
     fields = (*OPTIONS, "noise_level")

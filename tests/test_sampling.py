@@ -20,6 +20,7 @@ from ddpm_jax.diffusion.samplers import (
     ancestral_step,
     ddim_step,
     dpm_solver_step,
+    euler_maruyama_step,
     example_keys,
     heun_step,
     plms_step,
@@ -116,7 +117,7 @@ NUMBERS = {
     "rescale": ("ddim", -0.1, 1.1),
     "classifier_scale": ("ddim", -1.0, 1e5),
     "threshold": ("ddim", 0.0, 1e7),
-    "quantile": ("ddim", 0.0, 1.1),
+    "quantile": ("ddim", -0.1, 1.1),
 }
 
 
@@ -125,7 +126,7 @@ def test_every_number_out_of_its_range(name):
     sampler, *outside = NUMBERS[name]
     for bad in outside:
         refused(f"{name}={bad} must be in ", lambda bad=bad: Sampling(sampler, **{name: bad}).checked())
-    for bad in (math.nan, math.inf, "1", True, [1.0]):
+    for bad in (math.nan, -math.inf if name == "threshold" else math.inf, "1", True, [1.0]):
         message = f"decoder_{name}={bad!r} must be a finite number"
         refused(message, lambda bad=bad: Sampling(sampler, **{name: bad}).checked("decoder_"))
 
@@ -212,6 +213,19 @@ def test_a_description_gives_the_sampling_back(sampling):
     assert sampling_from(json.loads(json.dumps(sampling.describe()))) == sampling
 
 
+def test_infinity_turns_all_thresholds_off_and_0_the_dynamic_one():
+    """In place of a pipeline's default, for which None stands."""
+    default = Sampling("ddim", threshold=1.0, quantile=0.995)
+    assert (
+        default.with_options(threshold=math.inf)
+        == default.with_options(threshold=np.float32(math.inf))
+        == (Sampling("ddim"))
+    )
+    assert default.with_options(quantile=0) == Sampling("ddim", threshold=1.0)
+    assert default.with_options(threshold=None, quantile=None) == default
+    assert Sampling(threshold=math.inf).checked().x0_transform() is None
+
+
 # ---- What is sampled -------------------------------------------------------------------------------------------------
 
 MOMENTS = jnp.linspace(0.9, 0.2, T)
@@ -222,6 +236,7 @@ CASES = {
     "ddim, eta by default": ({}, lambda moments: ddim_step(0.0)),
     "dpm_solver": ({"order": 3}, lambda moments: dpm_solver_step(3)),
     "dpm_solver, sde": ({"sde": True}, lambda moments: dpm_solver_step(2, sde=True)),
+    "euler_maruyama": ({}, lambda moments: euler_maruyama_step()),
     "heun": ({}, lambda moments: heun_step()),
     "plms": ({}, lambda moments: plms_step()),
     "predictor_corrector": (
@@ -319,7 +334,7 @@ def test_a_scale_may_be_mapped_over():
         (Sampling(scale=2.0), "scale=2.0 needs a network with a null condition, and this one has none"),
         (Sampling(classifier_scale=2.0), "classifier_scale=2.0 needs a classifier, and there is none"),
         (Sampling("heun", churn=0.2), "needs a process of continuous.edm"),
-        (Sampling("analytic"), "sampler='analytic' needs second moments of the model"),
+        (Sampling("analytic"), "sampler='analytic' needs the second moments of the network"),
     ],
 )
 def test_options_without_what_they_need(sampling, message):

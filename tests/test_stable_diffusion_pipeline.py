@@ -176,7 +176,7 @@ WRONG += [("batch_size", value, "batch_size=.* must be an integer") for value in
 WRONG += [("batch_size", 0, "batch_size=0 must be at least 1"), ("seed", -1, "seed=-1 must be at least 0")]
 WRONG += [("batch_size", 2**20, "batch_size=1048576 must be at most 65536"), ("start", 1.0, "start=1.0 must be an int")]
 WRONG += [("sampler", "euler", "sampler='euler' must be one of 'ancestral'")]
-WRONG += [("order", 2, "order=2 is no option of sampler='ddim'"), ("sampler", "analytic", "needs the network's second")]
+WRONG += [("order", 2, "order=2 is no option of sampler='ddim'"), ("sampler", "analytic", "needs the second moments")]
 WRONG += [("prior_scale", 1.0, "there is no option 'prior_scale': this pipeline has the stages decoder")]
 WRONG += [
     ("churn", 0.1, "churn=0.1 is no option of sampler='ddim'"),

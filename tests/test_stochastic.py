@@ -149,6 +149,43 @@ def test_a_rare_mode_keeps_its_probability_under_the_corrector():
     assert found == pytest.approx(rare, abs=5 * math.sqrt(rare / n) + rare / 3)
 
 
+@pytest.mark.parametrize("name", ["vp", "vp in 20 steps", "ve"])
+def test_euler_maruyama_by_the_rates_of_the_steps(name):
+    """Mean and variance of Gaussian data by the recursion of the published step in float64.
+
+    x <- (1 + beta / 2) x + beta score + sqrt(beta) z of DDPM's chain, and of VE x + beta score + sqrt(beta) z with
+    beta = sigma_here^2 - sigma_there^2 (score SDE, eqs. 9 and 11 in (3)); the last step is the estimate of x0.
+    """
+    if name == "ve":
+        process = continuous.discretize(VE, continuous.uniform_times(VE, 50))
+    else:
+        process = respace(make_process(linear_betas(1000)), "20" if "20" in name else "1000")
+    tables = ((process.alpha, 1.0), (process.sigma, 0.0))
+    alpha, sigma = (np.append(np.asarray(table, np.float64)[::-1], end) for table, end in tables)
+    mean, variance = 0.0, float(process.prior_std) ** 2
+    for i in range(process.num_steps):
+        own = (alpha[i] * STD) ** 2 + sigma[i] ** 2
+        if i == process.num_steps - 1:  # E(x0 | x) = MEAN + alpha STD^2 / own (x - alpha MEAN)
+            gain, shift = alpha[i] * STD**2 / own, MEAN - (alpha[i] * STD) ** 2 / own * MEAN
+            noise = 0.0
+        else:
+            ratio = (alpha[i] / alpha[i + 1]) ** 2
+            noise = sigma[i] ** 2 - ratio * sigma[i + 1] ** 2
+            gain = 1 + (1 - ratio) / 2 - noise / own
+            shift = noise / own * alpha[i] * MEAN
+        mean, variance = gain * mean + shift, gain**2 * variance + noise
+
+    def denoise(xt, t):
+        index = jnp.argmax(process.timestep_map[:, None] == t[None], axis=0)
+        a, s = (table[index][:, None] for table in (process.alpha, process.sigma))
+        return s * (xt - a * MEAN) / ((a * STD) ** 2 + s**2)
+
+    run = jax.jit(lambda keys: sample(process, denoise, keys, (4,), step=euler_maruyama_step()))
+    x0 = np.asarray(run(example_keys(jax.random.key(0), N)))
+    assert x0.mean() == pytest.approx(mean, abs=5 * math.sqrt(variance / x0.size) + 1e-4)
+    assert x0.var() == pytest.approx(variance, rel=5 * math.sqrt(2 / x0.size) + 1e-4)
+
+
 def discrete_denoiser(process, std=STD):
     def denoise(xt, t):
         alpha_bar = process.alpha_bar[t].reshape(t.shape + (1,) * (xt.ndim - 1))

@@ -1,6 +1,7 @@
 """Sampling options of a network as plain data: the sampler, its steps, guidance and thresholds."""
 
 import dataclasses
+import math
 import numbers
 import re
 from collections.abc import Callable, Iterable, Mapping, Set
@@ -32,11 +33,16 @@ _RANGES: dict[str, tuple[float, float]] = {
     "threshold": (0.0, 1e6),
     "quantile": (0.0, 1.0),
 }
-_POSITIVE = ("snr", "threshold", "quantile")
+NO_MOMENTS = (
+    "needs the second moments of the network: a stage that was trained with training.moment_examples, such as 256, has "
+    "them for its averaged parameters, and a converted checkpoint has none"
+)
+_POSITIVE = ("snr", "threshold")
 _COUNTS = {"order": (1, 3), "corrector_steps": (0, 100)}
 # A number at which an option does nothing. There it is left out of the compiled program, which has one form without
 # the option and one with it, for every number.
 _NEUTRAL = {"eta": 0.0, "churn": 0.0, "scale": 1.0, "rescale": 0.0, "classifier_scale": 0.0}
+_NEUTRAL |= {"threshold": math.inf, "quantile": 0.0}
 
 
 def _static(default: Any) -> Any:
@@ -51,7 +57,7 @@ class Sampling:
 
     Attributes:
         sampler: a name in `diffusion.samplers.SAMPLERS`; docs/samplers.md compares them. "analytic" needs the second
-            moments of the model.
+            moments of the network, see `analytic_moments`.
         steps: a number of steps, a spec such as "ddim25" or "10,10,3,2,2", or increasing timesteps; see
             `schedules.respaced_timesteps`.
         order: 1, 2 or 3, of the samplers that have orders; 2 by default.
@@ -63,9 +69,10 @@ class Sampling:
         scale: of classifier-free guidance, null + scale (cond - null); None and 1 do not guide.
         rescale: phi in [0, 1] of Lin et al. 2024, section 3.4.
         classifier_scale: of classifier guidance (Dhariwal and Nichol 2021, algorithms 1 and 2).
-        threshold: estimates of x0 are clipped to [-threshold, threshold], 1 for images.
-        quantile: in (0, 1], dynamic thresholding (Imagen, section 2.3): estimates are clipped to that quantile of |x0|
-            of the example, where it is above `threshold` (1 by default), and divided by it.
+        threshold: estimates of x0 are clipped to [-threshold, threshold], 1 for images. Infinity turns all thresholds
+            off, also `quantile`.
+        quantile: in [0, 1], dynamic thresholding (Imagen, section 2.3): estimates are clipped to that quantile of |x0|
+            of the example, where it is above `threshold` (1 by default), and divided by it. None and 0 turn it off.
     """
 
     sampler: str = _static("ancestral")
@@ -106,6 +113,8 @@ class Sampling:
                 takes = ", ".join(options) or "no options"
                 raise ValueError(f"{prefix}{name}={value} is no option of sampler={self.sampler!r}, which has {takes}")
             found[name] = None if neutral else value
+        if self.threshold is not None and found["threshold"] is None:
+            found["quantile"] = None
         return self.replace(**found)
 
     def with_options(self, prefix: str = "", **options: Any) -> "Sampling":
@@ -151,7 +160,7 @@ class Sampling:
             return make(guide)
         if self.sampler == "analytic":
             if moments is None:
-                raise ValueError("sampler='analytic' needs second moments of the model, which it has not; see docs")
+                raise ValueError(f"sampler='analytic' {NO_MOMENTS}")
             return make(moments)
         return make(**{name: value for name in names if (value := getattr(self, name)) is not None})
 
@@ -284,6 +293,8 @@ def _checked_option(option: str, name: str, value: Any) -> Any:
     if _is_traced(value):
         return value
     least, most = _RANGES[name]
+    if name == "threshold" and value == math.inf:
+        return math.inf
     if not is_finite(value):
         raise ValueError(f"{option}={shown(given)} must be a finite number")
     if not least <= value <= most or (name in _POSITIVE and value == 0):

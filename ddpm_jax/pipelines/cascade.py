@@ -30,7 +30,7 @@ from ddpm_jax.pipelines.request import (
     on_mesh,
     stage_samplings,
 )
-from ddpm_jax.pipelines.stages import finite
+from ddpm_jax.pipelines.stages import finite, with_moments
 from ddpm_jax.pipelines.upsampling import (
     check_upsamplers,
     default_names,
@@ -194,6 +194,7 @@ class Cascade(flax.struct.PyTreeNode):
             arguments=("num_images", "labels"),
             guided=[name for name, model in stages.items() if _null(model) is not None],
             classified=("base",) if self.classifier is not None else (),
+            measured=with_moments(stages),
         )
         for stage, chosen in sampling.items():
             check_steps(f"{stage}_steps", chosen, stages[stage].diffusion)
@@ -254,6 +255,7 @@ class Cascade(flax.struct.PyTreeNode):
             (size, size, model.metadata.get("channels", 3)),
             null=None if null is None else denoiser(model, **null),
             log_prob=log_prob,
+            moments=model.moments,
         )
 
 

@@ -20,7 +20,7 @@ from ddpm_jax.checks import is_finite, shown
 from ddpm_jax.data.tokenizer import Tokenizer
 from ddpm_jax.diffusion.diffusion import Diffusion
 from ddpm_jax.diffusion.process import GaussianProcess, respace
-from ddpm_jax.diffusion.sampling import Sampling, as_steps
+from ddpm_jax.diffusion.sampling import NO_MOMENTS, Sampling, as_steps
 from ddpm_jax.diffusion.schedules import respaced_timesteps
 from ddpm_jax.parallel.mesh import batch_axes, batch_shards, data_sharding, replicated
 
@@ -137,6 +137,7 @@ def stage_samplings(
     arguments: Collection[str] = ("prompts", "negative_prompts"),
     guided: Collection[str] = (),
     classified: Collection[str] = (),
+    measured: Collection[str] = (),
 ) -> dict[str, Sampling]:
     """Return how each stage is sampled.
 
@@ -148,6 +149,7 @@ def stage_samplings(
         arguments: the other arguments of the pipeline's `generate`, for messages; those of all pipelines are known.
         guided: the stages that have a null condition, for the options scale and rescale.
         classified: the stages that have a classifier, for the option classifier_scale.
+        measured: the stages whose second moments are known, for the sampler "analytic".
 
     Raises:
         ValueError: if an option is unknown, given twice or out of its range, or its stage cannot use it.
@@ -171,7 +173,7 @@ def stage_samplings(
     for stage, given in found.items():
         prefix = "" if stage == main and plain else f"{stage}_"
         samplings[stage] = defaults[stage].with_options(prefix, **given)
-        _check_usable(samplings[stage], prefix, stage in guided, stage in classified)
+        _check_usable(samplings[stage], prefix, stage in guided, stage in classified, stage in measured)
     return samplings
 
 
@@ -197,7 +199,7 @@ def _stage_and_field(name: str, stages: Sequence[str], arguments: Collection[str
     )
 
 
-def _check_usable(sampling: Sampling, prefix: str, guided: bool, classified: bool) -> None:
+def _check_usable(sampling: Sampling, prefix: str, guided: bool, classified: bool, measured: bool) -> None:
     """Raise ValueError if a stage is to be sampled by what a pipeline does not have."""
     needs = {"churn": "a network that receives sigma as its time"}
     if not classified:
@@ -207,8 +209,8 @@ def _check_usable(sampling: Sampling, prefix: str, guided: bool, classified: boo
     for field, what in needs.items():
         if (value := getattr(sampling, field)) is not None:
             raise ValueError(f"{prefix}{field}={value} needs {what}, which this stage does not have")
-    if sampling.sampler == "analytic":
-        raise ValueError(f"{prefix}sampler='analytic' needs the network's second moments, which are not stored")
+    if sampling.sampler == "analytic" and not measured:
+        raise ValueError(f"{prefix}sampler='analytic' {NO_MOMENTS}")
 
 
 def batches(count: int, batch_size: int, unit: int = 1) -> Iterator[tuple[np.ndarray, int]]:

@@ -1,13 +1,16 @@
 """Shared code of the pipelines: tokenized captions, and checks of the networks' outputs."""
 
+from collections.abc import Mapping
+
 import flax.struct
 import jax
 import jax.numpy as jnp
 
 from ddpm_jax.diffusion.sampling import bounded
+from ddpm_jax.storage.model_directory import Model
 from ddpm_jax.types import to_uint8
 
-__all__ = ["Text", "bounded", "finite", "to_uint8"]
+__all__ = ["Text", "bounded", "finite", "to_uint8", "with_moments"]
 
 
 class Text(flax.struct.PyTreeNode):
@@ -23,6 +26,11 @@ class Text(flax.struct.PyTreeNode):
     z: jax.Array
     hidden: jax.Array
     mask: jax.Array
+
+
+def with_moments(models: Mapping[str, Model]) -> list[str]:
+    """Return the names of the models that have second moments, for the sampler "analytic"."""
+    return [name for name, model in models.items() if model.moments is not None]
 
 
 def finite(values: jax.Array) -> jax.Array:

@@ -31,7 +31,7 @@ from ddpm_jax.pipelines.request import (
     stage_samplings,
     tokenize,
 )
-from ddpm_jax.pipelines.stages import Text, finite
+from ddpm_jax.pipelines.stages import Text, finite, with_moments
 from ddpm_jax.pipelines.upsampling import IMAGES, check_upsamplers, default_names, image_size_of, noise_levels, upsample
 from ddpm_jax.storage.clip_images import encode_images
 from ddpm_jax.storage.metadata import thaw
@@ -191,7 +191,9 @@ class UnCLIP(flax.struct.PyTreeNode):
         pipeline = self.checked()
         models = pipeline._diffusions()
         levels, options = noise_levels(dict(zip(pipeline.names, self.upsamplers)), pipeline.noise_levels, options)
-        sampling = stage_samplings(pipeline.sampling, options, guided=("prior", "decoder"))
+        sampling = stage_samplings(
+            pipeline.sampling, options, guided=("prior", "decoder"), measured=with_moments(models)
+        )
         for stage, chosen in sampling.items():
             check_steps(f"{stage}_steps", chosen, models[stage].diffusion)
         length = self.clip.metadata["length"]
@@ -259,7 +261,13 @@ class UnCLIP(flax.struct.PyTreeNode):
         def one(number: int) -> jax.Array:
             own, shape = transition_keys(keys, number), text.z.shape[1:]
             z = sample_with(
-                self.sampling["prior"], model.diffusion, condition(text, tokens, keep_text), own, shape, null=null
+                self.sampling["prior"],
+                model.diffusion,
+                condition(text, tokens, keep_text),
+                own,
+                shape,
+                null=null,
+                moments=model.moments,
             )
             return normalize(z / scale)
 
@@ -310,6 +318,7 @@ class UnCLIP(flax.struct.PyTreeNode):
             keys,
             (size, size, model.metadata.get("channels", 3)),
             null=null,
+            moments=model.moments,
         )
 
 

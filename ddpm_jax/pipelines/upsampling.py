@@ -138,4 +138,5 @@ def upsample(
         keys,
         (size, size, images.shape[-1]),
         null=None if null is None else denoiser(model, **(inputs | dict(null))),
+        moments=model.moments,
     )

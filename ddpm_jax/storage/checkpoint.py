@@ -379,6 +379,14 @@ def restore_params(
       CheckpointError: when there is no checkpoint, or none that can be read, or the newest readable one is of
         another step.
     """
+    params, config, _ = restore_trained(directory, ema=ema, step=step)
+    return params, config
+
+
+def restore_trained(
+    directory: str | os.PathLike, *, ema: bool = True, step: int | None = None
+) -> tuple[Any, dict[str, Any], int]:
+    """Return what `restore_params` does, and the step of the checkpoint."""
     checkpoints = Checkpoints(directory, read_only=True)
     try:
         params, config, meta = checkpoints.restore_tree("ema_params" if ema else "params")
@@ -389,7 +397,7 @@ def restore_params(
             f"the checkpoint of step {step} in {directory} cannot be read, only that of step {meta['step']}; train "
             "that stage again"
         )
-    return params, config
+    return params, config, meta["step"]
 
 
 def checksum(tree: Any) -> int:

@@ -5,6 +5,7 @@ Stages that are trained here and checkpoints that were converted are the same ki
     model.json       the networks with all their fields, and metadata: what else is needed to use them
     checkpoints/     the parameters of a stage that is trained here (`storage.checkpoint`), or
     NAME.safetensors the parameters of each network, written out; in shards of half a gigabyte if they are larger
+    moments.json     of a diffusion model, second moments for the sampler "analytic" (`storage.moments`)
     model_card.md    of a converted checkpoint: the same for people
     source/          of a converted checkpoint: the small files beside the source (configs, tokenizer)
 """
@@ -32,6 +33,7 @@ from ddpm_jax.extras import needs_extra
 from ddpm_jax.paths import as_path
 from ddpm_jax.storage.json_file import read_json, write_json
 from ddpm_jax.storage.metadata import check_metadata, diffusion_from, freeze, thaw
+from ddpm_jax.storage.moments import read_moments, write_moments
 from ddpm_jax.storage.network_check import check_parameters
 from ddpm_jax.storage.networks import build, describe
 from ddpm_jax.storage.tensor_file import read_tensors
@@ -54,12 +56,14 @@ class Model(flax.struct.PyTreeNode):
         network: a Flax module.
         metadata: plain data in `FrozenDict` and tuples: "diffusion", "image_size", "conditions" and the like.
         family: "ddpm_jax" if it was trained here, else the family that it was converted from.
+        moments: float32[T], for the sampler "analytic", see `diffusion.samplers.analytic_moments`; or None.
     """
 
     params: Any
     network: nn.Module = flax.struct.field(pytree_node=False)
     metadata: Mapping[str, Any] = flax.struct.field(pytree_node=False, default=freeze({}))
     family: str = flax.struct.field(pytree_node=False, default=FAMILY)
+    moments: jax.Array | None = None
 
     def apply(self, *args: Any, **options: Any) -> Any:
         """Return `network.apply(params, *args, **options)`."""
@@ -154,7 +158,7 @@ def save_model(
         {NETWORK: model.params["params"]},
         thaw(model.metadata if metadata is None else metadata),
     )
-    save(converted, directory, dtype=dtype)
+    save(converted, directory, dtype=dtype, moments=model.moments)
 
 
 def save(
@@ -165,6 +169,7 @@ def save(
     assumed: Mapping[str, Any] | None = None,
     source_files: Mapping[str, Path] | None = None,
     dtype: Any = np.float32,
+    moments: Any = None,
 ) -> str:
     """Write a directory, whole or not at all, and return its model card.
 
@@ -175,6 +180,7 @@ def save(
         assumed: defaults used for what those do not say.
         source_files: small files to copy, by their path under `source/`.
         dtype: of the parameters on disk.
+        moments: float32[T] of the only network, for the sampler "analytic"; or None.
 
     Raises:
         FileExistsError: if there is something at `directory`.
@@ -200,6 +206,8 @@ def save(
         for place, file in (source_files or {}).items():
             (new / SOURCE / place).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, new / SOURCE / place)
+        if moments is not None:
+            write_moments(new, moments)
         text = card(described)
         if sources:
             (new / CARD_FILE).write_text(text)
@@ -286,12 +294,15 @@ def open_model(
         names = ", ".join(described["networks"])
         raise LoadError(f"{directory} holds the networks {names}, and not one model; ddpm_jax.load opens the whole")
     if "shapes" in described:
-        converted = _read(directory, described, dtype, network)
+        converted, step = _read(directory, described, dtype, network), None
         (params,), (network,) = converted.params.values(), converted.models.values()
     else:
-        params, network = _read_stage(directory, described, ema=ema, dtype=dtype, network=network)
+        params, network, step = _read_stage(directory, described, ema=ema, dtype=dtype, network=network)
     params = {"params": jax.tree.map(jnp.asarray, params)}
-    return Model(params, network, freeze(described["metadata"]), described["family"])
+    model = Model(params, network, freeze(described["metadata"]), described["family"])
+    if "diffusion" in model.metadata and (ema or step is None):
+        model = model.replace(moments=read_moments(directory, model.diffusion.num_steps, step=step))
+    return model
 
 
 def check_given(network: Any) -> None:
@@ -350,16 +361,16 @@ def _read(directory: Path, described: Mapping[str, Any], dtype: Any, network: nn
 
 def _read_stage(
     directory: Path, described: Mapping[str, Any], *, ema: bool, dtype: Any, network: nn.Module | None
-) -> tuple[Any, nn.Module]:
-    """Read the newest checkpoint of a stage that is trained here."""
+) -> tuple[Any, nn.Module, int]:
+    """Read the newest checkpoint of a stage that is trained here; also return its step."""
     ((name, fields),) = described["networks"].items()
     where = f"{directory / MODEL_FILE}: networks.{name}"
     given, network = network, build(fields, where=where, dtype=dtype) if network is None else network
     # Here and not above: it loads Orbax, which files of parameters do not need.
-    from ddpm_jax.storage.checkpoint import CheckpointError, restore_params
+    from ddpm_jax.storage.checkpoint import CheckpointError, restore_trained
 
     try:
-        variables, _ = restore_params(directory, ema=ema)
+        variables, _, step = restore_trained(directory, ema=ema)
     except CheckpointError as error:
         raise LoadError(f"{directory} cannot be loaded: {error}") from error
     params = variables.get("params", variables) if isinstance(variables, Mapping) else {}
@@ -368,7 +379,7 @@ def _read_stage(
     file = f"the checkpoint in {directory}"
     where = _named(directory, name, given)
     check_parameters(network, shapes, described["metadata"], where=where, file=file)
-    return params, network
+    return params, network, step
 
 
 def read_description(directory: str | os.PathLike) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsIndex
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,7 @@ from jax.sharding import Mesh
 
 from ddpm_jax.checks import shown
 from ddpm_jax.data.source import read_record
+from ddpm_jax.diffusion.sampling import NO_MOMENTS
 from ddpm_jax.parallel import hosts
 from ddpm_jax.parallel.distributed import watch_hosts
 from ddpm_jax.parallel.mesh import AXES, batch_shards, make_mesh
@@ -35,6 +36,7 @@ from ddpm_jax.storage.networks import check_fields
 from ddpm_jax.training.describe import describe
 from ddpm_jax.training.guard import Policy
 from ddpm_jax.training.loop import fit
+from ddpm_jax.training.moments import estimate_moments
 from ddpm_jax.training.optimizer import make_optimizer
 from ddpm_jax.training.stage import Stage, apply_transforms
 from ddpm_jax.training.state import abstract_state
@@ -324,6 +326,19 @@ class _Run:
                 **options,
             )
 
+        if training.moment_examples:
+            frozen = self.models(stage)
+            estimate_moments(
+                stage.task,
+                self._model(stage.name).params,
+                frozen,
+                _First(stage, source, training.moment_examples),
+                directory,
+                seed=training.seed,
+                step=training.num_steps,
+                progress=training.progress,
+            )
+
     def _computed(self, source: Source | None, models: Mapping[str, Model], training: Any, name: str) -> Source | None:
         compute = getattr(source, "compute", None)
         return source if compute is None else compute(models, self.workdir / name, progress=training.progress)
@@ -397,6 +412,8 @@ def _check_pipeline(pipeline: Any, run: _Run) -> None:
     for name, sampling in getattr(pipeline, "sampling", {}).items():
         stage = run.stages.get(str(pipeline.models.get(name, name)))
         if stage is not None and hasattr(stage.task, "diffusion"):
+            if sampling.sampler == "analytic" and not stage.training.moment_examples:
+                raise ValueError(f"the pipeline cannot sample {name}: sampler='analytic' {NO_MOMENTS}")
             try:
                 sampling.checked().process(stage.task.diffusion)
             except ValueError as error:
@@ -463,11 +480,22 @@ def _example_record(stage: Stage, models: Mapping[str, Model], source: Source) -
 
 def _example(stage: Stage, source: Source) -> dict[str, np.ndarray]:
     """Return a batch of the first records, for previews and for the shapes of the network."""
-    count = min(max(stage.training.num_previews, 1), len(source))
-    rngs = [np.random.default_rng((stage.training.seed, i)) for i in range(count)]
-    return _stack(
-        stage, [apply_transforms(dict(read_record(source, i)), stage.transforms, rngs[i]) for i in range(count)]
-    )
+    return _stack(stage, list(_First(stage, source, max(stage.training.num_previews, 1))))
+
+
+class _First(Sequence):
+    """The first records of a stage after the transforms, without text."""
+
+    def __init__(self, stage: Stage, source: Source, count: int):
+        self._stage, self._source, self._count = stage, source, min(count, len(source))
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, index: SupportsIndex) -> dict[str, np.ndarray]:
+        index = index.__index__()
+        rng = np.random.default_rng((self._stage.training.seed, index))
+        return _without_text(apply_transforms(dict(read_record(self._source, index)), self._stage.transforms, rng))
 
 
 def _stack(stage: Stage, records: Sequence[dict]) -> dict[str, np.ndarray]:

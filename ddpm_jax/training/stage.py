@@ -40,6 +40,9 @@ class Training:
         num_previews: examples in a preview.
         eval_every: steps between evaluations of the loss on held-out records (`Stage.eval_source`), 0 for none.
         eval_batches: batches of an evaluation.
+        moment_examples: records on which a diffusion stage estimates, after its last step, the second moments that the
+            sampler "analytic" needs, 0 for none; a few hundred give them to about 1 %. A finished stage estimates
+            them when it is raised.
         nonfinite: what follows a step whose loss or gradient is not finite, whose update is not made. "stop" ends the
             run, "skip" goes on, "roll_back" goes on from the newest checkpoint, with the data that follow.
         spike: the same, for a step whose loss is a spike.
@@ -74,6 +77,7 @@ class Training:
     num_previews: int = 16
     eval_every: int = 0
     eval_batches: int = 4
+    moment_examples: int = 0
     nonfinite: str = "stop"
     spike: str = "stop"
     spike_factor: float | None = None
@@ -96,7 +100,9 @@ class Training:
                 "max_bad_steps",
             ),
             1,
-        ) | dict.fromkeys(("warmup_steps", "preview_every", "num_previews", "eval_every", "num_workers"), 0)
+        ) | dict.fromkeys(
+            ("warmup_steps", "preview_every", "num_previews", "eval_every", "moment_examples", "num_workers"), 0
+        )
         for name in (*leasts, "seed"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int):
@@ -173,6 +179,11 @@ class Stage:
             raise ValueError(f"stage {self.name}: {error}") from None
         if self.training.eval_every and self.eval_source is None:
             raise ValueError(f"stage {self.name}: eval_every={self.training.eval_every} needs an eval_source")
+        if self.training.moment_examples and not hasattr(self.task, "moments"):
+            raise ValueError(
+                f"stage {self.name}: moment_examples={self.training.moment_examples} is for a DiffusionTask, whose "
+                f"network predicts noise, and not for a {type(self.task).__name__}"
+            )
         if isinstance(self.examples_per_record, bool) or not isinstance(self.examples_per_record, int):
             raise ValueError(f"stage {self.name}: examples_per_record={self.examples_per_record!r} must be an integer")
         if self.examples_per_record < 1:

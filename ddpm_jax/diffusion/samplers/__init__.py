@@ -89,6 +89,7 @@ SAMPLERS: dict[str, NamedSampler] = {
     "ddim": NamedSampler(ddim_step, ("eta",)),
     "deis": NamedSampler(deis_step, ("order",)),
     "dpm_solver": NamedSampler(dpm_solver_step, ("order", "sde")),
+    "euler_maruyama": NamedSampler(euler_maruyama_step),
     "heun": NamedSampler(lambda churn=0.0: heun_step(churn), ("churn",)),
     "plms": NamedSampler(plms_step),
     "predictor_corrector": NamedSampler(predictor_corrector_step, ("corrector_steps", "snr")),

@@ -38,7 +38,7 @@ def reverse_diffusion_step() -> Step:
     return Step(update)
 
 
-def euler_maruyama_step(schedule: Schedule) -> Step:
+def euler_maruyama_step(schedule: Schedule | None = None) -> Step:
     """Return the Euler-Maruyama step of the reverse SDE, (3) of ``continuous``; of weak order 1.
 
         x_there = x - (f x - g^2 score) dt + g sqrt(dt) z,   dt = t_here - t_there
@@ -46,23 +46,27 @@ def euler_maruyama_step(schedule: Schedule) -> Step:
     The step into the data is the estimate of x0. One network call a step.
 
     Args:
-        schedule: the one that the process was made of by ``discretize``, for f and g.
+        schedule: the one that the process was made of by ``discretize``, for f and g. None takes the rates of the
+            process's own steps, f dt = -(1 - a^2) / 2 with a = alpha_here / alpha_there and g^2 dt = beta, which for a
+            discrete variance-preserving chain are those of its SDE, f dt = -beta / 2 (score SDE, appendix B).
 
     Raises:
-        ValueError: in use, if the process is not one of continuous time.
+        ValueError: in use, if a schedule is given and the process is not one of continuous time.
     """
 
     def update(
         predict_fn: PredictFn, keys: jax.Array, xt: jax.Array, here: Point, there: Point, carry: Any
     ) -> tuple[jax.Array, Any]:
-        if not jnp.issubdtype(here.t.dtype, jnp.floating):
-            raise ValueError("euler_maruyama_step needs a process made by continuous.discretize, whose t is a time")
-        prediction = predict_fn(xt, here)
         into_data = there.sigma == 0.0
-        dt = jnp.where(into_data, 0.0, here.t - there.t)
-        g2 = schedule.diffusion_squared(here.t)
-        velocity = schedule.drift(here.t) * xt + g2 * prediction.eps / here.sigma
-        x = xt - velocity * dt + jnp.sqrt(g2 * dt) * per_example_normal(keys, xt)
+        if schedule is None:
+            f_dt, g2_dt = 0.5 * (jnp.square(here.alpha / there.alpha) - 1.0), here.beta
+        elif jnp.issubdtype(here.t.dtype, jnp.floating):
+            dt = jnp.where(into_data, 0.0, here.t - there.t)
+            f_dt, g2_dt = schedule.drift(here.t) * dt, schedule.diffusion_squared(here.t) * dt
+        else:
+            raise ValueError("euler_maruyama_step(schedule) needs a process made by continuous.discretize")
+        prediction = predict_fn(xt, here)
+        x = xt - f_dt * xt - g2_dt * prediction.eps / here.sigma + jnp.sqrt(g2_dt) * per_example_normal(keys, xt)
         return jnp.where(into_data, prediction.x0, x), carry
 
     return Step(update)

@@ -21,7 +21,7 @@ from ddpm_jax.diffusion.importance import (
     record_losses,
 )
 from ddpm_jax.diffusion.losses import Objective, Weighting, check_objective, denoising_loss, stratified_timesteps
-from ddpm_jax.diffusion.samplers import example_keys
+from ddpm_jax.diffusion.samplers import analytic_moments, example_keys
 from ddpm_jax.diffusion.sampling import Sampling, sample_with
 from ddpm_jax.parallel.placing import fetch
 from ddpm_jax.training.tasks.conditions import Condition
@@ -45,7 +45,8 @@ class DiffusionTask:
         weighting: log_snr float32[B] -> weight float32[B] of the squared error, or None.
         vlb_weight: of the bound in the hybrid objective.
         timesteps: how t is sampled: "uniform", "stratified" or "importance" (`diffusion.importance`).
-        sampling: of the previews; None makes none.
+        sampling: of the previews; None makes none. In place of "analytic" they are by "ancestral", since the
+            moments that it needs are estimated after training (`Training.moment_examples`).
     """
 
     model: nn.Module
@@ -132,6 +133,12 @@ class DiffusionTask:
         t = stratified_timesteps(t_key, x0.shape[0], self.diffusion.num_steps)
         return self._denoising_loss(self.denoiser(params, self._arguments(batch, x0, None)), noise_key, x0, t)
 
+    def moments(self, params: Any, batch: Batch, key: jax.Array) -> jax.Array:
+        """Return the second moments of the predicted noise at every step, means over a prepared batch, float32[T]."""
+        x0 = self.clean(batch)
+        denoise, keys = self.denoiser(params, self._arguments(batch, x0, None)), example_keys(key, x0.shape[0])
+        return analytic_moments(self.diffusion.process, denoise, keys, x0, prediction=self.diffusion.prediction)
+
     def _denoising_loss(self, denoise: Denoiser, key: jax.Array, x0: jax.Array, t: jax.Array | None) -> tuple:
         return denoising_loss(
             self.diffusion.process,
@@ -170,7 +177,10 @@ class DiffusionTask:
         """Sample an image for every example of a prepared batch, uint8[N, S, S, C]; None for other data."""
         if self.sampling is None or not isinstance(self.x0, Images):
             return None
-        images, finite = _preview(_ByIdentity(self), self.sampling.checked(), params, batch, key)
+        sampling = self.sampling.checked()
+        if sampling.sampler == "analytic":
+            sampling = sampling.with_options(sampler="ancestral")
+        images, finite = _preview(_ByIdentity(self), sampling, params, batch, key)
         if not finite:
             raise FloatingPointError("its pixels contain NaN or infinity")
         return fetch(images)
