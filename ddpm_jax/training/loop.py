@@ -6,6 +6,7 @@ was not. The device is never waited for except to log, to save, for a preview, a
 """
 
 import contextlib
+import dataclasses
 import functools
 import os
 from collections import deque
@@ -13,23 +14,23 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
 from ddpm_jax.extras import needs_extra
 from ddpm_jax.parallel import hosts
-from ddpm_jax.parallel.mesh import data_sharding, replicated, shard_batch
-from ddpm_jax.parallel.placing import put, split_key
-from ddpm_jax.parallel.sharding import Rule, is_sharded, make_gather, used_dtypes
+from ddpm_jax.parallel.mesh import shard_batch
+from ddpm_jax.parallel.placing import split_key
+from ddpm_jax.parallel.sharding import Rule
 from ddpm_jax.paths import as_path
 from ddpm_jax.storage.checkpoint import CheckpointError, Checkpoints
 from ddpm_jax.storage.config_difference import NOT_COMPARED
 from ddpm_jax.training.flops import count_flops
-from ddpm_jax.training.guard import NEW, STOP, Bad, Policy, empty_window, make_update, read_window
+from ddpm_jax.training.guard import NEW, STOP, Bad, Policy, read_window
+from ddpm_jax.training.programs import compile_update, make_parameter_gather, make_prepare
 from ddpm_jax.training.report import Due, Evaluate, Examples, Profile, Report, make_evaluate
 from ddpm_jax.training.state import TrainState, abstract_state, create_state
-from ddpm_jax.training.step import TrainStep, make_train_step
+from ddpm_jax.training.step import make_train_step
 from ddpm_jax.types import Task
 
 with needs_extra("train"):
@@ -147,112 +148,51 @@ def fit(
         second signal, and one before the first step, is left to the handlers of the caller.
       OSError: when metrics or previews cannot be written.
     """
-    _check_numbers(
-        preview_every,
-        num_steps=num_steps,
-        checkpoint_every=checkpoint_every,
-        log_every=log_every,
-        max_to_keep=max_to_keep,
-    )
+    positive = {"num_steps": num_steps, "checkpoint_every": checkpoint_every, "log_every": log_every}
+    _check_numbers(preview_every, **positive, max_to_keep=max_to_keep)
     if eval_every < 0 or (eval_every and eval_batches is None):
         raise ValueError(f"{eval_every=} must be 0 (never), or more with eval_batches")
     init_key, train_key, preview_key = split_key(seed, 3, mesh)
 
     with contextlib.ExitStack() as stack:
+        # ---- State: the newest checkpoint's, or a new one ------------------------------------------------------------
         checkpoints = stack.enter_context(contextlib.closing(Checkpoints(workdir, max_to_keep=max_to_keep)))
         run = _Run(task, name, checkpoints, mesh, frozen, rules)
-
-        # ---- State: the newest checkpoint's, or a new one ------------------------------------------------------------
-        first = functools.partial(_restore_or_create, run, tx, init_key, example, config, ignore)
-        state, start, notes = first(loader)
-        report = Report(
-            name,
-            as_path(workdir),
-            start,
-            num_steps,
-            rollbacks=notes.get("rollbacks", 0),
-            items=items_per_step or jax.tree.leaves(example)[0].shape[0],
-            tensorboard=tensorboard,
-            bar=progress,
-        )
-        stack.enter_context(report)
+        restore = functools.partial(_restore_or_create, run, tx, init_key, example, config, ignore)
+        state, start, notes = restore(loader)
+        seen = {"rollbacks": notes.get("rollbacks", 0), "tensorboard": tensorboard, "bar": progress}
+        items = items_per_step or jax.tree.leaves(example)[0].shape[0]
+        report = stack.enter_context(Report(name, as_path(workdir), start, num_steps, items=items, **seen))
         left = hosts.current().gather("the last step", report.unfinished(notes.get("due")))[0]
         if not _needs_steps(run, start, num_steps, state) and left is None:
             return state
 
         # ---- Programs: frozen networks, the step, and an evaluation --------------------------------------------------
-        stop = hosts.current()
-        prepare = _make_prepare(task, mesh, frozen)
+        prepare = make_prepare(task, mesh, frozen)
         batch = prepare(_next_batch(loader, start, mesh))
         gather = make_parameter_gather(task, mesh, state, batch)
         averaging = {"ema_decay": ema_decay, "ema_warmup": ema_warmup}
         step_fn = make_train_step(task, tx, accumulate=accumulate, schedule=schedule, gather=gather, **averaging)
-        update, new_window = _compile(step_fn, state, batch, train_key, mesh, policy)
-        extra = () if state.extra_state is None else (state.extra_state,)
-        report.flops = 3 * count_flops(task.loss, state.params, batch, train_key, *extra) or None
-        evaluate = make_evaluate(task, mesh, prepare, eval_batches, gather, stop) if eval_every else None
+        update, new_window = compile_update(step_fn, state, batch, train_key, mesh, policy)
+        report.flops = _model_flops(task, state, batch, train_key)
+        evaluate = make_evaluate(task, mesh, prepare, eval_batches, gather, hosts.current()) if eval_every else None
         examples = Examples(task, _prepare_example(run, example), mesh) if preview_every else None
         show = functools.partial(_show, run, report, evaluate, examples, preview_key)
         profile = stack.enter_context(contextlib.closing(Profile(profile_steps, as_path(workdir) / "profile")))
 
-        def save(state: TrainState, due: Due) -> None:
-            notes = {"due": due._asdict(), "running": running, "rollbacks": rollbacks}
-            meta = {"step": due.step, "config": config, "version": version, "stage": name, "notes": notes}
-            checkpoints.save(state.trees(), data=loader.get_state(), **meta)
-
         # ---- Steps: until the first of them there is nothing to save, and a signal ends the process as it may --------
-        stack.enter_context(stop.saving())
+        stack.enter_context(hosts.current().saving())
         report.begin()
-        running, rollbacks, step = notes.get("running", NEW), notes.get("rollbacks", 0), start
+        every = _Every(num_steps, log_every, checkpoint_every, preview_every, eval_every)
+        meta = {"config": config, "version": version, "stage": name}
+        steps = _Steps(
+            run, loader, prepare, update, train_key, new_window, show, restore, report, profile, policy, every, meta
+        )
         if left is not None and not show(state, Due(*left)):
-            raise Interrupted(*_interruption(run, step, num_steps))
-        window, in_flight = new_window(running), deque()
-        while step < num_steps:
-            step += 1
-            profile.before(step)
-            state, window, done = update(state, window, batch, train_key)
-            in_flight.append(done)
-            if len(in_flight) > STEPS_IN_FLIGHT:
-                in_flight.popleft().block_until_ready()
-            profile.after(step, done)
-            report.tick()
-
-            last, stopping = step == num_steps, stop.point(f"{name} step {step}")
-            evaluated = eval_every > 0 and (last or step % eval_every == 0)
-            log = last or evaluated or step % log_every == 0
-            checkpoint = last or step % checkpoint_every == 0
-            preview = preview_every > 0 and (last or step % preview_every == 0)
-            row = None
-            if log or checkpoint or preview or stopping:
-                checkpoints.check()
-                means, bad, running = read_window(window, step)
-                if bad is not None and _rolls_back(run, policy, bad, report, step, rollbacks):
-                    (state, back, _), rollbacks = first(None), rollbacks + 1
-                    report.rewind(back, step - back)
-                    seen = {"loss": bad.loss, "grad_norm": bad.grad_norm}
-                    report.event(back, "roll_back", rollback=rollbacks, last_step=step, bad_step=bad.step, **seen)
-                    batch = prepare(_next_batch(loader, step, mesh))
-                    window, step = new_window(running), back
-                    in_flight.clear()
-                    continue
-                if log or bad is not None:
-                    row, window = report.row(means), new_window(running)
-            due = Due(step, row, evaluated, preview)
-            if checkpoint:
-                save(state, due)
-            if (row is not None or preview) and not (stopping and (evaluated or preview)):
-                stopping |= not show(state, due)
-            if stopping:
-                if not checkpoint:
-                    save(state, due)
-                checkpoints.wait()
-                raise Interrupted(*_interruption(run, step, num_steps))
-            if not last:
-                with report.waiting():
-                    batch = _next_batch(loader, step, mesh)
-                batch = prepare(batch)
-        checkpoints.wait()
-    return state
+            raise steps.interruption(start)
+        at = _Position(state, start, batch, notes.get("running", NEW), notes.get("rollbacks", 0))
+        del state, batch  # the devices would keep the first ones
+        return steps.make(at)
 
 
 def _check_numbers(preview_every: int, **positive: int) -> None:
@@ -263,8 +203,32 @@ def _check_numbers(preview_every: int, **positive: int) -> None:
         raise ValueError(f"{preview_every=} must be 0 (never) or more")
 
 
+class _Every(NamedTuple):
+    """Steps between logs, checkpoints, previews and evaluations, 0 for never; the last step has each of them."""
+
+    num_steps: int
+    log: int
+    checkpoint: int
+    preview: int
+    evaluate: int
+
+    def due(self, step: int) -> "_DueAfter":
+        """Return what is due after a step."""
+        log, checkpoint, preview, evaluate = (
+            each > 0 and (step == self.num_steps or step % each == 0) for each in self[1:]
+        )
+        return _DueAfter(log or evaluate, checkpoint, preview, evaluate)
+
+
+class _DueAfter(NamedTuple):
+    log: bool
+    checkpoint: bool
+    preview: bool
+    evaluate: bool
+
+
 class _Run(NamedTuple):
-    """What the steps of a run share."""
+    """A stage, and where it is trained."""
 
     task: Task
     name: str
@@ -278,6 +242,127 @@ class _Run(NamedTuple):
         self.checkpoints.wait()
         steps = self.checkpoints.steps()
         return f"{what} is {self.checkpoints.directory / str(steps[-1])}" if steps else "none was saved"
+
+
+@dataclasses.dataclass
+class _Position:
+    """What changes from step to step.
+
+    Attributes:
+      state: after `step` steps.
+      batch: of the next step.
+      running: what spikes are measured by, see `guard.NEW`.
+      rollbacks: how many times the stage was rolled back.
+      window: the sums since the last line of the log.
+    """
+
+    state: TrainState
+    step: int
+    batch: Any
+    running: Mapping[str, float]
+    rollbacks: int
+    window: Any = None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Steps:
+    """The steps of a stage, and what they share; see `fit`.
+
+    Attributes:
+      update, new_window: from `compile_update`.
+      show: `_show` without its last two arguments.
+      restore: `_restore_or_create` without its last argument.
+      meta: what every checkpoint says.
+    """
+
+    run: _Run
+    loader: Loader
+    prepare: Callable[[Any], Any]
+    update: Callable[..., tuple]
+    key: jax.Array
+    new_window: Callable[[Mapping[str, float]], Any]
+    show: Callable[[TrainState, Due], bool]
+    restore: Callable[[Loader | None], tuple[TrainState, int, dict[str, Any]]]
+    report: Report
+    profile: Profile
+    policy: Policy
+    every: _Every
+    meta: Mapping[str, Any]
+
+    def make(self, at: _Position) -> TrainState:
+        """Make the steps that are left; return the state after the last."""
+        at.window, in_flight = self.new_window(at.running), deque()
+        while at.step < self.every.num_steps:
+            in_flight.append(self._make_one(at))
+            if len(in_flight) > STEPS_IN_FLIGHT:
+                in_flight.popleft().block_until_ready()
+            stopping = hosts.current().point(f"{self.run.name} step {at.step}")
+            due, row = self.every.due(at.step), None
+            if any(due) or stopping:
+                self.run.checkpoints.check()
+                means, bad, at.running = read_window(at.window, at.step)
+                if bad is not None and _rolls_back(self.run, self.policy, bad, self.report, at.step, at.rollbacks):
+                    self._go_back(at, bad)
+                    at.batch = self._next_batch(at.step)
+                    in_flight.clear()
+                    continue
+                if due.log or bad is not None:
+                    row, at.window = self.report.row(means), self.new_window(at.running)
+            self._write(at, Due(at.step, row, due.evaluate, due.preview), due.checkpoint, stopping)
+            if at.step < self.every.num_steps:
+                at.batch = self._next_batch(at.step)
+        self.run.checkpoints.wait()
+        return at.state
+
+    def _make_one(self, at: _Position) -> jax.Array:
+        """Make a step; return an array that is ready when it is made."""
+        at.step += 1
+        self.profile.before(at.step)
+        at.state, at.window, done = self.update(at.state, at.window, at.batch, self.key)
+        self.profile.after(at.step, done)
+        self.report.tick()
+        return done
+
+    def _next_batch(self, step: int) -> Any:
+        with self.report.waiting():
+            batch = _next_batch(self.loader, step, self.run.mesh)
+        return self.prepare(batch)
+
+    def _go_back(self, at: _Position, bad: Bad) -> None:
+        """Continue from the newest checkpoint; the loader stays where it is."""
+        last = at.step
+        (at.state, at.step, _), at.rollbacks = self.restore(None), at.rollbacks + 1
+        self.report.rewind(at.step, last - at.step)
+        seen = {"loss": bad.loss, "grad_norm": bad.grad_norm}
+        self.report.event(at.step, "roll_back", rollback=at.rollbacks, last_step=last, bad_step=bad.step, **seen)
+        at.window = self.new_window(at.running)
+
+    def _write(self, at: _Position, due: Due, checkpoint: bool, stopping: bool) -> None:
+        """Save, and show what is due; raise Interrupted, with a checkpoint, when the hosts stop."""
+        if checkpoint:
+            self._save(at, due)
+        if (due.row is not None or due.preview) and not (stopping and (due.evaluate or due.preview)):
+            stopping |= not self.show(at.state, due)
+        if stopping:
+            if not checkpoint:
+                self._save(at, due)
+            self.run.checkpoints.wait()
+            raise self.interruption(at.step)
+
+    def _save(self, at: _Position, due: Due) -> None:
+        """Begin to save the state, the position in the data, and what is due after the step."""
+        notes = {"due": due._asdict(), "running": at.running, "rollbacks": at.rollbacks}
+        data = self.loader.get_state()
+        self.run.checkpoints.save(at.state.trees(), data=data, step=at.step, notes=notes, **self.meta)
+
+    def interruption(self, step: int) -> Interrupted:
+        """Return the error that says why and after which step the hosts stop."""
+        host, saved = hosts.current(), self.run.checkpoints.directory / str(step)
+        return Interrupted(
+            f"{self.run.name}: stopped by {host.describe_reason()} after step {step} of {self.every.num_steps}; the "
+            f"same command continues from {saved}",
+            host.status(),
+        )
 
 
 def _restore_or_create(
@@ -311,15 +396,6 @@ def _needs_steps(run: _Run, start: int, num_steps: int, state: TrainState) -> bo
     return start < num_steps
 
 
-def _interruption(run: _Run, step: int, num_steps: int) -> tuple[str, int]:
-    """Return what is said of a stop, and the exit status."""
-    reason, saved = hosts.current().describe_reason(), run.checkpoints.directory / str(step)
-    message = (
-        f"{run.name}: stopped by {reason} after step {step} of {num_steps}; the same command continues from {saved}"
-    )
-    return message, hosts.current().status()
-
-
 def _bad_preview(run: _Run, step: int, error: FloatingPointError) -> str:
     return f"{run.name}: the preview of step {step} failed: {error}; {run.last_checkpoint()}"
 
@@ -331,81 +407,15 @@ def _next_batch(loader: Loader, step: int, mesh: Mesh) -> Any:
         raise ValueError(f"the loader ended after step {step}; it must be endless") from None
 
 
-def _make_prepare(task: Task, mesh: Mesh, frozen: Any) -> Callable[[Any], Any]:
-    """Return the function that runs the task's frozen networks on a sharded batch."""
-    if frozen is None:
-        return lambda batch: batch
-    place, split = replicated(mesh), data_sharding(mesh)
-    # The weights are an argument: closed over, they would be constants of the program.
-    frozen = put(frozen, place)
-    return functools.partial(jax.jit(task.prepare, in_shardings=(place, split), out_shardings=split), frozen)
-
-
-def make_parameter_gather(task: Task, mesh: Mesh, state: TrainState, batch: Any) -> Callable[[Any], Any] | None:
-    """Return what gathers the parameters inside of a loss, or None if every device has them whole.
-
-    Args:
-      task: whose loss it is.
-      mesh: where the state is.
-      state, batch: arrays, or their shapes; the leaves of the state have shardings.
-    """
-    specs = jax.tree.map(lambda leaf: leaf.sharding.spec, state.params)
-    if not is_sharded(specs, mesh):
-        return None
+def _model_flops(task: Task, state: TrainState, batch: Any, key: jax.Array) -> float | None:
+    """Return the operations of a step: of the loss, and twice those for its gradient."""
     extra = () if state.extra_state is None else (state.extra_state,)
-
-    def loss(params: Any) -> Any:  # of zeros, which are never computed
-        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), (batch, *extra))
-        return task.loss(params, zeros[0], jax.random.key(0), *zeros[1:])
-
-    return make_gather(mesh, specs, used_dtypes(loss, state.params))
+    return 3 * count_flops(task.loss, state.params, batch, key, *extra) or None
 
 
 def _prepare_example(run: _Run, example: Mapping[str, Any]) -> Any:
     """Return the prepared example on the host: the previews run wherever the state of the task is."""
     return example if run.frozen is None else jax.device_get(jax.jit(run.task.prepare)(run.frozen, example))
-
-
-def lower_update(
-    step_fn: TrainStep, state: TrainState, batch: Any, key: jax.Array, mesh: Mesh, policy: Policy = STOP
-) -> tuple[jax.stages.Lowered, Any]:
-    """Lower the step together with the sums over a logging window, as `fit` runs it.
-
-    Args:
-      step_fn: from `make_train_step`.
-      state, batch, key: arrays, or their shapes; the leaves of the state have shardings.
-      mesh: where it runs.
-      policy: says which steps are bad.
-
-    Returns:
-      (lowered, empty): `update(state, window, batch, key) -> (state, window, done)`, which donates its first two
-      arguments; `done` is an array that is ready when the step is. `empty` is the window at its beginning.
-    """
-    step_fn = jax.jit(step_fn, inline=True)  # traced once, here
-    _, metrics = jax.eval_shape(step_fn, state, batch, key)
-    place, split = replicated(mesh), data_sharding(mesh)
-    parts = jax.tree.map(lambda leaf: leaf.sharding, state)
-    jitted = jax.jit(
-        make_update(step_fn, policy),
-        donate_argnums=(0, 1),
-        in_shardings=(parts, place, split, place),
-        out_shardings=(parts, place, place),
-    )
-    empty = empty_window(metrics, NEW)
-    return jitted.lower(state, empty, batch, key), empty
-
-
-def _compile(
-    step_fn: TrainStep, state: TrainState, batch: Any, key: jax.Array, mesh: Mesh, policy: Policy
-) -> tuple[Callable[..., tuple], Callable[[Mapping[str, float]], Any]]:
-    """Compile the update of `lower_update`.
-
-    Returns:
-      (update, new_window): `new_window(running)` gives sums without steps.
-    """
-    lowered, empty = lower_update(step_fn, state, batch, key, mesh, policy)
-    new_window = lambda running: put(empty_window(empty["sums"], running), replicated(mesh))  # noqa: E731
-    return lowered.compile(), new_window
 
 
 def _rolls_back(run: _Run, policy: Policy, bad: Bad, report: Report, step: int, rollbacks: int) -> bool:

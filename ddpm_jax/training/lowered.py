@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from ddpm_jax.diffusion.sampling import Sampling
 from ddpm_jax.parallel.mesh import data_sharding, replicated
-from ddpm_jax.training.loop import lower_update, make_parameter_gather
+from ddpm_jax.training.programs import lower_update, make_parameter_gather
 from ddpm_jax.training.run import _example_record, _make_optimizer, _Roles, _Run, _stack
 from ddpm_jax.training.stage import Stage
 from ddpm_jax.training.state import TrainState, abstract_state

@@ -1,0 +1,89 @@
+"""The programs of a training stage, each compiled once: frozen networks, and the update with its logging window."""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from ddpm_jax.parallel.mesh import data_sharding, replicated
+from ddpm_jax.parallel.placing import put
+from ddpm_jax.parallel.sharding import is_sharded, make_gather, used_dtypes
+from ddpm_jax.training.guard import NEW, STOP, Policy, empty_window, make_update
+from ddpm_jax.training.state import TrainState
+from ddpm_jax.training.step import TrainStep
+from ddpm_jax.types import Task
+
+
+def make_prepare(task: Task, mesh: Mesh, frozen: Any) -> Callable[[Any], Any]:
+    """Return the function that runs the task's frozen networks on a sharded batch; without any, the identity."""
+    if frozen is None:
+        return lambda batch: batch
+    place, split = replicated(mesh), data_sharding(mesh)
+    # The weights are an argument: closed over, they would be constants of the program.
+    frozen = put(frozen, place)
+    return functools.partial(jax.jit(task.prepare, in_shardings=(place, split), out_shardings=split), frozen)
+
+
+def make_parameter_gather(task: Task, mesh: Mesh, state: TrainState, batch: Any) -> Callable[[Any], Any] | None:
+    """Return what gathers the parameters inside of a loss, or None if every device has them whole.
+
+    Args:
+      task: whose loss it is.
+      mesh: where the state is.
+      state, batch: arrays, or their shapes; the leaves of the state have shardings.
+    """
+    specs = jax.tree.map(lambda leaf: leaf.sharding.spec, state.params)
+    if not is_sharded(specs, mesh):
+        return None
+    extra = () if state.extra_state is None else (state.extra_state,)
+
+    def loss(params: Any) -> Any:  # of zeros, which are never computed
+        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), (batch, *extra))
+        return task.loss(params, zeros[0], jax.random.key(0), *zeros[1:])
+
+    return make_gather(mesh, specs, used_dtypes(loss, state.params))
+
+
+def lower_update(
+    step_fn: TrainStep, state: TrainState, batch: Any, key: jax.Array, mesh: Mesh, policy: Policy = STOP
+) -> tuple[jax.stages.Lowered, Any]:
+    """Lower the step together with the sums over a logging window, as `fit` runs it.
+
+    Args:
+      step_fn: from `make_train_step`.
+      state, batch, key: arrays, or their shapes; the leaves of the state have shardings.
+      mesh: where it runs.
+      policy: says which steps are bad.
+
+    Returns:
+      (lowered, empty): `update(state, window, batch, key) -> (state, window, done)`, which donates its first two
+      arguments; `done` is an array that is ready when the step is. `empty` is the window at its beginning.
+    """
+    step_fn = jax.jit(step_fn, inline=True)  # traced once, here
+    _, metrics = jax.eval_shape(step_fn, state, batch, key)
+    place, split = replicated(mesh), data_sharding(mesh)
+    parts = jax.tree.map(lambda leaf: leaf.sharding, state)
+    jitted = jax.jit(
+        make_update(step_fn, policy),
+        donate_argnums=(0, 1),
+        in_shardings=(parts, place, split, place),
+        out_shardings=(parts, place, place),
+    )
+    empty = empty_window(metrics, NEW)
+    return jitted.lower(state, empty, batch, key), empty
+
+
+def compile_update(
+    step_fn: TrainStep, state: TrainState, batch: Any, key: jax.Array, mesh: Mesh, policy: Policy
+) -> tuple[Callable[..., tuple], Callable[[Mapping[str, float]], Any]]:
+    """Compile the update of `lower_update`.
+
+    Returns:
+      (update, new_window): `new_window(running)` gives sums without steps.
+    """
+    lowered, empty = lower_update(step_fn, state, batch, key, mesh, policy)
+    new_window = lambda running: put(empty_window(empty["sums"], running), replicated(mesh))  # noqa: E731
+    return lowered.compile(), new_window
