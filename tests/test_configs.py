@@ -18,8 +18,8 @@ from ddpm_jax.pipelines import PipelineDescription
 from ddpm_jax.storage.checkpoint import restore_params
 from ddpm_jax.train import plain
 from ddpm_jax.training import train
+from ddpm_jax.training.abstract import AbstractStages
 from ddpm_jax.training.metrics import read_metrics
-from ddpm_jax.training.run import _Run
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 FILES = {name: load_recipe(str(CONFIGS / f"{name}.py")) for name in ("shapes", "ddpm", "adm", "unclip")}
@@ -57,10 +57,10 @@ def own_mesh(config):
 
 def abstract_params(config, recipe):
     """Return the shapes of the parameters of every stage; nothing is computed, and everything is checked."""
-    run = _Run(recipe.stages(config), Path("unused"), make_mesh({"data": -1}, devices=jax.devices()[:1]))
-    for stage in run.stages.values():
-        run.dry_run(stage)
-    return {name: run._abstract_state(stage).params["params"] for name, stage in run.stages.items()}
+    abstract = AbstractStages(recipe.stages(config), make_mesh({"data": -1}, devices=jax.devices()[:1]))
+    for stage in abstract.stages.values():
+        abstract.check(stage)
+    return {name: abstract.state(stage).params["params"] for name, stage in abstract.stages.items()}
 
 
 @pytest.mark.parametrize("name,variant", EVERY)

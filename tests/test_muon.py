@@ -6,15 +6,13 @@ import numpy as np
 import optax
 import pytest
 from random_networks import fast_jit, normal
-from toy_training import ToyTask
 
 from ddpm_jax.models.unet import UNet
 from ddpm_jax.parallel.mesh import make_mesh, replicated
 from ddpm_jax.storage.checkpoint import Checkpoints
 from ddpm_jax.training.muon import is_muon_weight, orthogonalize, scale_by_muon
-from ddpm_jax.training.optimizer import make_optimizer
-from ddpm_jax.training.run import _make_optimizer
-from ddpm_jax.training.stage import Stage, Training
+from ddpm_jax.training.optimizer import make_optimizer, training_optimizer
+from ddpm_jax.training.stage import Training
 from ddpm_jax.training.state import TrainState
 
 SHAPES = [(90, 24), (24, 90), (40, 40), (7, 1)]
@@ -189,8 +187,7 @@ def nested(leaves):
 
 
 def stage_optimizer(fields):
-    training = Training(batch_size=8, num_steps=10, **fields)
-    return _make_optimizer(Stage(name="toy", task=ToyTask(), source=[], training=training), None)
+    return training_optimizer(Training(batch_size=8, num_steps=10, **fields))
 
 
 def test_a_stage_with_muon_equals_numpy():

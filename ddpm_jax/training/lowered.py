@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -10,8 +9,10 @@ from jax.sharding import Mesh
 
 from ddpm_jax.diffusion.sampling import Sampling
 from ddpm_jax.parallel.mesh import data_sharding, replicated
+from ddpm_jax.training.abstract import AbstractStages, Roles
+from ddpm_jax.training.optimizer import training_optimizer
 from ddpm_jax.training.programs import lower_update, make_parameter_gather
-from ddpm_jax.training.run import _example_record, _make_optimizer, _Roles, _Run, _stack
+from ddpm_jax.training.records import example_record, stack_records
 from ddpm_jax.training.stage import Stage
 from ddpm_jax.training.state import TrainState, abstract_state
 from ddpm_jax.training.step import make_train_step
@@ -41,7 +42,7 @@ class LoweredStage:
     def lower_step(self) -> jax.stages.Lowered:
         """Lower the training step."""
         stage, training, key = self.stage, self.stage.training, self._key()
-        tx, schedule = _make_optimizer(stage, self.mesh)
+        tx, schedule = training_optimizer(training, self.mesh)
         step = make_train_step(
             stage.task,
             tx,
@@ -57,7 +58,7 @@ class LoweredStage:
         if not self.frozen:
             return None
         place, split = replicated(self.mesh), data_sharding(self.mesh)
-        prepare = lambda models, batch: self.stage.task.prepare(_Roles(models), batch)  # noqa: E731
+        prepare = lambda models, batch: self.stage.task.prepare(Roles(models), batch)  # noqa: E731
         return jax.jit(prepare, in_shardings=(place, split), out_shardings=split).lower(self.frozen, self.raw)
 
     def lower_sampler(self, sampling: Sampling | None) -> jax.stages.Lowered:
@@ -95,20 +96,20 @@ def lower_stage(stages: Sequence[Stage], name: str, mesh: Mesh) -> LoweredStage:
     Raises:
         ValueError: for a stage that `train` would refuse.
     """
-    run = _Run(stages, Path(), mesh)
-    stage = run.stages[name]
-    run.dry_run(stage)
-    models = run._abstract_models(stage)
+    abstract = AbstractStages(stages, mesh)
+    stage = abstract.stages[name]
+    abstract.check(stage)
+    models = abstract.models(stage)
     models = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), models)
-    example = _stack(stage, [_example_record(stage, models, stage.source)])
+    example = stack_records(stage, [example_record(stage, models, stage.source)])
     records = stage.training.batch_size // stage.examples_per_record
     split = data_sharding(mesh)
     raw = {
         name: jax.ShapeDtypeStruct((records, *array.shape[1:]), array.dtype, sharding=split)
         for name, array in example.items()
     }
-    prepared = jax.eval_shape(lambda models, batch: stage.task.prepare(_Roles(models), batch), models, raw)
+    prepared = jax.eval_shape(lambda models, batch: stage.task.prepare(Roles(models), batch), models, raw)
     batch = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=split), prepared)
-    tx, _ = _make_optimizer(stage, None)
+    tx, _ = training_optimizer(stage.training)
     state = abstract_state(stage.task, tx, jax.random.key(0), mesh, batch, stage.sharding_rules)
     return LoweredStage(stage, mesh, state, batch, models, raw)

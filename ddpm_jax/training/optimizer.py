@@ -9,12 +9,15 @@ from jax.sharding import Mesh
 
 from ddpm_jax.extras import needs_extra
 from ddpm_jax.training.muon import is_muon_weight, scale_by_muon
+from ddpm_jax.training.stage import Training
 
 with needs_extra("train"):
     import optax
 
 Decay = Literal["cosine", "linear", "constant"]
 Optimizer = Literal["adamw", "muon"]
+_OPTIONS = ("learning_rate", "warmup_steps", "decay", "final_fraction", "b1", "b2", "eps", "weight_decay")
+_OPTIONS += ("clip_norm", "optimizer", "muon_learning_rate")
 
 
 def make_schedule(
@@ -157,3 +160,11 @@ def decayed(params: Any) -> Any:
         return leaf.ndim >= 2 and name not in ("bias", "scale")
 
     return jax.tree_util.tree_map_with_path(is_decayed, params)
+
+
+def training_optimizer(
+    training: Training, mesh: Mesh | None = None
+) -> tuple[optax.GradientTransformation, optax.Schedule]:
+    """Make the optimizer and the schedule of a stage, see `make_optimizer`."""
+    options = {name: getattr(training, name) for name in _OPTIONS}
+    return make_optimizer(total_steps=training.num_steps, mesh=mesh, **options)
