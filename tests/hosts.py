@@ -1,10 +1,10 @@
 """Kill and stop hosts at random moments: `python tests/hosts.py [--kills 20] [--stops 10] [--seed N]`.
 
-Two processes with two CPU devices each train the two stages of hosts_recipe.py. SIGKILL comes to one of them at a
+Two processes with four CPU devices each train the two stages of hosts_recipe.py. SIGKILL comes to one of them at a
 moment that is uniform over the duration of an undisturbed run, or during a save, an embedding or an evaluation. The
 other one must end with status 75 within 80 s and name the first. The run is started again, killed again, and after
 every four kills left alone: it must end with the bits of a run that nobody touched, and with the same records in each
-step. Half of such runs are also finished by one process with four devices, and by two with one each: within 1e-5.
+step. Half of such runs are also finished by one process with eight devices, and by two with two each: within 1e-5.
 
 SIGTERM comes to one of the two, at random steps: both must stop after the same step, with status 143 and a checkpoint.
 """
@@ -30,10 +30,12 @@ MOMENTS = ("any", "save", "any", "embedding", "any", "evaluation")
 KILLS_PER_RUN = 4
 
 
-def start(workdir, seen, **options):
+def start(workdir, seen, devices=4, **options):
     shutil.rmtree(seen, ignore_errors=True)
     seen.mkdir()
-    return HostRun(train_flags(workdir), environ=SLOW | {"DDPM_JAX_TEST_SEEN": str(seen)}, wait=40, **options)
+    return HostRun(
+        train_flags(workdir), environ=SLOW | {"DDPM_JAX_TEST_SEEN": str(seen)}, wait=40, devices=devices, **options
+    )
 
 
 def is_here(moment, workdir, seen):
@@ -102,7 +104,7 @@ def kill_at_random(base, kills, draw, reference, duration):
             table[moment] += not ended
         copies = {"two hosts": ({}, False)}
         if runs % 2 == 0:
-            copies |= {"one host": ({"hosts": 1, "devices": 4}, True), "two devices": ({"devices": 1}, True)}
+            copies |= {"one host": ({"hosts": 1, "devices": 8}, True), "four devices": ({"devices": 2}, True)}
         for name, (options, close) in copies.items():
             own = base / f"run{runs}-{name.replace(' ', '-')}"
             shutil.copytree(workdir, own)

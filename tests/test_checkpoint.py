@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -207,6 +208,26 @@ def test_a_truncated_newest_checkpoint_is_reported_and_the_one_before_is_used(tm
     assert sorted(entry.name for entry in (tmp_path / "checkpoints").iterdir()) == ["1", "unreadable-2"]
     save(tmp_path, 2)
     assert_equal(state_of(restore(tmp_path)), make_state(2))
+
+
+def test_a_checkpoint_is_not_given_up_because_another_host_has_gone(tmp_path, monkeypatch):
+    """The others end with the status of a missing host, for which the command looks at the cause."""
+    save(tmp_path, 1, 2)
+    checkpoints = Checkpoints(tmp_path)
+    gone = jax.errors.JaxRuntimeError("UNKNOWN: Gloo AllGather failed: Connection closed by peer")
+    monkeypatch.setattr(checkpoints._manager, "restore", mock.Mock(side_effect=gone))
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    for read in (
+        lambda: checkpoints.restore_latest(abstract(make_state(0)).trees(), config=CONFIG),
+        lambda: checkpoints.restore_tree("params"),
+        checkpoints.read_config,
+    ):
+        with pytest.raises(CheckpointError, match="could not read checkpoint .*/checkpoints/2 together") as caught:
+            read()
+        assert caught.value.__cause__ is gone
+    monkeypatch.undo()
+    assert checkpoints.steps() == [1, 2]
+    checkpoints.close()
 
 
 def test_when_none_can_be_read_it_is_an_error(tmp_path):

@@ -238,6 +238,7 @@ class Checkpoints:
             except CheckpointError:
                 raise
             except Exception as error:
+                self._check_hosts(step, error)
                 self._report(step, error)
                 unreadable.append(step)
                 continue
@@ -271,6 +272,7 @@ class Checkpoints:
             except CheckpointError:
                 raise
             except Exception as error:
+                self._check_hosts(step, error)
                 self._report(step, error)
         if steps:
             raise CheckpointError(f"none of the checkpoints in {self.directory} can be read (steps {steps})")
@@ -283,7 +285,8 @@ class Checkpoints:
                 documents = self._read_documents(step)
             except CheckpointError:
                 raise
-            except Exception:
+            except Exception as error:
+                self._check_hosts(step, error)
                 continue  # `restore_latest` reports it
             return step, documents["config"], documents["meta"]
         return None
@@ -337,7 +340,14 @@ class Checkpoints:
                         f"{saved.get(leaf, 'absent')} there and {wanted.get(leaf, 'absent')} here"
                     )
 
+    def _check_hosts(self, step: int, error: Exception) -> None:
+        """Raise CheckpointError if the reason may be a host that went while all read the checkpoint together."""
+        if jax.process_count() > 1 and isinstance(error, jax.errors.JaxRuntimeError):
+            place = self.directory / str(step)
+            raise CheckpointError(f"the hosts could not read checkpoint {place} together: {_reason(error)}") from error
+
     def _report(self, step: int, error: Exception) -> None:
+        """Warn of a checkpoint that cannot be read."""
         place = self.directory / str(step)
         logging.warning("checkpoint %s cannot be read (%s)", place, _reason(error).replace(f"{place}/", ""))
 
