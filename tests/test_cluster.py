@@ -7,7 +7,8 @@ import time
 import pytest
 from several_hosts import free_port
 
-from ddpm_jax.parallel import cluster, rendezvous
+from ddpm_jax import stopping
+from ddpm_jax.parallel import cluster, distributed, rendezvous
 from ddpm_jax.parallel.cluster import ClusterError, Place, find_place
 
 SLURM = {
@@ -161,3 +162,18 @@ def test_a_stranger_at_the_port_is_ignored():
     rendezvous.meet(Place(place.address, 2, 1, ""), {}, timeout=10.0)
     thread.join()
     assert found
+
+
+@pytest.mark.parametrize("index, count, missing", [(1, 3, "host 0 (a)"), (0, 2, "host 1 (b)"), (0, 3, "a host")])
+def test_a_host_that_goes_before_jax_has_connected_all_ends_the_others(monkeypatch, index, count, missing):
+    ended = threading.Event()
+    said = []
+    monkeypatch.setattr(stopping, "end_process", lambda *words: (said.append(words), ended.set()))
+    place = Place(f"127.0.0.1:{free_port()}", count, index, "")
+    with distributed._ending_after(0.01, place, "abc"):
+        assert ended.wait(10)
+    assert said == [(f"{missing} did not answer for 0 s after all had come; the same command continues", 75)]
+    with distributed._ending_after(0.2, place, "abc"):
+        pass
+    time.sleep(0.3)
+    assert len(said) == 1

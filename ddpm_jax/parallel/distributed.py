@@ -2,16 +2,19 @@
 
 import contextlib
 import os
+import socket
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+from ddpm_jax import stopping
 from ddpm_jax.parallel import hosts
 from ddpm_jax.parallel.cluster import Place, find_place, on_tpu_vm, read_metadata
-from ddpm_jax.parallel.rendezvous import meet
+from ddpm_jax.parallel.rendezvous import EX_TEMPFAIL, meet
 
 INITIALIZATION_SECONDS, HOST_SECONDS = 1800.0, 1800.0
-_CONNECT_SECONDS = 300
+CONNECT_SECONDS = 60.0
+"""Between the moment when all processes are there and that when JAX has connected them."""
 
 
 def initialize(
@@ -55,7 +58,8 @@ def initialize(
 
     versions = {"the version of ddpm_jax": __version__, "the version of jax": jax.__version__}
     names = meet(place, versions | dict(fields or {}), timeout=timeout, report=report)
-    _connect(place)
+    with _ending_after(CONNECT_SECONDS, place, names):
+        _connect(place)
     connected = hosts.Hosts(_client(), place.index, names, host_timeout=host_timeout, coordinator=place.endpoint)
     hosts.set_current(connected)
     connected.start()
@@ -100,8 +104,38 @@ def _connect(place: Place) -> None:
         place.index,
         local_device_ids=place.local_devices,
         cluster_detection_method="deactivate",
-        initialization_timeout=_CONNECT_SECONDS,
+        # After this JAX aborts; `_ending_after` gives a reason before.
+        initialization_timeout=int(CONNECT_SECONDS) + 60,
     )
+
+
+@contextlib.contextmanager
+def _ending_after(seconds: float, place: Place, names: Sequence[str]) -> Iterator[None]:
+    """End the process if what runs inside takes longer: JAX waits there for a host that may have gone since."""
+
+    def end() -> None:
+        others = [index for index in range(place.count) if index != place.index]
+        if place.index > 0 and not _is_reachable(place.endpoint):
+            others = [0]
+        who = f"host {others[0]} ({names[others[0]]})" if len(others) == 1 else "a host"
+        message = f"{who} did not answer for {seconds:.0f} s after all had come; the same command continues"
+        stopping.end_process(message, EX_TEMPFAIL)
+
+    timer = threading.Timer(seconds, end)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def _is_reachable(endpoint: tuple[str, int]) -> bool:
+    try:
+        socket.create_connection(endpoint, timeout=2.0).close()
+    except OSError:
+        return False
+    return True
 
 
 def _client() -> Any:
