@@ -13,7 +13,9 @@ Where the recipe's data is not on this machine, records of zeros stand in (data.
 import contextlib
 import json
 import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from ddpm_jax import cli
 
@@ -75,9 +77,12 @@ def main() -> None:
     unknown = [name for name in _STAGE.value or () if name not in names]
     if unknown:
         raise cli.UsageError(f"--stage={unknown[0]} is not a stage of this recipe, which has {', '.join(names)}")
+    chosen = [name for name in names if not _STAGE.value or name in _STAGE.value]
+    samplings = getattr(cli.call_recipe(recipe, "pipeline", config), "sampling", {})
+    if _SAMPLER.value:
+        chosen = _with_sampler(stages, chosen, samplings)
     for topology in topologies:
         topology_devices(topology)
-    chosen = [name for name in names if not _STAGE.value or name in _STAGE.value]
     lowered = []
     for name in chosen:
         for topology in topologies:
@@ -85,13 +90,27 @@ def main() -> None:
             tried = [{"data": -1}] if _SAMPLER.value else tried
             for batch_size in _BATCH_SIZE.value or (None,):
                 lowered += [(topology, each) for each in lower_for(stages, name, topology, tried, batch_size)]
-    samplings = getattr(cli.call_recipe(recipe, "pipeline", config), "sampling", {})
     plans = _plan_all(lowered, samplings)
     cli.show(report.table(plans))
     if _DETAILS.value:
         for plan in plans:
             cli.show(report.details(plan))
     cli.show(report.suggestions(plans))
+
+
+def _with_sampler(stages: Sequence[Any], chosen: Sequence[str], samplings: Mapping[str, Any]) -> list[str]:
+    """Leave out the stages that have no sampler; raise UsageError for one that --stage names, or if all have none."""
+    from ddpm_jax.training.lowered import stage_sampling
+
+    found = [
+        stage.name for stage in stages if stage.name in chosen and stage_sampling(stage, samplings.get(stage.name))
+    ]
+    missing = [name for name in chosen if name not in found]
+    if missing and (_STAGE.value or not found):
+        raise cli.UsageError(f"--sampler: stage {missing[0]} has nothing to sample")
+    if missing:
+        cli.show(f"left out, since they have nothing to sample: {', '.join(missing)}")
+    return found
 
 
 def _plan_all(lowered: list, samplings: dict) -> list:

@@ -14,6 +14,7 @@ from ddpm_jax import cli, plan
 from ddpm_jax.data.open_source import open_source
 from ddpm_jax.data.transforms import Select
 from ddpm_jax.diffusion.diffusion import Diffusion
+from ddpm_jax.diffusion.sampling import Sampling
 from ddpm_jax.models.transformer import Transformer
 from ddpm_jax.models.unet import UNet
 from ddpm_jax.parallel.chips import find_chip
@@ -106,6 +107,14 @@ def test_the_program_refuses_a_slice_before_any_computation():
         plan.main()
 
 
+def test_the_program_refuses_a_stage_without_a_sampler_before_any_computation():
+    plan.FLAGS.unparse_flags()
+    plan.FLAGS["topology"].unparse()
+    plan.FLAGS(["plan", "--config=configs/unclip.py:smoke", "--topology=v5p:2x2x1", "--sampler", "--stage=clip"])
+    with pytest.raises(cli.UsageError, match="--sampler: stage clip has nothing to sample"):
+        plan.main()
+
+
 def test_collectives_are_read_from_the_text_of_a_program():
     """The bytes of the formulas: an array of 16 x 64 bfloat16 over 8 chips, and 5 times 8 float32 over 4."""
     found = {each.kind: (each.bytes, each.group, each.times) for each in Program(PROGRAM).collectives()}
@@ -121,6 +130,22 @@ def test_the_cycles_of_a_loop_count_as_often_as_it_runs():
     program = Program(PROGRAM)
     assert program.loop_factor() == (300 + 5 * 100) / 400
     assert program.cycles_by_source() == {"block_0/mul": 500, "out_conv/add": 300}
+
+
+def test_a_loop_runs_up_to_the_constant_of_its_condition():
+    """As libtpu writes the loops of `jax.lax.scan`, without a note."""
+    condition = """%condition (p: (s32[], f32[8])) -> pred[] {
+  %p = (s32[], f32[8]{0}) parameter(0)
+  %limit = s32[]{:T(128)} constant(7)
+  %i = s32[] get-tuple-element(%p), index=0
+  ROOT %less = pred[]{:T(512)} compare(%i, %limit), direction=LT, metadata={op_name="jit(update)/while/cond/lt"}
+}"""
+    start = PROGRAM.index("%condition (p")
+    text = PROGRAM[:start] + condition + PROGRAM[PROGRAM.index("}\n", start) + 1 :]
+    text = text.replace(', backend_config={"known_trip_count":{"n":"5"}}', "").replace(
+        "jvp(Net)/block_0", "while/body/closed_call/block_0"
+    )
+    assert Program(text).cycles_by_source() == {"block_0/mul": 700, "out_conv/add": 300}
 
 
 def test_a_program_that_is_too_large_says_what_it_needs():
@@ -223,6 +248,12 @@ def test_the_step_of_a_stage_is_lowered_without_computing_it(lowered):
         lowered.lower_sampler(None)
 
 
+def test_the_operations_of_a_sampler_are_those_of_all_its_steps(lowered):
+    sample, args = lowered.sampler(Sampling("ddim", "5"))
+    assert count_flops(sample, *args) == 5 * 2 * 16 * 48 * 1024
+    assert "while" in lowered.lower_sampler(Sampling("ddim", "5")).as_text()
+
+
 def test_the_least_exchange_is_that_of_each_weight_once(lowered):
     """48 x 1024 bfloat16 in 4 parts, of which there are 2 copies each; 1024 biases are whole on 8 chips."""
     weight, bias = 48 * 1024 * 2, 1024 * 2
@@ -262,6 +293,14 @@ def test_the_cheapest_plan_that_fits_is_suggested():
     text = report.suggestions(plans)
     assert "base: cheapest that fits is v5p:4x4x4 (v5p-128) with --config.mesh.data=4 --config.mesh.fsdp=16" in text
     assert "other: nothing of this fits; the least is 200.0 GB a chip" in text
+
+
+def test_the_cheapest_sampler_is_that_of_the_fewest_chip_hours_an_image():
+    small = a_plan(method="sampler", num_steps=1, batch_size=64, compiler_seconds=0.8)  # and 0.2 of links
+    large = dataclasses.replace(small, batch_size=256, compiler_seconds=1.8)
+    assert report.suggest([small, large]) == [large]
+    # 256 images in 2 s on 64 chips
+    assert "at batch size 256: 128 samples/s, 139 chip-hours for a million" in report.suggestions([small, large])
 
 
 def test_the_table_has_a_line_for_each_plan():

@@ -39,7 +39,7 @@ class Plan:
         arguments, temporaries, peak, hbm: bytes of HBM of a chip; hbm is what it has.
         fits: whether peak is at most hbm.
         flops: of a chip in a step, recomputed ones included.
-        model_flops: of a chip in a step: three times those of the loss.
+        model_flops: of a chip in a step: three times those of the loss; once those of a sampler.
         compiler_seconds: of a step, as the compiler expects them: arithmetic and HBM.
         link_seconds: bytes sent over the bandwidth of the chip's links, as if nothing else ran meanwhile.
         frozen_seconds: of what frozen networks compute before the step.
@@ -82,6 +82,11 @@ class Plan:
     def step_seconds(self) -> float:
         """All seconds of a step, none of them at the same time as others."""
         return self.compiler_seconds + self.link_seconds + self.frozen_seconds
+
+    @property
+    def chip_hours_of_an_image(self) -> float:
+        """Of all chips for an example of a batch: the price of a sampler."""
+        return self.step_seconds * self.chips / 3600 / self.batch_size
 
     @property
     def days(self) -> float:
@@ -204,9 +209,11 @@ def plan_sampler(
     Raises:
         ValueError: for a stage that cannot be sampled.
     """
+    sample, args = lowered.sampler(sampling)
+    model_flops = count_flops(sample, *args) / topology.chips
     cost = measure(lowered.lower_sampler(sampling), topology.chip, cache=cache)
     show(f"compiled in {cost.compile_seconds:.0f} s" if cost.fits else "does not fit")
-    return _as_plan(lowered, topology, "sampler", cost, Cost(seconds=0.0, compile_seconds=0.0), math.nan, {})
+    return _as_plan(lowered, topology, "sampler", cost, Cost(seconds=0.0, compile_seconds=0.0), model_flops, {})
 
 
 def _with_batch_size(stages: Sequence[Stage], name: str, batch_size: int | None) -> list[Stage]:

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 COLLECTIVES = ("all-gather", "reduce-scatter", "all-reduce", "collective-permute", "all-to-all")
 _BYTES = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4}
 _BYTES |= {"s64": 8, "u64": 8, "f64": 8, "c64": 8}
+_OF_LOOPS = ("while", "body", "cond", "closed_call", "checkpoint", "rematted_computation")
 _ARRAY = re.compile(r"\b([a-z]+\d*)\[([\d,]*)\]")
 _COMPUTATION = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
 _INSTRUCTION = re.compile(r"\s+(?:ROOT )?%?([\w.\-]+) = (.*)$")
@@ -30,7 +31,7 @@ class Instruction:
     Attributes:
         name, opcode: as in the text.
         shape: the type of its result, as text.
-        operands: names.
+        operands: names; the value of a constant.
         attributes: the rest of the line.
     """
 
@@ -128,9 +129,8 @@ class Program:
             yield instruction, name, times
             called = []
             if instruction.opcode == "while":
-                count = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', instruction.attributes)
                 body = re.search(r"body=%?([\w.\-]+)", instruction.attributes)
-                called = [(body[1], times * (int(count[1]) if count else 1))] if body else []
+                called = [(body[1], times * self._iterations(instruction))] if body else []
             elif instruction.opcode == "conditional":
                 called = [(branch, times) for branch in self._branches(instruction)]
             elif instruction.opcode in ("call", "async-start"):
@@ -139,6 +139,19 @@ class Program:
             for inner, count in called:
                 if inner in self._computations:
                     yield from self._executed(inner, count)
+
+    def _iterations(self, loop: Instruction) -> int:
+        """Return how often a loop runs: as the compiler notes, or up to the constant that JAX's counter stays below."""
+        count = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop.attributes)
+        if count:
+            return int(count[1])
+        named = re.search(r"condition=%?([\w.\-]+)", loop.attributes)
+        condition = self._computations.get(named[1], {}) if named else {}
+        for each in condition.values():
+            limit = condition.get(each.operands[1]) if each.opcode == "compare" and len(each.operands) == 2 else None
+            if limit is not None and limit.opcode == "constant" and "direction=LT" in each.attributes:
+                return int(limit.operands[0])
+        return 1
 
     def _branches(self, instruction: Instruction) -> list[str]:
         """Return the branch of a condition that does the most: a step is planned for the one that updates."""
@@ -183,7 +196,7 @@ def total_bytes(collectives: list[Collective]) -> float:
 
 
 def _part(source: str, depth: int) -> str:
-    names = [name for name in source.split("/") if name and "(" not in name]
+    names = [name for name in source.split("/") if name not in ("", *_OF_LOOPS) and "(" not in name]
     return "/".join(names[:depth]) or "other"
 
 
@@ -228,8 +241,9 @@ def _parse(text: str) -> tuple[dict[str, dict[str, Instruction]], str]:
             opcode, bracket, rest = rest.partition("(")
             if bracket:
                 inside, attributes = _split("(" + rest)
-                operands = tuple(re.findall(r"%([\w.\-]+)", inside))
-                current[match[1]] = Instruction(match[1], opcode.strip(), shape, operands, attributes)
+                opcode = opcode.strip()
+                operands = (inside[1:-1],) if opcode == "constant" else tuple(re.findall(r"%([\w.\-]+)", inside))
+                current[match[1]] = Instruction(match[1], opcode, shape, operands, attributes)
     return computations, entry
 
 

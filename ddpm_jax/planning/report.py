@@ -22,13 +22,20 @@ def table(plans: Sequence[Plan]) -> str:
 
 
 def suggest(plans: Sequence[Plan]) -> list[Plan]:
-    """Return the cheapest plan that fits of each stage: that of the fewest chip-hours, then of the fewest days."""
+    """Return the cheapest plan that fits of each stage: that of the fewest chip-hours, then of the fewest days.
+
+    Samplers are compared by the chip-hours of an image.
+    """
     best: dict[str, Plan] = {}
     for plan in plans:
         if plan.fits and plan.step_seconds > 0:
-            cost = lambda each: (each.chip_hours, each.days)  # noqa: E731
-            best[plan.stage] = min(best.get(plan.stage, plan), plan, key=cost)
+            best[plan.stage] = min(best.get(plan.stage, plan), plan, key=_price)
     return list(best.values())
+
+
+def _price(plan: Plan) -> tuple[float, float]:
+    each = plan.chip_hours_of_an_image if plan.method == "sampler" else plan.chip_hours
+    return each, plan.days
 
 
 def suggestions(plans: Sequence[Plan]) -> str:
@@ -42,6 +49,13 @@ def suggestions(plans: Sequence[Plan]) -> str:
             lines.append(
                 f"{stage}: nothing of this fits; the least is {need / 1e9:.1f} GB a chip. Try a larger slice, more of "
                 "the mesh along fsdp, a smaller batch, or accumulate"
+            )
+            continue
+        if plan.method == "sampler":
+            lines.append(
+                f"{stage}: cheapest that fits is {plan.topology} ({plan.accelerator_type}) at batch size "
+                f"{plan.batch_size}: {plan.batch_size / plan.step_seconds:,.3g} samples/s, "
+                f"{1e6 * plan.chip_hours_of_an_image:,.3g} chip-hours for a million"
             )
             continue
         mesh = " ".join(f"--config.mesh.{axis}={size}" for axis, size in plan.mesh.items())

@@ -62,19 +62,28 @@ class LoweredStage:
         return jax.jit(prepare, in_shardings=(place, split), out_shardings=split).lower(self.frozen, self.raw)
 
     def lower_sampler(self, sampling: Sampling | None) -> jax.stages.Lowered:
-        """Lower the sampling of a batch; None samples as the task's previews do.
+        """Lower the sampling of a batch by whole parameters on every device, see `sampler`."""
+        place, split = replicated(self.mesh), data_sharding(self.mesh)
+        sample, args = self.sampler(sampling)
+        return jax.jit(sample, in_shardings=(place, split, place), out_shardings=split).lower(*args)
+
+    def sampler(self, sampling: Sampling | None) -> tuple[Callable[..., Any], tuple]:
+        """Return the function that samples a batch, and the shapes of its arguments.
+
+        Args:
+            sampling: how; None samples as the task's previews do.
 
         Raises:
             ValueError: for a task that has nothing to sample.
         """
-        task, place, split = self.stage.task, replicated(self.mesh), data_sharding(self.mesh)
-        sampling = getattr(task, "sampling", None) if sampling is None else sampling
-        if not isinstance(task, DiffusionTask) or sampling is None:
+        task = self.stage.task
+        sampling = stage_sampling(self.stage, sampling)
+        if sampling is None:
             raise ValueError(f"stage {self.stage.name} has no sampler")
         checked = sampling.checked()
         sample = lambda params, batch, key: sample_batch(task, checked, params, batch, key)  # noqa: E731
-        jitted = jax.jit(sample, in_shardings=(place, split, place), out_shardings=split)
-        return jitted.lower(self.state.params, self.batch, self._key())
+        whole = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), self.state.params)
+        return sample, (whole, self.batch, self._key())
 
     def loss(self) -> tuple[Callable[..., Any], tuple]:
         """Return the loss and the shapes of its arguments."""
@@ -83,6 +92,13 @@ class LoweredStage:
 
     def _key(self) -> Any:
         return jax.ShapeDtypeStruct((), jax.random.key(0).dtype, sharding=replicated(self.mesh))
+
+
+def stage_sampling(stage: Stage, sampling: Sampling | None = None) -> Sampling | None:
+    """Return how a stage is sampled: as given, or as its previews are; None for a stage that has nothing to sample."""
+    if not isinstance(stage.task, DiffusionTask):
+        return None
+    return stage.task.sampling if sampling is None else sampling
 
 
 def lower_stage(stages: Sequence[Stage], name: str, mesh: Mesh) -> LoweredStage:
