@@ -54,7 +54,9 @@ setup(
     # the current directory, in which a clone named ddpm_jax would be taken for an empty package.
     package_dir={"": "."},
     packages=find_packages(include=["ddpm_jax", "ddpm_jax.*"]),
-    package_data={"ddpm_jax": ["data/*.txt.gz", "weights/*/pipeline.json", "weights/*/*/model.*"]},
+    package_data={
+        "ddpm_jax": ["data/*.txt.gz", "weights/*/pipeline.json", "weights/*/*/model.*", "weights/*/*/moments.json"]
+    },
     install_requires=["jax>=0.8.0", "flax>=0.10.0", "numpy>=1.26"],
     extras_require={
         "train": TRAIN,

@@ -1,9 +1,11 @@
 """Paths of files and directories, on disks or in buckets (gs://, s3://)."""
 
 import os
+import re
 from pathlib import Path
 from typing import Any
 
+from ddpm_jax.errors import LoadError
 from ddpm_jax.extras import needs_extra
 from ddpm_jax.temporary import temporary_path
 
@@ -16,8 +18,14 @@ def is_remote(path: str | os.PathLike) -> bool:
 
 
 def as_path(path: str | os.PathLike) -> Any:
-    """Return a path with the methods of `pathlib.Path`, also of one in a bucket; "~" is the home directory."""
+    """Return a path with the methods of `pathlib.Path`, also of one in a bucket; "~" is the home directory.
+
+    Raises:
+        LoadError: for an address of another kind, such as hdfs://, of which a local directory "hdfs:" would be made.
+    """
     if not is_remote(path):
+        if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", os.fspath(path)):
+            raise LoadError(f"path={os.fspath(path)} must be on a disk or begin with gs:// or s3://")
         return Path(os.path.expanduser(path))
     with needs_extra("train"):
         from etils import epath
@@ -46,6 +54,8 @@ def check_bucket(path: str | os.PathLike) -> str | None:
     try:
         probe.write_bytes(b" ")
         probe.unlink()
+    except ModuleNotFoundError as error:
+        return f"the package {error.name} is not installed; pip install ddpm_jax[gcs] reads and writes buckets"
     except Exception as error:  # each bucket's client has errors of its own
         text = " ".join(str(error).split())[:300]
         return f"{type(error).__name__}: {text}" if text else type(error).__name__

@@ -110,7 +110,18 @@ check_flags() {
       if [[ $printable == *[[:cntrl:]]* ]]; then usage_error "an argument has a control character: $(quote "$word")"; fi
     done
   fi
+  local flag value
+  for flag in namespace service_account queue; do
+    value=${!flag}
+    if [[ -n $value ]] && ! [[ $value =~ ^[a-z0-9]([-a-z0-9.]{0,61}[a-z0-9])?$ ]]; then
+      usage_error "--${flag//_/-} must be at most 63 lower-case letters, digits, hyphens and dots, not $(quote "$value")"
+    fi
+  done
+  if [[ $context == *[[:cntrl:]]* ]]; then usage_error "--context has a control character: $(quote "$context")"; fi
   if [[ -n $volume_claim ]]; then
+    if [[ $volume_claim == *[[:cntrl:]]* ]]; then
+      usage_error "--volume-claim has a control character: $(quote "$volume_claim")"
+    fi
     if ! [[ $volume_claim =~ ^[a-z0-9][-a-z0-9.]*:/.+$ ]]; then
       usage_error "--volume-claim must be NAME:/PATH, not $volume_claim"
     fi
@@ -137,11 +148,11 @@ check_topology() { # the tables of https://cloud.google.com/kubernetes-engine/do
         case $topology in 2x2x1 | 2x2x2 | 2x2x4 | 2x4x4) known=yes ;; esac
         if ((a % 4 == 0 && b % 4 == 0 && c % 4 == 0 && a <= b && b <= c)); then known=yes; fi
         if [[ $accelerator == tpu-v4-podslice ]] && ((all_chips > 4096)); then known=no; fi
-        if ((all_chips > 8960)); then known=no; fi
+        if ((all_chips > 6144)); then known=no; fi # the largest slice of v5p, 16x16x24
       fi
       if [[ $known == no ]]; then
         usage_error "--topology of $accelerator must be 2x2x1, 2x2x2, 2x2x4, 2x4x4 or three multiples of 4 in rising \
-order with no more chips than a pod has, not $topology"
+order with at most 4096 (v4) or 6144 (v5p) chips, not $topology"
       fi
       ;;
     *) usage_error "--accelerator must be tpu-v4-podslice, tpu-v5-lite-podslice, tpu-v5p-slice or tpu-v6e-slice, not \

@@ -43,7 +43,7 @@ create, resume:
 
 setup, resume:
   --python VERSION          version of Python (3.12)
-  --extras LIST             extras of the package (train,tpu)
+  --extras LIST             extras of the package (train,tpu,gcs)
   --setup-command TEXT      a shell command to run on every worker at the end, such as one that mounts a disk. Repeatable
 
 run, resume:
@@ -70,7 +70,7 @@ END
 }
 
 action='' name='' zone='' project='' accelerator='' runtime='' capacity='' service_account='' network='' subnetwork=''
-internal_ips='' labels='' valid_until='' wait='' wait_seconds=0 poll_seconds=30 python=3.12 extras=train,tpu
+internal_ips='' labels='' valid_until='' wait='' wait_seconds=0 poll_seconds=30 python=3.12 extras=train,tpu,gcs
 max_restarts=100 worker=0 lines=100 stop_seconds=600 internal_ip='' quiet='' dry_run=''
 data_disks=() setup_commands=() environment=() command=()
 root=$(cd "${BASH_SOURCE[0]%/*}/.." && pwd)
@@ -145,16 +145,33 @@ check_flags() {
     if ! [[ $accelerator =~ ^(v2|v3|v4|v5p|v5litepod|v6e)-[1-9][0-9]*$ ]]; then
       usage_error "--accelerator-type must be v2-, v3-, v4-, v5p-, v5litepod- or v6e- and a size, not $accelerator"
     fi
+    check_size "${accelerator%-*}" "${accelerator##*-}"
   fi
   if [[ $action == run || $action == resume ]] && ((${#command[@]} == 0)); then
     usage_error "there is no command; it comes after --, such as -- python -m ddpm_jax.train ..."
   fi
   if ! [[ $python =~ ^3\.[0-9]+(\.[0-9]+)?$ ]]; then usage_error "--python must be a version such as 3.12, not $python"; fi
-  if ! [[ $extras =~ ^[a-z]+(,[a-z]+)*$ ]]; then usage_error "--extras must be a list such as train,tpu, not $extras"; fi
+  if ! [[ $extras =~ ^[a-z]+(,[a-z]+)*$ ]]; then usage_error "--extras must be a list such as train,tpu,gcs, not $extras"; fi
   where=("--zone=$zone")
   if [[ -n $project ]]; then where+=("--project=$project"); fi
   connection=("${where[@]}")
   if [[ -n $internal_ip ]]; then connection+=(--internal-ip); fi
+}
+
+check_size() { # TYPE, SIZE: TensorCores of v2, v3, v4 and v5p, else chips (the tables of cloud.google.com/tpu/docs)
+  local sizes='' step=0 most=0
+  case $1 in
+    v2) sizes='8 32 128 256 512' ;;
+    v3) sizes='8 32 64 128 256 512 1024 2048' ;;
+    v4) step=8 most=8192 ;;
+    v5p) step=8 most=12288 ;;
+    *) sizes='1 4 8 16 32 64 128 256' ;;
+  esac
+  if [[ -n $sizes ]]; then
+    if [[ " $sizes " != *" $2 "* ]]; then usage_error "--accelerator-type=$1-$2: sizes of $1 are ${sizes// /, }"; fi
+  elif ((${#2} > 6 || $2 % step || $2 > most)); then
+    usage_error "--accelerator-type=$1-$2: sizes of $1 are multiples of $step up to $most"
+  fi
 }
 
 default_runtime() { # print what the documentation names for JAX on this type of TPU

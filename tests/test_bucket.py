@@ -15,6 +15,7 @@ from fsspec.implementations.local import LocalFileSystem
 from orbax.checkpoint._src.path import gcs_utils
 from test_train import make_stage
 
+from ddpm_jax import paths
 from ddpm_jax.errors import LoadError
 from ddpm_jax.storage.checkpoint import Checkpoints
 from ddpm_jax.training import train
@@ -93,3 +94,25 @@ def test_a_bucket_that_cannot_be_written_is_refused_before_any_computation(bucke
     with pytest.raises(LoadError, match="workdir gs://bucket/runs/one cannot be written: PermissionError: 403: the"):
         train(make_stage(), WORKDIR)
     assert not bucket.exists()
+
+
+@pytest.mark.parametrize("path", ["hdfs://b/x", "gcs://b/x", "GS://b/x", "gs:/b/x", "file:///x"])
+def test_an_address_of_another_kind_is_no_local_directory(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(LoadError, match=f"path={path} must be on a disk or begin with gs:// or s3://"):
+        train(make_stage(), path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_missing_package_is_named_with_its_extra(monkeypatch):
+    class NoClient:
+        def __truediv__(self, name):
+            return self
+
+        def write_bytes(self, data):
+            raise ModuleNotFoundError("No module named 'gcsfs'", name="gcsfs")
+
+    monkeypatch.setattr(paths, "as_path", lambda path: NoClient())
+    assert paths.check_bucket("gs://b/x") == (
+        "the package gcsfs is not installed; pip install ddpm_jax[gcs] reads and writes buckets"
+    )

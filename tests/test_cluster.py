@@ -86,6 +86,12 @@ def test_what_is_missing_or_wrong_is_named(given, message):
     assert error.value.status == 2
 
 
+@pytest.mark.parametrize("name", ["SLURM_JOB_ID", "SLURM_STEP_NUM_TASKS", "SLURM_PROCID", "SLURM_LOCALID"])
+def test_what_slurm_does_not_say_is_refused(name):
+    with pytest.raises(ClusterError, match=f"{name}='12x' is not a whole number"):
+        find_place(environ=SLURM | {name: "12x"})
+
+
 def meet_all(each, count=None, timeout=5.0):
     """Let processes, {index: fields}, meet; return what each got, an error or the host names."""
     address, found = f"127.0.0.1:{free_port()}", {}

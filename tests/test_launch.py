@@ -98,7 +98,7 @@ def test_life_cycle_on_tpu_vms(bench, checkout):
     assert (bench.home / "installed").read_text().splitlines() == [
         "-m pip install --user --quiet --upgrade uv",
         "uv venv --quiet --allow-existing --python 3.12 .venv",
-        "uv pip install --quiet --python .venv/bin/python -e .[train,tpu]",
+        "uv pip install --quiet --python .venv/bin/python -e .[train,tpu,gcs]",
     ]
     copied = {path.name for path in (bench.home / "ddpm_jax").iterdir()}
     assert {"show.py", "launch", "disk"} <= copied and "runs" not in copied and (bench.home / "mounted").exists()
@@ -317,6 +317,8 @@ CREATED = ["create", *NAME]
         ("tpu_vm.sh", ["create", "--name=a", "--zone=us-east5"], "not us-east5"),
         ("tpu_vm.sh", CREATED, "--accelerator-type is needed"),
         ("tpu_vm.sh", [*CREATED, "--accelerator-type=v9-8"], "not v9-8"),
+        ("tpu_vm.sh", [*CREATED, "--accelerator-type=v5p-7"], "sizes of v5p are multiples of 8 up to 12288"),
+        ("tpu_vm.sh", [*CREATED, "--accelerator-type=v6e-3"], "sizes of v6e are 1, 4, 8, 16, 32, 64, 128, 256"),
         ("tpu_vm.sh", [*CREATED, "--spot", "--on-demand"], "--spot and --on-demand exclude each other"),
         ("tpu_vm.sh", [*CREATED, "--spot=yes"], "--spot takes no value"),
         ("tpu_vm.sh", [*CREATED, "--zoen=a"], "unknown flag or argument --zoen"),
@@ -335,6 +337,10 @@ CREATED = ["create", *NAME]
         ("gke.sh", ["render", *GKE, "--chips-per-vm=8", "--", "true"], "must be 4 for a 4x4x4 slice"),
         ("gke.sh", ["render", *GKE, "--volume-claim=data", "--", "true"], "not data"),
         ("gke.sh", ["render", *GKE, "--", "a\x01"], "control character"),
+        ("gke.sh", ["render", *GKE, "--namespace=a\x01b", "--", "true"], "--namespace must be at most 63 lower-case"),
+        ("gke.sh", ["render", *GKE, "--queue=Not Valid_", "--", "true"], "--queue must be at most 63 lower-case"),
+        ("gke.sh", ["render", *GKE, "--volume-claim=a:/b\x01", "--", "true"], "--volume-claim has a control character"),
+        ("gke.sh", ["render", *GKE, "--topology=16x20x28", "--", "true"], "6144 (v5p) chips, not 16x20x28"),
         ("slurm.sbatch", [], "there is no command"),
         ("slurm.sbatch", ["true"], "not a Slurm job"),
         ("rehearse.sh", ["true"], "unknown flag or argument true"),

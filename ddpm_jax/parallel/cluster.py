@@ -124,10 +124,18 @@ def _whole(name: str, value: Any) -> int:
         raise ClusterError(f"{_GIVEN[name]}={value!r} is not a whole number") from None
 
 
+_TEXTS = ("SLURM_STEP_NODELIST",)
+
+
 def _slurm(environ: Mapping[str, str]) -> Place | None:
     """Return the place in a Slurm step of several tasks; without srun a job has one."""
     needed = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_STEP_NUM_TASKS", "SLURM_PROCID", "SLURM_LOCALID")
-    if any(name not in environ for name in needed) or int(environ["SLURM_STEP_NUM_TASKS"]) < 2:
+    if any(name not in environ for name in needed):
+        return None
+    odd = next((name for name in needed if name not in _TEXTS and not re.fullmatch(r"\d{1,18}", environ[name])), None)
+    if odd is not None:
+        raise ClusterError(f"{odd}={environ[odd]!r} is not a whole number")
+    if int(environ["SLURM_STEP_NUM_TASKS"]) < 2:
         return None
     # "node001", "node001,host2", "node[001-015],host2" or "node[001,007-015]"
     match = re.match(r"([^\[,]+)(?:\[([^\],-]+))?", environ["SLURM_STEP_NODELIST"])
