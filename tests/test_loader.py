@@ -157,6 +157,7 @@ def test_records_that_do_not_fit_together_are_named():
         ({"batch_size": 0}, "batch_size"),
         ({"batch_size": 6, "shard_count": 4}, "positive multiple of shard_count=4, got 6"),
         ({"shard_index": 1}, "shard_index"),
+        ({"shard_index": ()}, "shard_index"),
         ({"seed": -1}, "seed"),
         ({"source": Numbers(0)}, "source"),
     ],

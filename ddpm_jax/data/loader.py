@@ -1,9 +1,9 @@
 """The training loader: an endless, shuffled, resumable stream of batches, on Grain.
 
 The stream is one fixed sequence of records x[0], x[1], ...: epoch after epoch of the source, each with its own
-permutation from the seed. Global batch b is x[b B], ..., x[(b + 1) B - 1]; host h of H reads the h-th of its H equal
-blocks and nothing else. So the concatenation of the hosts' batches in host order is the same batch for every number of
-hosts.
+permutation from the seed. Global batch b is x[b B], ..., x[(b + 1) B - 1]; it has `shard_count` equal blocks, of which
+a host reads those that its devices hold and nothing else. So the blocks in their order are the same batch for every
+number of hosts.
 """
 
 import atexit
@@ -100,21 +100,23 @@ class _Records:
 
 
 class _HostBlocks(grain.MapDataset):
-    """The records of one host: record i of its batch b is record `b * batch + host * block + i` of the parent."""
+    """The records of one host: those of some of the `count` equal blocks of each batch of the parent."""
 
-    def __init__(self, parent: grain.MapDataset, batch: int, host: int, hosts: int):
+    def __init__(self, parent: grain.MapDataset, batch: int, blocks: Sequence[int], count: int):
         super().__init__(parent)
-        self._batch, self._host, self._block = batch, host, batch // hosts
+        self._batch, self._blocks, self._size = batch, tuple(blocks), batch // count
+        self._own = self._size * len(self._blocks)
 
     def __len__(self) -> int:
         # Endless; Grain computes the number of batches in floats, which round sys.maxsize up to what is no length.
-        return min(len(self._parent) // self._batch * self._block, 2**62)
+        return min(len(self._parent) // self._batch * self._own, 2**62)
 
     def __getitem__(self, index):
         if isinstance(index, slice):
             return self.slice(index)
-        number, offset = divmod(index, self._block)
-        return self._parent[number * self._batch + self._host * self._block + offset]
+        number, offset = divmod(index, self._own)
+        block, offset = divmod(offset, self._size)
+        return self._parent[number * self._batch + self._blocks[block] * self._size + offset]
 
 
 def make_loader(
@@ -123,7 +125,7 @@ def make_loader(
     batch_size: int,
     seed: int,
     transforms: Sequence[Callable[[dict], dict] | Any] = (),
-    shard_index: int = 0,
+    shard_index: int | Sequence[int] = 0,
     shard_count: int = 1,
     num_threads: int = 1,
     num_workers: int = 0,
@@ -139,32 +141,35 @@ def make_loader(
         batch_size: records in the global batch, over all hosts.
         seed: of the shuffles and the random transforms, in [0, 2**32).
         transforms: applied to each record in order; see `ddpm_jax.data.transforms`.
-        shard_index: this host's number, usually `jax.process_index()`.
-        shard_count: the number of hosts, usually `jax.process_count()`.
+        shard_index: which of the equal blocks of each batch are read, one or several: those that the devices of this
+            host hold, `parallel.mesh.process_shards(mesh)`. Hosts that hold the same ones read the same records.
+        shard_count: the number of blocks, `parallel.mesh.batch_shards(mesh)`.
         num_threads: threads that read ahead; with 0, batches are made when they are asked for.
         num_workers: worker processes; 0 reads in this process. They import the program's main module again, so a
             program that sets this has its work under `if __name__ == "__main__":`.
         prefetch: batches to read ahead.
 
     Returns:
-        An iterator over dicts of numpy arrays with a leading axis of batch_size / shard_count. `get_state()` returns
-        its position as plain data, and `set_state` of an equally made iterator continues with the batch after it.
-        `close()` stops its threads and workers. `next` raises what the source or a transform raised.
+        An iterator over dicts of numpy arrays with a leading axis of batch_size / shard_count for each block.
+        `get_state()` returns its position as plain data, and `set_state` of an equally made iterator, of any blocks,
+        continues with the batch after it. `close()` stops its threads and workers. `next` raises what the source or a
+        transform raised.
 
     Raises:
         ValueError: if the source is empty, or a number is out of its range.
     """
     if batch_size < 1 or shard_count < 1 or batch_size % shard_count:
         raise ValueError(f"batch_size must be a positive multiple of shard_count={shard_count}, got {batch_size}.")
-    if not 0 <= shard_index < shard_count:
+    blocks = tuple(shard_index) if isinstance(shard_index, Sequence) else (shard_index,)
+    if not blocks or not all(0 <= block < shard_count for block in blocks):
         raise ValueError(f"shard_index must lie in [0, {shard_count}), got {shard_index}.")
     if not 0 <= seed < 2**32:
         raise ValueError(f"seed must lie in [0, 2**32), got {seed}.")
     if len(source) < 1:
         raise ValueError("source must have at least one record.")
     records = _transformed(grain.MapDataset.source(_Records(source)).seed(seed).shuffle().repeat(), transforms)
-    batches = _HostBlocks(records, batch_size, shard_index, shard_count)
-    batches = batches.batch(batch_size // shard_count, batch_fn=_stacked)
+    batches = _HostBlocks(records, batch_size, blocks, shard_count)
+    batches = batches.batch(batch_size // shard_count * len(blocks), batch_fn=_stacked)
     threads = 0 if num_workers else num_threads
     reading = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=prefetch if threads else 0)
     stream = batches.to_iter_dataset(reading)

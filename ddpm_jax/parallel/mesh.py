@@ -1,5 +1,6 @@
 """The device mesh and the placement of batches on it: the only module that makes a mesh."""
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -76,22 +77,50 @@ def data_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(axes[0] if len(axes) == 1 else axes))
 
 
+def process_shards(mesh: Mesh, process: int | None = None) -> tuple[int, ...]:
+    """Return which of the `batch_shards(mesh)` equal parts of a batch the devices of a process hold, in their order.
+
+    Processes whose devices differ along "tensor" alone hold the same parts.
+
+    Args:
+      mesh: a mesh.
+      process: index of the process; None for this one.
+
+    Raises:
+      ValueError: when the mesh has no device of the process.
+    """
+    found = _parts_by_process(mesh)
+    process = jax.process_index() if process is None else process
+    if process not in found:
+        raise ValueError(f"mesh={dict(mesh.shape)} has no device of host {process}; each host needs one in it")
+    return found[process]
+
+
+@functools.cache
+def _parts_by_process(mesh: Mesh) -> dict[int, tuple[int, ...]]:
+    found: dict[int, set[int]] = {}
+    for place, device in np.ndenumerate(mesh.devices):
+        at, part = dict(zip(mesh.axis_names, place, strict=True)), 0
+        for name in batch_axes(mesh):
+            part = part * mesh.shape[name] + at[name]
+        found.setdefault(device.process_index, set()).add(part)
+    return {process: tuple(sorted(parts)) for process, parts in found.items()}
+
+
 def shard_batch(batch: Any, mesh: Mesh) -> Any:
     """Put a batch on the devices, its leading axis split over `batch_axes(mesh)`.
 
     Args:
-      batch: a tree of numpy arrays [B, ...], where B counts the examples of this process alone.
+      batch: a tree of numpy arrays [B, ...], the parts `process_shards(mesh)` of the whole batch one after the other.
       mesh: a mesh with an axis "data" or "fsdp".
 
     Returns:
-      The same tree of `jax.Array` [B * number of processes, ...].
+      The same tree of `jax.Array` [B * batch_shards(mesh) / number of these parts, ...].
 
     Raises:
-      ValueError: when an array has no leading axis or does not hold numbers, or the whole batch does not divide over
-        the devices.
+      ValueError: when an array has no leading axis or does not hold numbers, or does not divide over the devices.
     """
-    sharding = data_sharding(mesh)
-    processes, shards, axes = jax.process_count(), batch_shards(mesh), " x ".join(batch_axes(mesh))
+    sharding, parts, axes = data_sharding(mesh), process_shards(mesh), " x ".join(batch_axes(mesh))
     for path, array in jax.tree_util.tree_leaves_with_path(batch):
         shape = np.shape(array)
         if np.asarray(array).dtype.kind in "OSU":
@@ -99,11 +128,22 @@ def shard_batch(batch: Any, mesh: Mesh) -> Any:
                 f"batch{jax.tree_util.keystr(path)} holds text or objects, which no device can; "
                 "the loader's transforms must encode it or leave it out"
             )
-        if not shape or shape[0] * processes % shards != 0:
+        if not shape or shape[0] == 0 or shape[0] % len(parts) != 0:
             raise ValueError(
                 f"batch{jax.tree_util.keystr(path)} has shape {shape}, but its leading axis must be a multiple of the "
-                f"{shards} devices along {axes} (over {processes} processes)"
+                f"{len(parts)} devices along {axes} (of {jax.process_count()} processes, on this one)"
             )
-    if processes == 1:
+    if jax.process_count() == 1:
         return jax.device_put(batch, sharding)
-    return jax.tree.map(lambda array: jax.make_array_from_process_local_data(sharding, array), batch)
+    return jax.tree.map(lambda array: _place_parts(np.asarray(array), sharding, parts, batch_shards(mesh)), batch)
+
+
+def _place_parts(array: np.ndarray, sharding: NamedSharding, parts: Sequence[int], shards: int) -> jax.Array:
+    # Not by jax.make_array_from_process_local_data, which needs processes that hold as much, all alike or all apart.
+    size = len(array) // len(parts)
+
+    def read(index: tuple[slice, ...]) -> np.ndarray:
+        begin = parts.index((index[0].start or 0) // size) * size
+        return array[begin : begin + size]
+
+    return jax.make_array_from_callback((size * shards, *array.shape[1:]), sharding, read)

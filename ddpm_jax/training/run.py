@@ -21,7 +21,7 @@ from ddpm_jax.data.source import read_record
 from ddpm_jax.diffusion.sampling import NO_MOMENTS
 from ddpm_jax.parallel import hosts
 from ddpm_jax.parallel.distributed import watch_hosts
-from ddpm_jax.parallel.mesh import AXES, make_mesh
+from ddpm_jax.parallel.mesh import AXES, batch_shards, make_mesh, process_shards
 from ddpm_jax.paths import as_path
 from ddpm_jax.storage.checkpoint import SUBDIRECTORY, Checkpoints, restore_params
 from ddpm_jax.storage.config_difference import flatten
@@ -89,7 +89,10 @@ def train(
     if mesh is not None and (not isinstance(mesh, Mesh) or not set(mesh.shape) & set(AXES)):
         raise ValueError(f"mesh={shown(mesh)} must be a Mesh with axes of {', '.join(AXES)}, as make_mesh returns")
     watch_hosts()
-    run = _Run(stages, as_path(workdir), make_mesh({"data": -1}) if mesh is None else mesh)
+    mesh = make_mesh({"data": -1}) if mesh is None else mesh
+    for process in range(jax.process_count()):
+        process_shards(mesh, process)
+    run = _Run(stages, as_path(workdir), mesh)
     chosen = [run.stages[name] for name in run.check_names(names)]
     if pipeline is not None:
         _check_pipeline(pipeline, run)
@@ -288,8 +291,8 @@ class _Run:
             batch_size=stage.training.batch_size // stage.examples_per_record,
             seed=stage.training.seed,
             transforms=(*stage.transforms, LikeFirst(stage.name, first)),
-            shard_index=jax.process_index(),
-            shard_count=jax.process_count(),
+            shard_index=process_shards(self.mesh),
+            shard_count=batch_shards(self.mesh),
             **({"num_workers": stage.training.num_workers} | options),
         )
 
