@@ -63,6 +63,7 @@ def training(batch_size: int, num_steps: int, learning_rate: float, **overrides)
         "eval_every": 10_000,
         "moment_examples": 0,
         "max_to_keep": 2,
+        "num_workers": 0,
     } | overrides
 
 
