@@ -1,12 +1,14 @@
-"""Check the planner with the TPU's compiler: `python tests/tpu_compile.py`, with ddpm_jax[plan]; it needs no TPU.
+"""Check the planner with the TPU's compiler: `python tests/tpu_compile.py [CHECK ...]`, with ddpm_jax[plan].
 
-Not a part of the suite, since libtpu is large and compiling takes minutes. Checks that FSDP compiles to all-gathers,
-reduce-scatters and all-reduces, which send at most 1.15 times the least; that whole step and sum of blocks agree; that
-a program that is too large is reported with what it needs; and that every mesh of a slice can be made.
+It needs no TPU, and is not a part of the suite, since libtpu is large and compiling takes minutes. Checks that FSDP
+compiles to all-gathers, reduce-scatters and all-reduces, which send at most 1.15 times the least; that whole step and
+sum of blocks agree; that a program that is too large is reported with what it needs; that a sampler takes longer the
+more steps it makes; and that every mesh of a slice can be made. A check is named as in `CHECKS`; all by default.
 """
 
 import dataclasses
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -14,21 +16,22 @@ import jax.numpy as jnp
 
 jax.config.update("jax_platforms", "cpu")
 
-from ddpm_jax.parallel.mesh import make_mesh  # noqa: E402 (after the choice of the platform)
+from ddpm_jax.diffusion.sampling import Sampling  # noqa: E402 (after the choice of the platform)
+from ddpm_jax.parallel.mesh import make_mesh  # noqa: E402
 from ddpm_jax.planning.measure import measure  # noqa: E402
-from ddpm_jax.planning.plan import lower_for, plan_training  # noqa: E402
+from ddpm_jax.planning.plan import lower_for, plan_sampler, plan_training  # noqa: E402
 from ddpm_jax.planning.topology import parse_topology, topology_devices  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "configs"))
 import adm  # noqa: E402
 
 
-def stages(size: int, channels: int):
+def stages(size: int, channels: int, blocks: int = 2):
     """Return the stages of ADM with one level and no patches."""
     config = adm.get_config()
     config.data.path = f"zeros:image={size}x{size},labels=10"
     config.image_size = size
-    config.base.unet.update(channels=channels, channel_mult=(1,), num_res_blocks=2)
+    config.base.unet.update(channels=channels, channel_mult=(1,), num_res_blocks=blocks)
     config.base.attention_resolutions = config.classifier.attention_resolutions = (size,)
     config.classifier.channel_mult = (1,)
     return adm.stages(config)
@@ -55,7 +58,7 @@ def check_fsdp() -> None:
 
 def check_blocks() -> None:
     topology = parse_topology("v5p:2x2x1")
-    lowered = lower_for(stages(32, 256), "base", topology, [{"data": 4}], 32)[0]
+    lowered = lower_for(stages(16, 128, 1), "base", topology, [{"data": 4}], 32)[0]
     whole, blocks = (plan_training(lowered, topology, method=method, show=print) for method in ("whole", "blocks"))
     for name in ("compiler_seconds", "flops", "peak"):
         a, b = getattr(whole, name), getattr(blocks, name)
@@ -73,7 +76,21 @@ def check_too_large() -> None:
     assert not cost.fits and cost.peak >= 2 * 2**34
 
 
+def check_sampler() -> None:
+    topology = parse_topology("v5p:2x2x1")
+    lowered = lower_for(stages(16, 64, 1), "base", topology, [{"data": 4}], 32)[0]
+    few, many = (plan_sampler(lowered, topology, Sampling("ddim", steps), show=print) for steps in ("5", "50"))
+    print(f"5 steps {few.compiler_seconds:.3g} s, 50 steps {many.compiler_seconds:.3g} s; FLOPs {many.flops:.4g}")
+    assert 5 < many.compiler_seconds / few.compiler_seconds < 11
+    assert abs(many.flops / many.model_flops - 1) < 0.25
+
+
+CHECKS = {"meshes": check_meshes, "too_large": check_too_large, "sampler": check_sampler}
+CHECKS |= {"fsdp": check_fsdp, "blocks": check_blocks}
+
 if __name__ == "__main__":
-    for check in (check_meshes, check_too_large, check_fsdp, check_blocks):
-        print(check.__name__, flush=True)
-        check()
+    for name in sys.argv[1:] or CHECKS:
+        print(name, flush=True)
+        begin = time.perf_counter()
+        CHECKS[name]()
+        print(f"{name}: {time.perf_counter() - begin:.0f} s", flush=True)
