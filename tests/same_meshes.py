@@ -64,11 +64,11 @@ def run(stages: dict, workdir: Path, mesh: str) -> tuple[np.ndarray, np.ndarray]
     return losses, np.asarray(Image.open(preview)).astype(int)
 
 
-def resume(stages: dict, workdir: Path, other: Path, mesh: str) -> tuple[float, float, str]:
+def resume(stages: dict, workdir: Path, other: Path, mesh: str) -> tuple[dict[str, float], float]:
     """Continue a finished run from its middle on another mesh.
 
     Returns:
-        The largest difference of the state, the largest of the loss, relative, and the name of the former's array.
+        The largest difference of each array of the state, the largest first, and the largest of the loss, relative.
     """
     shutil.copytree(workdir, other)
     last = max((other / "decoder" / "checkpoints").iterdir(), key=lambda path: int(path.name))
@@ -78,8 +78,8 @@ def resume(stages: dict, workdir: Path, other: Path, mesh: str) -> tuple[float, 
     found, _ = run(stages, other, mesh)
     ours, theirs = trees(other, "decoder"), trees(workdir, "decoder")
     differences = {name: float(np.max(np.abs(ours[name].astype(float) - theirs[name]))) for name in theirs}
-    name = max(differences, key=differences.__getitem__)
-    return differences[name], float(np.max(np.abs(found / losses - 1))), name
+    ordered = dict(sorted(differences.items(), key=lambda item: -item[1]))
+    return ordered, float(np.max(np.abs(found / losses - 1)))
 
 
 def main() -> None:
@@ -99,17 +99,22 @@ def main() -> None:
             shutil.copytree(trained, Path(directory) / mesh)
             return run(stages, Path(directory) / mesh, mesh)
 
-        losses, image = run_on(ONE)
-        print(f"{ONE}: loss {losses[0]:.6f} to {losses[-1]:.6f}, {arguments.dtype}", flush=True)
+        if not all(":" in mesh for mesh in arguments.meshes):
+            losses, image = run_on(ONE)
+            print(f"{ONE}: loss {losses[0]:.6f} to {losses[-1]:.6f}, {arguments.dtype}", flush=True)
         for mesh in arguments.meshes:
             begin = time.perf_counter()
             first, _, second = mesh.partition(":")
             if second:
                 if not (Path(directory) / first).exists():
                     run_on(first)
-                state, difference, name = resume(stages, Path(directory) / first, Path(directory) / mesh, second)
-                worst = max(worst, state, difference)
-                shown = f"state differs by {state:.1e} at most ({name}), loss by {difference:.1e}"
+                state, difference = resume(stages, Path(directory) / first, Path(directory) / mesh, second)
+                largest = max(state.values())
+                worst = max(worst, largest, difference)
+                shown = f"state differs by {largest:.1e} at most, loss by {difference:.1e}"
+                for name, value in state.items():
+                    if value > 1e-5:
+                        print(f"  {name} differs by {value:.1e}", flush=True)
             else:
                 found, other = run_on(mesh)
                 difference = float(np.max(np.abs(found / losses - 1)))
