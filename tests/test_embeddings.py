@@ -35,11 +35,10 @@ class Embed:
         return 2 * batch["x"], batch["x"] + 1
 
 
-def compute(directory, embed, mark="one", count=11):
+def compute(directory, embed, mark="one", count=11, **options):
     fingerprint = {"clip": mark, "source": count}
-    return cached_embeddings(
-        directory, Numbers(count), (), embed, fingerprint=fingerprint, batch_size=4, progress=False
-    )
+    options = {"batch_size": 4, "progress": False} | options
+    return cached_embeddings(directory, Numbers(count), (), embed, fingerprint=fingerprint, **options)
 
 
 def expected(count=11):
@@ -75,11 +74,28 @@ def test_an_interrupted_embedding_goes_on(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         compute(tmp_path / "e", Embed(break_at=3))
     assert [path.name for path in tmp_path.iterdir()] == ["e.parts"]
-    assert sorted(path.name for path in (tmp_path / "e.parts").iterdir()) == ["0.npy", "4.npy", "fingerprint.json"]
+    assert sorted(path.name for path in (tmp_path / "e.parts").iterdir()) == ["0-4.npy", "4-8.npy", "fingerprint.json"]
     embed = Embed()
     assert_equal(compute(tmp_path / "e", embed))
     assert len(embed.shapes) == 1
     assert [path.name for path in tmp_path.iterdir()] == ["e"]
+
+
+@pytest.mark.parametrize("options, shapes", [({"batch_size": 6}, [(6, 2)] * 2), ({"multiple": 3}, [(6, 2)])])
+def test_it_goes_on_with_other_batches_or_devices(tmp_path, options, shapes):
+    """Parts of another batch size are not used; another number of devices changes none of them."""
+    with pytest.raises(KeyboardInterrupt):
+        compute(tmp_path / "e", Embed(break_at=3))
+    embed = Embed()
+    assert_equal(compute(tmp_path / "e", embed, **options))
+    assert embed.shapes == shapes
+
+
+def test_a_cache_without_all_records_is_computed_again(tmp_path):
+    compute(tmp_path / "e", Embed())
+    for name, array in expected(9).items():
+        np.save(tmp_path / "e" / f"{name}.npy", array)
+    assert_equal(compute(tmp_path / "e", Embed()))
 
 
 def test_parts_of_another_embedding_are_not_used(tmp_path):

@@ -85,7 +85,8 @@ class Embedded:
             (*self.transforms, Select(("image", "tokens", "mask"))),
             lambda batch: embed(clip.replace(params=params), jax.device_put(batch, data_sharding(mesh))),
             fingerprint={"clip": tree_fingerprint(clip.params), **self._mark()},
-            batch_size=-(-self.batch_size // batch_shards(mesh)) * batch_shards(mesh),
+            batch_size=self.batch_size,
+            multiple=batch_shards(mesh),
             progress=progress,
         )
         return EmbeddedSource(self.source, cache)
@@ -126,6 +127,7 @@ def cached_embeddings(
     *,
     fingerprint: Mapping[str, Any],
     batch_size: int = 256,
+    multiple: int = 1,
     progress: bool = True,
 ) -> dict[str, np.ndarray]:
     """Return {"z_image", "z_text"}, float32[N, D] each, read from `directory` or computed and written there.
@@ -135,10 +137,11 @@ def cached_embeddings(
             each embeds a share of the records. What was embedded before an interruption is in `<directory>.parts`.
         source: N records.
         transforms: bring a record to what `embed` takes.
-        embed: a batch of records -> (z_image, z_text), unit vectors float32[B, D]. The batch always has `batch_size`
-            rows; the last one is padded.
+        embed: a batch of records -> (z_image, z_text), unit vectors float32[B, D]. Every batch is padded to as many
+            rows.
         fingerprint: plain data that says what was embedded by what; a cache with another one is recomputed.
-        batch_size: B.
+        batch_size: records in a batch, the same on all hosts.
+        multiple: B is `batch_size` rounded up to a multiple of it, such as the devices of this host.
         progress: True shows a bar on stderr.
 
     Raises:
@@ -146,35 +149,36 @@ def cached_embeddings(
     """
     directory, others = as_path(directory), hosts.current()
     mark = json.dumps(fingerprint, sort_keys=True)
-    cached = _read(directory, mark)
+    cached = _read(directory, mark, len(source))
     if all(others.gather("looking for embeddings", cached is not None)):
         return cached
     parts = _Parts(directory, mark)
     if others.index == 0:
         parts.begin()
     others.barrier("the begin of an embedding")
-    spans = _spans(len(source), batch_size)
+    spans, rows = _spans(len(source), batch_size), -(-batch_size // multiple) * multiple
     own = spans[others.index :: others.count]
     total = sum(stop - start for start, stop in own)
     hidden = not progress or others.index != 0
     with progress_bar(total, description="embed", unit="image", shown=not hidden) as bar:
         for start, stop in own:
-            if not parts.has(start):
-                parts.write(start, _embed_span(source, transforms, embed, start, stop, batch_size, bar.update))
-            else:
+            if parts.has(start, stop):
                 bar.update(stop - start)
+                continue
+            arrays = _embed_span(source, transforms, embed, range(start, stop, batch_size), rows, bar.update)
+            parts.write(start, stop, arrays)
     others.barrier("the end of an embedding")
     if others.index == 0:
-        parts.finish([start for start, _ in spans])
+        parts.finish(spans)
     others.barrier("the embeddings are written")
-    found = _read(directory, mark)
+    found = _read(directory, mark, len(source))
     if found is None:
         raise OSError(errno.EIO, "the embeddings that were written cannot be read", str(directory))
     return found
 
 
 def _spans(count: int, batch_size: int) -> list[tuple[int, int]]:
-    """Return the records of the parts, which depend on no number of hosts: at most 64 batches, in some 256 parts."""
+    """Return the records of the parts, which depend on no host or device: at most 64 batches, in some 256 parts."""
     rows = batch_size * min(max(count // (256 * batch_size), 1), 64)
     return [(start, min(start + rows, count)) for start in range(0, count, rows)]
 
@@ -183,23 +187,22 @@ def _embed_span(
     source: Source,
     transforms: tuple[Callable[[dict], dict], ...],
     embed: Callable[[dict[str, np.ndarray]], tuple[jax.Array, jax.Array]],
-    first: int,
-    last: int,
-    batch_size: int,
+    span: range,
+    rows: int,
     report: Callable[[int], Any],
 ) -> dict[str, np.ndarray]:
-    """Return the embeddings of the records from `first` up to `last`."""
-    rows: dict[str, list[np.ndarray]] = {name: [] for name in NAMES}
-    for start in range(first, last, batch_size):
+    """Return the embeddings of the records of a span, by batches of its step, each padded to `rows`."""
+    found: dict[str, list[np.ndarray]] = {name: [] for name in NAMES}
+    for start in span:
         hosts.current().busy(f"embedding of record {start}")
-        records = [_apply(source[i], transforms) for i in range(start, min(start + batch_size, last))]
+        records = [_apply(source[i], transforms) for i in range(start, min(start + span.step, span.stop))]
         filled = len(records)
-        records += [records[-1]] * (batch_size - filled)
+        records += [records[-1]] * (rows - filled)
         batch = {name: np.stack([record[name] for record in records]) for name in records[0]}
         for name, z in zip(NAMES, embed(batch)):
-            rows[name].append(np.asarray(z, np.float32)[:filled])
+            found[name].append(np.asarray(z, np.float32)[:filled])
         report(filled)
-    return {name: np.concatenate(parts) for name, parts in rows.items()}
+    return {name: np.concatenate(parts) for name, parts in found.items()}
 
 
 def _apply(record: dict, transforms: tuple[Callable[[dict], dict], ...]) -> dict:
@@ -208,12 +211,16 @@ def _apply(record: dict, transforms: tuple[Callable[[dict], dict], ...]) -> dict
     return record
 
 
-def _read(directory: Path, mark: str) -> dict[str, np.ndarray] | None:
+def _read(directory: Path, mark: str, count: int) -> dict[str, np.ndarray] | None:
     try:
         if (directory / "fingerprint.json").read_text() != mark:
             logging.info("the embeddings in %s are of other data or another CLIP and are recomputed", directory)
             return None
-        return {name: _load(directory / f"{name}.npy") for name in NAMES}
+        found = {name: _load(directory / f"{name}.npy") for name in NAMES}
+        for name, array in found.items():
+            if len(array) != count:
+                raise ValueError(f"{name}.npy holds {len(array)} of {count} records")
+        return found
     except FileNotFoundError:
         return None
     except (OSError, ValueError, EOFError) as error:
@@ -256,20 +263,20 @@ class _Parts:
                 self._parts.mkdir(parents=True)
                 marked.write_text(self._mark)
 
-    def has(self, start: int) -> bool:
-        """Return whether the part that begins with a record is there."""
-        return self._path(start).exists()
+    def has(self, start: int, stop: int) -> bool:
+        """Return whether the part of these records is there."""
+        return self._path(start, stop).exists()
 
-    def write(self, start: int, arrays: Mapping[str, np.ndarray]) -> None:
+    def write(self, start: int, stop: int, arrays: Mapping[str, np.ndarray]) -> None:
         """Write a part, whole or not at all."""
         data = io.BytesIO()
         np.save(data, np.stack([arrays[name] for name in NAMES]), allow_pickle=False)
         with _writing(self._directory):
-            write_whole(self._path(start), data.getvalue())
+            write_whole(self._path(start, stop), data.getvalue())
 
-    def finish(self, starts: Sequence[int]) -> None:
+    def finish(self, spans: Sequence[tuple[int, int]]) -> None:
         """Put the parts together and remove them."""
-        parts = [_load(self._path(start)) for start in starts]
+        parts = [_load(self._path(*span)) for span in spans]
         if is_remote(self._directory):
             self._finish_remote(parts)
             return
@@ -301,8 +308,9 @@ class _Parts:
             (self._directory / "fingerprint.json").write_text(self._mark)
             _remove(self._parts)
 
-    def _path(self, start: int) -> Any:
-        return self._parts / f"{start}.npy"
+    def _path(self, start: int, stop: int) -> Any:
+        # The end too: another batch size, after an interruption, cuts the records into other parts.
+        return self._parts / f"{start}-{stop}.npy"
 
 
 @contextlib.contextmanager
