@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from toy_training import ToyLoader, ToyTask, run, toy_batch
 
+from ddpm_jax.training import guard, loop
 from ddpm_jax.training.guard import AVERAGED, SETTLED, Policy
 from ddpm_jax.training.loop import Interrupted, TrainingDiverged
 from ddpm_jax.training.metrics import read_metrics
@@ -52,7 +53,7 @@ def test_a_step_that_is_not_finite_is_skipped_as_if_its_batch_was_not_there(tmp_
     policy = Policy(nonfinite="skip")
     state = run(tmp_path / "a", loader=BadLoader({5: np.nan, 6: np.nan}), num_steps=12, policy=policy)
     assert bits(state) == bits(run(tmp_path / "b", loader=Without({5, 6}), num_steps=10))
-    assert events(tmp_path / "a") == [{"step": 6, "event": "skip", "bad_step": 5, "count": 2, "loss": None}]
+    assert events(tmp_path / "a") == [{"step": 6, "event": "skip", "bad_step": step, "loss": None} for step in (5, 6)]
     rows = [row for row in read_metrics(tmp_path / "a") if "event" not in row]
     assert [row["step"] for row in rows] == [2, 4, 6, 8, 10, 12]
     assert all(np.isfinite(row["loss"]) for row in rows)
@@ -60,7 +61,7 @@ def test_a_step_that_is_not_finite_is_skipped_as_if_its_batch_was_not_there(tmp_
 
 def test_too_many_in_a_row_stop_the_run(tmp_path):
     bad = dict.fromkeys(range(5, 10), np.nan)
-    with pytest.raises(TrainingDiverged, match=r"toy: step 7 is not finite .*, 4 in a row are bad, and training"):
+    with pytest.raises(TrainingDiverged, match=r"toy: step 8 is not finite .*, 4 in a row are bad, and training"):
         run(tmp_path, loader=BadLoader(bad), policy=Policy(nonfinite="skip", max_bad_steps=3))
 
 
@@ -77,6 +78,50 @@ def test_going_back_leaves_out_the_data_up_to_the_bad_step(tmp_path, interrupted
     assert events(tmp_path / "a") == [expected]
     rows = [row["step"] for row in read_metrics(tmp_path / "a") if "event" not in row]
     assert rows == [2, 4, 6, 8, 10, 12]
+
+
+SPIKE = {"spike_factor": 4.0}
+
+
+@pytest.mark.parametrize(
+    "bad, policy, skipped, sentence",
+    [
+        ({23: 10.0, 26: np.nan}, Policy(spike="skip", **SPIKE), [23], r"step 26 is not finite \(loss nan.*\) and tr"),
+        ({23: np.nan, 26: 10.0}, Policy(nonfinite="skip", **SPIKE), [23], r"step 26 is a spike .*\) and training st"),
+        (
+            {21: 10.0, 23: np.nan, 25: np.nan, 26: np.nan},
+            Policy("skip", "skip", max_bad_steps=1, **SPIKE),
+            [21, 23, 25],
+            "step 26 is not finite .*, 2 in a row are bad",
+        ),
+    ],
+)
+def test_each_bad_step_of_a_window_is_judged_by_its_own_policy(tmp_path, bad, policy, skipped, sentence):
+    with pytest.raises(TrainingDiverged, match=sentence):
+        run(tmp_path, loader=BadLoader(bad), num_steps=30, log_every=15, checkpoint_every=30, policy=policy)
+    assert [(event["step"], event["bad_step"]) for event in events(tmp_path)] == [(30, step) for step in skipped]
+
+
+def test_going_back_without_a_checkpoint_begins_again(tmp_path, caplog):
+    """A spike before the step to go back for is skipped; the data after the window follow, from the first state."""
+    policy, bad = Policy("roll_back", "skip", **SPIKE), {22: 10.0, 24: np.nan}
+    with caplog.at_level("WARNING"):
+        state = run(
+            tmp_path / "a", loader=BadLoader(bad), num_steps=25, log_every=25, checkpoint_every=25, policy=policy
+        )
+    assert bits(state) == bits(run(tmp_path / "b", loader=Without(set(range(1, 26))), num_steps=25))
+    said = [record.getMessage() for record in caplog.records]
+    assert sum("step 22 is a spike" in each and "was skipped" in each for each in said) == 1
+    assert sum("; going back to the beginning of the stage, with the data after step 25" in each for each in said) == 1
+
+
+def test_a_window_holds_all_of_its_bad_steps(tmp_path, monkeypatch):
+    """A window is read before it has more bad steps than it holds, however rarely the log is written."""
+    for module in (guard, loop):
+        monkeypatch.setattr(module, "MOST", 4)
+    bad = dict.fromkeys((1, 2, 4, 5, 7, 8), np.nan)
+    run(tmp_path, loader=BadLoader(bad), num_steps=9, log_every=1000, policy=Policy("skip"))
+    assert [event["bad_step"] for event in events(tmp_path)] == list(bad)
 
 
 def test_going_back_again_and_again_ends(tmp_path):
@@ -101,7 +146,7 @@ def test_a_spike_is_measured_by_the_running_mean(tmp_path):
             break
         mean += (loss - mean) / min(number, AVERAGED)
     (event,) = events(tmp_path / "a")
-    assert (event["step"], event["bad_step"], event["count"]) == (40, 40, 1)
+    assert (event["step"], event["bad_step"]) == (40, 40)
     assert event["loss"] > factor * mean
     # The same without the policy is no fault.
     run(tmp_path / "b", loader=BadLoader(bad), num_steps=45)

@@ -255,7 +255,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
 
 
 def test_a_loss_that_is_not_finite_at_once(tmp_path):
-    with pytest.raises(TrainingDiverged, match="step 1 is not finite .* none was saved"):
+    with pytest.raises(TrainingDiverged, match="step 1 is not finite .* no checkpoint was saved"):
         run(tmp_path, loader=ToyLoader(nan_at=1))
 
 

@@ -14,6 +14,8 @@ from ddpm_jax.training.state import TrainState
 from ddpm_jax.training.step import TrainStep
 
 SETTLED, AVERAGED = 20, 100  # steps: a mean of fewer losses is no measure; and how many it is about
+MOST = 256
+"""Bad steps that a window holds; it is read at least after as many steps."""
 
 
 class Policy(NamedTuple):
@@ -36,18 +38,16 @@ STOP = Policy()
 
 
 class Bad(NamedTuple):
-    """The steps of a window whose update was not made.
+    """A step whose update was not made.
 
     Attributes:
-      step: the first of them.
-      count: how many they are.
-      in_row: the longest run of them, which may have begun before the window.
-      finite: whether the first one was a spike.
-      loss, grad_norm: of the first one.
+      step: its number.
+      in_row: how many bad steps in a row end with it.
+      finite: whether it was a spike.
+      loss, grad_norm: of it.
     """
 
     step: int
-    count: int
     in_row: int
     finite: bool
     loss: float
@@ -71,9 +71,10 @@ def empty_window(metrics: Mapping[str, Any], running: Mapping[str, float]) -> di
       running: `NEW`, or what a read window had.
     """
     sums = {name: np.zeros((), np.float32) for name in metrics if name not in ("finite", "made")}
-    counts = {name: np.zeros((), np.int32) for name in ("count", "bad", "first", "in_row", "finite")}
     kept = {name: np.asarray(running[name], np.float32 if name == "mean" else np.int32) for name in NEW}
-    return {**counts, "sums": sums, "worst": sums, "running": kept}
+    found = {name: np.zeros(MOST, np.float32 if name in ("loss", "grad_norm") else np.int32) for name in Bad._fields}
+    count = np.zeros((), np.int32)
+    return {"count": count, "bad": count, "sums": sums, "found": found, "running": kept}
 
 
 def make_update(step_fn: TrainStep, policy: Policy) -> Callable[..., tuple[TrainState, Any, jax.Array]]:
@@ -86,21 +87,23 @@ def make_update(step_fn: TrainStep, policy: Policy) -> Callable[..., tuple[Train
             limit = jnp.where(running["seen"] >= SETTLED, policy.spike_factor * running["mean"], limit)
         state, metrics = step_fn(state, batch, key, limit)
         finite, made = metrics.pop("finite"), metrics.pop("made")
-        is_first = ~made & (window["bad"] == 0)
         seen = jnp.minimum(running["seen"] + 1, AVERAGED)
         running = {
             "in_row": jnp.where(made, 0, running["in_row"] + 1),
             "mean": jnp.where(made, running["mean"] + (metrics["loss"] - running["mean"]) / seen, running["mean"]),
             "seen": jnp.where(made, seen, running["seen"]),
         }
+        count = window["count"] + 1
+        bad = Bad(count, running["in_row"], finite, metrics["loss"], metrics["grad_norm"])
+        place = jnp.where(made, MOST, window["bad"])  # past the end, where nothing is written
         window = {
-            "count": window["count"] + 1,
+            "count": count,
             "bad": window["bad"] + ~made,
-            "first": jnp.where(is_first, window["count"] + 1, window["first"]),
-            "in_row": jnp.maximum(window["in_row"], running["in_row"]),
-            "finite": jnp.where(is_first, finite.astype(jnp.int32), window["finite"]),
             "sums": jax.tree.map(lambda total, new: total + jnp.where(made, new, 0), window["sums"], metrics),
-            "worst": jax.tree.map(lambda kept, new: jnp.where(is_first, new, kept), window["worst"], metrics),
+            "found": {
+                name: kept.at[place].set(getattr(bad, name).astype(kept.dtype), mode="drop")
+                for name, kept in window["found"].items()
+            },
             "running": running,
         }
         return state, window, made
@@ -108,13 +111,13 @@ def make_update(step_fn: TrainStep, policy: Policy) -> Callable[..., tuple[Train
     return update
 
 
-def read_window(window: Any, step: int) -> tuple[dict[str, float], Bad | None, dict[str, float]]:
+def read_window(window: Any, step: int) -> tuple[dict[str, float], list[Bad], dict[str, float]]:
     """Return the means over the good steps of a window that ends with `step`, its bad ones, and what runs on."""
-    values = jax.tree.map(float, jax.device_get(window))
+    values = jax.device_get(window)
     count, bad = int(values["count"]), int(values["bad"])
-    means = {name: value / max(count - bad, 1) for name, value in values["sums"].items()}
-    if not bad:
-        return means, None, values["running"]
-    first, worst = step - count + int(values["first"]), values["worst"]
-    numbers = worst["loss"], worst["grad_norm"]
-    return means, Bad(first, bad, int(values["in_row"]), bool(values["finite"]), *numbers), values["running"]
+    means = {name: float(value) / max(count - bad, 1) for name, value in values["sums"].items()}
+    found = []
+    for each in zip(*(values["found"][name][:bad].tolist() for name in Bad._fields), strict=True):
+        one = Bad(*each)
+        found.append(one._replace(step=step - count + one.step, finite=bool(one.finite)))
+    return means, found, jax.tree.map(float, values["running"])

@@ -26,7 +26,7 @@ from ddpm_jax.paths import as_path
 from ddpm_jax.storage.checkpoint import CheckpointError, Checkpoints
 from ddpm_jax.storage.config_difference import NOT_COMPARED
 from ddpm_jax.training.flops import count_flops
-from ddpm_jax.training.guard import NEW, STOP, Bad, Policy, read_window
+from ddpm_jax.training.guard import MOST, NEW, STOP, Bad, Policy, read_window
 from ddpm_jax.training.programs import compile_update, make_parameter_gather, make_prepare
 from ddpm_jax.training.report import Due, Evaluate, Examples, Profile, Report, make_evaluate
 from ddpm_jax.training.state import TrainState, abstract_state, create_state
@@ -237,11 +237,16 @@ class _Run(NamedTuple):
     frozen: Any
     rules: Sequence[Rule] = ()
 
-    def last_checkpoint(self, what: str = "the last checkpoint") -> str:
-        """Wait for the checkpoint that is being written, and say which is the newest."""
+    def newest_checkpoint(self) -> Any:
+        """Wait for the checkpoint that is being written, and return the path of the newest; None without any."""
         self.checkpoints.wait()
         steps = self.checkpoints.steps()
-        return f"{what} is {self.checkpoints.directory / str(steps[-1])}" if steps else "none was saved"
+        return self.checkpoints.directory / str(steps[-1]) if steps else None
+
+    def last_checkpoint(self, what: str = "the last checkpoint") -> str:
+        """Return "the last checkpoint is PATH"."""
+        newest = self.newest_checkpoint()
+        return "no checkpoint was saved" if newest is None else f"{what} is {newest}"
 
 
 @dataclasses.dataclass
@@ -298,15 +303,16 @@ class _Steps:
                 in_flight.popleft().block_until_ready()
             stopping = hosts.current().point(f"{self.run.name} step {at.step}")
             due, row = self.every.due(at.step), None
-            if any(due) or stopping:
+            if any(due) or stopping or at.step % MOST == 0:
                 self.run.checkpoints.check()
-                means, bad, at.running = read_window(at.window, at.step)
-                if bad is not None and _rolls_back(self.run, self.policy, bad, self.report, at.step, at.rollbacks):
+                means, found, at.running = read_window(at.window, at.step)
+                bad = _judge(self.run, self.policy, found, self.report, at.step, at.rollbacks)
+                if bad is not None:
                     self._go_back(at, bad)
                     at.batch = self._next_batch(at.step)
                     in_flight.clear()
                     continue
-                if due.log or bad is not None:
+                if due.log or found:
                     row, at.window = self.report.row(means), self.new_window(at.running)
             self._write(at, Due(at.step, row, due.evaluate, due.preview), due.checkpoint, stopping)
             if at.step < self.every.num_steps:
@@ -418,21 +424,32 @@ def _prepare_example(run: _Run, example: Mapping[str, Any]) -> Any:
     return example if run.frozen is None else jax.device_get(jax.jit(run.task.prepare)(run.frozen, example))
 
 
-def _rolls_back(run: _Run, policy: Policy, bad: Bad, report: Report, step: int, rollbacks: int) -> bool:
-    """Return whether to go back to a checkpoint, and False to go on; raise if the policy is to stop."""
-    what, action = bad.describe(run.name), policy.spike if bad.finite else policy.nonfinite
-    if action == "skip" and bad.in_row <= policy.max_bad_steps:
-        logging.warning("%s and was skipped (%d of the steps up to %d)", what, bad.count, step)
-        report.event(step, "skip", bad_step=bad.step, count=bad.count, loss=bad.loss, grad_norm=bad.grad_norm)
-        return False
-    if action == "roll_back" and rollbacks < policy.max_bad_steps:
-        logging.warning("%s; going back to %s, with the data after step %d", what, run.last_checkpoint(), step)
-        return True
-    times = {"stop": "", "skip": f", {bad.in_row} in a row are bad,", "roll_back": f" after {rollbacks} times back"}
-    raise TrainingDiverged(
-        f"{what}{times[action]} and training stopped; {run.last_checkpoint('the last good checkpoint')}; try a lower "
-        "learning rate, a longer warm-up or a smaller clip_norm"
-    )
+def _judge(run: _Run, policy: Policy, found: Sequence[Bad], report: Report, step: int, rollbacks: int) -> Bad | None:
+    """Judge bad steps in their order.
+
+    Returns:
+      The one to go back to a checkpoint for; None to go on.
+
+    Raises:
+      TrainingDiverged: if the policy for one of them is to stop.
+    """
+    for bad in found:
+        what, action = bad.describe(run.name), policy.spike if bad.finite else policy.nonfinite
+        if action == "skip" and bad.in_row <= policy.max_bad_steps:
+            logging.warning("%s and was skipped", what)
+            report.event(step, "skip", bad_step=bad.step, loss=bad.loss, grad_norm=bad.grad_norm)
+            continue
+        newest = run.newest_checkpoint()
+        if action == "roll_back" and rollbacks < policy.max_bad_steps:
+            place = "the beginning of the stage" if newest is None else newest
+            logging.warning("%s; going back to %s, with the data after step %d", what, place, step)
+            return bad
+        times = {"stop": "", "skip": f", {bad.in_row} in a row are bad,", "roll_back": f" after {rollbacks} times back"}
+        raise TrainingDiverged(
+            f"{what}{times[action]} and training stopped; {run.last_checkpoint('the last good checkpoint')}; try a "
+            "lower learning rate, a longer warm-up or a smaller clip_norm"
+        )
+    return None
 
 
 def _show(
