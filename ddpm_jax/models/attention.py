@@ -1,7 +1,12 @@
-"""Scaled dot-product attention: one function for all networks, with a form of its own for TPUs."""
+"""Scaled dot-product attention: one function for all networks, with forms of its own for TPUs."""
+
+import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+
+from ddpm_jax.models.fused_attention import can_fuse, fused
 
 
 def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None = None) -> jax.Array:
@@ -13,17 +18,23 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None =
     that are attended to. A query whose keys are all masked gets zeros. Returns [B, N, H, E] in v's dtype.
 
     The heads are folded into the batch, since batched matmuls over (batch x heads) are what every backend runs
-    fastest without a fused kernel. On a TPU, in half precision, the logits are computed twice and never stored
-    (`_recomputed`), since reading and writing them takes longer than the products.
+    fastest without a fused kernel. On a TPU, in half precision, reading and writing logits takes longer than the
+    products: there, one kernel does everything (`fused_attention.fused`), and for the shapes that it is not made for
+    the logits are computed twice and never stored (`_recomputed`).
     """
+    if mask is not None:
+        mask = jnp.asarray(mask).reshape((1,) * (4 - jnp.ndim(mask)) + jnp.shape(mask))
+    if jnp.promote_types(q.dtype, jnp.float32) == q.dtype:
+        return _unfused(_stored, q, k, v, mask)
+    on_tpu = fused if can_fuse(q, k, v, mask) else functools.partial(_unfused, _recomputed)
+    return jax.lax.platform_dependent(q, k, v, mask, tpu=on_tpu, default=functools.partial(_unfused, _stored))
+
+
+def _unfused(form: Callable, q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None) -> jax.Array:
     (b, n, h, _), m = q.shape, k.shape[1]
     if mask is not None:
         mask = jnp.broadcast_to(mask, (b, h, n, m)).reshape(b * h, n, m)
-    folded = (_fold(q), _fold(k), _fold(v), mask)
-    if jnp.promote_types(q.dtype, jnp.float32) == q.dtype:
-        out = _stored(*folded)
-    else:
-        out = jax.lax.platform_dependent(*folded, tpu=_recomputed, default=_stored)
+    out = form(_fold(q), _fold(k), _fold(v), mask)
     return out.reshape(b, h, n, v.shape[-1]).transpose(0, 2, 1, 3)
 
 

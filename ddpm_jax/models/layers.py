@@ -307,6 +307,51 @@ class Resample(nn.Module):
         return nn.Conv(self.features, (3, 3), strides=2, padding=(pad, pad), dtype=self.dtype, name="conv")(x)
 
 
+class HeadProjections(nn.Module):
+    """A dense layer to the queries, keys and values of attention heads.
+
+    In half precision these are products with parts of the kernel, since a TPU would copy the result of one product to
+    split it. x: [B, N, C] -> `parts` arrays [B, N, heads, features]. The parameters are those of `nn.Dense`, kernel
+    [C, parts * heads * features] and bias.
+
+    Attributes:
+        parts: arrays that are returned.
+        heads, features: heads and the channels of each.
+        by_head: True if the columns of the kernel are ordered (heads, parts, features), as in ADM; False if (parts,
+            heads, features).
+        use_bias: add a bias.
+        dtype: in which the layer computes; parameters are float32.
+    """
+
+    parts: int
+    heads: int
+    features: int
+    by_head: bool
+    use_bias: bool = True
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> list[jax.Array]:
+        width = self.parts * self.heads * self.features
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), (x.shape[-1], width), jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros, (width,), jnp.float32) if self.use_bias else None
+        x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
+        every, bias = range(self.parts), jnp.zeros((width,), x.dtype) if bias is None else bias
+        if x.dtype.itemsize > 2:
+            y = x @ kernel + bias[None, None]
+            found = [self._part(y, part) for part in every]
+        else:
+            found = [x @ self._part(kernel, part) + self._part(bias[None, None], part) for part in every]
+        return [y.reshape(*x.shape[:-1], self.heads, self.features) for y in found]
+
+    def _part(self, weights: jax.Array, part: int) -> jax.Array:
+        """Return the columns of a part. [..., parts * heads * features] -> [..., heads * features]."""
+        before, middle = weights.shape[:-1], (self.heads, self.parts)
+        if self.by_head:
+            return weights.reshape(*before, *middle, self.features)[..., part, :].reshape(*before, -1)
+        return weights.reshape(*before, self.parts, -1)[..., part, :]
+
+
 class AttentionBlock(nn.Module):
     """Self-attention over pixels whose keys and values are preceded by those of a context (GLIDE 3, ADM 3).
 
@@ -332,11 +377,11 @@ class AttentionBlock(nn.Module):
             raise ValueError(f"head_channels={self.head_channels} must divide the {c} channels of the level")
         heads, n = c // self.head_channels, height * width
         h = GroupNorm(self.groups, self.eps, self.dtype, name="norm")(x).reshape(b, n, c)
-        split = lambda y, parts: jnp.split(y.reshape(b, y.shape[1], heads, -1), parts, axis=-1)  # noqa: E731
-        q, k, v = split(nn.Dense(3 * c, dtype=self.dtype, name="qkv")(h), 3)
+        project = functools.partial(HeadProjections, heads=heads, features=self.head_channels, by_head=True)
+        q, k, v = project(3, dtype=self.dtype, name="qkv")(h)
         mask = None
         if context is not None:
-            context_k, context_v = split(nn.Dense(2 * c, dtype=self.dtype, name="context_kv")(context), 2)
+            context_k, context_v = project(2, dtype=self.dtype, name="context_kv")(context)
             k, v = jnp.concatenate([context_k, k], axis=1), jnp.concatenate([context_v, v], axis=1)
             if context_mask is not None:
                 mask = jnp.pad(context_mask, ((0, 0), (0, n)), constant_values=True)[:, None, None, :]

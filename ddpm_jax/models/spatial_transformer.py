@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from ddpm_jax.models.attention import attention
-from ddpm_jax.models.layers import GroupNorm
+from ddpm_jax.models.layers import GroupNorm, HeadProjections
 from ddpm_jax.models.transformer import gelu
 
 
@@ -40,15 +40,14 @@ class SpatialTransformer(nn.Module):
             raise ValueError(f"head_channels={self.head_channels} must divide the {c} channels of the level")
         dense = lambda features, name, **options: nn.Dense(features, dtype=self.dtype, name=name, **options)  # noqa: E731
         norm = lambda name: nn.LayerNorm(epsilon=1e-5, dtype=self.dtype, name=name)  # noqa: E731
-        heads = lambda y, parts: jnp.split(  # noqa: E731
-            y.reshape(b, y.shape[1], parts * c // self.head_channels, self.head_channels), parts, axis=2
-        )
+        fields = (c // self.head_channels, self.head_channels, False, False, self.dtype)
+        project = lambda parts, name: HeadProjections(parts, *fields, name=name)  # noqa: E731
         mask = None if context_mask is None else context_mask[:, None, None, :]
         h = dense(c, "in")(GroupNorm(self.groups, 1e-6, self.dtype, name="norm")(x).reshape(b, height * width, c))
-        q, k, v = heads(dense(3 * c, "qkv", use_bias=False)(norm("ln_1")(h)), 3)
+        q, k, v = project(3, "qkv")(norm("ln_1")(h))
         h = h + dense(c, "attn_out")(attention(q, k, v).reshape(h.shape))
-        (q,) = heads(dense(c, "cross_q", use_bias=False)(norm("ln_2")(h)), 1)
-        k, v = heads(dense(2 * c, "cross_kv", use_bias=False)(context.astype(self.dtype)), 2)
+        (q,) = project(1, "cross_q")(norm("ln_2")(h))
+        k, v = project(2, "cross_kv")(context.astype(self.dtype))
         h = h + dense(c, "cross_out")(attention(q, k, v, mask).reshape(h.shape))
         value, gate = jnp.split(dense(8 * c, "mlp_1")(norm("ln_3")(h)), 2, axis=-1)
         h = h + dense(c, "mlp_2")(value * gelu(gate))

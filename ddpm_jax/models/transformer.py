@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from ddpm_jax.models.attention import attention
-from ddpm_jax.models.layers import rematerialized
+from ddpm_jax.models.layers import HeadProjections, rematerialized
 
 
 def quick_gelu(x: jax.Array) -> jax.Array:
@@ -43,8 +43,8 @@ class Block(nn.Module):
             raise ValueError(f"heads={self.heads} must divide width={width}")
         norm = lambda name: nn.LayerNorm(epsilon=1e-5, dtype=self.dtype, name=name)  # noqa: E731
         dense = lambda features, name: nn.Dense(features, dtype=self.dtype, name=name)  # noqa: E731
-        qkv = dense(3 * width, "qkv")(norm("ln_1")(x)).reshape(b, n, 3, self.heads, width // self.heads)
-        h = attention(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2], mask)
+        project = HeadProjections(3, self.heads, width // self.heads, by_head=False, dtype=self.dtype, name="qkv")
+        h = attention(*project(norm("ln_1")(x)), mask)
         x = x + dense(width, "out")(h.reshape(b, n, width))
         h = self.activation(dense(self.mlp_width or 4 * width, "mlp_1")(norm("ln_2")(x)))
         return x + dense(width, "mlp_2")(h)

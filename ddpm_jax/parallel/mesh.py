@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -147,3 +147,17 @@ def _place_parts(array: np.ndarray, sharding: NamedSharding, parts: Sequence[int
         return array[begin : begin + size]
 
     return jax.make_array_from_callback((size * shards, *array.shape[1:]), sharding, read)
+
+
+def on_mesh(function: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
+    """Return a function that is traced with a mesh as JAX's context, for kernels that XLA cannot split by itself.
+
+    See `models.fused_attention`; the function's results and shardings are the same.
+    """
+
+    @functools.wraps(function)
+    def traced(*args: Any, **kwargs: Any) -> Any:
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return function(*args, **kwargs)
+
+    return traced

@@ -8,7 +8,7 @@ import jax
 from jax.sharding import Mesh
 
 from ddpm_jax.diffusion.sampling import Sampling
-from ddpm_jax.parallel.mesh import data_sharding, replicated
+from ddpm_jax.parallel.mesh import data_sharding, on_mesh, replicated
 from ddpm_jax.training.abstract import AbstractStages, Roles
 from ddpm_jax.training.optimizer import training_optimizer
 from ddpm_jax.training.programs import lower_update, make_parameter_gather
@@ -59,7 +59,8 @@ class LoweredStage:
             return None
         place, split = replicated(self.mesh), data_sharding(self.mesh)
         prepare = lambda models, batch: self.stage.task.prepare(Roles(models), batch)  # noqa: E731
-        return jax.jit(prepare, in_shardings=(place, split), out_shardings=split).lower(self.frozen, self.raw)
+        jitted = jax.jit(on_mesh(prepare, self.mesh), in_shardings=(place, split), out_shardings=split)
+        return jitted.lower(self.frozen, self.raw)
 
     def lower_sampler(self, sampling: Sampling | None) -> jax.stages.Lowered:
         """Lower the sampling of a batch by whole parameters on every device, see `sampler`."""

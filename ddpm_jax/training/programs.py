@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from ddpm_jax.parallel.mesh import data_sharding, replicated
+from ddpm_jax.parallel.mesh import data_sharding, on_mesh, replicated
 from ddpm_jax.parallel.placing import put
 from ddpm_jax.parallel.sharding import is_sharded, make_gather, used_dtypes
 from ddpm_jax.training.guard import NEW, STOP, Policy, empty_window, make_update
@@ -24,7 +24,8 @@ def make_prepare(task: Task, mesh: Mesh, frozen: Any) -> Callable[[Any], Any]:
     place, split = replicated(mesh), data_sharding(mesh)
     # The weights are an argument: closed over, they would be constants of the program.
     frozen = put(frozen, place)
-    return functools.partial(jax.jit(task.prepare, in_shardings=(place, split), out_shardings=split), frozen)
+    prepare = jax.jit(on_mesh(task.prepare, mesh), in_shardings=(place, split), out_shardings=split)
+    return functools.partial(prepare, frozen)
 
 
 def make_parameter_gather(task: Task, mesh: Mesh, state: TrainState, batch: Any) -> Callable[[Any], Any] | None:
@@ -62,7 +63,7 @@ def lower_update(
       (lowered, empty): `update(state, window, batch, key) -> (state, window, done)`, which donates its first two
       arguments; `done` is an array that is ready when the step is. `empty` is the window at its beginning.
     """
-    step_fn = jax.jit(step_fn, inline=True)  # traced once, here
+    step_fn = jax.jit(on_mesh(step_fn, mesh), inline=True)  # traced once, here
     _, metrics = jax.eval_shape(step_fn, state, batch, key)
     place, split = replicated(mesh), data_sharding(mesh)
     parts = jax.tree.map(lambda leaf: leaf.sharding, state)
