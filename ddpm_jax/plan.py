@@ -45,6 +45,9 @@ _METHOD = flags.DEFINE_enum(
     "Compile the whole step, or its blocks and add them up; auto: blocks for networks of many different ones.",
     flag_values=FLAGS,
 )
+_FAST = flags.DEFINE_bool(
+    "fast", False, "Compile with little effort, in a fifth of the time; see docs/performance.md.", flag_values=FLAGS
+)
 _JSON = flags.DEFINE_string("json", None, "File to write everything to.", flag_values=FLAGS)
 _DETAILS = flags.DEFINE_bool("details", True, "Also print a line of details for each plan.", flag_values=FLAGS)
 
@@ -121,7 +124,7 @@ def _plan_all(lowered: list, samplings: dict) -> list:
     with contextlib.ExitStack() as stack:
         # The blocks of several meshes are the same, so that there is a cache in any case.
         cache = _cache() or Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        options = {"cache": cache, "show": lambda text: cli.show("  " + text)}
+        options = {"cache": cache, "show": lambda text: cli.show("  " + text), "fast": _FAST.value}
         for topology, each in lowered:
             cli.show(f"{each.stage.name} on {topology.name}, {dict(each.mesh.shape)}")
             if _SAMPLER.value:

@@ -188,7 +188,8 @@ def test_the_costs_of_blocks_are_added_up(monkeypatch):
     """Of 3 equal layers, whose two programs, forward and backward, take 1 and 1 s; half of the batch is on a chip."""
     seen = []
 
-    def measured(lowered, chip, *, cache):
+    def measured(lowered, chip, *, cache, fast):
+        assert not fast
         seen.append([leaf.shape for leaf in jax.tree.leaves(lowered.in_avals) if len(leaf.shape) == 3])
         return Cost(temporaries=100.0, peak=0.0, flops=10.0, bytes=20.0, seconds=1.0, compile_seconds=5.0)
 

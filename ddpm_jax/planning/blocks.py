@@ -15,12 +15,13 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.sharding import SingleDeviceSharding
+from jax.sharding import AxisType, Mesh, SingleDeviceSharding
 
 from ddpm_jax.models.layers import AttentionBlock, Resample, ResBlock, rematerialized_function
 from ddpm_jax.models.spatial_transformer import SpatialTransformer
 from ddpm_jax.models.transformer import Block, Transformer
 from ddpm_jax.parallel.chips import Chip
+from ddpm_jax.parallel.mesh import on_mesh
 from ddpm_jax.planning.measure import Cost, measure
 from ddpm_jax.training.flops import count_flops
 
@@ -93,6 +94,7 @@ def measure_blocks(
     batch_size: int,
     shards: int,
     cache: Path | None = None,
+    fast: bool = False,
     show: Callable[[str], None] = lambda text: None,
 ) -> tuple[Cost, Mapping[str, tuple[int, Cost]]]:
     """Add up what the blocks of a loss and of its gradient cost on one chip.
@@ -104,7 +106,7 @@ def measure_blocks(
         chip: its description.
         batch_size: of the arguments.
         shards: parts that the batch is split into.
-        cache: see `measure.measure`.
+        cache, fast: see `measure.measure`.
         show: is called with a line for each block.
 
     Returns:
@@ -121,7 +123,7 @@ def measure_blocks(
     for number, group in enumerate(groups.values(), 1):
         call, count = group[0], len(group)
         local = _LocalBlock(call, batch_size, shards)
-        cost = _sum([measure(each, chip, cache=cache) for each in local.lower(device)])
+        cost = _sum([measure(each, chip, cache=cache, fast=fast) for each in local.lower(device)])
         seen[call.name] = (count, cost)
         if not cost.fits:
             return cost, seen
@@ -203,9 +205,10 @@ class _LocalBlock:
             return back(gradient) if self._call.remat else (y, back(gradient))
 
         shapes = (self.params, self.arrays, jax.eval_shape(self.apply, self.params, self.arrays))
-        place = SingleDeviceSharding(device)
+        place, mesh = SingleDeviceSharding(device), Mesh([device], ("data",), axis_types=(AxisType.Auto,))
+        apply, backward = on_mesh(self.apply, mesh), on_mesh(backward, mesh)
         placed = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes)
-        forward = [jax.jit(self.apply).lower(*placed[:2])] if self._call.remat else []
+        forward = [jax.jit(apply).lower(*placed[:2])] if self._call.remat else []
         return [*forward, jax.jit(backward).lower(*placed)]
 
     def _init(self, key: jax.Array) -> Any:

@@ -15,6 +15,7 @@ import jax
 from ddpm_jax.parallel.chips import Chip
 from ddpm_jax.planning.program import COLLECTIVES, Program, total_bytes
 
+_FAST = {"exec_time_optimization_effort": -1.0}
 _UNITS = {"": 1, "B": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
@@ -51,7 +52,14 @@ class Cost:
         return sum(size for _, size in self.collectives.values())
 
 
-def measure(lowered: jax.stages.Lowered, chip: Chip, *, cache: Path | None = None, keep: Path | None = None) -> Cost:
+def measure(
+    lowered: jax.stages.Lowered,
+    chip: Chip,
+    *,
+    cache: Path | None = None,
+    keep: Path | None = None,
+    fast: bool = False,
+) -> Cost:
     """Compile a program for a TPU and read what it costs.
 
     Args:
@@ -59,17 +67,18 @@ def measure(lowered: jax.stages.Lowered, chip: Chip, *, cache: Path | None = Non
         chip: of the topology.
         cache: a directory for results; a program that was measured before is not compiled again.
         keep: a file for the text of the compiled program.
+        fast: compile with little effort: the same operations, but no prefetches to VMEM and no search for tile sizes.
 
     Raises:
         jax.errors.JaxRuntimeError: if the compiler fails for another reason than memory.
     """
-    place = None if cache is None else cache / f"{_fingerprint(lowered, chip)}.json"
+    place = None if cache is None else cache / f"{_fingerprint(lowered, chip, fast)}.json"
     if place is not None and place.exists() and (keep is None or keep.exists()):
         found = json.loads(place.read_text())
         return Cost(**found | {"collectives": {kind: tuple(pair) for kind, pair in found["collectives"].items()}})
     begin = time.perf_counter()
     try:
-        compiled = lowered.compile()
+        compiled = lowered.compile(compiler_options=_FAST if fast else None)
     except jax.errors.JaxRuntimeError as error:
         needed = _needed_memory(str(error))
         if needed is None:
@@ -121,10 +130,11 @@ def _needed_memory(message: str) -> float | None:
     return float(found[1]) * _UNITS[found[2]] if found else None
 
 
-def _fingerprint(lowered: jax.stages.Lowered, chip: Chip) -> str:
+def _fingerprint(lowered: jax.stages.Lowered, chip: Chip, fast: bool) -> str:
     import libtpu
 
     text = lowered.as_text()
     read = 3 if "while" in text else 2  # changes when another number is read from the same program
     parts: tuple[Any, ...] = (text, chip.name, getattr(libtpu, "__version__", ""), jax.__version__, read)
+    parts += ("fast",) if fast else ()
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:24]

@@ -160,6 +160,7 @@ def plan_training(
     *,
     method: str = "auto",
     cache: Path | None = None,
+    fast: bool = False,
     show: Callable[[str], None] = lambda text: None,
 ) -> Plan:
     """Plan the training of a stage.
@@ -169,6 +170,7 @@ def plan_training(
         topology: of its mesh.
         method: "whole", "blocks", or "auto": blocks if the network has more than AUTO_BLOCKS different ones.
         cache: a directory for results of the compiler.
+        fast: compile with little effort, see `measure.measure`.
         show: is called with lines about the progress.
 
     Raises:
@@ -181,12 +183,14 @@ def plan_training(
     if method == "auto":
         method = "whole" if _is_small(lowered) else "blocks"
     if method == "whole":
-        cost = measure(lowered.lower_step(), chip, cache=cache)
+        cost = measure(lowered.lower_step(), chip, cache=cache, fast=fast)
         show(f"compiled in {cost.compile_seconds:.0f} s" if cost.fits else "does not fit")
     else:
-        cost = dataclasses.replace(_add_up(lowered, topology, cache, show), collectives=least)
+        cost = dataclasses.replace(_add_up(lowered, topology, cache, fast, show), collectives=least)
     prepare = lowered.lower_prepare()
-    frozen = Cost(seconds=0.0, compile_seconds=0.0) if prepare is None else measure(prepare, chip, cache=cache)
+    frozen = Cost(seconds=0.0, compile_seconds=0.0)
+    if prepare is not None:
+        frozen = measure(prepare, chip, cache=cache, fast=fast)
     return _as_plan(lowered, topology, method, cost, frozen, model_flops, least)
 
 
@@ -196,6 +200,7 @@ def plan_sampler(
     sampling: Sampling | None,
     *,
     cache: Path | None = None,
+    fast: bool = False,
     show: Callable[[str], None] = lambda text: None,
 ) -> Plan:
     """Plan the sampling of one batch, every chip with whole parameters and a part of the batch.
@@ -204,14 +209,14 @@ def plan_sampler(
         lowered: from `lower_for`.
         topology: of its mesh, whose chips are all along "data".
         sampling: how it is sampled; None takes that of the stage's previews.
-        cache, show: see `plan_training`.
+        cache, fast, show: see `plan_training`.
 
     Raises:
         ValueError: for a stage that cannot be sampled.
     """
     sample, args = lowered.sampler(sampling)
     model_flops = count_flops(sample, *args) / topology.chips
-    cost = measure(lowered.lower_sampler(sampling), topology.chip, cache=cache)
+    cost = measure(lowered.lower_sampler(sampling), topology.chip, cache=cache, fast=fast)
     show(f"compiled in {cost.compile_seconds:.0f} s" if cost.fits else "does not fit")
     return _as_plan(lowered, topology, "sampler", cost, Cost(seconds=0.0, compile_seconds=0.0), model_flops, {})
 
@@ -270,7 +275,9 @@ def _is_small(lowered: LoweredStage) -> bool:
     return len({call.key() for call in find_blocks(*lowered.loss())}) <= AUTO_BLOCKS
 
 
-def _add_up(lowered: LoweredStage, topology: Topology, cache: Path | None, show: Callable[[str], None]) -> Cost:
+def _add_up(
+    lowered: LoweredStage, topology: Topology, cache: Path | None, fast: bool, show: Callable[[str], None]
+) -> Cost:
     """Return the cost of the step as the sum of its blocks and of the update."""
     loss, args = lowered.loss()
     shards, chip, training = batch_shards(lowered.mesh), topology.chip, lowered.stage.training
@@ -281,7 +288,7 @@ def _add_up(lowered: LoweredStage, topology: Topology, cache: Path | None, show:
         )
     device = lowered.mesh.devices.flat[0]
     cost, _ = measure_blocks(
-        loss, args, device, chip, batch_size=training.batch_size, shards=shards, cache=cache, show=show
+        loss, args, device, chip, batch_size=training.batch_size, shards=shards, cache=cache, fast=fast, show=show
     )
     local = jax.tree.map(_local_size, (lowered.state, lowered.batch))
     arguments = sum(jax.tree.leaves(local))
