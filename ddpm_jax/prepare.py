@@ -83,7 +83,9 @@ def main() -> None:
     for path in _EMBED.value:
         cli.check_exists(path, what="--embed")
     from ddpm_jax.data.preparing import Options, OutputError, prepare
+    from ddpm_jax.parallel.shared_directory import check_shared
 
+    check_shared(_OUT.value, "--out")
     source = _open(_SOURCE.value, _options(_OPTION.value))
     options = Options(
         size=_SIZE.value,

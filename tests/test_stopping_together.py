@@ -7,7 +7,7 @@ import time
 import pytest
 
 from ddpm_jax import stopping
-from ddpm_jax.parallel import hosts
+from ddpm_jax.parallel import hosts, shared_directory
 from ddpm_jax.parallel.cluster import ClusterError
 
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
@@ -208,3 +208,30 @@ def test_hosts_compare_what_they_train(monkeypatch):
         'the hosts disagree: source of stage a is "one" on host 0 (name0) and "other" on host 2 (name2); start all '
         "with the same package, command, config and data"
     }
+
+
+@pytest.mark.parametrize("case", ["shared", "apart", "a file"])
+def test_hosts_need_one_directory(monkeypatch, tmp_path, case):
+    monkeypatch.setattr(shared_directory, "VISIBLE_SECONDS", 0.3)
+    group, said = Group(monkeypatch, 3), {}
+    if case == "a file":
+        (tmp_path / "run").write_bytes(b"")
+    elif case == "shared":
+        (tmp_path / "run").mkdir()
+        (tmp_path / "run" / ".shared-0").touch()  # a kill left it
+
+    def work(host):
+        own = tmp_path / "other" if case == "apart" and host.index == 2 else tmp_path
+        try:
+            shared_directory.check_shared(own / "run", "workdir", run=host)
+        except ClusterError as error:
+            said[host.index] = str(error)
+
+    group.run(work)
+    sentences = {
+        "apart": f"workdir is not shared: host 2 (name2) does not find in {tmp_path / 'other' / 'run'} what host 0 "
+        f"(name0) wrote into {tmp_path / 'run'}; all hosts need one directory, on a shared disk or in a bucket",
+        "a file": f"workdir {tmp_path / 'run'} cannot be written: File exists",
+    }
+    assert said == ({} if case == "shared" else dict.fromkeys(range(3), sentences[case]))
+    assert not list(tmp_path.rglob(".shared-*"))

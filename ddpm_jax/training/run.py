@@ -22,6 +22,7 @@ from ddpm_jax.diffusion.sampling import NO_MOMENTS
 from ddpm_jax.parallel import hosts
 from ddpm_jax.parallel.distributed import watch_hosts
 from ddpm_jax.parallel.mesh import AXES, batch_shards, make_mesh, process_shards
+from ddpm_jax.parallel.shared_directory import check_shared
 from ddpm_jax.paths import as_path
 from ddpm_jax.storage.checkpoint import SUBDIRECTORY, Checkpoints, restore_params
 from ddpm_jax.storage.config_difference import flatten
@@ -81,7 +82,7 @@ def train(
         CheckpointError: if a checkpoint cannot be written, read or used, or was made with other settings.
         TrainingDiverged, Interrupted: see `training.loop.fit`.
         WorkdirInUse: if another run holds the directory.
-        ClusterError: if the hosts of the run disagree on what is trained.
+        ClusterError: if the hosts of the run disagree on what is trained, or have different directories.
     """
     stages = _as_stages(stages)
     if not isinstance(workdir, (str, os.PathLike)):
@@ -108,6 +109,7 @@ def train(
             write_json(run.workdir / RUN_FILE, document)
             if pipeline is not None:
                 pipeline.write(run.workdir)
+        check_shared(run.workdir, "workdir")
         run.agree(chosen)
         for stage in chosen:
             run.train(stage, profile_steps)
