@@ -7,6 +7,7 @@ import pytest
 from toy_training import ToyTask
 
 from ddpm_jax.training import Stage, Training, train
+from ddpm_jax.training.records import FirstRecords, example_batch
 from ddpm_jax.training.stage import apply_transforms
 
 GOOD = {"batch_size": 16, "num_steps": 10, "learning_rate": 0.1}
@@ -135,3 +136,25 @@ def test_transforms_are_applied_in_order_and_random_ones_get_the_generator():
     number = np.random.default_rng(7).integers(100)
     found = apply_transforms({"x": 1}, (lambda record: {"x": 10 * record["x"]}, Add()), np.random.default_rng(7))
     assert found == {"x": 10 + number}
+
+
+class Endless:
+    """A source whose records are a function of their number, also of numbers past its length."""
+
+    def __init__(self):
+        self.read = []
+
+    def __len__(self):
+        return 100
+
+    def __getitem__(self, index):
+        self.read.append(int(index))
+        return {"x": np.full(3, float(index)), "caption": "a text"}
+
+
+def test_the_examples_of_previews_are_the_first_records_and_no_others():
+    stage = make_stage({"num_previews": 3}, source=Endless())
+    batch = example_batch(stage, stage.source)
+    assert stage.source.read == [0, 1, 2]
+    assert list(batch) == ["x"] and batch["x"].tolist() == [[0] * 3, [1] * 3, [2] * 3]
+    assert len(list(FirstRecords(stage, [{"x": np.zeros(3)}] * 2, 5))) == 2

@@ -68,7 +68,7 @@ class FirstRecords(Sequence):
         return self._count
 
     def __getitem__(self, index: SupportsIndex) -> dict[str, np.ndarray]:
-        index = index.__index__()
+        index = range(self._count)[index]  # raises IndexError, by which an iteration ends
         rng = np.random.default_rng((self._stage.training.seed, index))
         return _without_text(apply_transforms(dict(read_record(self._source, index)), self._stage.transforms, rng))
 
