@@ -20,8 +20,8 @@ def test_minus_one_takes_every_device_and_axes_are_auto():
 
 
 def test_two_axes_keep_their_order():
-    mesh = make_mesh({"data": -1, "model": 2})
-    assert mesh.axis_names == ("data", "model")
+    mesh = make_mesh({"data": -1, "tensor": 2})
+    assert mesh.axis_names == ("data", "tensor")
     assert mesh.devices.shape == (jax.device_count() // 2, 2)
 
 
@@ -30,16 +30,21 @@ def test_given_devices_are_used():
     assert list(mesh.devices) == jax.devices()[1:3]
 
 
-@pytest.mark.parametrize("axes", [{"data": 3}, {"data": 1}, {"data": 16}, {"data": -1, "model": 3}])
+@pytest.mark.parametrize("axes", [{"data": 3}, {"data": 1}, {"data": 16}, {"data": -1, "tensor": 3}])
 def test_sizes_that_do_not_fit_are_refused(axes):
     with pytest.raises(ValueError, match="must multiply to 8"):
         make_mesh(axes)
 
 
-@pytest.mark.parametrize("axes", [{"data": 0}, {"data": -2}, {"data": -1, "model": -1}, {}])
+@pytest.mark.parametrize("axes", [{"data": 0}, {"data": -2}, {"data": -1, "tensor": -1}, {}])
 def test_sizes_without_meaning_are_refused(axes):
     with pytest.raises(ValueError, match="axes="):
         make_mesh(axes)
+
+
+def test_an_unknown_axis_is_refused():
+    with pytest.raises(ValueError, match="has the axis 'fspd', which splits nothing; the axes are data, fsdp, tensor"):
+        make_mesh({"data": 1, "fspd": -1})
 
 
 def test_shard_batch_splits_the_leading_axis_and_keeps_the_values():

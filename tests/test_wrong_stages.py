@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import Mesh
 from toy_training import ToyTask
 
 from ddpm_jax.data.decode import DecodeError
@@ -155,7 +156,11 @@ def test_arguments_of_train(tmp_path, monkeypatch, arguments, message):
     ("options", "message"),
     [
         ({"names": "base"}, "names='base' must be a sequence of names of stages; write ['base']"),
-        ({"mesh": 8}, "mesh=8 must be a Mesh with axes of data, fsdp, tensor"),
+        ({"mesh": 8}, "mesh=8 must be a Mesh with axes out of data, fsdp, tensor"),
+        (
+            {"mesh": Mesh(np.reshape(jax.devices()[:2], (1, 2)), ("data", "fspd"))},
+            "mesh=Mesh(axis_sizes=(1, 2), axis_names=('data', 'fspd'), axis... must be a Mesh with axes out of data",
+        ),
         ({"pipeline": "Cascade"}, "pipeline='Cascade' must be a pipelines.PipelineDescription"),
     ],
 )

@@ -23,19 +23,23 @@ def make_mesh(axes: Mapping[str, int], *, devices: Sequence[jax.Device] | None =
     index (`alpha_bar[t]`) and a reshape of a sharded axis fail to trace.
 
     Args:
-      axes: axis name -> number of devices along it; one of them may be -1, which takes the devices that are left.
+      axes: name out of `AXES` -> number of devices along it; one of them may be -1, which takes the devices that are
+        left.
       devices: the devices to use, all of them. Every device of every process by default.
 
     Returns:
       A `jax.sharding.Mesh` that uses each device once.
 
     Raises:
-      ValueError: when the sizes do not multiply to the number of devices.
+      ValueError: for an unknown name, or when the sizes do not multiply to the number of devices.
     """
     devices = list(jax.devices() if devices is None else devices)
     names, sizes = tuple(axes), list(axes.values())
     if not names:
         raise ValueError(f'{axes=} names no axis; a mesh for data parallelism is {{"data": -1}}')
+    unknown = [name for name in names if name not in AXES]
+    if unknown:
+        raise ValueError(f"{axes=} has the axis {unknown[0]!r}, which splits nothing; the axes are {', '.join(AXES)}")
     if any(size < 1 and size != -1 for size in sizes) or sizes.count(-1) > 1:
         raise ValueError(f"{axes=}: every size must be at least 1, and only one may be -1 (the devices that are left)")
     fixed = math.prod(size for size in sizes if size != -1)

@@ -87,8 +87,8 @@ def train(
     stages = _as_stages(stages)
     if not isinstance(workdir, (str, os.PathLike)):
         raise ValueError(f"workdir={shown(workdir)} must be the path of a directory")
-    if mesh is not None and (not isinstance(mesh, Mesh) or not set(mesh.shape) & set(AXES)):
-        raise ValueError(f"mesh={shown(mesh)} must be a Mesh with axes of {', '.join(AXES)}, as make_mesh returns")
+    if mesh is not None and (not isinstance(mesh, Mesh) or not mesh.shape or not set(mesh.shape) <= set(AXES)):
+        raise ValueError(f"mesh={shown(mesh)} must be a Mesh with axes out of {', '.join(AXES)}, as make_mesh returns")
     watch_hosts()
     mesh = make_mesh({"data": -1}) if mesh is None else mesh
     for process in range(jax.process_count()):
