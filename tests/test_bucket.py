@@ -89,6 +89,13 @@ def test_a_run_in_a_bucket_goes_on_with_the_bits_of_one_on_a_disk(bucket, tmp_pa
     assert (bucket / "run.json").exists()
 
 
+def test_a_model_that_is_needed_is_read_from_a_bucket(bucket, tmp_path):
+    (bucket / "clip").mkdir(parents=True)
+    (bucket / "clip" / "model.json").write_text("[]")
+    with pytest.raises(LoadError, match=r"gs://bucket/runs/one/clip/model\.json"):
+        train(make_stage().replace(needs={"clip": f"{WORKDIR}/clip"}), tmp_path / "run")
+
+
 def test_a_bucket_that_cannot_be_written_is_refused_before_any_computation(bucket, monkeypatch):
     monkeypatch.setattr(Bucket, "refuses", True)
     with pytest.raises(LoadError, match="workdir gs://bucket/runs/one cannot be written: PermissionError: 403: the"):

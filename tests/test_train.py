@@ -267,14 +267,13 @@ def test_another_model_that_is_needed_is_refused_by_name(tmp_path, school):
     refused(CheckpointError, message, lambda: run(teacher_and_student(num_steps=3), tmp_path / "run"))
 
 
-def test_a_stage_may_need_a_model_directory_by_its_path(tmp_path, school):
+@pytest.mark.parametrize("home", [False, True])
+def test_a_stage_may_need_a_model_directory_by_its_path(tmp_path, school, monkeypatch, home):
     """It is loaded, so its network must be of this package: a stage's directory of `Brightness` cannot be."""
     _, student = teacher_and_student()
-    refused(
-        LoadError,
-        ("Brightness",),
-        lambda: run(student.replace(needs={"teacher": str(school / "teacher")}), tmp_path / "run"),
-    )
+    monkeypatch.setenv("HOME", str(school))
+    needed = "~/teacher" if home else str(school / "teacher")
+    refused(LoadError, ("Brightness",), lambda: run(student.replace(needs={"teacher": needed}), tmp_path / "run"))
 
 
 @pytest.mark.parametrize(

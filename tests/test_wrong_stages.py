@@ -19,6 +19,7 @@ from ddpm_jax.models.clip import CLIP
 from ddpm_jax.models.unet import UNet
 from ddpm_jax.parallel.mesh import make_mesh
 from ddpm_jax.pipelines.description import PipelineDescription
+from ddpm_jax.storage.model_directory import place_of
 from ddpm_jax.training import (
     ClassifierTask,
     ContrastiveTask,
@@ -264,6 +265,18 @@ def test_a_pipeline_of_models_that_are_not_there(tmp_path):
     message = "the pipeline's base is 'bose', which is neither a stage (base) nor a model directory"
     refused(message, lambda: train(stage(), tmp_path / "run", pipeline=Pipeline()))
     assert not (tmp_path / "run").exists()
+
+
+def test_places_of_models(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", "/home/own")
+    places = {
+        "base": tmp_path / "base",
+        "/own/base": "/own/base",
+        "~/base": "/home/own/base",
+        "gs://own/b": "gs://own/b",
+    }
+    for place, expected in places.items():
+        assert str(place_of(tmp_path, place)) == str(expected)
 
 
 def test_a_pipeline_of_more_steps_than_there_are(tmp_path):

@@ -22,7 +22,15 @@ from ddpm_jax.pipelines.unclip import UnCLIP
 from ddpm_jax.storage import model_directory
 from ddpm_jax.storage.fingerprint import tree_fingerprint
 from ddpm_jax.storage.metadata import thaw
-from ddpm_jax.storage.model_directory import MODEL_FILE, Model, check_given, open_model, read_description, save_model
+from ddpm_jax.storage.model_directory import (
+    MODEL_FILE,
+    Model,
+    check_given,
+    open_model,
+    place_of,
+    read_description,
+    save_model,
+)
 from ddpm_jax.temporary import temporary_path
 
 CLASSES: dict[str, type] = {"UnCLIP": UnCLIP, "Cascade": Cascade}
@@ -84,7 +92,7 @@ def read_tokenizer(path: str | os.PathLike | None = None) -> Tokenizer | None:
         place = read_pipeline(directory).models.get("clip")
         if place is None:
             return None
-        directory = directory / place
+        directory = place_of(directory, place)
     if not (directory / MODEL_FILE).is_file():
         return None
     config = read_description(directory)["metadata"].get("tokenizer")
@@ -103,9 +111,10 @@ def _open_converted(directory: Path) -> Any:
 
 def _open_pipeline(directory: Path, description: PipelineDescription, ema: bool) -> Any:
     """Open the models of a pipeline, and check that each was trained with those that it is used with."""
-    places = {role: directory / place for role, place in description.models.items() if role != "upsamplers"}
+    places = {role: place_of(directory, place) for role, place in description.models.items() if role != "upsamplers"}
     enlarging = dict(zip(description.upsamplers, description.models.get("upsamplers", ())))
-    for role, place in {**places, **{name: directory / place for name, place in enlarging.items()}}.items():
+    large = {name: place_of(directory, place) for name, place in enlarging.items()}
+    for role, place in {**places, **large}.items():
         if not (place / MODEL_FILE).is_file():
             raise LoadError(
                 f"the pipeline of {directory} needs {role}, and {place} is not a model directory of this package (it "
@@ -114,7 +123,7 @@ def _open_pipeline(directory: Path, description: PipelineDescription, ema: bool)
     described = {role: read_description(place)["metadata"] for role, place in places.items()}
     needed = {role for metadata in described.values() for role in metadata.get("needs") or ()} | {"clip"}
     models = {role: open_model(place, ema=ema or role in needed) for role, place in places.items()}
-    upsamplers = [open_model(directory / place, ema=ema) for place in description.models.get("upsamplers", ())]
+    upsamplers = [open_model(place, ema=ema) for place in large.values()]
     prints: dict[str, str] = {}
     for role, model in [*models.items(), *zip(description.upsamplers, upsamplers)]:
         for other, trained_with in (model.metadata.get("needs") or {}).items():

@@ -30,7 +30,7 @@ from ddpm_jax.checks import check_model, shown
 from ddpm_jax.diffusion.diffusion import Diffusion
 from ddpm_jax.errors import LoadError, ReadError
 from ddpm_jax.extras import needs_extra
-from ddpm_jax.paths import as_path
+from ddpm_jax.paths import as_path, is_remote
 from ddpm_jax.storage.json_file import read_json, write_json
 from ddpm_jax.storage.metadata import check_metadata, diffusion_from, freeze, thaw
 from ddpm_jax.storage.moments import read_moments, write_moments
@@ -267,6 +267,12 @@ def _shards(arrays: Mapping[str, Any], itemsize: int) -> Iterator[list[str]]:
 
 
 # ---- Reading ---------------------------------------------------------------------------------------------------------
+
+
+def place_of(directory: Path, place: str | os.PathLike) -> Any:
+    """Return the path of a model that is named in a directory: relative to it, or in a bucket, or from ~ on."""
+    path = as_path(place)
+    return path if is_remote(path) else directory / path
 
 
 def is_model_directory(path: str | os.PathLike) -> bool:

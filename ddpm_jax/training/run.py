@@ -30,7 +30,7 @@ from ddpm_jax.storage.fingerprint import tree_fingerprint
 from ddpm_jax.storage.json_file import write_json
 from ddpm_jax.storage.lock import lock_workdir
 from ddpm_jax.storage.metadata import freeze
-from ddpm_jax.storage.model_directory import Model, write_description
+from ddpm_jax.storage.model_directory import Model, place_of, write_description
 from ddpm_jax.training.abstract import AbstractStages
 from ddpm_jax.training.describe import describe
 from ddpm_jax.training.guard import Policy
@@ -153,7 +153,7 @@ class _Run:
         for i, name in enumerate(names):
             for role, needed in self.stages[name].needs.items():
                 if needed not in self.stages:
-                    if not os.path.isdir(needed):
+                    if not as_path(needed).is_dir():
                         known = ", ".join(order[: order.index(name)]) or "none"
                         raise ValueError(
                             f"stage {name} needs {needed!r} as {role}, which is neither an earlier stage ({known}) nor "
@@ -315,7 +315,7 @@ def _check_pipeline(pipeline: Any, run: _Run) -> None:
         raise ValueError(f"pipeline={shown(pipeline)} must be a pipelines.PipelineDescription")
     for role, place in pipeline.models.items():
         for each in [place] if isinstance(place, str | os.PathLike) else place:
-            if str(each) not in run.stages and not (run.workdir / each).is_dir():
+            if str(each) not in run.stages and not place_of(run.workdir, each).is_dir():
                 raise ValueError(
                     f"the pipeline's {role} is {str(each)!r}, which is neither a stage ({', '.join(run.stages)}) nor a "
                     "model directory"
