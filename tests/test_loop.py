@@ -487,3 +487,15 @@ def test_save_png_on_a_full_disk(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="could not write the image: No space left on device"):
         image_grid.save_png(tmp_path / "a.png", np.zeros((8, 8, 3), np.uint8))
     assert not list(tmp_path.iterdir())
+
+
+def test_a_profile_is_written_once_or_a_warning(tmp_path, caplog):
+    run(tmp_path, num_steps=2, profile_steps=(2, 9))
+    assert list((tmp_path / "profile").rglob("*.xplane.pb")) and not caplog.records
+    with caplog.at_level("WARNING"):
+        run(tmp_path, num_steps=2, profile_steps=(2, 9))
+        run(tmp_path, num_steps=3, profile_steps=(1, 2))
+    assert [record.getMessage() for record in caplog.records] == [
+        "toy: no profiler trace of steps 2 to 9 is written: it makes no more steps",
+        "toy: no profiler trace of steps 1 to 2 is written: it makes steps 3 to 3",
+    ]

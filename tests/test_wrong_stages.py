@@ -162,6 +162,8 @@ def test_arguments_of_train(tmp_path, monkeypatch, arguments, message):
             {"mesh": Mesh(np.reshape(jax.devices()[:2], (1, 2)), ("data", "fspd"))},
             "mesh=Mesh(axis_sizes=(1, 2), axis_names=('data', 'fspd'), axis... must be a Mesh with axes out of data",
         ),
+        ({"profile_steps": (5, 2)}, "profile_steps=(5, 2) must be the first and the last step, such as (100, 105)"),
+        ({"profile_steps": (100, 105)}, "profile_steps=(100, 105) are steps that no stage makes: base has 1"),
         ({"pipeline": "Cascade"}, "pipeline='Cascade' must be a pipelines.PipelineDescription"),
     ],
 )

@@ -28,7 +28,7 @@ from ddpm_jax.storage.config_difference import NOT_COMPARED
 from ddpm_jax.training.flops import count_flops
 from ddpm_jax.training.guard import MOST, NEW, STOP, Bad, Policy, read_window
 from ddpm_jax.training.programs import compile_update, make_parameter_gather, make_prepare
-from ddpm_jax.training.report import Due, Evaluate, Examples, Profile, Report, make_evaluate
+from ddpm_jax.training.report import Due, Evaluate, Examples, Profile, Report, make_evaluate, warn_without_trace
 from ddpm_jax.training.state import TrainState, abstract_state, create_state
 from ddpm_jax.training.step import make_train_step
 from ddpm_jax.types import Task
@@ -161,6 +161,7 @@ def fit(
         restore = functools.partial(_restore_or_create, run, tx, init_key, example, config, ignore)
         state, start, notes = restore(loader)
         seen = {"rollbacks": notes.get("rollbacks", 0), "tensorboard": tensorboard, "bar": progress}
+        warn_without_trace(name, profile_steps, start, num_steps)
         items = items_per_step or jax.tree.leaves(example)[0].shape[0]
         report = stack.enter_context(Report(name, as_path(workdir), start, num_steps, items=items, **seen))
         left = hosts.current().gather("the last step", report.unfinished(notes.get("due")))[0]

@@ -241,6 +241,13 @@ def make_evaluate(
     return evaluate
 
 
+def warn_without_trace(name: str, steps: tuple[int, int] | None, start: int, num_steps: int) -> None:
+    """Warn if none of the steps of a trace is made by a stage that continues after `start` and ends at `num_steps`."""
+    if steps is not None and max(steps[0], start + 1) > min(steps[1], num_steps):
+        made = f"it makes steps {start + 1} to {num_steps}" if start < num_steps else "it makes no more steps"
+        logging.warning("%s: no profiler trace of steps %d to %d is written: %s", name, *steps, made)
+
+
 class Profile:
     """A profiler trace of some steps, for XProf or Perfetto; in place of a bucket in a temporary directory.
 

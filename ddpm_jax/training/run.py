@@ -74,7 +74,8 @@ def train(
         pipeline: how the stages are sampled together, a `pipelines.PipelineDescription`; written to pipeline.json.
         config: what the stages were made from, plain data, for the record.
         mesh: devices along "data", "fsdp" and "tensor" (`parallel.mesh.make_mesh`); by default all along "data".
-        profile_steps: the first and the last step of a profiler trace, written to `<workdir>/<stage>/profile`.
+        profile_steps: the first and the last step of a profiler trace, written to `<workdir>/<stage>/profile`; a stage
+            that makes none of them warns.
 
     Raises:
         ValueError: if a stage cannot work, or needs another one that has not been trained.
@@ -95,6 +96,7 @@ def train(
         process_shards(mesh, process)
     run = _Run(stages, as_path(workdir), mesh)
     chosen = [run.stages[name] for name in run.check_names(names)]
+    _check_profile(profile_steps, chosen)
     if pipeline is not None:
         _check_pipeline(pipeline, run)
     # Before the lock, which would leave its file in a directory that is not ours.
@@ -124,6 +126,18 @@ def _as_stages(stages: Any) -> tuple[Stage, ...]:
         if not isinstance(stage, Stage):
             raise ValueError(f"stages[{number}]={shown(stage)} must be a Stage")
     return given
+
+
+def _check_profile(steps: Any, stages: Sequence[Stage]) -> None:
+    """Raise ValueError for steps of a trace that no stage has."""
+    if steps is None:
+        return
+    numbers = steps if isinstance(steps, Sequence) else ()
+    if len(numbers) != 2 or not all(type(each) is int for each in numbers) or not 1 <= numbers[0] <= numbers[1]:
+        raise ValueError(f"profile_steps={shown(steps)} must be the first and the last step, such as (100, 105)")
+    if stages and all(stage.training.num_steps < numbers[0] for stage in stages):
+        ends = ", ".join(f"{stage.name} has {stage.training.num_steps}" for stage in stages)
+        raise ValueError(f"profile_steps={shown(steps)} are steps that no stage makes: {ends}")
 
 
 def is_trained(stage: Stage, workdir: str | os.PathLike) -> bool:
