@@ -147,6 +147,46 @@ def test_a_port_that_is_taken_is_named():
             rendezvous.meet(place, {}, timeout=1.0)
 
 
+def test_a_port_that_becomes_free_is_taken():
+    """The last run may have it for a moment."""
+    server, said, found = socket.create_server(("", 0)), [], []
+    place = Place(f"127.0.0.1:{server.getsockname()[1]}", 2, 0, "")
+    thread = threading.Thread(target=lambda: found.append(rendezvous.meet(place, {}, timeout=20.0, report=said.append)))
+    thread.start()
+    while not said:
+        time.sleep(0.01)
+    server.close()
+    rendezvous.meet(Place(place.address, 2, 1, ""), {}, timeout=20.0)
+    thread.join()
+    assert found and said == [f"waiting for the port of {place.address}: Address already in use"]
+
+
+@pytest.mark.parametrize("words", [b"", b"SSH-2.0-OpenSSH_9.6\r\n"])
+def test_another_program_at_the_port_is_named_at_the_other_hosts(monkeypatch, words):
+    """It says nothing, or speaks another language."""
+    monkeypatch.setattr(rendezvous, "PORT_SECONDS", 0.3)
+
+    def serve(server):
+        while True:
+            try:
+                connection, _ = server.accept()
+            except OSError:
+                return
+            connection.sendall(words)
+            connections.append(connection)
+
+    connections = []
+    with socket.create_server(("", 0)) as server:
+        threading.Thread(target=serve, args=(server,), daemon=True).start()
+        place = Place(f"127.0.0.1:{server.getsockname()[1]}", 2, 1, "")
+        with pytest.raises(ClusterError, match=f"the program at {place.address} is not host 0 of this run") as error:
+            rendezvous.meet(place, {}, timeout=20.0)
+        assert error.value.status == 2
+        server.shutdown(socket.SHUT_RDWR)
+    for connection in connections:
+        connection.close()
+
+
 def test_two_processes_of_one_number_are_refused():
     errors = [error for error in meet_all([(0, {}), (1, {}), (1, {})], count=3, timeout=3.0) if error is not None]
     assert any("two processes have --process_id=1" in str(error) for error in errors)

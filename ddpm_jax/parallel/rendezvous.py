@@ -3,10 +3,12 @@
 JAX's own start-up ends the process, without a reason that helps, if a process is missing; here those that are missing
 are named, and processes that were not started alike are refused, before any of them has a device.
 
-Each process sends one line, {"id", "host", "pid", "fields"}, and gets one back when all are there, {"error"} of all.
+Each process sends one line, {"id", "host", "pid", "fields"}, which is acknowledged at once, so that another program at
+the port is noticed, and gets one back when all are there, {"error"} of all.
 """
 
 import contextlib
+import errno
 import json
 import os
 import select
@@ -20,6 +22,9 @@ from ddpm_jax.parallel.cluster import ClusterError, Place
 EX_TEMPFAIL = 75
 _BYTES = 1 << 22
 _RETRY_SECONDS = 0.2
+_ACKNOWLEDGEMENT = b"ddpm_jax\n"
+PORT_SECONDS = 30.0
+"""How long another program at the port, which may be an earlier run that ends, is waited for."""
 
 
 def meet(
@@ -52,15 +57,15 @@ class _Waiting:
     """A deadline, and a line for each minute before it."""
 
     def __init__(self, deadline: float, timeout: float, report: Callable[[str], None]):
-        self.deadline, self.timeout = deadline, timeout
-        self._report, self._next = report, time.monotonic() + 60.0
+        self.deadline, self.timeout, self.report = deadline, timeout, report
+        self._next = time.monotonic() + 60.0
 
     def is_over(self, line: Callable[[], str]) -> bool:
         """Return whether the deadline has passed; report the line after each minute."""
         now = time.monotonic()
         if now > self._next:
             self._next += 60.0
-            self._report(line())
+            self.report(line())
         return now > self.deadline
 
 
@@ -91,7 +96,7 @@ def _short(text: str) -> str:
 
 def _receive_all(place: Place, hello: dict, waiting: _Waiting) -> dict[str, Any]:
     """Take the lines of the other processes, answer them, and return the answer."""
-    with contextlib.closing(_listen(place)) as server:
+    with contextlib.closing(_listen(place, waiting)) as server:
         found: dict[int, tuple[dict, socket.socket | None]] = {0: (hello, None)}
         try:
             error = _collect(server, place, found, waiting)
@@ -116,15 +121,26 @@ def _receive_all(place: Place, hello: dict, waiting: _Waiting) -> dict[str, Any]
                     connection.close()
 
 
-def _listen(place: Place) -> socket.socket:
-    port = place.endpoint[1]
-    try:
-        if socket.has_dualstack_ipv6():
-            return socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True, backlog=1024)
-        return socket.create_server(("", port), backlog=1024)
-    except OSError as error:
-        reason = error.strerror or error
-        raise ClusterError(f"--coordinator_address={place.address} cannot be listened on: {reason}") from error
+def _listen(place: Place, waiting: _Waiting) -> socket.socket:
+    """Return the socket of the first process, once no other program has the port."""
+    deadline, said = min(time.monotonic() + PORT_SECONDS, waiting.deadline), False
+    while True:
+        try:
+            return _create_server(place.endpoint[1])
+        except OSError as error:
+            reason = os.strerror(error.errno) if error.errno else error
+            if error.errno != errno.EADDRINUSE or time.monotonic() > deadline:
+                raise ClusterError(f"--coordinator_address={place.address} cannot be listened on: {reason}") from error
+            if not said:
+                waiting.report(f"waiting for the port of {place.address}: {reason}")
+                said = True
+        time.sleep(_RETRY_SECONDS)
+
+
+def _create_server(port: int) -> socket.socket:
+    if socket.has_dualstack_ipv6():
+        return socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True, backlog=1024)
+    return socket.create_server(("", port), backlog=1024)
 
 
 def _collect(server: socket.socket, place: Place, found: dict, waiting: _Waiting) -> str | None:
@@ -142,6 +158,8 @@ def _collect(server: socket.socket, place: Place, found: dict, waiting: _Waiting
         if hello is None or not isinstance(hello.get("id"), int) or not isinstance(hello.get("fields"), dict):
             connection.close()
             continue
+        with contextlib.suppress(OSError):
+            connection.sendall(_ACKNOWLEDGEMENT)
         index, name = hello["id"], f"{hello.get('host')} ({peer[0]})"
         if hello.get("count") != place.count:
             error = f"host {name} was started with --num_processes={hello.get('count')}, host 0 with {place.count}"
@@ -195,16 +213,43 @@ def _send(place: Place, hello: dict, waiting: _Waiting) -> dict[str, Any]:
     """Send this process' line until it is answered, and return the answer."""
     line, reason = json.dumps(hello).encode() + b"\n", "no answer"
     about = lambda: f"waiting for host 0 at {place.address}: {reason}"  # noqa: E731
+    foreign_since = None
     while not waiting.is_over(about):
+        begin, is_foreign = time.monotonic(), False
         try:
             with socket.create_connection(place.endpoint, timeout=10.0) as connection:
                 connection.sendall(line)
-                # The first process answers at its own deadline, which may be a little later.
-                answer = _read_line(connection, waiting.deadline + 30.0)
-            if answer is not None and isinstance(answer.get("hosts"), list) and "error" in answer:
-                return answer
-            reason = "it closed the connection"
+                said = _read_exactly(connection, len(_ACKNOWLEDGEMENT), min(begin + PORT_SECONDS, waiting.deadline))
+                if said == _ACKNOWLEDGEMENT:
+                    # The first process answers at its own deadline, which may be a little later.
+                    answer = _read_line(connection, waiting.deadline + 30.0)
+                    if answer is not None and isinstance(answer.get("hosts"), list) and "error" in answer:
+                        return answer
+                # A proxy in front of a host that has not started yet closes connections too.
+                is_foreign = said is None or said not in (b"", _ACKNOWLEDGEMENT)
+            reason = "it closed the connection; is there another program at the port?"
         except OSError as error:
             reason = error.strerror or str(error) or type(error).__name__
+        foreign_since = (begin if foreign_since is None else foreign_since) if is_foreign else None
+        if foreign_since is not None and time.monotonic() >= foreign_since + PORT_SECONDS:
+            raise ClusterError(
+                f"the program at {place.address} is not host 0 of this run, which cannot use that port; give another "
+                "one in --coordinator_address, or end that program"
+            )
         time.sleep(_RETRY_SECONDS)
     raise ClusterError(f"host 0 did not answer at {place.address} within {waiting.timeout:g} s ({reason})", EX_TEMPFAIL)
+
+
+def _read_exactly(connection: socket.socket, count: int, deadline: float) -> bytes | None:
+    """Return so many bytes, fewer if the other end closes before, or None if nothing comes until the deadline."""
+    data = b""
+    try:
+        while len(data) < count:
+            connection.settimeout(max(deadline - time.monotonic(), 0.01))
+            part = connection.recv(count - len(data))
+            if not part:
+                break
+            data += part
+    except TimeoutError:
+        return data or None
+    return data
