@@ -115,6 +115,12 @@ def test_going_back_without_a_checkpoint_begins_again(tmp_path, caplog):
     assert sum("; going back to the beginning of the stage, with the data after step 25" in each for each in said) == 1
 
 
+def test_steps_that_are_undone_are_not_in_a_row_with_those_that_follow(tmp_path):
+    policy = Policy("roll_back", "skip", max_bad_steps=1, **SPIKE)
+    run(tmp_path, loader=BadLoader({24: np.nan, 25: 10.0}), num_steps=24, policy=policy)
+    assert [(event["event"], event["bad_step"]) for event in events(tmp_path)] == [("roll_back", 24), ("skip", 21)]
+
+
 def test_a_window_holds_all_of_its_bad_steps(tmp_path, monkeypatch):
     """A window is read before it has more bad steps than it holds, however rarely the log is written."""
     for module in (guard, loop):

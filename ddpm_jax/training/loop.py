@@ -342,6 +342,7 @@ class _Steps:
         self.report.rewind(at.step, last - at.step)
         seen = {"loss": bad.loss, "grad_norm": bad.grad_norm}
         self.report.event(at.step, "roll_back", rollback=at.rollbacks, last_step=last, bad_step=bad.step, **seen)
+        at.running = {**at.running, "in_row": 0}  # the bad steps at the end of the window are undone
         at.window = self.new_window(at.running)
 
     def _write(self, at: _Position, due: Due, checkpoint: bool, stopping: bool) -> None:
