@@ -200,3 +200,22 @@ def test_sharded_weights_are_gathered_in_the_dtype_of_their_use_and_nothing_else
     # XLA for the CPU widens bfloat16; what the step says is in the program before XLA.
     gathered = re.findall(r"sharding_constraint %\S+ <@mesh, \[(?:\{\}(?:, )?)+\]> : tensor<(\S+)>", lowered)
     assert set(gathered) >= {"8x5xbf16", "8xf32"}, lowered
+
+
+class TwiceTask(WideTask):
+    """The toy after a function that the backward pass computes again."""
+
+    def loss(self, params, batch, key):
+        twice = jax.checkpoint(lambda kernel, x: jnp.tanh(x @ kernel[:5]))
+        return super().loss(params, batch | {"x": twice(params["wide"]["kernel"], batch["x"])}, key)
+
+
+@pytest.mark.parametrize("axes", [{"data": 2}, {"fsdp": 2}])
+def test_gathering_leaves_to_the_network_what_is_computed_again(axes):
+    mesh, task, tx = make_mesh(axes, devices=jax.devices()[:2]), TwiceTask(jnp.float32), optax.sgd(0.1)
+    batch = shard_batch(toy_training.toy_batch(0), mesh)
+    state = create_state(task, tx, jax.random.key(0), mesh, batch, RULES if "fsdp" in axes else ())
+    gather = make_gather(mesh, jax.tree.map(lambda leaf: leaf.sharding.spec, state.params)) if "fsdp" in axes else None
+    step = make_train_step(task, tx, ema_decay=0.9, gather=gather)
+    program = str(jax.make_jaxpr(step)(state, batch, jax.random.key(1)))
+    assert len(re.findall(r"\btanh\b", program)) == 2

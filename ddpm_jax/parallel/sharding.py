@@ -13,7 +13,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 Rule = tuple[str, Sequence[str | tuple[str, ...] | None]]
@@ -35,8 +34,6 @@ them. The rest is whole along "tensor"."""
 
 MIN_SIZE = 2**12
 """Smaller parameters are whole on every device: gathering them costs more time than the memory is worth."""
-
-_GATHERED = "gathered_parameters"
 
 
 def parameter_specs(params: Any, mesh: Mesh, rules: Sequence[Rule] = (), *, min_size: int = MIN_SIZE) -> Any:
@@ -113,7 +110,9 @@ def make_gather(mesh: Mesh, specs: Any, dtypes: Any = None) -> Callable[[Any], A
 
     Forward, each parameter is constrained to be whole along "fsdp", so that XLA gathers weights instead of splitting
     convolutions. Backward, its gradient is constrained to the parameter's own sharding, so that the sum over the
-    devices is a reduce-scatter. `not_kept` keeps gathered weights from being stored for the backward pass.
+    devices is a reduce-scatter. Gathered weights stay until they are used there, in the dtype that they are gathered
+    in: a `jax.checkpoint` around the loss that saves all but them would also save what the blocks of a network are to
+    compute again, and XLA would merge both gathers.
 
     Args:
         mesh: of the parameters.
@@ -137,14 +136,9 @@ def make_gather(mesh: Mesh, specs: Any, dtypes: Any = None) -> Callable[[Any], A
         if dtypes is not None:
             params = jax.tree.map(lambda leaf, dtype: leaf.astype(dtype), params, dtypes)
             params = jax.lax.with_sharding_constraint(params, sharded)
-        return jax.tree.map(lambda leaf: checkpoint_name(leaf, _GATHERED), gather(params))
+        return gather(params)
 
     return gather_parameters
-
-
-def not_kept(loss: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a loss whose gathered parameters are gathered again in the backward pass, in place of being stored."""
-    return jax.checkpoint(loss, policy=jax.checkpoint_policies.save_anything_except_these_names(_GATHERED))
 
 
 def used_dtypes(function: Callable[[Any], Any], params: Any) -> Any:

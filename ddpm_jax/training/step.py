@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 
 from ddpm_jax.extras import needs_extra
-from ddpm_jax.parallel.sharding import not_kept
 from ddpm_jax.training.state import TrainState
 from ddpm_jax.types import Task
 
@@ -124,10 +123,8 @@ def _gradients(
         means = {name: jnp.mean(value, dtype=jnp.float32) for name, value in metrics.items()}
         return jnp.mean(loss, dtype=jnp.float32), (means, aux)
 
-    differentiated = mean_loss if gather is None else not_kept(mean_loss)
-
     def value_and_grad(batch: Any, key: jax.Array) -> tuple[tuple, Any]:
-        (loss, (means, aux)), grads = jax.value_and_grad(differentiated, has_aux=True)(state.params, batch, key)
+        (loss, (means, aux)), grads = jax.value_and_grad(mean_loss, has_aux=True)(state.params, batch, key)
         return ((loss, means), grads), aux
 
     if accumulate == 1:
