@@ -176,6 +176,8 @@ def fit(
         step_fn = make_train_step(task, tx, accumulate=accumulate, schedule=schedule, gather=gather, **averaging)
         update, new_window = compile_update(step_fn, state, batch, train_key, mesh, policy)
         report.flops = _model_flops(task, state, batch, train_key)
+        # Collectives on CPUs give up after 30 s; a host may compile for longer.
+        hosts.current().barrier("the compiled step")
         evaluate = make_evaluate(task, mesh, prepare, eval_batches, gather, hosts.current()) if eval_every else None
         examples = Examples(task, _prepare_example(run, example), mesh) if preview_every else None
         show = functools.partial(_show, run, report, evaluate, examples, preview_key)
