@@ -20,9 +20,12 @@ from ddpm_jax.data.transforms import AverageDown, RandomCrop, Select, Tokenize
 from ddpm_jax.diffusion.diffusion import Diffusion
 from ddpm_jax.diffusion.losses import snr_power
 from ddpm_jax.diffusion.sampling import sampling_from
+from ddpm_jax.diffusion.tokens import token_sampling_from
 from ddpm_jax.evaluation import report
+from ddpm_jax.models.autoregressive_prior import AutoregressivePrior
 from ddpm_jax.models.clip import CLIP, VisionTransformer
 from ddpm_jax.models.decoder import Decoder
+from ddpm_jax.models.embedding_codes import EmbeddingCodes
 from ddpm_jax.models.prior import DiffusionPrior
 from ddpm_jax.models.text_encoder import RecurrentTextEncoder, TextEncoder
 from ddpm_jax.models.transformer import quick_gelu
@@ -30,7 +33,9 @@ from ddpm_jax.models.unet import UNet, attention_levels
 from ddpm_jax.models.upsampler import Upsampler
 from ddpm_jax.pipelines.description import PipelineDescription
 from ddpm_jax.training import (
+    AutoregressiveTask,
     Captions,
+    CodesTask,
     ContrastiveTask,
     DiffusionTask,
     Embeddings,
@@ -98,6 +103,15 @@ def get_config(variant: str = "") -> ConfigDict:
         "drop_text": 0.1,
         "training": training(128, 400, 2e-3, muon_learning_rate=4e-3),
     }
+    config.priors = "diffusion"  # or "autoregressive", or "both", of which the pipeline then has the diffusion prior
+    config.codes = {"dims": 64, "buckets": 256, "dot_buckets": 32, "training": training(512, 40, 0.0, warmup_steps=0)}
+    config.ar_prior = {
+        "width": 96,
+        "layers": 3,
+        "heads": 2,
+        "drop_text": 0.1,
+        "training": training(128, 800, 2e-3, muon_learning_rate=4e-3),
+    }
     config.decoder = {
         "image_size": 16,
         "supersample": 4,
@@ -128,6 +142,7 @@ def get_config(variant: str = "") -> ConfigDict:
     }
     config.sample = {
         "prior": {"sampler": "ancestral", "steps": "25"},
+        "ar_prior": {"scale": 1.0, "temperature": 1.0, "top_p": 1.0},
         "candidates": 2,
         "decoder": {"sampler": "ddim", "steps": "25", "scale": 1.5, "threshold": 1.0},
         "upsampler": {"sampler": "ddim", "steps": "4", "threshold": 1.0},
@@ -164,9 +179,6 @@ def stages(config: ConfigDict) -> tuple[Stage, ...]:
         TextEncoder(vocab_size, c.text.length, activation=quick_gelu, **c.clip.text),
         c.clip.embed_dim,
     )
-    prior = DiffusionPrior(
-        c.clip.embed_dim, c.text.length, c.prior.width, c.prior.layers, c.prior.heads, activation=quick_gelu
-    )
     rendered = c.decoder.image_size * c.decoder.supersample
     return (
         Stage(
@@ -177,19 +189,7 @@ def stages(config: ConfigDict) -> tuple[Stage, ...]:
             training=trained(c.clip),
             examples_per_record=c.clip.group,
         ),
-        Stage(
-            name="prior",
-            task=DiffusionTask(
-                model=prior,
-                diffusion=Diffusion(prediction="x0", **c.prior.diffusion),
-                x0=Embeddings(c.clip.embed_dim, c.prior.embed_scale),
-                conditions=(Captions(c.text.length, drop=c.prior.drop_text),),
-            ),
-            source=embedded(c.clip.image_size),
-            transforms=(text, Select(("tokens", "mask", "z_image", "z_text"))),
-            training=trained(c.prior),
-            needs={"clip": "clip"},
-        ),
+        *priors(c, embedded(c.clip.image_size), text, trained),
         Stage(
             name="decoder",
             task=DiffusionTask(
@@ -227,6 +227,48 @@ def stages(config: ConfigDict) -> tuple[Stage, ...]:
             training=trained(c.upsampler),
         ),
     )
+
+
+def priors(config: ConfigDict, source, text: Tokenize, trained) -> tuple[Stage, ...]:
+    """Return the stages of the priors: of embeddings by diffusion, and of their codes one by one."""
+    c = config
+    if c.priors not in ("diffusion", "autoregressive", "both"):
+        raise ValueError(f"priors={c.priors!r} must be 'diffusion', 'autoregressive' or 'both'")
+    size = (c.prior.width, c.prior.layers, c.prior.heads)
+    pairs = {"source": source, "transforms": (text, Select(("tokens", "mask", "z_image", "z_text")))}
+    by_diffusion = Stage(
+        name="prior",
+        task=DiffusionTask(
+            model=DiffusionPrior(c.clip.embed_dim, c.text.length, *size, activation=quick_gelu),
+            diffusion=Diffusion(prediction="x0", **c.prior.diffusion),
+            x0=Embeddings(c.clip.embed_dim, c.prior.embed_scale),
+            conditions=(Captions(c.text.length, drop=c.prior.drop_text),),
+        ),
+        training=trained(c.prior),
+        needs={"clip": "clip"},
+        **pairs,
+    )
+    quantized = (c.clip.embed_dim, c.codes.dims, c.codes.buckets, c.codes.dot_buckets)
+    codes = Stage(
+        name="codes",
+        task=CodesTask(EmbeddingCodes(*quantized)),
+        training=trained(c.codes),
+        needs={"clip": "clip"},
+        **pairs,
+    )
+    size = (c.ar_prior.width, c.ar_prior.layers, c.ar_prior.heads)
+    by_codes = Stage(
+        name="ar_prior",
+        task=AutoregressiveTask(
+            model=AutoregressivePrior(*quantized, c.text.length, *size, activation=quick_gelu),
+            captions=Captions(c.text.length, drop=c.ar_prior.drop_text),
+        ),
+        training=trained(c.ar_prior),
+        needs={"clip": "clip", "codes": "codes"},
+        **pairs,
+    )
+    found = {"diffusion": (by_diffusion,), "autoregressive": (codes, by_codes)}
+    return found.get(c.priors, (by_diffusion, codes, by_codes))
 
 
 def decoder(config: ConfigDict, vocab_size: int) -> Decoder:
@@ -281,12 +323,17 @@ def pipeline(config: ConfigDict) -> PipelineDescription:
     sample = config.sample
     if config.evaluation.num_captions < 1:
         raise ValueError(f"evaluation.num_captions={config.evaluation.num_captions} must be at least 1")
+    if config.priors == "autoregressive":
+        prior = token_sampling_from(sample.ar_prior, name="sample.ar_prior")
+        models = {"clip": "clip", "codes": "codes", "prior": "ar_prior", "decoder": "decoder"}
+    else:
+        prior = sampling_from(sample.prior, name="sample.prior")
+        models = {"clip": "clip", "prior": "prior", "decoder": "decoder"}
+    others = {stage: sampling_from(sample[stage], name=f"sample.{stage}") for stage in ("decoder", "upsampler")}
     return PipelineDescription(
         "UnCLIP",
-        models={"clip": "clip", "prior": "prior", "decoder": "decoder", "upsamplers": ["upsampler"]},
-        sampling={
-            stage: sampling_from(sample[stage], name=f"sample.{stage}") for stage in ("prior", "decoder", "upsampler")
-        },
+        models=models | {"upsamplers": ["upsampler"]},
+        sampling={"prior": prior} | others,
         options={"candidates": sample.candidates, "batch_size": sample.batch_size},
     )
 
@@ -299,7 +346,7 @@ def evaluate(config: ConfigDict, pipeline, workdir, show) -> None:
 def quick(config: ConfigDict) -> None:
     """Cut the stages to a few minutes in all on two cores; the networks stay."""
     config.data.num_examples = 4_000
-    for stage, num_steps in {"clip": 80, "prior": 100, "decoder": 150, "upsampler": 40}.items():
+    for stage, num_steps in {"clip": 80, "prior": 100, "ar_prior": 100, "decoder": 150, "upsampler": 40}.items():
         config[stage].training.update(num_steps=num_steps, warmup_steps=num_steps // 10, preview_every=num_steps)
     config.evaluation.num_captions = 64
 
@@ -307,7 +354,7 @@ def quick(config: ConfigDict) -> None:
 def smoke(config: ConfigDict) -> None:
     """Shrink everything so that all stages take seconds."""
     config.data.num_examples = 64
-    for stage in ("clip", "prior", "decoder", "upsampler"):
+    for stage in ("clip", "prior", "codes", "ar_prior", "decoder", "upsampler"):
         config[stage].training.update(
             num_steps=2, batch_size=8, warmup_steps=1, log_every=1, checkpoint_every=1, preview_every=2
         )
@@ -316,6 +363,8 @@ def smoke(config: ConfigDict) -> None:
     config.clip.training.batch_size = 16  # so that 1, 2, 4 and 8 devices can share it
     config.clip.update(text={"width": 16, "layers": 1, "heads": 2})
     config.prior.update(width=16, layers=1, heads=2)
+    config.codes.update(dims=8, buckets=16, dot_buckets=4)
+    config.ar_prior.update(width=16, layers=1, heads=2)
     config.decoder.unet.update(channels=32, head_channels=16, patch=4)
     config.decoder.update(context_width=16, attention_resolutions=(2,), cond_map_channels=4)
     # Its recurrent networks are one piece for every token, and take long to compile.

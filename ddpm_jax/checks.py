@@ -74,6 +74,13 @@ def is_finite(value: Any) -> bool:
         return False
 
 
+def plain(value: Any) -> Any:
+    """Return the Python number or string of a NumPy or JAX scalar, and anything else, also a traced one, as it is."""
+    if isinstance(value, jax.core.Tracer):
+        return value
+    return value.item() if getattr(value, "ndim", None) == 0 and hasattr(value, "item") else value
+
+
 def shown(value: Any) -> str:
     """Return a value as a message shows it: on one line, and short."""
     try:

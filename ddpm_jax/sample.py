@@ -64,6 +64,7 @@ _HELP = {
     "quantile": "Dynamic threshold: quantile of the estimates' sizes, up to 1; 0 for none.",
 }
 OPTIONS = tuple(field.name for field in dataclasses.fields(Sampling))
+_OF_A_STAGE = (*OPTIONS, "noise_level", "temperature", "top_p")
 
 
 def _define(name: str, option: str, help: str) -> None:
@@ -89,7 +90,7 @@ for _option in OPTIONS:
 def define_stage_flags(arguments: Sequence[str]) -> None:
     """Define the flags --<stage>_<option> that stand in a command line; stages have any names."""
     for word in arguments:
-        match = re.match(r"--?(?:no)?([A-Za-z]\w*?)_(" + "|".join((*OPTIONS, "noise_level")) + r")(=|$)", word)
+        match = re.match(r"--?(?:no)?([A-Za-z]\w*?)_(" + "|".join(_OF_A_STAGE) + r")(=|$)", word)
         name = match and f"{match[1]}_{match[2]}"
         if name and name not in FLAGS:
             _define(name, match[2], f"Option {match[2]} of the stage {match[1]}.")
@@ -192,9 +193,8 @@ def _how(pipeline: Any, count: int) -> dict[str, Any]:
         kwargs["low_res"] = True
     if _BATCH.value is not None:
         kwargs["batch_size"] = _BATCH.value
-    fields = (*OPTIONS, "noise_level")
     for name in FLAGS:
-        if name in fields or name.endswith(tuple(f"_{field}" for field in fields)):
+        if name in OPTIONS or name.endswith(tuple(f"_{field}" for field in _OF_A_STAGE)):
             value = FLAGS[name].value
             kwargs |= {} if value is None else {name: value}
     return kwargs

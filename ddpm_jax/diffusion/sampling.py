@@ -11,7 +11,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from ddpm_jax.checks import check_static, is_finite, shown
+from ddpm_jax.checks import check_static, is_finite, plain, shown
 from ddpm_jax.diffusion.diffusion import Diffusion
 from ddpm_jax.diffusion.guidance import (
     classifier_free,
@@ -246,7 +246,7 @@ def as_steps(name: str, value: Any) -> int | str | tuple[int, ...]:
         ValueError: if value is neither a positive integer, a string nor a sequence of integers.
     """
     check_static(name, value, "since it is the length of the loop")
-    value, given = _plain(value), value
+    value, given = plain(value), value
     if isinstance(value, str):
         text = re.sub(r"\s*,\s*", ",", value.strip())
         value = int(text) if re.fullmatch(r"\d{1,9}", text) else text  # longer ones are refused by `respace`
@@ -257,7 +257,7 @@ def as_steps(name: str, value: Any) -> int | str | tuple[int, ...]:
     if isinstance(value, str) and value:
         return value
     if isinstance(value, Iterable) and not isinstance(value, (bytes, str, Mapping, Set)):
-        found = [_plain(step) for step in value]
+        found = [plain(step) for step in value]
         if found and all(isinstance(step, numbers.Integral) and not isinstance(step, bool) for step in found):
             return tuple(map(int, found))
     raise ValueError(
@@ -269,13 +269,6 @@ def _is_traced(value: Any) -> bool:
     return isinstance(value, jax.core.Tracer)
 
 
-def _plain(value: Any) -> Any:
-    """Return the Python number or string of a scalar, and anything else as it is."""
-    if _is_traced(value):
-        return value
-    return value.item() if getattr(value, "ndim", None) == 0 and hasattr(value, "item") else value
-
-
 def _checked_option(option: str, name: str, value: Any) -> Any:
     """Return a Python number, or a traced one as it is."""
     if name == "sde" or name in _COUNTS:
@@ -284,7 +277,7 @@ def _checked_option(option: str, name: str, value: Any) -> Any:
         if not isinstance(value, bool):
             raise ValueError(f"{option}={shown(value)} must be True or False")
         return value
-    value, given = _plain(value), value
+    value, given = plain(value), value
     if name in _COUNTS:
         least, most = _COUNTS[name]
         if isinstance(value, bool) or not isinstance(value, numbers.Integral) or not least <= value <= most:

@@ -7,7 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ddpm_jax.checks import shown
 from ddpm_jax.diffusion.sampling import Sampling, sampling_from
+from ddpm_jax.diffusion.tokens import TokenSampling, token_sampling_from
 from ddpm_jax.errors import LoadError, ReadError
 from ddpm_jax.paths import as_path
 from ddpm_jax.storage.json_file import read_json, write_json
@@ -43,7 +45,9 @@ def _levels(where: str, value: Any) -> None:
 
 _SHARED = {"batch_size": integer(1, 65_536), "noise_levels": _levels}
 KINDS = {
-    "UnCLIP": Kind(("clip", "prior", "decoder"), (), ("clip",), {"candidates": integer(1, 1000)} | _SHARED),
+    "UnCLIP": Kind(
+        ("clip", "prior", "decoder"), ("codes",), ("clip", "codes"), {"candidates": integer(1, 1000)} | _SHARED
+    ),
     "Cascade": Kind(("base",), ("classifier",), ("classifier",), _SHARED),
 }
 
@@ -84,7 +88,10 @@ class PipelineDescription:
                 _check_place(f"models.{role}", place)
         stages = self.stages
         _check_object("sampling", self.sampling, stages)
-        sampling = {stage: _sampling(value, f"sampling.{stage}") for stage, value in self.sampling.items()}
+        sampling = {
+            stage: _sampling(value, f"sampling.{stage}", stage == "prior" and "codes" in self.models)
+            for stage, value in self.sampling.items()
+        }
         object.__setattr__(self, "sampling", sampling)
         _check_object("options", self.options, tuple(kind.options))
         for name, value in self.options.items():
@@ -182,9 +189,11 @@ def _check_place(where: str, place: Any) -> None:
         raise ValueError(f"{where}={place!r:.60} must be the directory of a model")
 
 
-def _sampling(value: Any, where: str) -> Sampling:
-    if isinstance(value, Sampling):
+def _sampling(value: Any, where: str, of_codes: bool) -> Sampling | TokenSampling:
+    if isinstance(value, Sampling | TokenSampling):
+        if isinstance(value, TokenSampling) != of_codes:
+            raise ValueError(f"{where} must be a {'TokenSampling' if of_codes else 'Sampling'}, got {shown(value)}")
         return value.checked(f"{where}.")
     if not isinstance(value, Mapping):
         raise ValueError(f"{where}={value!r:.60} must be an object with the options of a sampler")
-    return sampling_from(value, name=where)
+    return token_sampling_from(value, name=where) if of_codes else sampling_from(value, name=where)

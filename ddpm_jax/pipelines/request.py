@@ -22,6 +22,7 @@ from ddpm_jax.diffusion.diffusion import Diffusion
 from ddpm_jax.diffusion.process import GaussianProcess, respace
 from ddpm_jax.diffusion.sampling import NO_MOMENTS, Sampling, as_steps
 from ddpm_jax.diffusion.schedules import respaced_timesteps
+from ddpm_jax.diffusion.tokens import TokenSampling
 from ddpm_jax.parallel.mesh import batch_axes, batch_shards, data_sharding, replicated
 
 Steps = int | str | Sequence[int]
@@ -130,7 +131,7 @@ def on_mesh(mesh: Mesh | None, models: Any) -> tuple[Any, Callable[[Any], Any], 
 
 
 def stage_samplings(
-    defaults: Mapping[str, Sampling],
+    defaults: Mapping[str, Sampling | TokenSampling],
     options: Mapping[str, Any],
     *,
     main: str = "decoder",
@@ -138,13 +139,13 @@ def stage_samplings(
     guided: Collection[str] = (),
     classified: Collection[str] = (),
     measured: Collection[str] = (),
-) -> dict[str, Sampling]:
+) -> dict[str, Any]:
     """Return how each stage is sampled.
 
     Args:
         defaults: of each stage.
-        options: the fields of `Sampling` by the names <stage>_<field>, and <field> alone for the main stage; None takes
-            the default.
+        options: the fields of the stages' `Sampling` or `TokenSampling` by the names <stage>_<field>, and <field> alone
+            for the main stage; None takes the default.
         main: the main stage.
         arguments: the other arguments of the pipeline's `generate`, for messages; those of all pipelines are known.
         guided: the stages that have a null condition, for the options scale and rescale.
@@ -157,7 +158,7 @@ def stage_samplings(
     found: dict[str, dict[str, Any]] = {stage: {} for stage in defaults}
     plain: set[str] = set()
     for name, value in options.items():
-        stage, field = (main, name) if name in FIELDS else _stage_and_field(name, tuple(defaults), arguments)
+        stage, field = (main, name) if name in FIELDS else _stage_and_field(name, defaults, arguments)
         if value is None:
             continue
         if isinstance(value, jax.core.Tracer):
@@ -177,8 +178,9 @@ def stage_samplings(
     return samplings
 
 
-def _stage_and_field(name: str, stages: Sequence[str], arguments: Collection[str]) -> tuple[str, str]:
-    known = {f"{stage}_{field}": (stage, field) for stage in stages for field in FIELDS}
+def _stage_and_field(name: str, stages: Mapping[str, Any], arguments: Collection[str]) -> tuple[str, str]:
+    fields = {stage: tuple(field.name for field in dataclasses.fields(own)) for stage, own in stages.items()}
+    known = {f"{stage}_{field}": (stage, field) for stage in stages for field in fields[stage]}
     if name in known:
         return known[name]
     if name in _OTHER_ARGUMENTS:
@@ -207,9 +209,9 @@ def _check_usable(sampling: Sampling, prefix: str, guided: bool, classified: boo
     if not guided:
         needs |= dict.fromkeys(("scale", "rescale"), "a network with a null condition")
     for field, what in needs.items():
-        if (value := getattr(sampling, field)) is not None:
+        if (value := getattr(sampling, field, None)) is not None:
             raise ValueError(f"{prefix}{field}={value} needs {what}, which this stage does not have")
-    if sampling.sampler == "analytic" and not measured:
+    if isinstance(sampling, Sampling) and sampling.sampler == "analytic" and not measured:
         raise ValueError(f"{prefix}sampler='analytic' {NO_MOMENTS}")
 
 

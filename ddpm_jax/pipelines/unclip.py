@@ -15,9 +15,12 @@ from ddpm_jax.data.transforms import resize_center_crop
 from ddpm_jax.diffusion.samplers import RecordedNoise
 from ddpm_jax.diffusion.samplers.noise import transition_keys
 from ddpm_jax.diffusion.sampling import Sampling, sample_with
+from ddpm_jax.diffusion.tokens import TokenSampling
+from ddpm_jax.models.autoregressive_prior import AutoregressivePrior
 from ddpm_jax.models.clip import CLIP, normalize
 from ddpm_jax.models.decoder import Decoder
 from ddpm_jax.models.prior import DiffusionPrior
+from ddpm_jax.pipelines.codes import check_codes, sample_code_embedding
 from ddpm_jax.pipelines.request import (
     as_prompts,
     as_seed,
@@ -53,10 +56,13 @@ class UnCLIP(flax.struct.PyTreeNode):
 
     Attributes:
         clip: a `CLIP`; its metadata has "tokenizer" and "length", the number of tokens of a caption.
-        prior: a `DiffusionPrior`; its metadata has "diffusion" and "embedding" with the scale that it works at.
+        prior: a `DiffusionPrior`; its metadata has "diffusion" and "embedding" with the scale that it works at. Or an
+            `AutoregressivePrior`.
         decoder: a `Decoder`; its metadata has "diffusion" and "image_size".
+        codes: the `EmbeddingCodes` that an `AutoregressivePrior` predicts; None with a `DiffusionPrior`.
         upsamplers: any number of `Upsampler`s, smallest images first; metadata "diffusion" and "image_size".
-        sampling: how each stage is sampled: "prior", "decoder", and each of the upsamplers by its name.
+        sampling: how each stage is sampled: "prior" (with codes a `TokenSampling`), "decoder", and each of the
+            upsamplers by its name.
         noise_levels: of the noise that is added to the images that upsamplers enlarge, by their names; those of their
             metadata, or 0, by default.
         names: of the upsamplers, as options of `generate` and keys of `sampling` have them; "upsampler" for one and
@@ -69,6 +75,7 @@ class UnCLIP(flax.struct.PyTreeNode):
     clip: Model
     prior: Model
     decoder: Model
+    codes: Model | None = None
     upsamplers: tuple[Model, ...] = ()
     sampling: Mapping[str, Sampling] = flax.struct.field(default_factory=dict)
     noise_levels: Mapping[str, float] = flax.struct.field(default_factory=dict)
@@ -88,11 +95,11 @@ class UnCLIP(flax.struct.PyTreeNode):
         Raises:
             ValueError: if the models do not fit each other.
         """
-        for role, kind in {"clip": CLIP, "prior": DiffusionPrior, "decoder": Decoder}.items():
-            if not isinstance(getattr(self, role).network, kind):
-                raise ValueError(
-                    f"{role} must be a {kind.__name__}, got a {type(getattr(self, role).network).__name__}"
-                )
+        priors = (DiffusionPrior, AutoregressivePrior)
+        for role, kinds in {"clip": (CLIP,), "prior": priors, "decoder": (Decoder,)}.items():
+            if not isinstance(getattr(self, role).network, kinds):
+                names = " or ".join(kind.__name__ for kind in kinds)
+                raise ValueError(f"{role} must be a {names}, got a {type(getattr(self, role).network).__name__}")
         clip, metadata = self.clip.network, self.clip.metadata
         widths = {role: getattr(self, role).network.embed_dim for role in ("clip", "prior", "decoder")}
         if len(set(widths.values())) > 1:
@@ -108,11 +115,16 @@ class UnCLIP(flax.struct.PyTreeNode):
         for role, context in {"clip": clip.text.context, "prior": self.prior.network.context}.items():
             if length > context or (role == "prior" and length != context):
                 raise ValueError(f"captions have length {length} by clip's metadata, and {role} reads {context} tokens")
-        if not self.prior.metadata.get("embedding"):
+        if self._by_codes:
+            check_codes(self.prior, self.codes)
+        elif self.codes is not None:
+            raise ValueError("codes are for an AutoregressivePrior, and prior is a DiffusionPrior")
+        elif not self.prior.metadata.get("embedding"):
             raise ValueError("the metadata of prior lacks 'embedding', the scale that it works at")
         names = self.names or default_names(len(self.upsamplers))
         check_upsamplers(self.decoder, self.upsamplers, names, "decoder")
-        default = {"prior": Sampling("ancestral", 64), **dict.fromkeys(("decoder", *names), IMAGES)}
+        own = TokenSampling() if self._by_codes else Sampling("ancestral", 64)
+        default = {"prior": own, **dict.fromkeys(("decoder", *names), IMAGES)}
         unknown = sorted(set(self.sampling) - set(default))
         if unknown:
             raise ValueError(f"sampling has no stage {unknown[0]!r}; there are {', '.join(default)}")
@@ -126,7 +138,8 @@ class UnCLIP(flax.struct.PyTreeNode):
     @property
     def models(self) -> dict[str, Model]:
         """The models but for the upsamplers, by role."""
-        return {"clip": self.clip, "prior": self.prior, "decoder": self.decoder}
+        codes = {} if self.codes is None else {"codes": self.codes}
+        return {"clip": self.clip, **codes, "prior": self.prior, "decoder": self.decoder}
 
     @property
     def options(self) -> dict[str, Any]:
@@ -134,8 +147,13 @@ class UnCLIP(flax.struct.PyTreeNode):
         levels = {"noise_levels": dict(self.noise_levels)} if self.noise_levels else {}
         return {"candidates": self.candidates, "batch_size": self.batch_size, **levels}
 
+    @property
+    def _by_codes(self) -> bool:
+        return isinstance(self.prior.network, AutoregressivePrior)
+
     def _diffusions(self) -> dict[str, Model]:
-        return {"prior": self.prior, "decoder": self.decoder, **dict(zip(self.names, self.upsamplers))}
+        prior = {} if self._by_codes else {"prior": self.prior}
+        return prior | {"decoder": self.decoder, **dict(zip(self.names, self.upsamplers))}
 
     def generate(
         self,
@@ -194,8 +212,8 @@ class UnCLIP(flax.struct.PyTreeNode):
         sampling = stage_samplings(
             pipeline.sampling, options, guided=("prior", "decoder"), measured=with_moments(models)
         )
-        for stage, chosen in sampling.items():
-            check_steps(f"{stage}_steps", chosen, models[stage].diffusion)
+        for stage, model in models.items():
+            check_steps(f"{stage}_steps", sampling[stage], model.diffusion)
         length = self.clip.metadata["length"]
         tokens, mask = tokenize(pipeline.tokenizer, prompts, length, allow_empty=True)
         keep = np.array([bool(pipeline.tokenizer.ids(text)) for text in prompts])
@@ -251,29 +269,45 @@ class UnCLIP(flax.struct.PyTreeNode):
         Returns:
             Unit vectors, float32[B, D].
         """
-        model, scale = self.prior, self.prior.metadata["embedding"]["scale"]
         keep_text = jnp.ones(len(tokens), bool) if keep_text is None else keep_text
+        if self._by_codes:
+            one = self._by_code(text, tokens, keys, keep_text, negative)
+        else:
+            one = self._by_diffusion(text, tokens, keys, keep_text, negative)
+        found = jnp.stack([one(i) for i in range(self.candidates)])
+        nearness = jnp.where(keep_text[None], jnp.einsum("nbd,bd->nb", found, text.z), 0.0)
+        return jnp.take_along_axis(found, jnp.argmax(nearness, axis=0)[None, :, None], axis=0)[0]
+
+    def _by_diffusion(self, text: Text, tokens: jax.Array, keys: Any, keep_text: jax.Array, negative: Any) -> Any:
+        """Return number -> one candidate for each caption, by the diffusion prior."""
+        model, scale = self.prior, self.prior.metadata["embedding"]["scale"]
         condition = lambda text, tokens, keep: (  # noqa: E731
             lambda zt, t: model.apply(zt, t, text.z, _read_by(model, text, tokens), text.mask, keep)
         )
         null = condition(text, tokens, jnp.zeros_like(keep_text)) if negative is None else condition(*negative)
 
         def one(number: int) -> jax.Array:
-            own, shape = transition_keys(keys, number), text.z.shape[1:]
             z = sample_with(
                 self.sampling["prior"],
                 model.diffusion,
                 condition(text, tokens, keep_text),
-                own,
-                shape,
+                transition_keys(keys, number),
+                text.z.shape[1:],
                 null=null,
                 moments=model.moments,
             )
             return normalize(z / scale)
 
-        found = jnp.stack([one(i) for i in range(self.candidates)])
-        nearness = jnp.where(keep_text[None], jnp.einsum("nbd,bd->nb", found, text.z), 0.0)
-        return jnp.take_along_axis(found, jnp.argmax(nearness, axis=0)[None, :, None], axis=0)[0]
+        return one
+
+    def _by_code(self, text: Text, tokens: jax.Array, keys: Any, keep_text: jax.Array, negative: Any) -> Any:
+        """Return number -> one candidate for each caption, by the autoregressive prior."""
+        read = lambda text, tokens, keep: (text, _read_by(self.prior, text, tokens), keep)  # noqa: E731
+        null = (text, tokens, jnp.zeros_like(keep_text)) if negative is None else negative
+        arguments = (read(text, tokens, keep_text), read(*null))
+        return lambda number: sample_code_embedding(
+            self.prior, self.codes, self.sampling["prior"], transition_keys(keys, number), *arguments
+        )
 
     def decode(
         self,

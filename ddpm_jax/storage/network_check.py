@@ -19,8 +19,10 @@ from ddpm_jax.errors import LoadError
 from ddpm_jax.models import (
     adm,
     autoencoder,
+    autoregressive_prior,
     clip,
     decoder,
+    embedding_codes,
     glide,
     inception,
     modified_resnet,
@@ -232,6 +234,15 @@ def _prior(net: prior.DiffusionPrior, shapes: Shapes, metadata: Mapping[str, Any
     return _Inputs((z, _ints(1), z, *_text(net, shapes, net.context)))
 
 
+def _code_prior(net: autoregressive_prior.AutoregressivePrior, shapes: Shapes, metadata: Mapping[str, Any]) -> _Inputs:
+    z = _floats(1, net.embed_dim)
+    return _Inputs((_ints(1, net.dims), _ints(1), z, *_text(net, shapes, net.context)))
+
+
+def _codes(net: embedding_codes.EmbeddingCodes, shapes: Shapes, metadata: Mapping[str, Any]) -> _Inputs:
+    return _Inputs((_floats(1, net.embed_dim),))
+
+
 def _text(net: Any, shapes: Shapes, length: int) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
     """Return a caption as a network reads it, and its mask."""
     hidden = shapes.get("text_in/kernel", (1,))[0]
@@ -283,6 +294,8 @@ _INPUTS: dict[type[nn.Module], Callable[[Any, Shapes, Mapping[str, Any]], _Input
     noised_clip.NoisedCLIP: _noised_clip,
     noised_clip.NoisedVisionTransformer: _noised_image,
     prior.DiffusionPrior: _prior,
+    autoregressive_prior.AutoregressivePrior: _code_prior,
+    embedding_codes.EmbeddingCodes: _codes,
     text_encoder.RecurrentTextEncoder: _tokens,
     text_encoder.TextEncoder: _tokens,
     unet.UNet: _unet,

@@ -21,8 +21,10 @@ from ddpm_jax.errors import LoadError
 from ddpm_jax.models import (
     adm,
     autoencoder,
+    autoregressive_prior,
     clip,
     decoder,
+    embedding_codes,
     glide,
     inception,
     modified_resnet,
@@ -38,7 +40,8 @@ from ddpm_jax.types import DTYPES
 NETWORKS: dict[str, type[nn.Module]] = {
     kind.__name__: kind
     for kind in (
-        adm.Classifier, adm.ClassUNet, adm.SuperUNet, autoencoder.Autoencoder, clip.CLIP, clip.VisionTransformer,
+        adm.Classifier, adm.ClassUNet, adm.SuperUNet, autoencoder.Autoencoder,
+        autoregressive_prior.AutoregressivePrior, embedding_codes.EmbeddingCodes, clip.CLIP, clip.VisionTransformer,
         decoder.Decoder, glide.Glide, inception.Inception, modified_resnet.ModifiedResNet, noised_clip.NoisedCLIP,
         noised_clip.NoisedVisionTransformer, prior.DiffusionPrior, text_encoder.RecurrentTextEncoder,
         text_encoder.TextEncoder, unet.UNet, upsampler.Upsampler,
@@ -51,6 +54,8 @@ _CHOICES = {"pool": adm.POOLS}
 # The largest published values are far below: 48 layers, widths of 8192, 49408 tokens, 21841 classes.
 _LARGEST, _IDS, _LEVELS = 65_536, 10_000_000, 16
 _INTEGERS = {
+    "buckets": (2, _LARGEST),
+    "dot_buckets": (2, _LARGEST),
     "attention_levels": (0, _LEVELS - 1),
     "frequency_shift": (0, 1),
     "heads": (1, 4096),

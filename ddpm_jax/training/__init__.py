@@ -2,8 +2,10 @@
 
 from ddpm_jax.training.stage import Stage, Training
 from ddpm_jax.training.tasks import (
+    AutoregressiveTask,
     Captions,
     ClassifierTask,
+    CodesTask,
     ContrastiveTask,
     DiffusionTask,
     Embeddings,
@@ -14,8 +16,10 @@ from ddpm_jax.training.tasks import (
 )
 
 __all__ = [
+    "AutoregressiveTask",
     "Captions",
     "ClassifierTask",
+    "CodesTask",
     "ContrastiveTask",
     "DiffusionTask",
     "Embeddings",

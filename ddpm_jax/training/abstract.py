@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from ddpm_jax.extras import needs_extra
 from ddpm_jax.parallel.mesh import batch_shards
 from ddpm_jax.storage.metadata import freeze
 from ddpm_jax.storage.model_directory import Model, open_model
@@ -17,6 +18,9 @@ from ddpm_jax.training.records import example_record, missing_entry, stack_recor
 from ddpm_jax.training.stage import Stage
 from ddpm_jax.training.state import TrainState, abstract_state
 from ddpm_jax.types import Task
+
+with needs_extra("train"):
+    import optax
 
 
 class AbstractStages:
@@ -78,7 +82,8 @@ class AbstractStages:
     def state(self, stage: Stage) -> TrainState:
         """Return the shapes and shardings of the training state of a stage."""
         if stage.name not in self._states:
-            tx, _ = training_optimizer(stage.training)
+            fitted = hasattr(stage.task, "fitted")
+            tx = optax.identity() if fitted else training_optimizer(stage.training)[0]
             prepared = self.batch(stage)
             rules = stage.sharding_rules
             self._states[stage.name] = abstract_state(stage.task, tx, jax.random.key(0), self.mesh, prepared, rules)
@@ -97,6 +102,10 @@ class AbstractStages:
             )
         try:
             check_fields(getattr(stage.task, "model", None))
+            if hasattr(stage.task, "fitted"):
+                jax.eval_shape(stage.task.sums, self.batch(stage))
+                self.state(stage)
+                return
             training_optimizer(training)
             self._trace_loss(stage)
             if stage.eval_source is not None:

@@ -33,6 +33,7 @@ from ddpm_jax.storage.metadata import freeze
 from ddpm_jax.storage.model_directory import Model, place_of, write_description
 from ddpm_jax.training.abstract import AbstractStages
 from ddpm_jax.training.describe import describe
+from ddpm_jax.training.fitting import fit_sums
 from ddpm_jax.training.guard import Policy
 from ddpm_jax.training.loop import fit
 from ddpm_jax.training.moments import estimate_moments
@@ -246,6 +247,9 @@ class _Run:
         self._describe_model(stage, needs)
         source = self._computed(stage.source, models, training, EMBEDDINGS)
         eval_source = self._computed(stage.eval_source, models, training, HELD_OUT)
+        if hasattr(stage.task, "fitted"):
+            self._fit(stage, source, models, description)
+            return
         tx, schedule = training_optimizer(training, self.mesh)
         options = {name: getattr(training, name) for name in _LOOP}
         loader = self._loader(stage, source)
@@ -283,6 +287,25 @@ class _Run:
                 seed=training.seed,
                 step=training.num_steps,
                 progress=training.progress,
+            )
+
+    def _fit(self, stage: Stage, source: Source, models: Mapping[str, Model], description: Mapping[str, Any]) -> None:
+        """Fit a stage in closed form, or find it finished."""
+        with contextlib.ExitStack() as stack:
+            loader = self._loader(stage, source)
+            if hasattr(loader, "close"):
+                stack.callback(loader.close)
+            fit_sums(
+                stage.task,
+                loader,
+                name=stage.name,
+                workdir=self.workdir / stage.name,
+                num_steps=stage.training.num_steps,
+                frozen=models,
+                mesh=self.mesh,
+                config=description,
+                version=__version__,
+                progress=stage.training.progress,
             )
 
     def _computed(self, source: Source | None, models: Mapping[str, Model], training: Any, name: str) -> Source | None:

@@ -200,7 +200,8 @@ class Stage:
 
 
 def _check_task(task: Any) -> None:
-    missing = [name for name in ("init", "prepare", "loss", "preview") if not callable(getattr(task, name, None))]
+    methods = ("init", "prepare", *(("sums", "measure") if hasattr(task, "fitted") else ("loss", "preview")))
+    missing = [name for name in methods if not callable(getattr(task, name, None))]
     if inspect.isclass(task) or missing:
         if inspect.isclass(task):
             given = f"the class {task.__name__}"

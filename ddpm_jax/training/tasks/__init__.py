@@ -1,14 +1,18 @@
 """Tasks: a network, its loss and its previews. Each kind of loss has one module."""
 
+from ddpm_jax.training.tasks.autoregressive import AutoregressiveTask
 from ddpm_jax.training.tasks.classifier import ClassifierTask
+from ddpm_jax.training.tasks.codes import CodesTask
 from ddpm_jax.training.tasks.conditions import Captions, Condition, ImageEmbedding, Labels, LowResolution
 from ddpm_jax.training.tasks.contrastive import ContrastiveTask
 from ddpm_jax.training.tasks.data import Embeddings, Images
 from ddpm_jax.training.tasks.diffusion import DiffusionTask
 
 __all__ = [
+    "AutoregressiveTask",
     "Captions",
     "ClassifierTask",
+    "CodesTask",
     "Condition",
     "ContrastiveTask",
     "DiffusionTask",
