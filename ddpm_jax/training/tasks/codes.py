@@ -26,7 +26,7 @@ class CodesTask:
     Components are the eigenvectors of the covariance with the largest eigenvalues, in their order (DALL-E 2, section
     2.2). The paper does not say how it divides a component into buckets; here they are of equal width and cover
     `deviations` standard deviations on each side of the mean, which one pass can find for any number of embeddings.
-    With 1024 buckets and 4 deviations the error inside is (8 / 1024)^2 / 12 = 5e-6 of the variance. What lies beyond
+    With 1024 buckets and 6 deviations the error inside is (12 / 1024)^2 / 12 = 1e-5 of the variance. What lies beyond
     counts to the outermost buckets. Dot products are divided so that each bucket has the same share of the training
     pairs.
 
@@ -37,7 +37,7 @@ class CodesTask:
     """
 
     model: EmbeddingCodes
-    deviations: float = 4.0
+    deviations: float = 6.0
     role: str = "clip"
 
     def __post_init__(self):
