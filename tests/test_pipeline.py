@@ -280,7 +280,7 @@ def test_any_number_of_upsamplers():
 def test_models_that_do_not_fit_are_one_sentence():
     wrong = lambda model, **metadata: model.replace(metadata=freeze(thaw(model.metadata) | metadata))  # noqa: E731
     for changes, message in (
-        ({"prior": decoder()}, "prior must be a DiffusionPrior, got a Decoder"),
+        ({"prior": decoder()}, "prior must be a DiffusionPrior or AutoregressivePrior, got a Decoder"),
         ({"decoder": wrong(decoder(), image_size=4)}, "upsampler enlarges images of size 8, and decoder returns size"),
         ({"upsamplers": (upsampler(),) * 2}, r"names=\('upsampler',\) must be one for each of the 2 upsamplers"),
         ({"clip": wrong(pipeline().clip, length=12)}, "length 12 by clip's metadata, and prior reads 24 tokens"),

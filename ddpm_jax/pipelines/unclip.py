@@ -59,7 +59,6 @@ class UnCLIP(flax.struct.PyTreeNode):
         prior: a `DiffusionPrior`; its metadata has "diffusion" and "embedding" with the scale that it works at. Or an
             `AutoregressivePrior`.
         decoder: a `Decoder`; its metadata has "diffusion" and "image_size".
-        codes: the `EmbeddingCodes` that an `AutoregressivePrior` predicts; None with a `DiffusionPrior`.
         upsamplers: any number of `Upsampler`s, smallest images first; metadata "diffusion" and "image_size".
         sampling: how each stage is sampled: "prior" (with codes a `TokenSampling`), "decoder", and each of the
             upsamplers by its name.
@@ -70,12 +69,12 @@ class UnCLIP(flax.struct.PyTreeNode):
         tokenizer: reads captions.
         candidates: embeddings that are sampled for a caption, of which the one nearest to it is taken.
         batch_size: images at a time, unless `generate` is given another number.
+        codes: the `EmbeddingCodes` that an `AutoregressivePrior` predicts; None with a `DiffusionPrior`.
     """
 
     clip: Model
     prior: Model
     decoder: Model
-    codes: Model | None = None
     upsamplers: tuple[Model, ...] = ()
     sampling: Mapping[str, Sampling] = flax.struct.field(default_factory=dict)
     noise_levels: Mapping[str, float] = flax.struct.field(default_factory=dict)
@@ -83,6 +82,7 @@ class UnCLIP(flax.struct.PyTreeNode):
     tokenizer: Tokenizer | None = _static(None)
     candidates: int = _static(2)
     batch_size: int = _static(64)
+    codes: Model | None = None
 
     @property
     def image_size(self) -> int:
