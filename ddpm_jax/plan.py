@@ -81,6 +81,7 @@ def main() -> None:
     if unknown:
         raise cli.UsageError(f"--stage={unknown[0]} is not a stage of this recipe, which has {', '.join(names)}")
     chosen = [name for name in names if not _STAGE.value or name in _STAGE.value]
+    chosen = _with_steps(stages, chosen)
     samplings = getattr(cli.call_recipe(recipe, "pipeline", config), "sampling", {})
     if _SAMPLER.value:
         chosen = _with_sampler(stages, chosen, samplings)
@@ -99,6 +100,16 @@ def main() -> None:
         for plan in plans:
             cli.show(report.details(plan))
     cli.show(report.suggestions(plans))
+
+
+def _with_steps(stages: Sequence[Any], chosen: Sequence[str]) -> list[str]:
+    """Leave out the stages that are fitted in closed form; raise UsageError for one that --stage names."""
+    fitted = [stage.name for stage in stages if stage.name in chosen and hasattr(stage.task, "fitted")]
+    if fitted and _STAGE.value:
+        raise cli.UsageError(f"--stage={fitted[0]} is fitted in closed form, so that there is no step to plan")
+    if fitted:
+        cli.show(f"left out, since they are fitted in closed form: {', '.join(fitted)}")
+    return [name for name in chosen if name not in fitted]
 
 
 def _with_sampler(stages: Sequence[Any], chosen: Sequence[str], samplings: Mapping[str, Any]) -> list[str]:

@@ -34,6 +34,7 @@ from ddpm_jax.training import (
     train,
 )
 from ddpm_jax.training.metrics import read_metrics
+from ddpm_jax.training.records import example_batch
 from ddpm_jax.training.run import is_trained
 
 N, SIZE, BATCH = 40, 4, 8
@@ -493,3 +494,53 @@ def test_a_class_conditional_diffusion_model_of_arrays_in_memory(tmp_path):
     assert model.network == stage.task.model and model.diffusion == Diffusion("cosine", 20)
     assert model.metadata["labels"]["null"] == 3 and tuple(model.metadata["labels"]["names"]) == ("a", "b", "c")
     assert_same_bits(model.params, restore_params(tmp_path / "run" / "base")[0])
+
+
+class Moments:
+    """A task in closed form: the mean brightness of the images."""
+
+    def init(self, key, batch):
+        return {"params": {"mean": jnp.zeros(())}}
+
+    def prepare(self, frozen, batch):
+        return batch
+
+    def sums(self, batch):
+        return {"count": jnp.full((), len(batch["y"])), "y": batch["y"].sum()}
+
+    def fitted(self, sums):
+        if sums["count"] < 2:
+            raise ValueError("needs more records")
+        return {"params": {"mean": np.float32(sums["y"] / sums["count"])}}, {"count": float(sums["count"])}
+
+    def measure(self, params, batch):
+        return {"error": jnp.abs(batch["y"] - params["params"]["mean"])}
+
+
+def test_a_stage_in_closed_form(tmp_path):
+    """Five batches of 8 are each of the 40 records once; a second run finds it, a changed option is refused."""
+    training = {"num_steps": 5, "learning_rate": 1.0}
+    fitted = make_stage(Moments(), training=training)
+    run([fitted], tmp_path / "run")
+    params, _ = restore_params(tmp_path / "run" / "own")
+    assert float(params["params"]["mean"]) == pytest.approx(TARGETS.astype(np.float64).mean(), rel=1e-6)
+    (row,) = read_metrics(tmp_path / "run" / "own")
+    assert row["step"] == 5 and row["count"] == 40 and row["error"] > 0
+    assert is_trained(fitted, tmp_path / "run")
+    run([fitted], tmp_path / "run")
+    assert len(read_metrics(tmp_path / "run" / "own")) == 1
+    with pytest.raises(CheckpointError, match="seed"):
+        run([make_stage(Moments(), training=training | {"seed": 1})], tmp_path / "run")
+
+
+def test_previews_read_the_first_records_alone(tmp_path):
+    """Also of a source that has a record for any index."""
+    read = []
+
+    class Endless(ArraySource):
+        def __getitem__(self, index):
+            read.append(index)
+            return super().__getitem__(index % N)
+
+    stage = make_stage(source=Endless(make_images(), y=TARGETS), training={"num_previews": 3})
+    assert len(example_batch(stage, stage.source)["image"]) == 3 and read == [0, 1, 2]
