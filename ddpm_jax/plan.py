@@ -58,12 +58,14 @@ def main() -> None:
         raise cli.UsageError("--config is needed")
     if not _TOPOLOGY.value:
         raise cli.UsageError("--topology is needed, as in --topology=v5p:4x4x4 or --topology=v6e-64")
+    if _JSON.value:
+        cli.check_can_write(_JSON.value, what="--json")
     import jax
 
     # The devices are those of the topology; a TPU of this machine is left alone.
     jax.config.update("jax_platforms", "cpu")
     from ddpm_jax.planning import report
-    from ddpm_jax.planning.plan import default_meshes, lower_for, parse_mesh
+    from ddpm_jax.planning.plan import default_meshes, parse_mesh
     from ddpm_jax.planning.topology import parse_topology, topology_devices
 
     try:
@@ -93,7 +95,10 @@ def main() -> None:
             tried = meshes or default_meshes(dict(config.get("mesh", {})), topology)
             tried = [{"data": -1}] if _SAMPLER.value else tried
             for batch_size in _BATCH_SIZE.value or (None,):
-                lowered += [(topology, each) for each in lower_for(stages, name, topology, tried, batch_size)]
+                for mesh in tried:
+                    lowered += _lowered(stages, name, topology, mesh, batch_size)
+    if not lowered:
+        raise cli.UsageError("none of the meshes and batch sizes fits a topology, for the reasons above")
     plans = _plan_all(lowered, samplings)
     cli.show(report.table(plans))
     if _DETAILS.value:
@@ -125,6 +130,21 @@ def _with_sampler(stages: Sequence[Any], chosen: Sequence[str], samplings: Mappi
     if missing:
         cli.show(f"left out, since they have nothing to sample: {', '.join(missing)}")
     return found
+
+
+def _lowered(stages: Sequence[Any], name: str, topology: Any, mesh: Mapping[str, int], batch_size: int | None) -> list:
+    """Return [(topology, stage on a mesh)], or [] and a line for a mesh or a batch that does not fit the topology."""
+    from ddpm_jax.planning.plan import can_add_up, lower_for
+
+    try:
+        (found,) = lower_for(stages, name, topology, [mesh], batch_size)
+        if _METHOD.value == "blocks" and not _SAMPLER.value and not can_add_up(found):
+            raise ValueError("adding up blocks knows no tensor parallelism; --method whole does")
+    except ValueError as error:
+        asked = ",".join(f"{axis}={size}" for axis, size in mesh.items())
+        cli.show(f"left out: {name} on {topology.name} with {asked}: {error}")
+        return []
+    return [(topology, found)]
 
 
 def _plan_all(lowered: list, samplings: dict) -> list:

@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import math
+import sys
+import types
 
 import flax.linen as nn
 import jax
@@ -20,14 +22,15 @@ from ddpm_jax.models.unet import UNet
 from ddpm_jax.parallel.chips import find_chip
 from ddpm_jax.parallel.mesh import make_mesh
 from ddpm_jax.planning import blocks, report
+from ddpm_jax.planning import plan as planning
 from ddpm_jax.planning.blocks import find_blocks, measure_blocks
-from ddpm_jax.planning.measure import Cost, _needed_memory
+from ddpm_jax.planning.measure import Cost, _fingerprint, _needed_memory
 from ddpm_jax.planning.plan import Plan, _least_exchange, default_meshes, parse_mesh
 from ddpm_jax.planning.program import Program
 from ddpm_jax.planning.topology import parse_topology
 from ddpm_jax.training import DiffusionTask, Images, Stage, Training
 from ddpm_jax.training.flops import count_flops
-from ddpm_jax.training.lowered import lower_stage
+from ddpm_jax.training.lowered import LoweredStage, lower_stage
 
 PROGRAM = """HloModule jit_update, is_scheduled=true
 
@@ -265,6 +268,38 @@ def test_the_least_exchange_is_that_of_each_weight_once(lowered):
     }
 
 
+@pytest.mark.parametrize("accumulate", [1, 4])
+def test_micro_batches_in_the_sum_of_blocks(lowered, monkeypatch, accumulate):
+    """Each of them gathers weights and sums gradients; a block has a part of one, and the frozen networks stay."""
+    seen, topology = [], parse_topology("v5p:2x2x2")
+    training = dataclasses.replace(lowered.stage.training, accumulate=accumulate)
+    frozen = {"clip": jax.ShapeDtypeStruct((1000,), jnp.float32)}
+    lowered = dataclasses.replace(lowered, stage=lowered.stage.replace(training=training), frozen=frozen)
+
+    def measured(loss, args, device, chip, *, batch_size, shards, **options):
+        seen.append((batch_size, shards))
+        return Cost(temporaries=100.0, flops=10.0, bytes=20.0, seconds=1.0, compile_seconds=5.0), {}
+
+    monkeypatch.setattr(planning, "measure_blocks", measured)
+    monkeypatch.setattr(LoweredStage, "lower_prepare", lambda self: None)
+    found = planning.plan_training(lowered, topology, method="blocks")
+    least = _least_exchange(lowered)
+    assert seen == [(lowered.stage.training.batch_size, 8 * accumulate)]
+    assert found.flops == 10.0 * accumulate and found.compiler_seconds >= accumulate
+    assert found.collectives == {kind: (accumulate * n, accumulate * size) for kind, (n, size) in least.items()}
+    state = found.arguments - 4000
+    assert state == sum(planning._local_size(leaf) for leaf in jax.tree.leaves((lowered.state, lowered.batch)))
+    assert found.peak == found.arguments + found.temporaries
+
+
+def test_results_of_another_topology_are_not_taken(monkeypatch):
+    """Exchanges of the same program depend on the torus."""
+    monkeypatch.setitem(sys.modules, "libtpu", types.ModuleType("libtpu"))
+    program, chip = jax.jit(lambda x: x + 1).lower(1.0), find_chip("TPU v5")
+    keys = {_fingerprint(program, chip, False, name) for name in ("", "v5p:4x4x16", "v5p:4x8x8")}
+    assert len(keys) == 3
+
+
 def a_plan(**changes):
     chip = find_chip("TPU v5")
     fields = {"stage": "base", "topology": "v5p:4x4x4", "accelerator_type": "v5p-128", "chips": 64}
@@ -304,6 +339,13 @@ def test_the_cheapest_sampler_is_that_of_the_fewest_chip_hours_an_image():
     assert "at batch size 256: 128 samples/s, 139 chip-hours for a million" in report.suggestions([small, large])
 
 
+def test_batch_sizes_are_compared_by_the_price_of_an_image():
+    small = a_plan(batch_size=64, compiler_seconds=0.8)
+    large = dataclasses.replace(small, batch_size=256, compiler_seconds=1.8)  # 4 times the images in twice the time
+    assert report.suggest([small, large]) == [large]
+    assert f"for {large.num_steps * 256:,} images, the fewest an image" in report.suggestions([small, large])
+
+
 def test_the_table_has_a_line_for_each_plan():
     lines = report.table([a_plan(), a_plan(compiler_seconds=math.nan, fits=False)]).splitlines()
     assert len(lines) == 4 and len({len(line) for line in lines}) == 1
@@ -313,8 +355,9 @@ def test_the_table_has_a_line_for_each_plan():
 
 def test_meshes():
     assert parse_mesh("data=-1,fsdp=16") == {"data": -1, "fsdp": 16}
-    with pytest.raises(ValueError, match="must name axes out of data, fsdp, tensor"):
-        parse_mesh("model=4")
+    for wrong in ("model=4", "data=--1", "data=²", "data=0", "data=4,data=2", "data"):
+        with pytest.raises(ValueError, match="must name axes out of data, fsdp, tensor"):
+            parse_mesh(wrong)
     topology = parse_topology("v5p:2x4x4")
     assert default_meshes({"data": -1, "fsdp": 1, "tensor": 1}, topology) == [
         {"data": 32, "fsdp": 1},

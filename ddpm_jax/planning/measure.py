@@ -59,6 +59,7 @@ def measure(
     cache: Path | None = None,
     keep: Path | None = None,
     fast: bool = False,
+    topology: str = "",
 ) -> Cost:
     """Compile a program for a TPU and read what it costs.
 
@@ -69,10 +70,12 @@ def measure(
         keep: a file for the text of the compiled program.
         fast: compile with little effort: the same operations, but no prefetches to VMEM and no search for tile sizes.
 
+        topology: name of the topology, on which the exchanges of a program for several chips depend; "" for one chip.
+
     Raises:
         jax.errors.JaxRuntimeError: if the compiler fails for another reason than memory.
     """
-    place = None if cache is None else cache / f"{_fingerprint(lowered, chip, fast)}.json"
+    place = None if cache is None else cache / f"{_fingerprint(lowered, chip, fast, topology)}.json"
     if place is not None and place.exists() and (keep is None or keep.exists()):
         found = json.loads(place.read_text())
         return Cost(**found | {"collectives": {kind: tuple(pair) for kind, pair in found["collectives"].items()}})
@@ -130,11 +133,12 @@ def _needed_memory(message: str) -> float | None:
     return float(found[1]) * _UNITS[found[2]] if found else None
 
 
-def _fingerprint(lowered: jax.stages.Lowered, chip: Chip, fast: bool) -> str:
+def _fingerprint(lowered: jax.stages.Lowered, chip: Chip, fast: bool, topology: str = "") -> str:
     import libtpu
 
     text = lowered.as_text()
     read = 3 if "while" in text else 2  # changes when another number is read from the same program
     parts: tuple[Any, ...] = (text, chip.name, getattr(libtpu, "__version__", ""), jax.__version__, read)
     parts += ("fast",) if fast else ()
+    parts += (topology,) if topology else ()
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:24]

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -85,7 +86,7 @@ class Plan:
 
     @property
     def chip_hours_of_an_image(self) -> float:
-        """Of all chips for an example of a batch: the price of a sampler."""
+        """Of all chips for an example of a batch."""
         return self.step_seconds * self.chips / 3600 / self.batch_size
 
     @property
@@ -110,10 +111,11 @@ def parse_mesh(text: str) -> dict[str, int]:
     """Read a mesh, as "data=4,fsdp=16"; one size may be -1, which takes the chips that are left.
 
     Raises:
-        ValueError: if the text is not of this form.
+        ValueError: if the text is not of this form, or names an axis twice.
     """
     pairs = [part.partition("=") for part in text.split(",")]
-    if any(name not in _AXES or not size.lstrip("-").isdigit() for name, _, size in pairs):
+    valid = all(name in _AXES and re.fullmatch(r"-1|[1-9][0-9]{0,8}", size) for name, _, size in pairs)
+    if not valid or len({name for name, _, _ in pairs}) < len(pairs):
         raise ValueError(f"mesh {text!r} must name axes out of {', '.join(_AXES)} with their sizes, as data=4,fsdp=16")
     return {name: int(size) for name, _, size in pairs}
 
@@ -181,16 +183,19 @@ def plan_training(
     model_flops = 3 * count_flops(lambda *args: loss(*args), *args) / topology.chips
     least = _least_exchange(lowered)
     if method == "auto":
-        method = "whole" if _is_small(lowered) else "blocks"
+        method = "whole" if _is_small(lowered) or not can_add_up(lowered) else "blocks"
     if method == "whole":
-        cost = measure(lowered.lower_step(), chip, cache=cache, fast=fast)
+        cost = measure(lowered.lower_step(), chip, cache=cache, fast=fast, topology=topology.name)
         show(f"compiled in {cost.compile_seconds:.0f} s" if cost.fits else "does not fit")
     else:
-        cost = dataclasses.replace(_add_up(lowered, topology, cache, fast, show), collectives=least)
+        # Each micro-batch gathers the weights and sums its gradients.
+        times = lowered.stage.training.accumulate
+        sent = {kind: (times * count, times * size) for kind, (count, size) in least.items()}
+        cost = dataclasses.replace(_add_up(lowered, topology, cache, fast, show), collectives=sent)
     prepare = lowered.lower_prepare()
     frozen = Cost(seconds=0.0, compile_seconds=0.0)
     if prepare is not None:
-        frozen = measure(prepare, chip, cache=cache, fast=fast)
+        frozen = measure(prepare, chip, cache=cache, fast=fast, topology=topology.name)
     return _as_plan(lowered, topology, method, cost, frozen, model_flops, least)
 
 
@@ -216,7 +221,8 @@ def plan_sampler(
     """
     sample, args = lowered.sampler(sampling)
     model_flops = count_flops(sample, *args) / topology.chips
-    cost = measure(lowered.lower_sampler(sampling), topology.chip, cache=cache, fast=fast)
+    lowered_sampler = lowered.lower_sampler(sampling)
+    cost = measure(lowered_sampler, topology.chip, cache=cache, fast=fast, topology=topology.name)
     show(f"compiled in {cost.compile_seconds:.0f} s" if cost.fits else "does not fit")
     return _as_plan(lowered, topology, "sampler", cost, Cost(seconds=0.0, compile_seconds=0.0), model_flops, {})
 
@@ -240,6 +246,9 @@ def _as_plan(
     least: Mapping[str, tuple[int, float]],
 ) -> Plan:
     chip, training = topology.chip, lowered.stage.training
+    if method != "sampler":  # frozen networks stay on every chip while the step runs
+        held = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(lowered.frozen))
+        cost = dataclasses.replace(cost, arguments=cost.arguments + held, peak=cost.peak + held)
     link_seconds = cost.sent / chip.link_bandwidth
     return Plan(
         stage=lowered.stage.name,
@@ -255,7 +264,7 @@ def _as_plan(
         temporaries=cost.temporaries,
         peak=cost.peak,
         hbm=chip.hbm_bytes,
-        fits=cost.fits and frozen.fits and cost.peak <= chip.hbm_bytes,
+        fits=cost.fits and frozen.fits and max(cost.peak, _number(frozen.peak)) <= chip.hbm_bytes,
         flops=cost.flops,
         model_flops=model_flops,
         compiler_seconds=cost.seconds,
@@ -271,6 +280,15 @@ def _as_plan(
     )
 
 
+def _number(value: float) -> float:
+    return 0.0 if math.isnan(value) else value
+
+
+def can_add_up(lowered: LoweredStage) -> bool:
+    """Return whether every chip computes whole layers, so that blocks can be added up."""
+    return batch_shards(lowered.mesh) == lowered.mesh.size
+
+
 def _is_small(lowered: LoweredStage) -> bool:
     return len({call.key() for call in find_blocks(*lowered.loss())}) <= AUTO_BLOCKS
 
@@ -280,15 +298,24 @@ def _add_up(
 ) -> Cost:
     """Return the cost of the step as the sum of its blocks and of the update."""
     loss, args = lowered.loss()
-    shards, chip, training = batch_shards(lowered.mesh), topology.chip, lowered.stage.training
-    if shards != topology.chips:
+    chip, training = topology.chip, lowered.stage.training
+    shards, times = batch_shards(lowered.mesh), training.accumulate
+    if not can_add_up(lowered):
         raise ValueError(
             f"mesh {dict(lowered.mesh.shape)} computes with parts of layers, which adding up blocks does not know; "
             "compile the whole (--method whole)"
         )
     device = lowered.mesh.devices.flat[0]
     cost, _ = measure_blocks(
-        loss, args, device, chip, batch_size=training.batch_size, shards=shards, cache=cache, fast=fast, show=show
+        loss,
+        args,
+        device,
+        chip,
+        batch_size=training.batch_size,
+        shards=shards * times,  # a chip's part of a micro-batch
+        cache=cache,
+        fast=fast,
+        show=show,
     )
     local = jax.tree.map(_local_size, (lowered.state, lowered.batch))
     arguments = sum(jax.tree.leaves(local))
@@ -299,13 +326,18 @@ def _add_up(
     # The weights as they are used and their gradients are whole for a while; the rest of the state stays in parts.
     whole = jax.tree.map(lambda leaf, dtype: 2 * leaf.size * dtype.itemsize, lowered.state.params, dtypes)
     temporaries = cost.temporaries + sum(jax.tree.leaves(whole))
+    update = numbers * UPDATE_BYTES
+    if times > 1:  # the sum of the gradients, which is read and written with each
+        temporaries += 4 * numbers
+        update += 8 * numbers * times
     return dataclasses.replace(
         cost,
         arguments=arguments,
         temporaries=temporaries,
         peak=arguments + temporaries,
-        seconds=cost.seconds + numbers * UPDATE_BYTES / chip.hbm_bandwidth,
-        bytes=cost.bytes + numbers * UPDATE_BYTES,
+        flops=cost.flops * times,
+        seconds=cost.seconds * times + update / chip.hbm_bandwidth,
+        bytes=cost.bytes * times + update,
     )
 
 

@@ -22,9 +22,9 @@ def table(plans: Sequence[Plan]) -> str:
 
 
 def suggest(plans: Sequence[Plan]) -> list[Plan]:
-    """Return the cheapest plan that fits of each stage: that of the fewest chip-hours, then of the fewest days.
+    """Return the cheapest plan that fits of each stage: of the fewest chip-hours an image, then of the fewest days.
 
-    Samplers are compared by the chip-hours of an image.
+    With one batch size those are the fewest chip-hours of the run.
     """
     best: dict[str, Plan] = {}
     for plan in plans:
@@ -34,8 +34,7 @@ def suggest(plans: Sequence[Plan]) -> list[Plan]:
 
 
 def _price(plan: Plan) -> tuple[float, float]:
-    each = plan.chip_hours_of_an_image if plan.method == "sampler" else plan.chip_hours
-    return each, plan.days
+    return plan.chip_hours_of_an_image, plan.days
 
 
 def suggestions(plans: Sequence[Plan]) -> str:
@@ -59,9 +58,11 @@ def suggestions(plans: Sequence[Plan]) -> str:
             )
             continue
         mesh = " ".join(f"--config.mesh.{axis}={size}" for axis, size in plan.mesh.items())
+        several = len({each.batch_size for each in plans if each.stage == stage}) > 1
+        images = f" for {plan.num_steps * plan.batch_size:,} images, the fewest an image" if several else ""
         lines.append(
             f"{stage}: cheapest that fits is {plan.topology} ({plan.accelerator_type}) with {mesh} at batch size "
-            f"{plan.batch_size}: {plan.days:.1f} days, {plan.chip_hours:,.0f} chip-hours"
+            f"{plan.batch_size}: {plan.days:.1f} days, {plan.chip_hours:,.0f} chip-hours{images}"
         )
     return "\n".join(lines)
 
