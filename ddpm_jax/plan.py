@@ -60,6 +60,7 @@ def main() -> None:
         raise cli.UsageError("--topology is needed, as in --topology=v5p:4x4x4 or --topology=v6e-64")
     if _JSON.value:
         cli.check_can_write(_JSON.value, what="--json")
+        Path(_JSON.value).parent.mkdir(parents=True, exist_ok=True)
     import jax
 
     # The devices are those of the topology; a TPU of this machine is left alone.
