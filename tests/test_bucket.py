@@ -13,10 +13,12 @@ from etils.epath import backend
 from fsspec.implementations.dirfs import DirFileSystem
 from fsspec.implementations.local import LocalFileSystem
 from orbax.checkpoint._src.path import gcs_utils
+from test_stopping_together import Group
 from test_train import make_stage
 
 from ddpm_jax import paths
 from ddpm_jax.errors import LoadError
+from ddpm_jax.parallel.shared_directory import check_shared
 from ddpm_jax.storage.checkpoint import Checkpoints
 from ddpm_jax.training import train
 from ddpm_jax.training.metrics import read_metrics
@@ -87,6 +89,12 @@ def test_a_run_in_a_bucket_goes_on_with_the_bits_of_one_on_a_disk(bucket, tmp_pa
     assert restored(WORKDIR) == restored(tmp_path / "disk")
     assert [row["step"] for row in read_metrics(f"{WORKDIR}/own")] == [1, 2, 3, 4, 5, 6]
     assert (bucket / "run.json").exists()
+
+
+def test_hosts_find_one_another_in_a_bucket(bucket, monkeypatch):
+    group = Group(monkeypatch, 2)
+    group.run(lambda host: check_shared(WORKDIR, "workdir", run=host))
+    assert not group.ended and not list(bucket.iterdir())
 
 
 def test_a_model_that_is_needed_is_read_from_a_bucket(bucket, tmp_path):

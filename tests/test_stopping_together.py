@@ -217,8 +217,7 @@ def test_hosts_need_one_directory(monkeypatch, tmp_path, case):
     if case == "a file":
         (tmp_path / "run").write_bytes(b"")
     elif case == "shared":
-        (tmp_path / "run").mkdir()
-        (tmp_path / "run" / ".shared-0").touch()  # a kill left it
+        (tmp_path / "run" / ".shared-0").mkdir(parents=True)  # a kill left it
 
     def work(host):
         own = tmp_path / "other" if case == "apart" and host.index == 2 else tmp_path
@@ -231,7 +230,7 @@ def test_hosts_need_one_directory(monkeypatch, tmp_path, case):
     sentences = {
         "apart": f"workdir is not shared: host 2 (name2) does not find in {tmp_path / 'other' / 'run'} what host 0 "
         f"(name0) wrote into {tmp_path / 'run'}; all hosts need one directory, on a shared disk or in a bucket",
-        "a file": f"workdir {tmp_path / 'run'} cannot be written: File exists",
+        "a file": f"workdir {tmp_path / 'run'} cannot be written: Not a directory",
     }
     assert said == ({} if case == "shared" else dict.fromkeys(range(3), sentences[case]))
     assert not list(tmp_path.rglob(".shared-*"))

@@ -2,6 +2,7 @@
 
 import os
 import secrets
+import shutil
 import time
 from typing import Any
 
@@ -28,14 +29,15 @@ def check_shared(directory: str | os.PathLike, what: str, *, run: hosts.Alone | 
     if run.count == 1:
         return
     path = as_path(directory) if is_remote(directory) else as_path(directory).absolute()
-    token = path / f"{_PREFIX}{secrets.token_hex(8)}"
+    # In a directory of its own: clients of buckets do not see new objects in those that they have listed before.
+    token = path / f"{_PREFIX}{secrets.token_hex(8)}" / "token"
     problem = _write(token) if run.index == 0 else None
-    first, name, problem = run.gather(f"writing into {what}", [str(path), token.name, problem])[0]
+    first, name, problem = run.gather(f"writing into {what}", [str(path), token.parent.name, problem])[0]
     if problem is None:
-        seen = run.index == 0 or _appears(path / name)
+        seen = run.index == 0 or _appears(path / name / token.name)
         found = run.gather(f"looking for {what}", [seen, str(path)])
         if run.index == 0:
-            token.unlink()
+            _remove(token.parent)
         others = [index for index, (seen, _) in enumerate(found) if not seen]
         if not others:
             return
@@ -51,12 +53,20 @@ def _write(token: Any) -> str | None:
     """Write a token, and return why it cannot be written or None; remove one that a kill left."""
     try:
         token.parent.mkdir(parents=True, exist_ok=True)
-        for old in token.parent.glob(f"{_PREFIX}*"):
-            old.unlink()
+        for old in token.parent.parent.glob(f"{_PREFIX}*"):
+            if old.name != token.parent.name:
+                _remove(old)
         token.write_bytes(b"\n")
     except OSError as error:
-        return f"{token.parent} cannot be written: {error.strerror or error}"
+        return f"{token.parent.parent} cannot be written: {error.strerror or error}"
     return None
+
+
+def _remove(directory: Any) -> None:
+    if is_remote(directory):
+        directory.rmtree()
+    else:
+        shutil.rmtree(directory)
 
 
 def _appears(token: Any) -> bool:
