@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec
 
 from ddpm_jax.parallel.mesh import batch_axes, batch_shards, data_sharding, make_mesh, replicated, shard_batch
 from ddpm_jax.parallel.sharding import make_gather, parameter_specs, specs_like, used_dtypes
+from ddpm_jax.training.programs import prepare_program
 from ddpm_jax.training.state import create_state
 from ddpm_jax.training.step import make_train_step
 
@@ -219,3 +220,24 @@ def test_gathering_leaves_to_the_network_what_is_computed_again(axes):
     step = make_train_step(task, tx, ema_decay=0.9, gather=gather)
     program = str(jax.make_jaxpr(step)(state, batch, jax.random.key(1)))
     assert len(re.findall(r"\btanh\b", program)) == 2
+
+
+@pytest.mark.parametrize("axes", [{"data": 8}, MIXED, ALL])
+def test_frozen_networks_are_split_between_the_steps(axes):
+    """Each device holds a part of the weights, and computes the same; nothing but weights is exchanged."""
+    mesh, rng = make_mesh(axes), np.random.default_rng(0)
+    weights = {"clip": {"dense": {"kernel": rng.standard_normal((64, 128)).astype(np.float32)}, "scale": np.ones(3)}}
+    batch = {"x": rng.standard_normal((8, 64)).astype(np.float32)}
+
+    def prepare(models, batch):
+        return batch | {"z": batch["x"] @ models["clip"]["dense"]["kernel"] * models["clip"]["scale"][0]}
+
+    program, places = prepare_program(prepare, mesh, weights)
+    placed = jax.tree.map(jax.device_put, weights, places)
+    part = placed["clip"]["dense"]["kernel"].addressable_shards[0].data.size
+    assert part == 64 * 128 // mesh.shape.get("fsdp", 1)
+    found = program(placed, jax.device_put(batch, data_sharding(mesh)))
+    np.testing.assert_allclose(found["z"], batch["x"] @ weights["clip"]["dense"]["kernel"], rtol=1e-5, atol=1e-5)
+    text = program.lower(placed, jax.device_put(batch, data_sharding(mesh))).compile().as_text()
+    assert ("all-gather(" in text) == ("fsdp" in axes)
+    assert "all-to-all(" not in text and "collective-permute(" not in text

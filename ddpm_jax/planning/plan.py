@@ -247,7 +247,7 @@ def _as_plan(
 ) -> Plan:
     chip, training = topology.chip, lowered.stage.training
     if method != "sampler":  # frozen networks stay on every chip while the step runs
-        held = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(lowered.frozen))
+        held = lowered.frozen_bytes()
         cost = dataclasses.replace(cost, arguments=cost.arguments + held, peak=cost.peak + held)
     link_seconds = cost.sent / chip.link_bandwidth
     return Plan(

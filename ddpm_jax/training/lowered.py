@@ -1,6 +1,7 @@
 """The programs of a training stage, lowered from shapes: nothing is computed, and the devices need not exist."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -8,10 +9,10 @@ import jax
 from jax.sharding import Mesh
 
 from ddpm_jax.diffusion.sampling import Sampling
-from ddpm_jax.parallel.mesh import data_sharding, on_mesh, replicated
+from ddpm_jax.parallel.mesh import data_sharding, replicated
 from ddpm_jax.training.abstract import AbstractStages, Roles
 from ddpm_jax.training.optimizer import training_optimizer
-from ddpm_jax.training.programs import lower_update, make_parameter_gather
+from ddpm_jax.training.programs import lower_update, make_parameter_gather, prepare_program
 from ddpm_jax.training.records import example_record, stack_records
 from ddpm_jax.training.stage import Stage
 from ddpm_jax.training.state import TrainState, abstract_state
@@ -57,10 +58,17 @@ class LoweredStage:
         """Lower what frozen networks compute before each step; None if they compute nothing."""
         if not self.frozen:
             return None
-        place, split = replicated(self.mesh), data_sharding(self.mesh)
         prepare = lambda models, batch: self.stage.task.prepare(Roles(models), batch)  # noqa: E731
-        jitted = jax.jit(on_mesh(prepare, self.mesh), in_shardings=(place, split), out_shardings=split)
-        return jitted.lower(self.frozen, self.raw)
+        program, _ = prepare_program(prepare, self.mesh, self.frozen)
+        return program.lower(self.frozen, self.raw)
+
+    def frozen_bytes(self) -> int:
+        """Return the bytes of the frozen networks that each device holds."""
+        _, places = prepare_program(self.stage.task.prepare, self.mesh, self.frozen)
+        sizes = jax.tree.map(
+            lambda leaf, place: math.prod(place.shard_shape(leaf.shape)) * leaf.dtype.itemsize, self.frozen, places
+        )
+        return sum(jax.tree.leaves(sizes))
 
     def lower_sampler(self, sampling: Sampling | None) -> jax.stages.Lowered:
         """Lower the sampling of a batch by whole parameters on every device, see `sampler`."""

@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from ddpm_jax.parallel.mesh import data_sharding, on_mesh, replicated
 from ddpm_jax.parallel.placing import put
-from ddpm_jax.parallel.sharding import is_sharded, make_gather, used_dtypes
+from ddpm_jax.parallel.sharding import is_sharded, make_gather, named_shardings, parameter_specs, used_dtypes
 from ddpm_jax.training.guard import NEW, STOP, Policy, empty_window, make_update
 from ddpm_jax.training.state import TrainState
 from ddpm_jax.training.step import TrainStep
@@ -21,11 +21,31 @@ def make_prepare(task: Task, mesh: Mesh, frozen: Any) -> Callable[[Any], Any]:
     """Return the function that runs the task's frozen networks on a sharded batch; without any, the identity."""
     if frozen is None:
         return lambda batch: batch
-    place, split = replicated(mesh), data_sharding(mesh)
     # The weights are an argument: closed over, they would be constants of the program.
-    frozen = put(frozen, place)
-    prepare = jax.jit(on_mesh(task.prepare, mesh), in_shardings=(place, split), out_shardings=split)
-    return functools.partial(prepare, frozen)
+    prepare, places = prepare_program(task.prepare, mesh, frozen)
+    return functools.partial(prepare, jax.tree.map(put, frozen, places))
+
+
+def prepare_program(prepare: Callable[[Any, Any], Any], mesh: Mesh, frozen: Any) -> tuple[Callable[..., Any], Any]:
+    """Return the jitted function that runs frozen networks, and where their weights are.
+
+    Between the steps they are split along "fsdp" like parameters that are trained; they are gathered where they are
+    used.
+
+    Args:
+      prepare: of a task.
+      mesh: where batches are.
+      frozen: models by role, of arrays or of shapes.
+
+    Returns:
+      (program, places): program(frozen, batch) -> prepared batch; places: a tree of shardings like frozen.
+    """
+    specs, split = parameter_specs(frozen, mesh), data_sharding(mesh)
+    places, run = named_shardings(mesh, specs), on_mesh(prepare, mesh)
+    if is_sharded(specs, mesh):
+        gather = make_gather(mesh, specs)
+        run = on_mesh(lambda models, batch: prepare(gather(models), batch), mesh)
+    return jax.jit(run, in_shardings=(places, split), out_shardings=split), places
 
 
 def make_parameter_gather(task: Task, mesh: Mesh, state: TrainState, batch: Any) -> Callable[[Any], Any] | None:
