@@ -215,6 +215,38 @@ def test_the_analytic_variance_makes_ten_steps_exact():
     np.testing.assert_allclose(bounded, plain, atol=1e-3)
 
 
+@pytest.mark.parametrize("gamma", [0.1, 0.4])
+def test_churn_of_a_discrete_process_keeps_the_distribution(gamma):
+    """Gaussian data, 100 of 1000 steps; without the exact amount of noise the variance would be far off."""
+    process = make_process(cosine_betas(1000))
+    short = respace(process, "100")
+    step = heun_step(gamma, process=process)
+    run = jax.jit(lambda keys: sample(short, discrete_denoiser(process), keys, (4,), step=step))
+    x0 = np.asarray(run(example_keys(jax.random.key(0), N)))
+    assert x0.mean() == pytest.approx(MEAN, abs=5 * STD / math.sqrt(x0.size) + 2e-3)
+    assert x0.std() == pytest.approx(STD, rel=5 * math.sqrt(1 / (2 * x0.size)) + 0.01)
+
+
+def test_churn_asks_the_network_at_its_own_timesteps_and_not_below():
+    """One transition: s_hat is the largest of all levels up to (1 + gamma) s_here, and x has its variance there."""
+    process, asked = make_process(linear_betas(1000)), []
+    short = respace(process, "10")
+
+    def denoise(xt, t):
+        jax.debug.callback(lambda t: asked.append(int(t)), t[0])
+        return xt
+
+    sample(short, denoise, example_keys(jax.random.key(0), 1), (4,), step=heun_step(0.3, process=process))
+    jax.effects_barrier()
+    levels = np.sqrt(1 / np.cumprod(1 - linear_betas(1000).astype(np.float64)) - 1)
+    expected = []
+    kept = np.asarray(short.timestep_map)[::-1]
+    for here, there in zip(kept, [*kept[1:], None]):
+        expected.append(max(np.searchsorted(levels, 1.3 * levels[here] * (1 + 1e-6), side="right") - 1, here))
+        expected += [] if there is None else [there]
+    assert np.abs(np.array(asked) - np.array(expected)).max() <= 1 and min(asked) >= 0
+
+
 @pytest.mark.parametrize("prediction", ["score", "mean"])
 def test_the_other_prediction_types_are_read_back(prediction):
     process = make_process(cosine_betas(1000))

@@ -25,7 +25,7 @@ from ddpm_jax.types import Denoiser, Step
 
 _RANGES: dict[str, tuple[float, float]] = {
     "eta": (0.0, 1.0),
-    "churn": (0.0, 1e6),
+    "churn": (0.0, math.sqrt(2.0) - 1.0),
     "snr": (0.0, 1.0),
     "scale": (0.0, 1e4),
     "rescale": (0.0, 1.0),
@@ -64,7 +64,7 @@ class Sampling:
         sde: True adds noise in "dpm_solver" (SDE-DPM-Solver++).
         corrector_steps: of "predictor_corrector"; 1 by default.
         eta: noise of "ddim", in [0, 1]; None and 0 are deterministic, 1 is the distribution of ancestral sampling.
-        churn: gamma of "heun" (EDM, algorithm 2), >= 0.
+        churn: gamma of "heun" (EDM, algorithm 2), in [0, sqrt(2) - 1].
         snr: of the corrector of "predictor_corrector", in (0, 1]; 0.16 by default.
         scale: of classifier-free guidance, null + scale (cond - null); None and 1 do not guide.
         rescale: phi in [0, 1] of Lin et al. 2024, section 3.4.
@@ -148,11 +148,12 @@ class Sampling:
         except ValueError as error:
             raise ValueError(str(error).replace("spec=", "steps=", 1)) from None
 
-    def step(self, guide: Any = None, moments: jax.Array | None = None) -> Step:
+    def step(self, guide: Any = None, moments: jax.Array | None = None, process: GaussianProcess | None = None) -> Step:
         """Return the sampler's step.
 
         Args:
             guide: for "ancestral", see `ancestral_step`.
+            process: all steps of the process, for the churn of "heun".
             moments: float32[T] at the steps of the respaced process, for "analytic", see `analytic_moments`.
         """
         make, names = SAMPLERS[self.sampler]
@@ -162,7 +163,8 @@ class Sampling:
             if moments is None:
                 raise ValueError(f"sampler='analytic' {NO_MOMENTS}")
             return make(moments)
-        return make(**{name: value for name in names if (value := getattr(self, name)) is not None})
+        options = {name: value for name in names if (value := getattr(self, name)) is not None}
+        return make(**options, process=process) if self.sampler == "heun" else make(**options)
 
     def x0_transform(self) -> Callable[[jax.Array], jax.Array] | None:
         """Return the threshold as `sample` takes it; what is infinite becomes NaN, since it would pass when clipped."""
@@ -224,14 +226,16 @@ def sample_with(
             guide = lambda xt, t: sampling.classifier_scale * log_prob_gradient(log_prob, xt, t)
         else:
             prediction = diffusion.prediction
-            denoise = classifier_guided(process, denoise, log_prob, sampling.classifier_scale, prediction=prediction)
+            # With churn the network is asked at other timesteps than those of the respaced process.
+            levels = process if sampling.churn is None else diffusion.process
+            denoise = classifier_guided(levels, denoise, log_prob, sampling.classifier_scale, prediction=prediction)
     short_moments = None if moments is None else moments[process.timestep_map]
     return sample(
         process,
         denoise,
         keys,
         shape,
-        step=sampling.step(guide, short_moments),
+        step=sampling.step(guide, short_moments, diffusion.process),
         prediction=diffusion.prediction,
         variance=diffusion.variance,
         x0_transform=sampling.x0_transform(),

@@ -203,7 +203,7 @@ def _stage_and_field(name: str, stages: Mapping[str, Any], arguments: Collection
 
 def _check_usable(sampling: Sampling, prefix: str, guided: bool, classified: bool, measured: bool) -> None:
     """Raise ValueError if a stage is to be sampled by what a pipeline does not have."""
-    needs = {"churn": "a network that receives sigma as its time"}
+    needs = {}
     if not classified:
         needs["classifier_scale"] = "a classifier"
     if not guided:

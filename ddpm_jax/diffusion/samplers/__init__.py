@@ -75,7 +75,7 @@ class NamedSampler(NamedTuple):
 
     Attributes:
         make: returns the step; it takes the options as keyword arguments, all with defaults. That of "ancestral" also
-            takes ``guide``, and that of "analytic" needs ``moments``.
+            takes ``guide``, that of "heun" ``process``, and that of "analytic" needs ``moments``.
         options: the fields of `diffusion.sampling.Sampling` that apply to it.
     """
 
@@ -90,7 +90,7 @@ SAMPLERS: dict[str, NamedSampler] = {
     "deis": NamedSampler(deis_step, ("order",)),
     "dpm_solver": NamedSampler(dpm_solver_step, ("order", "sde")),
     "euler_maruyama": NamedSampler(euler_maruyama_step),
-    "heun": NamedSampler(lambda churn=0.0: heun_step(churn), ("churn",)),
+    "heun": NamedSampler(lambda churn=0.0, process=None: heun_step(churn, process=process), ("churn",)),
     "plms": NamedSampler(plms_step),
     "predictor_corrector": NamedSampler(predictor_corrector_step, ("corrector_steps", "snr")),
     "reverse_diffusion": NamedSampler(reverse_diffusion_step),

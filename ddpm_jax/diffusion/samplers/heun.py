@@ -7,13 +7,19 @@ import jax
 import jax.numpy as jnp
 
 from ddpm_jax.checks import check_number, check_static, is_known
+from ddpm_jax.diffusion.process import GaussianProcess
 from ddpm_jax.diffusion.samplers.grid import Point
 from ddpm_jax.diffusion.samplers.noise import per_example_normal
 from ddpm_jax.types import PredictFn, Step
 
 
 def heun_step(
-    gamma: float = 0.0, *, sigma_min: float = 0.0, sigma_max: float = math.inf, noise_scale: float = 1.0
+    gamma: float = 0.0,
+    *,
+    sigma_min: float = 0.0,
+    sigma_max: float = math.inf,
+    noise_scale: float = 1.0,
+    process: GaussianProcess | None = None,
 ) -> Step:
     """Return Heun's step, of order 2, for y = x / alpha along s = sigma / alpha, where the ODE is dy/ds = eps.
 
@@ -30,21 +36,22 @@ def heun_step(
 
     The step into the data is Euler's, since s is 0 there (line 6). Two network calls a step, one for this.
 
-    With ``gamma`` noise is added first, up to sigma_hat = (1 + gamma) sigma_here (algorithm 2, lines 4 to 6). Between
-    the points of a grid a network can only be asked if its t is continuous, so this is for processes with alpha = 1
-    whose network receives sigma as t (``continuous.edm``).
+    With ``gamma`` noise is added first, up to s_hat = (1 + gamma) s_here (algorithm 2, lines 4 to 6), for networks that
+    can be asked there: those that receive sigma as t (``continuous.edm``), and those of a discrete process, for which
+    s_hat is rounded down to the nearest of all timesteps, not below s_here.
 
     Args:
         gamma: S_churn / N of the paper, in [0, sqrt(2) - 1].
-        sigma_min, sigma_max: S_tmin and S_tmax, where noise is added.
+        sigma_min, sigma_max: S_tmin and S_tmax, between which s_here must lie for noise to be added.
         noise_scale: S_noise, the standard deviation of that noise, > 0.
+        process: all steps of the discrete process, for gamma > 0; not respaced.
 
     Returns:
         A Step.
 
     Raises:
-        ValueError: if an argument is out of its range, and in use, for gamma > 0 where the network's t is not sigma.
-            A traced gamma out of its range gives NaN.
+        ValueError: if an argument is out of its range, and in use, for gamma > 0 without the process where the
+            network's t is not sigma. A traced gamma out of its range gives NaN.
     """
     most = math.sqrt(2.0) - 1.0 + 1e-9
     gamma = check_number("gamma", gamma, lambda v: (v >= 0.0) & (v <= most), "must be in [0, sqrt(2) - 1]")
@@ -54,14 +61,32 @@ def heun_step(
 
     def churned(keys: jax.Array, xt: jax.Array, here: Point) -> tuple[jax.Array, Point]:
         if not here.time_is_sigma:
-            raise ValueError(
-                f"{gamma=} needs a process of continuous.edm, with alpha = 1 and a network that receives sigma"
-            )
+            if process is None or not jnp.issubdtype(here.t.dtype, jnp.integer):
+                raise ValueError(
+                    f"{gamma=} needs a process of continuous.edm, with alpha = 1 and a network that receives sigma, or "
+                    "all steps of a discrete one, as process="
+                )
+            return noised(keys, xt, here)
         inside = (here.sigma >= sigma_min) & (here.sigma <= sigma_max)
         share = jnp.where(inside, gamma, 0.0)
         sigma = here.sigma * (1.0 + share)
         spread = noise_scale * here.sigma * jnp.sqrt(share * (2.0 + share))  # sqrt(sigma_hat^2 - sigma^2)
         return xt + spread * per_example_normal(keys, xt), here.replace(sigma=sigma, t=sigma)
+
+    def noised(keys: jax.Array, xt: jax.Array, here: Point) -> tuple[jax.Array, Point]:
+        """Add noise up to one of the timesteps of the discrete process."""
+        ratio = lambda at: at.sigma / jnp.where(at.alpha == 0.0, 1.0, at.alpha)  # noqa: E731
+        inside = (ratio(here) >= sigma_min) & (ratio(here) <= sigma_max) & (here.alpha > 0.0)
+        wanted = ratio(here) * (1.0 + jnp.where(inside, gamma, 0.0))
+        levels = jnp.where(process.alpha == 0.0, jnp.inf, ratio(process))
+        step = jnp.maximum(jnp.searchsorted(levels, wanted, side="right") - 1, here.t)
+        alpha, sigma = process.alpha[step], process.sigma[step]
+        scale = jnp.where(here.alpha > 0.0, alpha / jnp.where(here.alpha > 0.0, here.alpha, 1.0), 1.0)
+        spread = noise_scale * jnp.sqrt(jnp.maximum(jnp.square(sigma) - jnp.square(scale * here.sigma), 0.0))
+        spread = jnp.where(step > here.t, spread, 0.0)  # without what rounding leaves of a difference
+        return scale * xt + spread * per_example_normal(keys, xt), here.replace(
+            alpha=alpha, sigma=sigma, t=process.timestep_map[step]
+        )
 
     def update(
         predict_fn: PredictFn, keys: jax.Array, xt: jax.Array, here: Point, there: Point, carry: Any
