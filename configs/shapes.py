@@ -104,7 +104,7 @@ def get_config(variant: str = "") -> ConfigDict:
         "training": training(128, 400, 2e-3, muon_learning_rate=4e-3),
     }
     config.priors = "diffusion"  # or "autoregressive", or "both", of which the pipeline then has the diffusion prior
-    config.codes = {"dims": 64, "buckets": 256, "dot_buckets": 32, "training": training(512, 40, 0.0, warmup_steps=0)}
+    config.codes = {"dims": 64, "buckets": 64, "dot_buckets": 32, "training": training(512, 40, 0.0, warmup_steps=0)}
     config.ar_prior = {
         "width": 96,
         "layers": 3,
