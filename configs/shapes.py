@@ -323,12 +323,12 @@ def pipeline(config: ConfigDict) -> PipelineDescription:
     sample = config.sample
     if config.evaluation.num_captions < 1:
         raise ValueError(f"evaluation.num_captions={config.evaluation.num_captions} must be at least 1")
+    by_codes = token_sampling_from(sample.ar_prior, name="sample.ar_prior")
+    by_diffusion = sampling_from(sample.prior, name="sample.prior")
     if config.priors == "autoregressive":
-        prior = token_sampling_from(sample.ar_prior, name="sample.ar_prior")
-        models = {"clip": "clip", "codes": "codes", "prior": "ar_prior", "decoder": "decoder"}
+        prior, models = by_codes, {"clip": "clip", "codes": "codes", "prior": "ar_prior", "decoder": "decoder"}
     else:
-        prior = sampling_from(sample.prior, name="sample.prior")
-        models = {"clip": "clip", "prior": "prior", "decoder": "decoder"}
+        prior, models = by_diffusion, {"clip": "clip", "prior": "prior", "decoder": "decoder"}
     others = {stage: sampling_from(sample[stage], name=f"sample.{stage}") for stage in ("decoder", "upsampler")}
     return PipelineDescription(
         "UnCLIP",

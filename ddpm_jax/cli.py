@@ -166,6 +166,16 @@ def as_utf8(text: str, *, what: str) -> str:
     return text
 
 
+def check_address(path: str | os.PathLike, flag: str) -> None:
+    """Raise UsageError for an address of another kind than those that `as_path` knows."""
+    from ddpm_jax.errors import LoadError
+
+    try:
+        as_path(path)
+    except LoadError as error:
+        raise UsageError(f"{flag} {str(error).partition(' ')[2]}") from None
+
+
 def check_can_write(path: str | os.PathLike, *, what: str, given: str | None = None) -> None:
     """Raise UsageError, naming the flag `what`, unless a file can be written at a path; leaves nothing behind.
 
@@ -173,6 +183,7 @@ def check_can_write(path: str | os.PathLike, *, what: str, given: str | None = N
     flag's value where it is not the path.
     """
     flag = f"{what}={path if given is None else given}"
+    check_address(path, flag)
     if is_remote(path):
         if (reason := check_bucket(as_path(path).parent)) is not None:
             raise UsageError(f"{flag} cannot be written: {reason}")
@@ -208,6 +219,8 @@ def check_can_write(path: str | os.PathLike, *, what: str, given: str | None = N
 
 def check_exists(path: str | os.PathLike | None, *, what: str) -> None:
     """Raise UsageError, naming the flag `what`, unless there is a file or directory at a path; None is no path."""
+    if path is not None:
+        check_address(path, f"{what}={path}")
     if path is not None and not as_path(path).exists():
         raise UsageError(f"{what}={path} does not exist")
 

@@ -32,6 +32,17 @@ def as_path(path: str | os.PathLike) -> Any:
     return epath.Path(path)
 
 
+def local_path(path: str | os.PathLike) -> Path:
+    """Return a path on a disk; "~" is the home directory.
+
+    Raises:
+        ValueError: for an address, of which a local directory "gs:" would be made.
+    """
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", os.fspath(path)):
+        raise ValueError(f"directory={os.fspath(path)} must be on a disk")
+    return Path(os.path.expanduser(path))
+
+
 def write_whole(path: str | os.PathLike, data: bytes) -> None:
     """Write a file, whole or not at all; an object of a bucket always is.
 

@@ -85,6 +85,7 @@ def main() -> None:
     from ddpm_jax.data.preparing import Options, OutputError, prepare
     from ddpm_jax.parallel.shared_directory import check_shared
 
+    cli.check_address(_OUT.value, f"--out={_OUT.value}")
     check_shared(os.path.abspath(_OUT.value), "--out")
     source = _open(_SOURCE.value, _options(_OPTION.value))
     options = Options(

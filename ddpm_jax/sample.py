@@ -3,7 +3,8 @@
 Without a workdir the small pipeline that the package carries is used. Captions are given as --prompt; a pipeline
 without captions takes --label, --num_images or both. Options of the sampler are for the main stage (the decoder of
 captioned pipelines, the base of the others); an option of any stage is --<stage>_<option>, such as --prior_steps=50,
---upsampler_sampler=dpm_solver or --decoder_scale=3.
+--upsampler_sampler=dpm_solver or --decoder_scale=3; an autoregressive prior takes --prior_scale, --prior_temperature
+and --prior_top_p.
 """
 
 from ddpm_jax import cli, cli_hosts

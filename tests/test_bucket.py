@@ -15,8 +15,9 @@ from fsspec.implementations.local import LocalFileSystem
 from orbax.checkpoint._src.path import gcs_utils
 from test_stopping_together import Group
 from test_train import make_stage
+from tiny_pipelines import cascade
 
-from ddpm_jax import paths
+from ddpm_jax import paths, pipelines
 from ddpm_jax.errors import LoadError
 from ddpm_jax.parallel.shared_directory import check_shared
 from ddpm_jax.storage.checkpoint import Checkpoints
@@ -131,3 +132,11 @@ def test_a_missing_package_is_named_with_its_extra(monkeypatch):
     assert paths.check_bucket("gs://b/x") == (
         "the package gcsfs is not installed; pip install ddpm_jax[gcs] reads and writes buckets"
     )
+
+
+@pytest.mark.parametrize("path", ["hdfs://a/b", "gs://bucket/x"])
+def test_models_are_saved_on_disks(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=f"directory={path} must be on a disk"):
+        pipelines.save(cascade(), path)
+    assert not list(tmp_path.iterdir())

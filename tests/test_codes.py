@@ -11,11 +11,13 @@ from random_networks import fast_jit, random_params
 from tiny_pipelines import LENGTH, WIDTH, clip, decoder, upsampler, zeros
 
 from ddpm_jax.diffusion.samplers import example_keys
+from ddpm_jax.diffusion.sampling import Sampling
 from ddpm_jax.diffusion.tokens import TokenSampling, nucleus, sample_token, sample_tokens, token_sampling_from
 from ddpm_jax.models.autoregressive_prior import AutoregressivePrior
 from ddpm_jax.models.embedding_codes import EmbeddingCodes
 from ddpm_jax.pipelines import UnCLIP, load, save
 from ddpm_jax.pipelines import unclip as module
+from ddpm_jax.pipelines.request import NotFiniteError
 from ddpm_jax.storage.metadata import freeze
 from ddpm_jax.storage.model_directory import Model
 from ddpm_jax.training import AutoregressiveTask, Captions, CodesTask
@@ -226,7 +228,7 @@ def test_nucleus_is_the_smallest_set_of_that_probability(top_p, kept):
     [
         ({"scale": -1.0}, "sampling.scale=-1.0 must be in [0, 10000]"),
         ({"temperature": "hot"}, "sampling.temperature='hot' must be a finite number"),
-        ({"top_p": 0.0}, "sampling.top_p=0.0 must be in (0, 1]"),
+        ({"top_p": 0.0}, "sampling.top_p=0.0 must be in [1e-06, 1]"),
         ({"steps": 3}, "sampling has no option 'steps'; there are scale, temperature, top_p"),
     ],
 )
@@ -261,8 +263,6 @@ def test_generate_by_codes():
     assert np.abs(images[1:2].astype(int) - again).max() <= 1
     for options in ({"prior_scale": 3.0}, {"prior_temperature": 0.0}, {"prior_top_p": 0.3}, {"seed": 1}):
         assert (pipeline().generate(PROMPTS, **options) != images).any(), options
-    with pytest.raises(ValueError, match="there is no option 'prior_steps'"):
-        pipeline().generate(PROMPTS, prior_steps=3)
 
 
 def test_guidance_of_1_is_none_and_0_is_unconditional():
@@ -301,3 +301,39 @@ def test_what_does_not_fit_is_refused():
         pipeline().replace(codes=other).checked()
     with pytest.raises(ValueError, match="an AutoregressivePrior needs codes"):
         pipeline().replace(codes=None).checked()
+
+
+def test_a_prior_that_is_damaged_is_named():
+    """NaN in the weights of the prior, which the largest of its logits would not show."""
+    damaged = jax.tree.map(lambda x: x * jnp.nan, pipeline().prior.params)
+    with pytest.raises(NotFiniteError, match="the prior returned values that are not finite"):
+        pipeline().replace(prior=pipeline().prior.replace(params=damaged)).generate(PROMPTS[:1])
+
+
+@pytest.mark.parametrize("sampling", [{"prior": Sampling("ddim", 5)}, {"decoder": TokenSampling()}])
+def test_sampling_of_another_kind_is_refused(sampling):
+    with pytest.raises(ValueError, match="sampling of .* must be a"):
+        pipeline().replace(sampling=sampling).checked()
+
+
+def test_options_of_a_code_prior_are_named():
+    with pytest.raises(ValueError, match="'prior_steps': the stage prior takes scale, temperature, top_p"):
+        pipeline().generate(PROMPTS, prior_steps=3)
+
+
+@pytest.mark.parametrize("options", [{"temperature": -1.0}, {"top_p": 0.0}, {"top_p": 1.5}])
+def test_known_options_of_tokens_are_checked_and_traced_ones_give_minus_1(options):
+    ((name, value),) = options.items()
+    logits, keys = jnp.zeros((2, 3)), example_keys(jax.random.key(0), 2)
+    with pytest.raises(ValueError, match=name):
+        sample_token(keys, logits, **options)
+    np.testing.assert_array_equal(jax.jit(lambda v: sample_token(keys, logits, **{name: v}))(value), [-1, -1])
+
+
+def test_tasks_of_other_networks_are_refused():
+    for task in (lambda net: CodesTask(net), lambda net: AutoregressiveTask(model=net, captions=Captions(L))):
+        with pytest.raises(ValueError, match="model=.* must be a"):
+            task(decoder().network)
+    for deviations in (0.0, np.inf, True, "6"):
+        with pytest.raises(ValueError, match="deviations=.* must be a positive number"):
+            CodesTask(EmbeddingCodes(D, K, 8, DOTS), deviations)

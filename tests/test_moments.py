@@ -19,6 +19,7 @@ from ddpm_jax.pipelines import load, save
 from ddpm_jax.pipelines.description import PipelineDescription
 from ddpm_jax.storage.moments import MOMENTS_FILE
 from ddpm_jax.training import ClassifierTask, DiffusionTask, Images, Stage, Training, train
+from ddpm_jax.training.records import random_records
 
 SIZE, T, N = 4, 20, 96
 IMAGES = np.random.default_rng(0).integers(0, 256, (N, SIZE, SIZE, 3), np.uint8)
@@ -69,6 +70,22 @@ def test_they_are_estimated_once(workdir):
     assert (workdir / "base" / MOMENTS_FILE).read_bytes() != before
 
 
+def test_a_damaged_file_is_estimated_again_and_fewer_records_are_not(workdir):
+    path = workdir / "base" / MOMENTS_FILE
+    before = path.read_bytes()
+    train(stage(moment_examples=8), workdir)
+    assert path.read_bytes() == before
+    path.write_text(json.dumps(json.loads(before) | {"values": [1.0]}))
+    train(stage(moment_examples=N), workdir)
+    np.testing.assert_allclose(json.loads(path.read_bytes())["values"], json.loads(before)["values"], rtol=1e-6)
+
+
+def test_records_from_all_over_a_sorted_source():
+    chosen = random_records(stage(), ArraySource(np.zeros((1000, 1, 1, 1), np.uint8)), 100)
+    index = np.asarray(chosen._indices)
+    assert len(set(index)) == 100 and index.min() < 50 and index.max() > 950 and abs(index.mean() - 500) < 100
+
+
 def test_a_pipeline_samples_by_them(workdir):
     model = load(workdir / "base", network=Scaled())
     pipeline = ddpm_jax.pipelines.Cascade(base=model)
@@ -108,6 +125,8 @@ def test_a_pipeline_that_needs_them_is_refused_before_training(tmp_path):
         ({"values": [0.5] * (T - 1)}, f"values must be {T} numbers"),
         ({"values": [-0.5] * T}, "values must be"),
         ({"values": [True] * T}, "values must be"),
+        ({"values": [10**400] * T}, "values must be"),
+        ({"values": [1e39] * T}, "values must be"),
         ({"values": "x"}, "does not hold the second moments"),
         ({"format": "moments 7"}, "does not hold the second moments"),
     ],

@@ -112,6 +112,12 @@ class Student(OwnTask):
         return batch | {"y": frozen["teacher"].apply(batch["image"].astype(jnp.float32) / 255)}
 
 
+class Learner(TaskWithModel):
+    """The same, so that it has a model.json."""
+
+    prepare = Student.prepare
+
+
 def make_source(seed=0):
     """Records with an image, a text and a number."""
     return ArraySource(make_images(seed=seed), [f"number {i}" for i in range(N)], y=TARGETS)
@@ -544,3 +550,21 @@ def test_previews_read_the_first_records_alone(tmp_path):
 
     stage = make_stage(source=Endless(make_images(), y=TARGETS), training={"num_previews": 3})
     assert len(example_batch(stage, stage.source)["image"]) == 3 and read == [0, 1, 2]
+
+
+def test_a_refused_run_leaves_model_json_as_it_is(tmp_path):
+    """It says which models the checkpoint was trained with, by which loading finds others."""
+
+    def stages(num_steps):
+        training = {"preview_every": 0, "num_steps": num_steps}
+        first = make_stage(TaskWithModel(Brightness()), name="teacher", training=training)
+        second = make_stage(Learner(Brightness()), name="student", needs={"teacher": "teacher"})
+        return [first, second]
+
+    run(stages(6), tmp_path / "run")
+    path = tmp_path / "run" / "student" / "model.json"
+    before = path.read_bytes()
+    run(stages(7), tmp_path / "run", names=["teacher"])
+    with pytest.raises(CheckpointError, match="needs.teacher"):
+        run(stages(7), tmp_path / "run", names=["student"])
+    assert path.read_bytes() == before

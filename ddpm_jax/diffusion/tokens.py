@@ -7,10 +7,10 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from ddpm_jax.checks import is_finite, plain, shown
+from ddpm_jax.checks import check_number, is_finite, plain, shown
 from ddpm_jax.diffusion.keys import threefry
 
-_RANGES = {"scale": (0.0, 1e4), "temperature": (0.0, 100.0), "top_p": (0.0, 1.0)}
+_RANGES = {"scale": (0.0, 1e4), "temperature": (0.0, 100.0), "top_p": (1e-6, 1.0)}
 _NEUTRAL = {"scale": 1.0, "temperature": 1.0, "top_p": 1.0}
 
 
@@ -61,11 +61,27 @@ def sample_tokens(
 def sample_token(
     keys: jax.Array, logits: jax.Array, *, temperature: float | jax.Array = 1.0, top_p: float | jax.Array | None = None
 ) -> jax.Array:
-    """Sample one token for each example; see `sample_tokens`. keys: [B]; logits: float32[B, V]. Returns int32[B]."""
+    """Sample one token for each example; see `sample_tokens`.
+
+    Args:
+        keys: [B].
+        logits: float32[B, V].
+        temperature, top_p: see `sample_tokens`.
+
+    Returns:
+        int32[B]; -1 where logits or options are no numbers, which the networks turn into NaN.
+
+    Raises:
+        ValueError: if a known option is out of its range.
+    """
+    temperature = check_number("temperature", temperature, lambda v: v >= 0, "must not be negative")
     if top_p is not None:
+        top_p = check_number("top_p", top_p, lambda v: (v > 0) & (v <= 1), "must be in (0, 1]")
         logits = nucleus(logits, top_p, temperature)
     noise = jax.vmap(lambda key, row: jax.random.gumbel(key, row.shape, row.dtype))(keys, logits)
-    return jnp.argmax(logits + temperature * noise, axis=-1).astype(jnp.int32)  # Gumbel-max, of logits / temperature
+    values = logits + temperature * noise  # Gumbel-max, of logits / temperature
+    valid = ~jnp.isnan(values).any(-1) & jnp.isfinite(values.max(-1))
+    return jnp.where(valid, jnp.argmax(values, axis=-1), -1).astype(jnp.int32)
 
 
 def nucleus(logits: jax.Array, top_p: float | jax.Array, temperature: float | jax.Array = 1.0) -> jax.Array:
@@ -84,7 +100,7 @@ class TokenSampling:
     Attributes:
         scale: of classifier-free guidance on logits, null + scale (cond - null); None and 1 do not guide.
         temperature: by which logits are divided, in [0, 100]; None is 1, and 0 takes the most probable token.
-        top_p: nucleus sampling, in (0, 1]; None and 1 sample of all tokens.
+        top_p: nucleus sampling, in [1e-6, 1]; None and 1 sample of all tokens.
     """
 
     scale: float | None = None
@@ -105,9 +121,8 @@ class TokenSampling:
                 continue
             if not is_finite(value):
                 raise ValueError(f"{prefix}{name}={shown(value)} must be a finite number")
-            if not least <= value <= most or (name == "top_p" and value == 0):
-                opening = "(" if name == "top_p" else "["
-                raise ValueError(f"{prefix}{name}={value} must be in {opening}{least:g}, {most:g}]")
+            if not least <= value <= most:
+                raise ValueError(f"{prefix}{name}={value} must be in [{least:g}, {most:g}]")
             found[name] = None if value == _NEUTRAL[name] else float(value)
         return self.replace(**found)
 

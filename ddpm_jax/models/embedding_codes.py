@@ -47,9 +47,14 @@ class EmbeddingCodes(nn.Module):
         return jax.vmap(jnp.searchsorted, in_axes=(0, 1), out_axes=1)(inner, self.coordinates(z)).astype(jnp.int32)
 
     def decode(self, codes: jax.Array) -> jax.Array:
-        """Return the embeddings that codes stand for. codes: int32[B, K]. Returns unit vectors, float32[B, D]."""
+        """Return the embeddings that codes stand for. codes: int32[B, K]. Returns unit vectors, float32[B, D].
+
+        Codes outside of [0, buckets) give NaN.
+        """
         middle = 0.5 * (self.edges[:, 1:] + self.edges[:, :-1])
-        c = jax.vmap(jnp.take, in_axes=(0, 1), out_axes=1)(middle, codes)
+        known = (codes >= 0) & (codes < self.buckets)
+        c = jax.vmap(jnp.take, in_axes=(0, 1), out_axes=1)(middle, jnp.where(known, codes, 0))
+        c = jnp.where(known, c, jnp.nan)
         z = self.mean[None] + jnp.einsum("bk,dk->bd", c, self.components, precision="highest")
         return z / jnp.maximum(jnp.linalg.norm(z, axis=-1, keepdims=True), 1e-12)
 

@@ -19,6 +19,7 @@ from ddpm_jax.version import __version__
 FORMAT, PIPELINE_FILE = "ddpm_jax pipeline 1", "pipeline.json"
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,63}")
 _UPSAMPLERS = 16
+_ROLES = ("clip", "codes", "prior", "decoder", "base", "classifier")  # which no upsampler has as its name
 
 
 class Kind(NamedTuple):
@@ -107,7 +108,7 @@ class PipelineDescription:
         for i, place in enumerate(places):
             _check_place(f"models.upsamplers[{i}]", place)
         names = [Path(place).name for place in places]
-        odd = [name for name in names if not _NAME.fullmatch(name) or name in ("prior", "decoder", "base")]
+        odd = [name for name in names if not _NAME.fullmatch(name) or name in _ROLES]
         if odd or len(set(names)) < len(names):
             raise ValueError(
                 f"models.upsamplers={list(places)!r:.200} must be directories with different names of letters, digits "

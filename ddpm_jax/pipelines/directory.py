@@ -14,7 +14,7 @@ import numpy as np
 from ddpm_jax.checks import shown
 from ddpm_jax.data.tokenizer import Tokenizer, tokenizer_from_config
 from ddpm_jax.errors import LoadError
-from ddpm_jax.paths import as_path
+from ddpm_jax.paths import as_path, local_path
 from ddpm_jax.pipelines.cascade import Cascade
 from ddpm_jax.pipelines.converted import PIPELINES, pipeline_of
 from ddpm_jax.pipelines.description import PIPELINE_FILE, PipelineDescription, read_pipeline
@@ -161,7 +161,7 @@ def save(pipeline: UnCLIP | Cascade | Model, directory: str | os.PathLike, *, dt
         ValueError: if `dtype` cannot hold a parameter.
         TypeError: if it is neither.
     """
-    directory = Path(directory)
+    directory = local_path(directory)
     if isinstance(pipeline, Model):
         save_model(pipeline, directory, dtype=dtype)
         return

@@ -193,6 +193,9 @@ def _stage_and_field(name: str, stages: Mapping[str, Any], arguments: Collection
     close = difflib.get_close_matches(name, names, 1, cutoff=0.8 if of_stage else 0.6)
     meant = [_ELSEWHERE[name]] if name in _ELSEWHERE else close
     near = f" (did you mean {meant[0]!r}?)" if meant else ""
+    owner = next((stage for stage in stages if name.startswith(f"{stage}_")), None)
+    if of_stage and owner is not None:
+        raise ValueError(f"there is no option {name!r}: the stage {owner} takes {', '.join(fields[owner])}")
     if of_stage:
         raise ValueError(f"there is no option {name!r}{near}: this pipeline has the stages {', '.join(stages)}")
     raise ValueError(

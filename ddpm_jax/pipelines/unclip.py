@@ -76,7 +76,7 @@ class UnCLIP(flax.struct.PyTreeNode):
     prior: Model
     decoder: Model
     upsamplers: tuple[Model, ...] = ()
-    sampling: Mapping[str, Sampling] = flax.struct.field(default_factory=dict)
+    sampling: Mapping[str, Sampling | TokenSampling] = flax.struct.field(default_factory=dict)
     noise_levels: Mapping[str, float] = flax.struct.field(default_factory=dict)
     names: tuple[str, ...] = _static(())
     tokenizer: Tokenizer | None = _static(None)
@@ -128,6 +128,10 @@ class UnCLIP(flax.struct.PyTreeNode):
         unknown = sorted(set(self.sampling) - set(default))
         if unknown:
             raise ValueError(f"sampling has no stage {unknown[0]!r}; there are {', '.join(default)}")
+        for stage, own in default.items():
+            if not isinstance(self.sampling.get(stage, own), type(own)):
+                given = type(self.sampling[stage]).__name__
+                raise ValueError(f"sampling of {stage} must be a {type(own).__name__}, got a {given}")
         sampling = {stage: self.sampling.get(stage, own).checked(f"{stage}_") for stage, own in default.items()}
         levels, _ = noise_levels(dict(zip(names, self.upsamplers)), self.noise_levels, {})
         pipeline = self.replace(tokenizer=tokenizer, sampling=sampling, noise_levels=levels, names=names)
@@ -194,8 +198,8 @@ class UnCLIP(flax.struct.PyTreeNode):
             mesh: devices of this process that share each batch, with an axis "data"; one device by default.
             report: called with the number of images each time some are done.
             options: the fields of `diffusion.sampling.Sampling` of a stage by the names <stage>_<field>, such as
-                prior_scale, decoder_steps and upsampler_sampler, and <field> alone for the decoder; and
-                <upsampler>_noise_level.
+                prior_scale, decoder_steps and upsampler_sampler, and <field> alone for the decoder; of an
+                `AutoregressivePrior` prior_scale, prior_temperature and prior_top_p; and <upsampler>_noise_level.
 
         Returns:
             uint8[N, R, R, 3].

@@ -30,7 +30,7 @@ from ddpm_jax.checks import check_model, shown
 from ddpm_jax.diffusion.diffusion import Diffusion
 from ddpm_jax.errors import LoadError, ReadError
 from ddpm_jax.extras import needs_extra
-from ddpm_jax.paths import as_path, is_remote
+from ddpm_jax.paths import as_path, is_remote, local_path
 from ddpm_jax.storage.json_file import read_json, write_json
 from ddpm_jax.storage.metadata import check_metadata, diffusion_from, freeze, thaw
 from ddpm_jax.storage.moments import read_moments, write_moments
@@ -186,7 +186,7 @@ def save(
         FileExistsError: if there is something at `directory`.
         ValueError: if `dtype` cannot hold a parameter, or a network or the metadata cannot be stored.
     """
-    directory = Path(directory)
+    directory = local_path(directory)
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise FileExistsError(f"{directory} exists already; give a new directory")
     described = _described(converted.family, converted.models, converted.metadata)

@@ -1,17 +1,18 @@
 """Second moments of a network, estimated once after its training and stored beside it, for the sampler "analytic"."""
 
-import math
 import os
 from typing import Any
 
 import jax
 import numpy as np
 
+from ddpm_jax.checks import is_finite
 from ddpm_jax.errors import LoadError
 from ddpm_jax.paths import as_path
 from ddpm_jax.storage.json_file import read_json, write_json
 
 MOMENTS_FILE, FORMAT = "moments.json", "ddpm_jax moments 1"
+_LARGEST = 1e12  # of a mean square of noise that a network predicts, 1 if it is right
 
 
 def write_moments(
@@ -46,6 +47,23 @@ def read_moments(directory: str | os.PathLike, num_steps: int, *, step: int | No
     Raises:
         LoadError: if the file is not such a file, or has not T numbers.
     """
+    found = _read(directory, num_steps)
+    if found is None or found.get("step") != step:
+        return None
+    return jax.numpy.asarray(found["values"], np.float32)
+
+
+def examples_of(directory: str | os.PathLike, num_steps: int, step: int | None) -> int:
+    """Return the number of examples that the moments of a checkpoint were estimated on, or 0."""
+    try:
+        found = _read(directory, num_steps)
+    except LoadError:
+        return 0
+    count = None if found is None or found.get("step") != step else found.get("examples")
+    return count if isinstance(count, int) and not isinstance(count, bool) else 0
+
+
+def _read(directory: str | os.PathLike, num_steps: int) -> dict[str, Any] | None:
     path = as_path(directory) / MOMENTS_FILE
     try:
         found = read_json(path)
@@ -57,19 +75,8 @@ def read_moments(directory: str | os.PathLike, num_steps: int, *, step: int | No
     if not isinstance(found, dict) or found.get("format") != FORMAT or not isinstance(found.get("values"), list):
         raise LoadError(f"{path} does not hold the second moments of a model in the format {FORMAT!r}")
     values = found["values"]
-    if len(values) != num_steps or not all(_is_moment(value) for value in values):
-        raise LoadError(f"{path}: values must be {num_steps} numbers, one for each step of the process, all >= 0")
-    return jax.numpy.asarray(values, np.float32) if found.get("step") == step else None
-
-
-def examples_of(directory: str | os.PathLike, step: int) -> int:
-    """Return the number of examples that the moments of a checkpoint were estimated on, 0 if there are none."""
-    try:
-        found = read_json(as_path(directory) / MOMENTS_FILE)
-    except (OSError, ValueError):
-        return 0
-    return found["examples"] if isinstance(found, dict) and found.get("step") == step else 0
-
-
-def _is_moment(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value >= 0
+    if len(values) != num_steps or not all(is_finite(value) and 0 <= value <= _LARGEST for value in values):
+        raise LoadError(
+            f"{path}: values must be {num_steps} numbers in [0, {_LARGEST:g}], one for each step of the process"
+        )
+    return found

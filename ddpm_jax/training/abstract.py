@@ -103,6 +103,11 @@ class AbstractStages:
         try:
             check_fields(getattr(stage.task, "model", None))
             if hasattr(stage.task, "fitted"):
+                least, given = getattr(stage.task, "min_examples", 1), training.num_steps * training.batch_size
+                if given < least:
+                    raise ValueError(
+                        f"num_steps={training.num_steps} batches have {given} of the {least} examples needed"
+                    )
                 jax.eval_shape(stage.task.sums, self.batch(stage))
                 self.state(stage)
                 return

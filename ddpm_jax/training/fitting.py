@@ -16,6 +16,7 @@ from ddpm_jax.parallel.placing import put
 from ddpm_jax.progress import progress_bar
 from ddpm_jax.storage.checkpoint import Checkpoints
 from ddpm_jax.training.metrics import MetricWriter
+from ddpm_jax.training.programs import make_prepare
 
 
 class FittedTask(Protocol):
@@ -75,14 +76,13 @@ def fit_sums(
             checkpoints.compare(config)
             return
         others, place, split = hosts.current(), replicated(mesh), data_sharding(mesh)
-        frozen = put(frozen, place)
-        prepare = jax.jit(task.prepare, in_shardings=(place, split), out_shardings=split)
+        prepare = make_prepare(task, mesh, frozen)
         sums_of = jax.jit(task.sums, in_shardings=split, out_shardings=place)
         total = None
         with progress_bar(num_steps, description=name, unit="step", shown=progress and others.index == 0) as bar:
             for number in range(1, num_steps + 1):
                 others.busy(f"{name} batch {number}")
-                batch = prepare(frozen, shard_batch(next(loader), mesh))
+                batch = prepare(shard_batch(next(loader), mesh))
                 sums = jax.tree.map(lambda x: np.asarray(x, np.float64), sums_of(batch))
                 total = sums if total is None else jax.tree.map(np.add, total, sums)
                 bar.update()

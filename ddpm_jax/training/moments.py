@@ -7,6 +7,7 @@ from typing import Any, Protocol
 import jax
 import numpy as np
 
+from ddpm_jax.diffusion.diffusion import Diffusion
 from ddpm_jax.parallel import hosts
 from ddpm_jax.parallel.mesh import batch_shards, data_sharding, make_local_mesh, replicated
 from ddpm_jax.progress import progress_bar
@@ -17,7 +18,13 @@ _KEY = 0x6D6F6D  # of this noise, and no other
 
 
 class Measurable(Protocol):
-    """A task whose network has second moments."""
+    """A task whose network has second moments.
+
+    Attributes:
+        diffusion: the process.
+    """
+
+    diffusion: Diffusion
 
     def prepare(self, frozen: Any, batch: Any) -> Any:
         """See `types.Task`."""
@@ -37,7 +44,7 @@ def estimate_moments(
     step: int | None = None,
     progress: bool = True,
 ) -> None:
-    """Estimate second moments, and write them into a model's directory, unless they are there already.
+    """Estimate second moments, and write them into a model's directory, unless as good ones are there.
 
     Args:
         task: whose `moments` are estimated.
@@ -55,7 +62,8 @@ def estimate_moments(
         FloatingPointError: if the network returns NaN or infinity.
     """
     others, mesh = hosts.current(), make_local_mesh()
-    if all(others.gather("looking for moments", examples_of(directory, step) == len(records))):
+    there = examples_of(directory, task.diffusion.num_steps, step)
+    if all(others.gather("looking for moments", there >= len(records))):
         return
     place, shards = replicated(mesh), batch_shards(mesh)
     params, frozen = jax.device_put((params, frozen), place)

@@ -55,22 +55,35 @@ def example_record(stage: Stage, models: Mapping[str, Model], source: Source) ->
 
 def example_batch(stage: Stage, source: Source) -> dict[str, np.ndarray]:
     """Return a batch of the first records, for previews and for the shapes of the network."""
-    return stack_records(stage, list(FirstRecords(stage, source, max(stage.training.num_previews, 1))))
+    count = max(stage.training.num_previews, 1)
+    return stack_records(stage, list(SomeRecords(stage, source, range(min(count, len(source))))))
 
 
-class FirstRecords(Sequence):
-    """The first records of a stage after the transforms, without text."""
+class SomeRecords(Sequence):
+    """Records of a stage after the transforms, without text.
 
-    def __init__(self, stage: Stage, source: Source, count: int):
-        self._stage, self._source, self._count = stage, source, min(count, len(source))
+    Args:
+        stage: whose seed and transforms they have.
+        source: of the records.
+        indices: which.
+    """
+
+    def __init__(self, stage: Stage, source: Source, indices: Sequence[int]):
+        self._stage, self._source, self._indices = stage, source, indices
 
     def __len__(self) -> int:
-        return self._count
+        return len(self._indices)
 
-    def __getitem__(self, index: SupportsIndex) -> dict[str, np.ndarray]:
-        index = range(self._count)[index]  # raises IndexError, by which an iteration ends
+    def __getitem__(self, number: SupportsIndex) -> dict[str, np.ndarray]:
+        index = int(self._indices[number])  # raises IndexError, by which an iteration ends
         rng = np.random.default_rng((self._stage.training.seed, index))
         return _without_text(apply_transforms(dict(read_record(self._source, index)), self._stage.transforms, rng))
+
+
+def random_records(stage: Stage, source: Source, count: int) -> SomeRecords:
+    """Return different records from all over a source, which may be sorted, the same in every process."""
+    rng = np.random.default_rng(stage.training.seed)
+    return SomeRecords(stage, source, np.sort(rng.choice(len(source), min(count, len(source)), replace=False)))
 
 
 def stack_records(stage: Stage, records: Sequence[dict]) -> dict[str, np.ndarray]:

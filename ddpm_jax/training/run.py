@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 from ddpm_jax.checks import shown
 from ddpm_jax.data.source import read_record
 from ddpm_jax.diffusion.sampling import NO_MOMENTS
+from ddpm_jax.models.autoregressive_prior import AutoregressivePrior
 from ddpm_jax.parallel import hosts
 from ddpm_jax.parallel.distributed import watch_hosts
 from ddpm_jax.parallel.mesh import AXES, batch_shards, make_mesh, process_shards
@@ -38,7 +39,7 @@ from ddpm_jax.training.guard import Policy
 from ddpm_jax.training.loop import fit
 from ddpm_jax.training.moments import estimate_moments
 from ddpm_jax.training.optimizer import training_optimizer
-from ddpm_jax.training.records import FirstRecords, LikeFirst, example_batch
+from ddpm_jax.training.records import LikeFirst, example_batch, random_records
 from ddpm_jax.training.stage import Stage, apply_transforms
 from ddpm_jax.training.workdir import RUN_FILE, check_workdir
 from ddpm_jax.types import Source
@@ -244,6 +245,9 @@ class _Run:
         models = self.models(stage)
         needs = self.fingerprints(stage)
         description = _description(stage, needs)
+        if (directory / SUBDIRECTORY).is_dir():  # before model.json is written, which must say what the checkpoint is
+            with contextlib.closing(Checkpoints(directory, read_only=True)) as checkpoints:
+                checkpoints.compare(description)
         self._describe_model(stage, needs)
         source = self._computed(stage.source, models, training, EMBEDDINGS)
         eval_source = self._computed(stage.eval_source, models, training, HELD_OUT)
@@ -282,7 +286,7 @@ class _Run:
                 stage.task,
                 self._model(stage.name).params,
                 frozen,
-                FirstRecords(stage, source, training.moment_examples),
+                random_records(stage, source, training.moment_examples),
                 directory,
                 seed=training.seed,
                 step=training.num_steps,
@@ -357,6 +361,12 @@ def _check_pipeline(pipeline: Any, run: _Run) -> None:
                     f"the pipeline's {role} is {str(each)!r}, which is neither a stage ({', '.join(run.stages)}) nor a "
                     "model directory"
                 )
+    prior = run.stages.get(str(pipeline.models.get("prior", "")))
+    network = None if prior is None else getattr(prior.task, "model", None)
+    if prior is not None and isinstance(network, AutoregressivePrior) != ("codes" in pipeline.models):
+        kind = type(network).__name__
+        needs = "needs the pipeline's codes" if kind == "AutoregressivePrior" else "takes no codes"
+        raise ValueError(f"the pipeline's prior is the stage {prior.name}, a {kind}, which {needs}")
     for name, sampling in getattr(pipeline, "sampling", {}).items():
         stage = run.stages.get(str(pipeline.models.get(name, name)))
         if stage is not None and hasattr(stage.task, "diffusion"):

@@ -37,6 +37,7 @@ class AutoregressiveTask:
 
     def __post_init__(self):
         check_model(self.model)
+        check_type("model", self.model, AutoregressivePrior)
         check_type("captions", self.captions, Captions)
 
     def init(self, key: jax.Array, batch: Batch) -> Any:
@@ -47,6 +48,9 @@ class AutoregressiveTask:
         """Add "codes" int32[B, K], "dot_code" int32[B], and what the captions need."""
         batch = self.captions.prepare(frozen, with_image_embedding(frozen, batch, self.role))
         own = frozen[self.codes]
+        if not isinstance(own.network, EmbeddingCodes):
+            kind = type(own.network).__name__
+            raise ValueError(f"its model for the role {self.codes!r} must be EmbeddingCodes, got a {kind}")
         sizes = {name: (getattr(own.network, name), getattr(self.model, name)) for name in _SHARED}
         odd = next((name for name, (a, b) in sizes.items() if a != b), None)
         if odd is not None:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ddpm_jax.checks import check_model, check_number
+from ddpm_jax.checks import check_model, check_type, is_finite, shown
 from ddpm_jax.models.clip import CLIP, normalize
 from ddpm_jax.models.embedding_codes import EmbeddingCodes
 from ddpm_jax.training.tasks.data import with_image_embedding
@@ -42,7 +42,14 @@ class CodesTask:
 
     def __post_init__(self):
         check_model(self.model)
-        check_number("deviations", self.deviations, lambda v: v > 0, "must be positive")
+        check_type("model", self.model, EmbeddingCodes)
+        if not is_finite(self.deviations) or self.deviations <= 0:
+            raise ValueError(f"deviations={shown(self.deviations)} must be a positive number")
+
+    @property
+    def min_examples(self) -> int:
+        """The number of embeddings that are needed."""
+        return self.model.dims + 1
 
     def init(self, key: jax.Array, batch: Batch) -> Any:
         """Return parameters of zeros."""
@@ -81,7 +88,7 @@ class CodesTask:
             ValueError: if there are fewer embeddings than components.
         """
         network, count = self.model, int(sums["count"])
-        if count <= network.dims:
+        if count < self.min_examples:
             raise ValueError(f"dims={network.dims} components need more embeddings than {count}")
         mean = np.asarray(sums["z"], np.float64) / count
         covariance = np.asarray(sums["zz"], np.float64) / count - np.outer(mean, mean)
