@@ -89,7 +89,7 @@ WRONG = [
     ("models", {"clip": "clip"}, "models lacks 'prior', which UnCLIP needs"),
     ("models.clip", 3, "models.clip=3 must be the directory of a model"),
     ("models.clip", "missing", "missing is not a model directory of this package"),
-    ("models.prior", "decoder", "prior must be a DiffusionPrior, got a Decoder"),
+    ("models.prior", "decoder", "prior must be a DiffusionPrior or AutoregressivePrior, got a Decoder"),
     ("models.upsamplers", "up", "models.upsamplers='up' must be a list"),
     ("models.upsamplers", ["a"] * 10**5, "must be a list of at most 16 directories"),
     ("models.upsamplers", ["../x y"], "must be directories with different names"),

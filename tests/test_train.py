@@ -34,7 +34,6 @@ from ddpm_jax.training import (
     train,
 )
 from ddpm_jax.training.metrics import read_metrics
-from ddpm_jax.training.records import example_batch
 from ddpm_jax.training.run import is_trained
 
 N, SIZE, BATCH = 40, 4, 8
@@ -537,19 +536,6 @@ def test_a_stage_in_closed_form(tmp_path):
     assert len(read_metrics(tmp_path / "run" / "own")) == 1
     with pytest.raises(CheckpointError, match="seed"):
         run([make_stage(Moments(), training=training | {"seed": 1})], tmp_path / "run")
-
-
-def test_previews_read_the_first_records_alone(tmp_path):
-    """Also of a source that has a record for any index."""
-    read = []
-
-    class Endless(ArraySource):
-        def __getitem__(self, index):
-            read.append(index)
-            return super().__getitem__(index % N)
-
-    stage = make_stage(source=Endless(make_images(), y=TARGETS), training={"num_previews": 3})
-    assert len(example_batch(stage, stage.source)["image"]) == 3 and read == [0, 1, 2]
 
 
 def test_a_refused_run_leaves_model_json_as_it_is(tmp_path):
