@@ -241,7 +241,7 @@ def _send(place: Place, hello: dict, waiting: _Waiting) -> dict[str, Any]:
 
 
 def _read_exactly(connection: socket.socket, count: int, deadline: float) -> bytes | None:
-    """Return so many bytes, fewer if the other end closes before, or None if nothing comes until the deadline."""
+    """Return `count` bytes, fewer if the other end closes first, or None if nothing comes until the deadline."""
     data = b""
     try:
         while len(data) < count:
