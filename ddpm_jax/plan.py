@@ -66,7 +66,7 @@ def main() -> None:
     # The devices are those of the topology; a TPU of this machine is left alone.
     jax.config.update("jax_platforms", "cpu")
     from ddpm_jax.planning import report
-    from ddpm_jax.planning.plan import default_meshes, parse_mesh
+    from ddpm_jax.planning.plan import parse_mesh
     from ddpm_jax.planning.topology import parse_topology, topology_devices
 
     try:
@@ -90,22 +90,31 @@ def main() -> None:
         chosen = _with_sampler(stages, chosen, samplings)
     for topology in topologies:
         topology_devices(topology)
+    plans = _plan_all(_all_lowered(stages, chosen, topologies, meshes, dict(config.get("mesh", {}))), samplings)
+    cli.show(report.table(plans))
+    if _DETAILS.value:
+        for plan in plans:
+            cli.show(report.details(plan))
+    cli.show(report.suggestions(plans))
+
+
+def _all_lowered(
+    stages: Sequence[Any], chosen: Sequence[str], topologies: Sequence[Any], meshes: list, configured: dict
+) -> list:
+    """Return (topology, stage on a mesh) for all that is to be planned; nothing is compiled."""
+    from ddpm_jax.planning.plan import default_meshes
+
     lowered = []
     for name in chosen:
         for topology in topologies:
-            tried = meshes or default_meshes(dict(config.get("mesh", {})), topology)
+            tried = meshes or default_meshes(configured, topology)
             tried = [{"data": -1}] if _SAMPLER.value else tried
             for batch_size in _BATCH_SIZE.value or (None,):
                 for mesh in tried:
                     lowered += _lowered(stages, name, topology, mesh, batch_size)
     if not lowered:
         raise cli.UsageError("none of the meshes and batch sizes fits a topology, for the reasons above")
-    plans = _plan_all(lowered, samplings)
-    cli.show(report.table(plans))
-    if _DETAILS.value:
-        for plan in plans:
-            cli.show(report.details(plan))
-    cli.show(report.suggestions(plans))
+    return lowered
 
 
 def _with_steps(stages: Sequence[Any], chosen: Sequence[str]) -> list[str]:

@@ -4,8 +4,10 @@ import math
 
 import numpy as np
 import pytest
+import test_train
 from toy_training import ToyTask
 
+from ddpm_jax.storage.checkpoint import CheckpointError
 from ddpm_jax.training import Stage, Training, train
 from ddpm_jax.training.records import SomeRecords, example_batch
 from ddpm_jax.training.stage import apply_transforms
@@ -158,3 +160,29 @@ def test_the_examples_of_previews_are_the_first_records_and_no_others():
     assert stage.source.read == [0, 1, 2]
     assert list(batch) == ["x"] and batch["x"].tolist() == [[0] * 3, [1] * 3, [2] * 3]
     assert len(list(SomeRecords(stage, [{"x": np.zeros(3)}] * 9, range(2)))) == 2
+
+
+class Learner(test_train.TaskWithModel):
+    """The same, so that it has a model.json."""
+
+    prepare = test_train.Student.prepare
+
+
+def test_a_refused_run_leaves_model_json_as_it_is(tmp_path):
+    """It says which models the checkpoint was trained with, by which loading finds others."""
+
+    def stages(num_steps):
+        training = {"preview_every": 0, "num_steps": num_steps}
+        first = test_train.make_stage(
+            test_train.TaskWithModel(test_train.Brightness()), name="teacher", training=training
+        )
+        second = test_train.make_stage(Learner(test_train.Brightness()), name="student", needs={"teacher": "teacher"})
+        return [first, second]
+
+    test_train.run(stages(6), tmp_path / "run")
+    path = tmp_path / "run" / "student" / "model.json"
+    before = path.read_bytes()
+    test_train.run(stages(7), tmp_path / "run", names=["teacher"])
+    with pytest.raises(CheckpointError, match="needs.teacher"):
+        test_train.run(stages(7), tmp_path / "run", names=["student"])
+    assert path.read_bytes() == before

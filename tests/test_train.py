@@ -111,12 +111,6 @@ class Student(OwnTask):
         return batch | {"y": frozen["teacher"].apply(batch["image"].astype(jnp.float32) / 255)}
 
 
-class Learner(TaskWithModel):
-    """The same, so that it has a model.json."""
-
-    prepare = Student.prepare
-
-
 def make_source(seed=0):
     """Records with an image, a text and a number."""
     return ArraySource(make_images(seed=seed), [f"number {i}" for i in range(N)], y=TARGETS)
@@ -499,58 +493,3 @@ def test_a_class_conditional_diffusion_model_of_arrays_in_memory(tmp_path):
     assert model.network == stage.task.model and model.diffusion == Diffusion("cosine", 20)
     assert model.metadata["labels"]["null"] == 3 and tuple(model.metadata["labels"]["names"]) == ("a", "b", "c")
     assert_same_bits(model.params, restore_params(tmp_path / "run" / "base")[0])
-
-
-class Moments:
-    """A task in closed form: the mean brightness of the images."""
-
-    def init(self, key, batch):
-        return {"params": {"mean": jnp.zeros(())}}
-
-    def prepare(self, frozen, batch):
-        return batch
-
-    def sums(self, batch):
-        return {"count": jnp.full((), len(batch["y"])), "y": batch["y"].sum()}
-
-    def fitted(self, sums):
-        if sums["count"] < 2:
-            raise ValueError("needs more records")
-        return {"params": {"mean": np.float32(sums["y"] / sums["count"])}}, {"count": float(sums["count"])}
-
-    def measure(self, params, batch):
-        return {"error": jnp.abs(batch["y"] - params["params"]["mean"])}
-
-
-def test_a_stage_in_closed_form(tmp_path):
-    """Five batches of 8 are each of the 40 records once; a second run finds it, a changed option is refused."""
-    training = {"num_steps": 5, "learning_rate": 1.0}
-    fitted = make_stage(Moments(), training=training)
-    run([fitted], tmp_path / "run")
-    params, _ = restore_params(tmp_path / "run" / "own")
-    assert float(params["params"]["mean"]) == pytest.approx(TARGETS.astype(np.float64).mean(), rel=1e-6)
-    (row,) = read_metrics(tmp_path / "run" / "own")
-    assert row["step"] == 5 and row["count"] == 40 and row["error"] > 0
-    assert is_trained(fitted, tmp_path / "run")
-    run([fitted], tmp_path / "run")
-    assert len(read_metrics(tmp_path / "run" / "own")) == 1
-    with pytest.raises(CheckpointError, match="seed"):
-        run([make_stage(Moments(), training=training | {"seed": 1})], tmp_path / "run")
-
-
-def test_a_refused_run_leaves_model_json_as_it_is(tmp_path):
-    """It says which models the checkpoint was trained with, by which loading finds others."""
-
-    def stages(num_steps):
-        training = {"preview_every": 0, "num_steps": num_steps}
-        first = make_stage(TaskWithModel(Brightness()), name="teacher", training=training)
-        second = make_stage(Learner(Brightness()), name="student", needs={"teacher": "teacher"})
-        return [first, second]
-
-    run(stages(6), tmp_path / "run")
-    path = tmp_path / "run" / "student" / "model.json"
-    before = path.read_bytes()
-    run(stages(7), tmp_path / "run", names=["teacher"])
-    with pytest.raises(CheckpointError, match="needs.teacher"):
-        run(stages(7), tmp_path / "run", names=["student"])
-    assert path.read_bytes() == before

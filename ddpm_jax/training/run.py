@@ -256,10 +256,7 @@ class _Run:
             return
         tx, schedule = training_optimizer(training, self.mesh)
         options = {name: getattr(training, name) for name in _LOOP}
-        loader = self._loader(stage, source)
-        with contextlib.ExitStack() as stack:
-            if hasattr(loader, "close"):
-                stack.callback(loader.close)
+        with self._loading(stage, source) as loader:
             fit(
                 stage.task,
                 loader,
@@ -295,10 +292,7 @@ class _Run:
 
     def _fit(self, stage: Stage, source: Source, models: Mapping[str, Model], description: Mapping[str, Any]) -> None:
         """Fit a stage in closed form, or find it finished."""
-        with contextlib.ExitStack() as stack:
-            loader = self._loader(stage, source)
-            if hasattr(loader, "close"):
-                stack.callback(loader.close)
+        with self._loading(stage, source) as loader:
             fit_sums(
                 stage.task,
                 loader,
@@ -324,6 +318,16 @@ class _Run:
         found = metadata() | ({"needs": dict(needs)} if needs else {})
         write_description(self.workdir / stage.name, {"model": network}, found)
 
+    @contextlib.contextmanager
+    def _loading(self, stage: Stage, source: Source, **options: Any) -> Iterator[Any]:
+        """Give the loader of a stage, and close it."""
+        loader = self._loader(stage, source, **options)
+        try:
+            yield loader
+        finally:
+            if hasattr(loader, "close"):
+                loader.close()
+
     def _loader(self, stage: Stage, source: Source, **options: Any) -> Any:
         # Here, since Grain takes long to import and nothing else needs it.
         from ddpm_jax.data.loader import make_loader
@@ -341,13 +345,9 @@ class _Run:
 
     def _eval_batches(self, stage: Stage, source: Source) -> Iterator[Mapping[str, np.ndarray]]:
         # Created for each evaluation, so that each evaluation sees the same records.
-        loader = self._loader(stage, source, num_workers=0)
-        try:
+        with self._loading(stage, source, num_workers=0) as loader:
             for _ in range(stage.training.eval_batches):
                 yield next(loader)
-        finally:
-            if hasattr(loader, "close"):
-                loader.close()
 
 
 def _check_pipeline(pipeline: Any, run: _Run) -> None:

@@ -1,6 +1,7 @@
 """Heun's method on the probability-flow ODE, and EDM's stochastic form of it (Karras et al. 2022, algorithms 1, 2)."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -66,27 +67,13 @@ def heun_step(
                     f"{gamma=} needs a process of continuous.edm, with alpha = 1 and a network that receives sigma, or "
                     "all steps of a discrete one, as process="
                 )
-            return noised(keys, xt, here)
+            where = lambda ratio: jnp.where((ratio >= sigma_min) & (ratio <= sigma_max), gamma, 0.0)  # noqa: E731
+            return _noised(process, keys, xt, here, where, noise_scale)
         inside = (here.sigma >= sigma_min) & (here.sigma <= sigma_max)
         share = jnp.where(inside, gamma, 0.0)
         sigma = here.sigma * (1.0 + share)
         spread = noise_scale * here.sigma * jnp.sqrt(share * (2.0 + share))  # sqrt(sigma_hat^2 - sigma^2)
         return xt + spread * per_example_normal(keys, xt), here.replace(sigma=sigma, t=sigma)
-
-    def noised(keys: jax.Array, xt: jax.Array, here: Point) -> tuple[jax.Array, Point]:
-        """Add noise up to one of the timesteps of the discrete process."""
-        ratio = lambda at: at.sigma / jnp.where(at.alpha == 0.0, 1.0, at.alpha)  # noqa: E731
-        inside = (ratio(here) >= sigma_min) & (ratio(here) <= sigma_max) & (here.alpha > 0.0)
-        wanted = ratio(here) * (1.0 + jnp.where(inside, gamma, 0.0))
-        levels = jnp.where(process.alpha == 0.0, jnp.inf, ratio(process))
-        step = jnp.maximum(jnp.searchsorted(levels, wanted, side="right") - 1, here.t)
-        alpha, sigma = process.alpha[step], process.sigma[step]
-        scale = jnp.where(here.alpha > 0.0, alpha / jnp.where(here.alpha > 0.0, here.alpha, 1.0), 1.0)
-        spread = noise_scale * jnp.sqrt(jnp.maximum(jnp.square(sigma) - jnp.square(scale * here.sigma), 0.0))
-        spread = jnp.where(step > here.t, spread, 0.0)  # without what rounding leaves of a difference
-        return scale * xt + spread * per_example_normal(keys, xt), here.replace(
-            alpha=alpha, sigma=sigma, t=process.timestep_map[step]
-        )
 
     def update(
         predict_fn: PredictFn, keys: jax.Array, xt: jax.Array, here: Point, there: Point, carry: Any
@@ -104,3 +91,24 @@ def heun_step(
         return jax.lax.cond(there.sigma > 0.0, corrected, lambda: x), carry
 
     return Step(update)
+
+
+def _noised(
+    process: GaussianProcess,
+    keys: jax.Array,
+    xt: jax.Array,
+    here: Point,
+    gamma: Callable[[jax.Array], jax.Array],
+    noise_scale: float,
+) -> tuple[jax.Array, Point]:
+    """Add noise up to one of the timesteps of a discrete process; gamma: of sigma / alpha."""
+    ratio = lambda at: at.sigma / jnp.where(at.alpha == 0.0, 1.0, at.alpha)  # noqa: E731
+    wanted = ratio(here) * (1.0 + jnp.where(here.alpha > 0.0, gamma(ratio(here)), 0.0))
+    levels = jnp.where(process.alpha == 0.0, jnp.inf, ratio(process))
+    step = jnp.maximum(jnp.searchsorted(levels, wanted, side="right") - 1, here.t)
+    alpha, sigma = process.alpha[step], process.sigma[step]
+    scale = jnp.where(here.alpha > 0.0, alpha / jnp.where(here.alpha > 0.0, here.alpha, 1.0), 1.0)
+    spread = noise_scale * jnp.sqrt(jnp.maximum(jnp.square(sigma) - jnp.square(scale * here.sigma), 0.0))
+    spread = jnp.where(step > here.t, spread, 0.0)  # without what rounding leaves of a difference
+    x = scale * xt + spread * per_example_normal(keys, xt)
+    return x, here.replace(alpha=alpha, sigma=sigma, t=process.timestep_map[step])
