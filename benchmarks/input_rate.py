@@ -35,7 +35,8 @@ def image_flops(stages: list, name: str) -> float:
     """Return the operations of a training step for an example."""
     lowered = lower_stage(stages, name, make_mesh({"data": 1}, devices=jax.devices()[:1]))
     loss, args = lowered.loss()
-    return 3 * count_flops(loss, *args) / lowered.stage.training.batch_size
+    training = lowered.stage.training
+    return 3 * training.gradients * count_flops(loss, *args) / training.batch_size
 
 
 def main() -> None:

@@ -136,7 +136,7 @@ class WideTask(toy_training.ToyTask):
         return super().loss(params, batch | {"x": x}, key)
 
 
-def trained(axes, dtype=jnp.float32, rules=RULES):
+def trained(axes, dtype=jnp.float32, rules=RULES, sam_rho=None):
     """Return the state after three steps of `WideTask` on a mesh, and the program's text."""
     mesh, task, tx = (
         make_mesh(axes, devices=jax.devices()[: np.prod(list(axes.values()))]),
@@ -152,7 +152,8 @@ def trained(axes, dtype=jnp.float32, rules=RULES):
     assert [str(dtypes["wide"][name]) for name in ("kernel", "bias")] == [jnp.dtype(dtype).name, "float32"]
     gather = make_gather(mesh, specs, dtypes) if "fsdp" in axes else None
     parts = jax.tree.map(lambda leaf: leaf.sharding, state)
-    step = jax.jit(make_train_step(task, tx, ema_decay=0.9, gather=gather), out_shardings=(parts, replicated(mesh)))
+    step = make_train_step(task, tx, ema_decay=0.9, gather=gather, sam_rho=sam_rho)
+    step = jax.jit(step, out_shardings=(parts, replicated(mesh)))
     lowered = step.lower(state, batch, key)
     program = lowered.compile()
     for _ in range(3):
@@ -170,6 +171,13 @@ def trained_on_one_device():
 def test_a_step_is_the_same_on_every_mesh(axes):
     found, *_ = trained(axes)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), found, trained_on_one_device())
+
+
+def test_sharpness_aware_minimization_is_the_same_on_every_mesh():
+    found, expected = (trained(axes, sam_rho=0.5)[0] for axes in ({"data": 2, "fsdp": 4}, {"data": 1}))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), found, expected)
+    plain = trained_on_one_device()[0].params["wide"]["kernel"]
+    assert np.abs(found[0].params["wide"]["kernel"] - plain).max() > 1e-3
 
 
 def test_a_run_continues_on_other_devices(tmp_path):

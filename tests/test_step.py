@@ -56,6 +56,35 @@ def test_one_sgd_step_equals_numpy():
     assert int(new.step) == 1
 
 
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_sharpness_aware_minimization_on_a_quadratic(accumulate):
+    """The gradient of the mean squared error at w + rho g / |g|, by hand; with micro-batches the mean of theirs."""
+    task, tx, rho = NoiseFree(), optax.sgd(0.5), 0.3
+    state, batch, _ = start(task, tx)
+    x, y = (np.asarray(batch[name], np.float64) for name in "xy")
+    x = np.concatenate([x, np.ones((len(x), 1))], axis=1)  # whose last weights are the bias
+    w = np.concatenate([np.asarray(state.params["dense"]["kernel"], np.float64), np.zeros((1, y.shape[1]))])
+
+    def gradient(w, x, y):
+        error = x @ w - y
+        return 2 * x.T @ error / error.size
+
+    total = 0.0
+    for part in range(accumulate):
+        own = (x[part::accumulate], y[part::accumulate])
+        g = gradient(w, *own)
+        total += gradient(w + rho * g / np.linalg.norm(g), *own) / accumulate
+
+    step = make_train_step(task, tx, ema_decay=0.99, accumulate=accumulate, sam_rho=rho)
+    new, metrics = jax.jit(step, donate_argnums=0)(state, batch, jax.random.key(1))
+    found = np.concatenate([new.params["dense"]["kernel"], new.params["dense"]["bias"][None]])
+    np.testing.assert_allclose(found, w - 0.5 * total, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(metrics["grad_norm"], np.linalg.norm(total), rtol=1e-5)
+    np.testing.assert_allclose(metrics["loss"], np.square(x @ w - y).mean(), rtol=1e-5)  # before the climb
+    plain = w - 0.5 * gradient(w, x, y)
+    assert np.abs(found - plain).max() > 1e-2
+
+
 @pytest.mark.parametrize("accumulate", [2, 4, 16])
 def test_accumulation_equals_one_large_batch(accumulate):
     task, tx = NoiseFree(), optax.adam(0.1)
@@ -171,7 +200,13 @@ def test_no_recompilation_after_the_first_step():
 
 
 @pytest.mark.parametrize(
-    ("bad", "message"), [({"ema_decay": 1.0}, "ema_decay=1.0"), ({"accumulate": 0}, "accumulate=0 must be at least 1")]
+    ("bad", "message"),
+    [
+        ({"ema_decay": 1.0}, "ema_decay=1.0"),
+        ({"accumulate": 0}, "accumulate=0 must be at least 1"),
+        ({"sam_rho": 0.0}, "sam_rho=0.0 must be a positive number"),
+        ({"sam_rho": np.inf}, "sam_rho=inf must be a positive number"),
+    ],
 )
 def test_arguments_out_of_range_are_refused(bad, message):
     with pytest.raises(ValueError, match=message):

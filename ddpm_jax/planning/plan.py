@@ -180,7 +180,8 @@ def plan_training(
     """
     chip = topology.chip
     loss, args = lowered.loss()
-    model_flops = 3 * count_flops(lambda *args: loss(*args), *args) / topology.chips
+    training = lowered.stage.training
+    model_flops = 3 * training.gradients * count_flops(lambda *args: loss(*args), *args) / topology.chips
     least = _least_exchange(lowered)
     if method == "auto":
         method = "whole" if _is_small(lowered) or not can_add_up(lowered) else "blocks"
@@ -188,8 +189,8 @@ def plan_training(
         cost = measure(lowered.lower_step(), chip, cache=cache, fast=fast, topology=topology.name)
         show(f"compiled in {cost.compile_seconds:.0f} s" if cost.fits else "does not fit")
     else:
-        # Each micro-batch gathers the weights and sums its gradients.
-        times = lowered.stage.training.accumulate
+        # Each micro-batch gathers the weights and sums its gradients, for each gradient.
+        times = training.accumulate * training.gradients
         sent = {kind: (times * count, times * size) for kind, (count, size) in least.items()}
         cost = dataclasses.replace(_add_up(lowered, topology, cache, fast, show), collectives=sent)
     prepare = lowered.lower_prepare()
@@ -299,7 +300,8 @@ def _add_up(
     """Return the cost of the step as the sum of its blocks and of the update."""
     loss, args = lowered.loss()
     chip, training = topology.chip, lowered.stage.training
-    shards, times = batch_shards(lowered.mesh), training.accumulate
+    shards, parts = batch_shards(lowered.mesh), training.accumulate
+    times = parts * training.gradients
     if not can_add_up(lowered):
         raise ValueError(
             f"mesh {dict(lowered.mesh.shape)} computes with parts of layers, which adding up blocks does not know; "
@@ -312,7 +314,7 @@ def _add_up(
         device,
         chip,
         batch_size=training.batch_size,
-        shards=shards * times,  # a chip's part of a micro-batch
+        shards=shards * parts,  # a chip's part of a micro-batch
         cache=cache,
         fast=fast,
         show=show,
@@ -327,9 +329,12 @@ def _add_up(
     whole = jax.tree.map(lambda leaf, dtype: 2 * leaf.size * dtype.itemsize, lowered.state.params, dtypes)
     temporaries = cost.temporaries + sum(jax.tree.leaves(whole))
     update = numbers * UPDATE_BYTES
-    if times > 1:  # the sum of the gradients, which is read and written with each
+    if parts > 1:  # the sum of the gradients, which is read and written with each
         temporaries += 4 * numbers
-        update += 8 * numbers * times
+        update += 8 * numbers * parts
+    if training.gradients > 1:  # the parameters at which the second gradient is taken
+        temporaries += 4 * numbers
+        update += 12 * numbers * parts
     return dataclasses.replace(
         cost,
         arguments=arguments,

@@ -84,6 +84,15 @@ def _dtype_name(value: Any) -> str | None:
         return None
 
 
+def _is_described(field: dataclasses.Field, value: Any) -> bool:
+    """Return whether a field is compared: always, never, or unless it has its default.
+
+    The last is for fields that are added, so that checkpoints of earlier versions can be resumed.
+    """
+    how = field.metadata.get("describe", True)
+    return value != field.default if how == "unless default" else how
+
+
 def _fields(value: Any) -> dict[str, Any]:
     if dataclasses.is_dataclass(value):
         # How activations are stored changes no result.
@@ -91,7 +100,7 @@ def _fields(value: Any) -> dict[str, Any]:
         return {
             field.name: getattr(value, field.name)
             for field in dataclasses.fields(value)
-            if field.name not in hidden and field.metadata.get("describe", True)
+            if field.name not in hidden and _is_described(field, getattr(value, field.name))
         }
     attributes = dict(getattr(value, "__dict__", {}))
     slots = (name for kind in type(value).__mro__ for name in getattr(kind, "__slots__", ()))

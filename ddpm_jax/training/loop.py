@@ -89,6 +89,7 @@ def fit(
     schedule: optax.Schedule | None = None,
     ema_warmup: bool = True,
     accumulate: int = 1,
+    sam_rho: float | None = None,
     checkpoint_every: int = 1000,
     log_every: int = 50,
     preview_every: int = 0,
@@ -115,7 +116,7 @@ def fit(
       tx, schedule: from `make_optimizer`; the schedule is only logged.
       mesh: where it runs; the batch is split over its axes "data" and "fsdp", the state over "fsdp" and "tensor".
       seed: of the parameters and of all noise.
-      ema_decay, ema_warmup, accumulate: see `make_train_step`.
+      ema_decay, ema_warmup, accumulate, sam_rho: see `make_train_step`.
       config: what the result depends on, plain data, stored in every checkpoint; a run with another one is refused.
       version: the package's version, stored in every checkpoint.
       frozen: a tree with models whose parameters are not trained; when it is not None, `task.prepare(frozen, batch)`
@@ -172,10 +173,10 @@ def fit(
         prepare = make_prepare(task, mesh, frozen)
         batch = prepare(_next_batch(loader, start, mesh))
         gather = make_parameter_gather(task, mesh, state, batch)
-        averaging = {"ema_decay": ema_decay, "ema_warmup": ema_warmup}
-        step_fn = make_train_step(task, tx, accumulate=accumulate, schedule=schedule, gather=gather, **averaging)
+        how = {"ema_decay": ema_decay, "ema_warmup": ema_warmup, "accumulate": accumulate, "sam_rho": sam_rho}
+        step_fn = make_train_step(task, tx, schedule=schedule, gather=gather, **how)
         update, new_window = compile_update(step_fn, state, batch, train_key, mesh, policy)
-        report.flops = _model_flops(task, state, batch, train_key)
+        report.flops = _model_flops(task, state, batch, train_key, 1 if sam_rho is None else 2)
         # Collectives on CPUs give up after 30 s; a host may compile for longer.
         hosts.current().barrier("the compiled step")
         evaluate = make_evaluate(task, mesh, prepare, eval_batches, gather, hosts.current()) if eval_every else None
@@ -417,10 +418,10 @@ def _next_batch(loader: Loader, step: int, mesh: Mesh) -> Any:
         raise ValueError(f"the loader ended after step {step}; it must be endless") from None
 
 
-def _model_flops(task: Task, state: TrainState, batch: Any, key: jax.Array) -> float | None:
-    """Return the operations of a step: of the loss, and twice those for its gradient."""
+def _model_flops(task: Task, state: TrainState, batch: Any, key: jax.Array, gradients: int) -> float | None:
+    """Return the operations of a step: for each gradient those of the loss, and twice as many."""
     extra = () if state.extra_state is None else (state.extra_state,)
-    return 3 * count_flops(task.loss, state.params, batch, key, *extra) or None
+    return 3 * gradients * count_flops(task.loss, state.params, batch, key, *extra) or None
 
 
 def _prepare_example(run: _Run, example: Mapping[str, Any]) -> Any:

@@ -50,6 +50,7 @@ class LoweredStage:
             ema_decay=training.ema_decay,
             accumulate=training.accumulate,
             schedule=schedule,
+            sam_rho=training.sam_rho,
             gather=make_parameter_gather(stage.task, self.mesh, self.state, self.batch),
         )
         return lower_update(step, self.state, self.batch, key, self.mesh)[0]

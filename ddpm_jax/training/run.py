@@ -47,7 +47,7 @@ from ddpm_jax.version import __version__
 
 EMBEDDINGS, HELD_OUT = "embeddings", "embeddings_held_out"
 _LOOP = ("num_steps", "seed", "ema_decay", "accumulate", "checkpoint_every", "log_every", "preview_every", "eval_every")
-_LOOP += ("max_to_keep", "tensorboard", "progress")
+_LOOP += ("max_to_keep", "tensorboard", "progress", "sam_rho")
 
 
 def train(

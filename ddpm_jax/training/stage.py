@@ -12,8 +12,8 @@ from ddpm_jax.parallel.sharding import Rule
 from ddpm_jax.types import Source, Task
 
 _FLOATS = ("learning_rate", "final_fraction", "weight_decay", "b1", "b2", "eps", "clip_norm", "muon_learning_rate")
-_FLOATS += ("ema_decay", "spike_factor")
-_OPTIONAL = ("clip_norm", "muon_learning_rate", "spike_factor")
+_FLOATS += ("ema_decay", "spike_factor", "sam_rho")
+_OPTIONAL = ("clip_norm", "muon_learning_rate", "spike_factor", "sam_rho")
 _ACTIONS = ("stop", "skip", "roll_back")
 
 Transform = Any
@@ -33,6 +33,8 @@ class Training:
         muon_learning_rate: needed with "muon".
         ema_decay: of the moving average of the parameters, in [0, 1).
         accumulate: micro-batches that a batch is cut into.
+        sam_rho: > 0, of sharpness-aware minimization, which takes two gradients a step, see `training.step`; None is
+            without it.
         checkpoint_every: steps; the last step saves too.
         max_to_keep: checkpoints that stay.
         log_every: steps between lines of metrics.jsonl.
@@ -70,6 +72,7 @@ class Training:
     muon_learning_rate: float | None = None
     ema_decay: float = 0.9999
     accumulate: int = 1
+    sam_rho: float | None = dataclasses.field(default=None, metadata={"describe": "unless default"})
     checkpoint_every: int = 1000
     max_to_keep: int = 2
     log_every: int = 50
@@ -85,6 +88,11 @@ class Training:
     num_workers: int = 0
     tensorboard: bool = False
     progress: bool = True
+
+    @property
+    def gradients(self) -> int:
+        """The number of gradients of a step and a micro-batch."""
+        return 1 if self.sam_rho is None else 2
 
     def check(self) -> None:
         """Raise ValueError for a field out of its range; a `Stage` calls it."""
@@ -127,6 +135,8 @@ class Training:
                 raise ValueError(f"{name}={shown(getattr(self, name))} must be one of {', '.join(_ACTIONS)}")
         if self.spike_factor is not None and self.spike_factor <= 1:
             raise ValueError(f"spike_factor={self.spike_factor} must be more than 1")
+        if self.sam_rho is not None and self.sam_rho <= 0:
+            raise ValueError(f"sam_rho={self.sam_rho} must be positive; None is without it")
         if self.batch_size % self.accumulate:
             raise ValueError(f"batch_size={self.batch_size} must be a multiple of accumulate={self.accumulate}")
 

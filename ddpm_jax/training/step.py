@@ -1,5 +1,6 @@
 """One update of the parameters and of their moving average."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -44,6 +45,7 @@ def make_train_step(
     accumulate: int = 1,
     schedule: optax.Schedule | None = None,
     gather: Callable[[Any], Any] | None = None,
+    sam_rho: float | None = None,
 ) -> TrainStep:
     """Make the pure function `(state, batch, key) -> (state, metrics)`; the caller jits it and donates the state.
 
@@ -62,6 +64,10 @@ def make_train_step(
       schedule: adds the learning rate to the metrics.
       gather: params -> params inside of the differentiated loss (`parallel.sharding.make_gather`), for parameters that
         are sharded; what it returns is not stored for the backward pass.
+      sam_rho: > 0, of sharpness-aware minimization (Foret et al. 2021, algorithm 1): with the gradient g at the
+        parameters w, the update is by the gradient at w + rho g / |g|, of the same examples and the same noise, which
+        doubles the work. With accumulation each micro-batch has its own g. None takes g itself. The loss and the task's
+        metrics are those at w.
 
     Returns:
       The step. Its metrics are float32[] `loss`, `grad_norm` (before clipping), `param_norm` (before the update), `lr`
@@ -75,12 +81,14 @@ def make_train_step(
         raise ValueError(f"{ema_decay=} must be in [0, 1)")
     if accumulate < 1:
         raise ValueError(f"{accumulate=} must be at least 1")
+    if sam_rho is not None and not (sam_rho > 0 and math.isfinite(sam_rho)):
+        raise ValueError(f"{sam_rho=} must be a positive number, or None")
 
     def step(
         state: TrainState, batch: Any, key: jax.Array, limit: jax.Array | None = None
     ) -> tuple[TrainState, dict[str, jax.Array]]:
         key = jax.random.fold_in(key, state.step)
-        (loss, metrics), grads, aux = _gradients(task, state, batch, key, accumulate, gather)
+        (loss, metrics), grads, aux = _gradients(task, state, batch, key, accumulate, gather, sam_rho)
         clash = sorted(set(metrics) & set(RESERVED_METRICS))
         if clash:
             raise ValueError(f"the task returns metrics named {clash}, which the training step uses itself")
@@ -112,6 +120,7 @@ def _gradients(
     key: jax.Array,
     accumulate: int,
     gather: Callable[[Any], Any] | None = None,
+    sam_rho: float | None = None,
 ) -> tuple[tuple, Any, Any]:
     """Return (mean loss, mean metrics) and gradients over `accumulate` micro-batches, and the task's aux."""
     extra = () if state.extra_state is None else (state.extra_state,)
@@ -125,6 +134,10 @@ def _gradients(
 
     def value_and_grad(batch: Any, key: jax.Array) -> tuple[tuple, Any]:
         (loss, (means, aux)), grads = jax.value_and_grad(mean_loss, has_aux=True)(state.params, batch, key)
+        if sam_rho is not None:
+            climb = sam_rho / jnp.maximum(optax.tree.norm(grads), jnp.finfo(jnp.float32).tiny)
+            nearby = jax.tree.map(lambda p, g: p + climb * g, state.params, grads)
+            grads, _ = jax.grad(mean_loss, has_aux=True)(nearby, batch, key)
         return ((loss, means), grads), aux
 
     if accumulate == 1:
