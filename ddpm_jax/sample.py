@@ -76,10 +76,11 @@ def _define(name: str, option: str, help: str) -> None:
         flags.DEFINE_string(name, None, help, flag_values=FLAGS)
     elif option in ("order", "corrector_steps"):
         flags.DEFINE_integer(name, None, help, flag_values=FLAGS)
-    elif option == "sde":
+    elif option in ("sde", "l2_clamp"):
         flags.DEFINE_bool(name, None, help, flag_values=FLAGS)
     elif option == "threshold":
         flags.DEFINE_float(name, None, help, flag_values=FLAGS)  # which may be inf
+    "l2_clamp": "Bring estimates of embeddings to the norm of the training data; of a diffusion prior.",
     else:
         cli.define_finite(name, None, help, flag_values=FLAGS)
 

@@ -37,8 +37,10 @@ NO_MOMENTS = (
     "needs the second moments of the network: a stage that was trained with training.moment_examples, such as 256, has "
     "them for its averaged parameters, and a converted checkpoint has none"
 )
+NO_NORM = "l2_clamp=True is for a diffusion prior, whose data are embeddings of one norm"
 _POSITIVE = ("snr", "threshold")
 _COUNTS = {"order": (1, 3), "corrector_steps": (0, 100)}
+_FLAGS = ("sde", "l2_clamp")
 # A number at which an option does nothing. There it is left out of the compiled program, which has one form without
 # the option and one with it, for every number.
 _NEUTRAL = {"eta": 0.0, "churn": 0.0, "scale": 1.0, "rescale": 0.0, "classifier_scale": 0.0}
@@ -73,6 +75,8 @@ class Sampling:
             off, also `quantile`.
         quantile: in [0, 1], dynamic thresholding (Imagen, section 2.3): estimates are clipped to that quantile of |x0|
             of the example, where it is above `threshold` (1 by default), and divided by it. None and 0 turn it off.
+        l2_clamp: True brings estimates of x0, after any threshold, to the norm of the training data, for data that
+            nearly have one norm: the embeddings of a diffusion prior.
     """
 
     sampler: str = _static("ancestral")
@@ -88,6 +92,7 @@ class Sampling:
     classifier_scale: float | None = None
     threshold: float | None = None
     quantile: float | None = None
+    l2_clamp: bool = _static(False)
 
     def checked(self, prefix: str = "") -> "Sampling":
         """Return the same in one form: Python numbers, and None for an option that does nothing.
@@ -127,7 +132,7 @@ class Sampling:
             known = isinstance(options["sampler"], str) and options["sampler"] in SAMPLERS
             has = SAMPLERS[options["sampler"]].options if known else ()
             dropped = set(SAMPLERS[self.sampler].options) - set(has)
-            self = self.replace(**{name: False if name == "sde" else None for name in dropped})
+            self = self.replace(**{name: False if name in _FLAGS else None for name in dropped})
         return self.replace(**options).checked(prefix)
 
     def describe(self) -> dict[str, Any]:
@@ -166,8 +171,25 @@ class Sampling:
         options = {name: value for name in names if (value := getattr(self, name)) is not None}
         return make(**options, process=process) if self.sampler == "heun" else make(**options)
 
-    def x0_transform(self) -> Callable[[jax.Array], jax.Array] | None:
-        """Return the threshold as `sample` takes it; what is infinite becomes NaN, since it would pass when clipped."""
+    def x0_transform(
+        self, project: Callable[[jax.Array], jax.Array] | None = None
+    ) -> Callable[[jax.Array], jax.Array] | None:
+        """Return the thresholds as `sample` takes them; infinity becomes NaN, since it would pass when clipped.
+
+        Args:
+            project: brings data to the norm of the training data, for `l2_clamp`.
+
+        Raises:
+            ValueError: if `l2_clamp` is set and `project` is None.
+        """
+        clip = self._clip()
+        if not self.l2_clamp:
+            return clip
+        if project is None:
+            raise ValueError(NO_NORM)
+        return project if clip is None else lambda x0: project(clip(x0))
+
+    def _clip(self) -> Callable[[jax.Array], jax.Array] | None:
         if self.threshold is None and self.quantile is None:
             return None
         bound = 1.0 if self.threshold is None else self.threshold
@@ -192,6 +214,7 @@ def sample_with(
     null: Denoiser | None = None,
     log_prob: Callable[[jax.Array, jax.Array], jax.Array] | None = None,
     moments: jax.Array | None = None,
+    project: Callable[[jax.Array], jax.Array] | None = None,
     **options: Any,
 ) -> Any:
     """Sample a network as `sampling` says: respace, guide, threshold, and run `samplers.sample`.
@@ -205,6 +228,7 @@ def sample_with(
         null: the network with its null condition, for `scale`.
         log_prob: (xt, t) -> float[B], the log-probability of the class that is wanted, for `classifier_scale`.
         moments: float32[T] of the whole process, for "analytic".
+        project: brings data to the norm of the training data, for `l2_clamp`.
         **options: of `samplers.sample`: x_init, trajectory, progress, progress_every.
 
     Returns:
@@ -238,7 +262,7 @@ def sample_with(
         step=sampling.step(guide, short_moments, diffusion.process),
         prediction=diffusion.prediction,
         variance=diffusion.variance,
-        x0_transform=sampling.x0_transform(),
+        x0_transform=sampling.x0_transform(project),
         **options,
     )
 
@@ -275,9 +299,9 @@ def _is_traced(value: Any) -> bool:
 
 def _checked_option(option: str, name: str, value: Any) -> Any:
     """Return a Python number, or a traced one as it is."""
-    if name == "sde" or name in _COUNTS:
+    if name in _FLAGS or name in _COUNTS:
         check_static(option, value, "since another program is compiled for it")
-    if name == "sde":
+    if name in _FLAGS:
         if not isinstance(value, bool):
             raise ValueError(f"{option}={shown(value)} must be True or False")
         return value

@@ -19,7 +19,7 @@ from ddpm_jax.version import __version__
 FORMAT, PIPELINE_FILE = "ddpm_jax pipeline 1", "pipeline.json"
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,63}")
 _UPSAMPLERS = 16
-_ROLES = ("clip", "codes", "prior", "decoder", "base", "classifier")  # which no upsampler has as its name
+_ROLES = ("clip", "codes", "statistics", "prior", "decoder", "base", "classifier")  # which no upsampler has as its name
 
 
 class Kind(NamedTuple):
@@ -47,7 +47,10 @@ def _levels(where: str, value: Any) -> None:
 _SHARED = {"batch_size": integer(1, 65_536), "noise_levels": _levels}
 KINDS = {
     "UnCLIP": Kind(
-        ("clip", "prior", "decoder"), ("codes",), ("clip", "codes"), {"candidates": integer(1, 1000)} | _SHARED
+        ("clip", "prior", "decoder"),
+        ("codes", "statistics"),
+        ("clip", "codes", "statistics"),
+        {"candidates": integer(1, 1000)} | _SHARED,
     ),
     "Cascade": Kind(("base",), ("classifier",), ("classifier",), _SHARED),
 }

@@ -26,6 +26,7 @@ from ddpm_jax.interop.karlo import read_karlo
 from ddpm_jax.interop.karlo_original import read_karlo_original
 from ddpm_jax.models.clip import CLIP
 from ddpm_jax.models.decoder import Decoder
+from ddpm_jax.models.embedding_norm import EmbeddingNorm
 from ddpm_jax.models.prior import DiffusionPrior
 from ddpm_jax.models.upsampler import Upsampler
 from ddpm_jax.pipelines.request import (
@@ -171,6 +172,7 @@ class Karlo(flax.struct.PyTreeNode):
             params = {"params": self.params["prior"]}
             return lambda zt, t: self.prior.apply(params, zt, t, text.z, text.hidden, text.mask)
 
+        norm = EmbeddingNorm.standardizing(*self.statistics)
         z = sample_with(
             self.sampling["prior"].with_options("prior_", **options),
             DIFFUSION["prior"],
@@ -178,9 +180,9 @@ class Karlo(flax.struct.PyTreeNode):
             keys,
             (self.prior.embed_dim,),
             null=network(null),
+            project=norm.project,
         )
-        mean, std = self.statistics
-        return z * std[None] + mean[None]
+        return norm.restore(z)
 
     def decode(self, z_image: jax.Array, text: Text, null: Text, keys: jax.Array, **options: Any) -> jax.Array:
         """Sample small images of embeddings and captions.
@@ -337,6 +339,7 @@ class Karlo(flax.struct.PyTreeNode):
             options,
             arguments=("prompts" if pixels is None else "pixels", "negative_prompts"),
             guided=("prior", "decoder"),
+            normed=("prior",),
         )
         length = self.text.text.context
         for stage, of_stage in sampling.items():

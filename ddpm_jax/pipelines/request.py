@@ -20,7 +20,7 @@ from ddpm_jax.checks import is_finite, shown
 from ddpm_jax.data.tokenizer import Tokenizer
 from ddpm_jax.diffusion.diffusion import Diffusion
 from ddpm_jax.diffusion.process import GaussianProcess, respace
-from ddpm_jax.diffusion.sampling import NO_MOMENTS, Sampling, as_steps
+from ddpm_jax.diffusion.sampling import NO_MOMENTS, NO_NORM, Sampling, as_steps
 from ddpm_jax.diffusion.schedules import respaced_timesteps
 from ddpm_jax.diffusion.tokens import TokenSampling
 from ddpm_jax.parallel.mesh import batch_axes, batch_shards, data_sharding, replicated
@@ -139,6 +139,7 @@ def stage_samplings(
     guided: Collection[str] = (),
     classified: Collection[str] = (),
     measured: Collection[str] = (),
+    normed: Collection[str] = (),
 ) -> dict[str, Any]:
     """Return how each stage is sampled.
 
@@ -151,6 +152,7 @@ def stage_samplings(
         guided: the stages that have a null condition, for the options scale and rescale.
         classified: the stages that have a classifier, for the option classifier_scale.
         measured: the stages whose second moments are known, for the sampler "analytic".
+        normed: the stages whose data are embeddings of one norm, for the option l2_clamp.
 
     Raises:
         ValueError: if an option is unknown, given twice or out of its range, or its stage cannot use it.
@@ -175,6 +177,8 @@ def stage_samplings(
         prefix = "" if stage == main and plain else f"{stage}_"
         samplings[stage] = defaults[stage].with_options(prefix, **given)
         _check_usable(samplings[stage], prefix, stage in guided, stage in classified, stage in measured)
+        if getattr(samplings[stage], "l2_clamp", False) and stage not in normed:
+            raise ValueError(f"{prefix}{NO_NORM}")
     return samplings
 
 

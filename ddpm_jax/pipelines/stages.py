@@ -7,10 +7,11 @@ import jax
 import jax.numpy as jnp
 
 from ddpm_jax.diffusion.sampling import bounded
+from ddpm_jax.models.embedding_norm import EmbeddingNorm, EmbeddingStatistics
 from ddpm_jax.storage.model_directory import Model
 from ddpm_jax.types import to_uint8
 
-__all__ = ["Text", "bounded", "finite", "to_uint8", "with_moments"]
+__all__ = ["Text", "bounded", "check_statistics", "embedding_norm", "finite", "to_uint8", "with_moments"]
 
 
 class Text(flax.struct.PyTreeNode):
@@ -31,6 +32,30 @@ class Text(flax.struct.PyTreeNode):
 def with_moments(models: Mapping[str, Model]) -> list[str]:
     """Return the names of the models that have second moments, for the sampler "analytic"."""
     return [name for name, model in models.items() if model.moments is not None]
+
+
+def check_statistics(prior: Model, statistics: Model | None) -> None:
+    """Raise ValueError unless it is known how embeddings become what a diffusion prior works on."""
+    how = prior.metadata.get("embedding")
+    if not how or not (how.get("standardized") or how.get("scale")):
+        raise ValueError("the metadata of prior lacks 'embedding', the scale that it works at")
+    if not how.get("standardized"):
+        if statistics is not None:
+            raise ValueError("statistics are for a prior of standardized embeddings, and this one works at a scale")
+        return
+    if statistics is None:
+        raise ValueError("the prior works on standardized embeddings and needs statistics, their EmbeddingStatistics")
+    if not isinstance(statistics.network, EmbeddingStatistics):
+        raise ValueError(f"statistics must be EmbeddingStatistics, got a {type(statistics.network).__name__}")
+    ours, theirs = prior.network.embed_dim, statistics.network.embed_dim
+    if ours != theirs:
+        raise ValueError(f"prior has embed_dim={ours}, and statistics {theirs}")
+
+
+def embedding_norm(prior: Model, statistics: Model | None) -> EmbeddingNorm:
+    """Return the way between embeddings and what a diffusion prior works on, `check_statistics` having passed."""
+    how = prior.metadata["embedding"]
+    return statistics.apply() if how.get("standardized") else EmbeddingNorm(scale=how["scale"])
 
 
 def finite(values: jax.Array) -> jax.Array:

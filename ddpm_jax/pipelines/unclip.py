@@ -34,7 +34,7 @@ from ddpm_jax.pipelines.request import (
     stage_samplings,
     tokenize,
 )
-from ddpm_jax.pipelines.stages import Text, finite, with_moments
+from ddpm_jax.pipelines.stages import Text, check_statistics, embedding_norm, finite, with_moments
 from ddpm_jax.pipelines.upsampling import IMAGES, check_upsamplers, default_names, image_size_of, noise_levels, upsample
 from ddpm_jax.storage.clip_images import encode_images
 from ddpm_jax.storage.metadata import thaw
@@ -56,8 +56,8 @@ class UnCLIP(flax.struct.PyTreeNode):
 
     Attributes:
         clip: a `CLIP`; its metadata has "tokenizer" and "length", the number of tokens of a caption.
-        prior: a `DiffusionPrior`; its metadata has "diffusion" and "embedding" with the scale that it works at. Or an
-            `AutoregressivePrior`.
+        prior: a `DiffusionPrior`; its metadata has "diffusion" and "embedding", with the scale that it works at or
+            "standardized". Or an `AutoregressivePrior`.
         decoder: a `Decoder`; its metadata has "diffusion" and "image_size".
         upsamplers: any number of `Upsampler`s, smallest images first; metadata "diffusion" and "image_size".
         sampling: how each stage is sampled: "prior" (with codes a `TokenSampling`), "decoder", and each of the
@@ -70,6 +70,7 @@ class UnCLIP(flax.struct.PyTreeNode):
         candidates: embeddings that are sampled for a caption, of which the one nearest to it is taken.
         batch_size: images at a time, unless `generate` is given another number.
         codes: the `EmbeddingCodes` that an `AutoregressivePrior` predicts; None with a `DiffusionPrior`.
+        statistics: the `EmbeddingStatistics` of a `DiffusionPrior` that works on standardized embeddings, or None.
     """
 
     clip: Model
@@ -83,6 +84,7 @@ class UnCLIP(flax.struct.PyTreeNode):
     candidates: int = _static(2)
     batch_size: int = _static(64)
     codes: Model | None = None
+    statistics: Model | None = None
 
     @property
     def image_size(self) -> int:
@@ -116,11 +118,11 @@ class UnCLIP(flax.struct.PyTreeNode):
             if length > context or (role == "prior" and length != context):
                 raise ValueError(f"captions have length {length} by clip's metadata, and {role} reads {context} tokens")
         if self._by_codes:
-            check_codes(self.prior, self.codes)
+            check_codes(self.prior, self.codes, self.statistics)
         elif self.codes is not None:
             raise ValueError("codes are for an AutoregressivePrior, and prior is a DiffusionPrior")
-        elif not self.prior.metadata.get("embedding"):
-            raise ValueError("the metadata of prior lacks 'embedding', the scale that it works at")
+        else:
+            check_statistics(self.prior, self.statistics)
         names = self.names or default_names(len(self.upsamplers))
         check_upsamplers(self.decoder, self.upsamplers, names, "decoder")
         own = TokenSampling() if self._by_codes else Sampling("ancestral", 64)
@@ -142,8 +144,9 @@ class UnCLIP(flax.struct.PyTreeNode):
     @property
     def models(self) -> dict[str, Model]:
         """The models but for the upsamplers, by role."""
-        codes = {} if self.codes is None else {"codes": self.codes}
-        return {"clip": self.clip, **codes, "prior": self.prior, "decoder": self.decoder}
+        fitted = {"codes": self.codes, "statistics": self.statistics}
+        fitted = {role: model for role, model in fitted.items() if model is not None}
+        return {"clip": self.clip, **fitted, "prior": self.prior, "decoder": self.decoder}
 
     @property
     def options(self) -> dict[str, Any]:
@@ -273,7 +276,7 @@ class UnCLIP(flax.struct.PyTreeNode):
         Returns:
             Unit vectors, float32[B, D].
         """
-        keep_text = jnp.ones(len(tokens), bool) if keep_text is None else keep_text
+        keep_text = _trained_with(self.prior, "caption", keep_text, len(tokens))
         if self._by_codes:
             one = self._by_code(text, tokens, keys, keep_text, negative)
         else:
@@ -284,7 +287,7 @@ class UnCLIP(flax.struct.PyTreeNode):
 
     def _by_diffusion(self, text: Text, tokens: jax.Array, keys: Any, keep_text: jax.Array, negative: Any) -> Any:
         """Return number -> one candidate for each caption, by the diffusion prior."""
-        model, scale = self.prior, self.prior.metadata["embedding"]["scale"]
+        model, norm = self.prior, embedding_norm(self.prior, self.statistics)
         condition = lambda text, tokens, keep: (  # noqa: E731
             lambda zt, t: model.apply(zt, t, text.z, _read_by(model, text, tokens), text.mask, keep)
         )
@@ -298,6 +301,7 @@ class UnCLIP(flax.struct.PyTreeNode):
                 transition_keys(keys, number),
                 text.z.shape[1:],
                 null=null,
+                project=norm.project,
                 moments=model.moments,
             )
             return normalize(z / scale)

@@ -152,7 +152,7 @@ _CHECKS: dict[str, Callable[[str, Any], None]] = {
     "channels": integer(1, _LARGEST),
     "conditions": _texts,
     "diffusion": lambda where, value: diffusion_from(value, where) and None,
-    "embedding": _parts(scale=number(1e-6, 1e6), size=integer(1, _LARGEST)),
+    "embedding": _parts(scale=number(1e-6, 1e6), size=integer(1, _LARGEST), standardized=flag),
     "image_size": integer(1, _LARGEST),
     "labels": _labels,
     "length": integer(3, _LARGEST),

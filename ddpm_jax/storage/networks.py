@@ -25,6 +25,7 @@ from ddpm_jax.models import (
     clip,
     decoder,
     embedding_codes,
+    embedding_norm,
     glide,
     inception,
     modified_resnet,
@@ -42,6 +43,7 @@ NETWORKS: dict[str, type[nn.Module]] = {
     for kind in (
         adm.Classifier, adm.ClassUNet, adm.SuperUNet, autoencoder.Autoencoder,
         autoregressive_prior.AutoregressivePrior, embedding_codes.EmbeddingCodes, clip.CLIP, clip.VisionTransformer,
+        embedding_norm.EmbeddingStatistics,
         decoder.Decoder, glide.Glide, inception.Inception, modified_resnet.ModifiedResNet, noised_clip.NoisedCLIP,
         noised_clip.NoisedVisionTransformer, prior.DiffusionPrior, text_encoder.RecurrentTextEncoder,
         text_encoder.TextEncoder, unet.UNet, upsampler.Upsampler,

@@ -13,6 +13,7 @@ from ddpm_jax.training.tasks import (
     Images,
     Labels,
     LowResolution,
+    StatisticsTask,
 )
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "Labels",
     "LowResolution",
     "Stage",
+    "StatisticsTask",
     "Training",
     "train",
 ]

@@ -367,6 +367,12 @@ def _check_pipeline(pipeline: Any, run: _Run) -> None:
         kind = type(network).__name__
         needs = "needs the pipeline's codes" if kind == "AutoregressivePrior" else "takes no codes"
         raise ValueError(f"the pipeline's prior is the stage {prior.name}, a {kind}, which {needs}")
+    own = None if prior is None else prior.needs.get(getattr(getattr(prior.task, "x0", None), "statistics", None))
+    if prior is not None and pipeline.models.get("statistics") != own:
+        raise ValueError(
+            f"the pipeline's statistics are {pipeline.models.get('statistics')!r}, and its prior is the stage "
+            f"{prior.name}, which is trained with {own!r}"
+        )
     for name, sampling in getattr(pipeline, "sampling", {}).items():
         stage = run.stages.get(str(pipeline.models.get(name, name)))
         if stage is not None and hasattr(stage.task, "diffusion"):

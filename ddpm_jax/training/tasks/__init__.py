@@ -7,6 +7,7 @@ from ddpm_jax.training.tasks.conditions import Captions, Condition, ImageEmbeddi
 from ddpm_jax.training.tasks.contrastive import ContrastiveTask
 from ddpm_jax.training.tasks.data import Embeddings, Images
 from ddpm_jax.training.tasks.diffusion import DiffusionTask
+from ddpm_jax.training.tasks.statistics import StatisticsTask
 
 __all__ = [
     "AutoregressiveTask",
@@ -21,4 +22,5 @@ __all__ = [
     "Images",
     "Labels",
     "LowResolution",
+    "StatisticsTask",
 ]

@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ddpm_jax.checks import check_count
+from ddpm_jax.checks import check_count, check_number
+from ddpm_jax.models.embedding_norm import PAPER_SCALE, EmbeddingNorm, EmbeddingStatistics
 from ddpm_jax.storage.clip_images import encode_images
 from ddpm_jax.training.tasks.keys import named_keys
 from ddpm_jax.types import to_float
@@ -84,40 +85,67 @@ class Images:
 
 @dataclasses.dataclass(frozen=True)
 class Embeddings:
-    """CLIP's embedding of the image, of unit length, times a scale.
+    """CLIP's embedding of the image, of unit length, times a scale or standardized (`models.embedding_norm`).
 
     The batch has "z_image" float32[B, D]; where it has not, the frozen CLIP computes it (`with_image_embedding`).
 
     Attributes:
         size: D.
-        scale: the paper's 17.2 for 1024 dimensions, about 0.54 sqrt(D), gives entries of the size of an image's.
+        scale: of all entries; None is 0.54 sqrt(D), which gives entries of the size of an image's, as the paper's 17.2
+            for 1024 dimensions does. None with statistics.
         role: of the frozen CLIP among the stage's needs.
+        statistics: role of fitted `EmbeddingStatistics` among the stage's needs, by which entries get mean 0 and
+            deviation 1 in place of a scale; None for a scale.
     """
 
     size: int
-    scale: float = 1.0
+    scale: float | None = None
     role: str = "clip"
+    statistics: str | None = dataclasses.field(default=None, metadata={"describe": "unless default"})
 
     def __post_init__(self):
         check_count("Embeddings.size", self.size)
+        if self.scale is not None:
+            check_number("Embeddings.scale", self.scale, lambda scale: scale > 0, "must be positive")
+        if self.scale is not None and self.statistics is not None:
+            raise ValueError(f"scale={self.scale} of Embeddings must be None with statistics={self.statistics!r}")
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape of one example."""
         return (self.size,)
 
+    def norm(self, frozen: Any) -> EmbeddingNorm:
+        """Return the way between embeddings and x0; frozen: the models of the stage's needs, by role."""
+        if self.statistics is None:
+            return EmbeddingNorm(scale=self._scale)
+        own = frozen[self.statistics]
+        if not isinstance(own.network, EmbeddingStatistics) or own.network.embed_dim != self.size:
+            found = f"a {type(own.network).__name__} of {getattr(own.network, 'embed_dim', None)}"
+            raise ValueError(
+                f"its model for the role {self.statistics!r} must be EmbeddingStatistics of {self.size} entries, got "
+                f"{found}"
+            )
+        return own.apply()
+
     def prepare(self, frozen: Any, batch: Batch) -> Batch:
-        """Add "z_image" unless it is there."""
-        return with_image_embedding(frozen, batch, self.role)
+        """Add "z_image" unless it is there, and with statistics "x0", the standardized embeddings."""
+        batch = with_image_embedding(frozen, batch, self.role)
+        return batch if self.statistics is None else batch | {"x0": self.norm(frozen).normalize(batch["z_image"])}
 
     def __call__(self, batch: Batch, key: jax.Array | None = None) -> jax.Array:
         """Return x0, float32[B, D]."""
         del key
-        return batch["z_image"] * self.scale
+        return self.norm({}).normalize(batch["z_image"]) if self.statistics is None else batch["x0"]
 
     def metadata(self) -> dict[str, Any]:
         """Return what a pipeline has to know, plain data."""
-        return {"embedding": {"size": self.size, "scale": self.scale}}
+        how = {"scale": self._scale} if self.statistics is None else {"standardized": True}
+        return {"embedding": {"size": self.size, **how}}
+
+    @property
+    def _scale(self) -> float:
+        return PAPER_SCALE * self.size**0.5 if self.scale is None else self.scale
 
 
 def with_image_embedding(frozen: Any, batch: Batch, role: str) -> Batch:
