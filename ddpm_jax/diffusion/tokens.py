@@ -136,6 +136,51 @@ class TokenSampling:
         return {name: value for name, value in fields.items() if value is not None}
 
 
+def sample_codes(
+    sampling: TokenSampling,
+    keys: jax.Array,
+    *,
+    dims: int,
+    dot_buckets: int,
+    begin: Callable[[jax.Array], tuple[jax.Array, Any]],
+    following: Callable[[Any, jax.Array], tuple[jax.Array, Any]],
+) -> jax.Array:
+    """Sample the codes of an embedding, one after the other (DALL-E 2, section 2.2).
+
+    The code of the dot product is sampled from its top half, which is that of the captions that fit best. Its buckets
+    have equal shares of the training pairs, so that all of the half are equally probable.
+
+    Args:
+        sampling: how. With a scale, the network reads every row twice: the rows with their condition, and behind them
+            the same with the null condition.
+        keys: [B].
+        dims: K.
+        dot_buckets: of the code of the dot product.
+        begin: int32[R], the codes of the dot product, -> (logits of the first code, float32[R, buckets], state), where
+            R is B, or 2 B with a scale.
+        following: (state, int32[R]) -> (logits of the next code, state).
+
+    Returns:
+        int32[B, K], see `sample_tokens`.
+    """
+    keys, count, times = threefry(keys), keys.shape[0], 1 if sampling.scale is None else 2
+    own = lambda number: jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, number)  # noqa: E731
+    from_top_half = lambda key: jax.random.randint(key, (), dot_buckets // 2, dot_buckets)  # noqa: E731
+
+    def guided(logits: jax.Array) -> jax.Array:
+        if sampling.scale is None:
+            return logits
+        return logits[count:] + sampling.scale * (logits[:count] - logits[count:])
+
+    def after(state: Any, code: jax.Array) -> tuple[jax.Array, Any]:
+        logits, state = following(state, jnp.tile(code, times))
+        return guided(logits), state
+
+    first, state = begin(jnp.tile(jax.vmap(from_top_half)(own(0)), times))
+    temperature = 1.0 if sampling.temperature is None else sampling.temperature
+    return sample_tokens(guided(first), after, state, own(1), dims, temperature=temperature, top_p=sampling.top_p)
+
+
 def token_sampling_from(fields: Mapping[str, Any], *, name: str = "sampling") -> TokenSampling:
     """Return the `TokenSampling` of plain data; raise ValueError for a field that is unknown or out of its range."""
     unknown = [field for field in fields if field not in _RANGES]

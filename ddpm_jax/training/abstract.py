@@ -125,7 +125,11 @@ class AbstractStages:
         params, key = self.state(stage).params, jax.random.key(0)
         if evaluated:
             loss = getattr(stage.task, "eval_loss", stage.task.loss)
-            jax.eval_shape(loss, params, self.batch(stage, evaluated=True), key)
+            batch = self.batch(stage, evaluated=True)
+            jax.eval_shape(loss, params, batch, key)
+            if getattr(stage.task, "health_needs", None) is not None:
+                health = lambda params, models, batch, key: stage.task.health(params, Roles(models), batch, key)
+                jax.eval_shape(health, params, self.models(stage), batch, key)
             return
         extra = getattr(stage.task, "extra_state", None)
         batch = self.batch(stage)

@@ -179,7 +179,9 @@ def fit(
         report.flops = _model_flops(task, state, batch, train_key, 1 if sam_rho is None else 2)
         # Collectives on CPUs give up after 30 s; a host may compile for longer.
         hosts.current().barrier("the compiled step")
-        evaluate = make_evaluate(task, mesh, prepare, eval_batches, gather, hosts.current()) if eval_every else None
+        evaluate = None
+        if eval_every:
+            evaluate = make_evaluate(task, mesh, prepare, eval_batches, gather, hosts.current(), frozen)
         examples = Examples(task, _prepare_example(run, example), mesh) if preview_every else None
         show = functools.partial(_show, run, report, evaluate, examples, preview_key)
         profile = stack.enter_context(contextlib.closing(Profile(profile_steps, as_path(workdir) / "profile")))

@@ -9,6 +9,7 @@ import jax
 from jax.sharding import Mesh
 
 from ddpm_jax.diffusion.sampling import Sampling
+from ddpm_jax.models.embedding_norm import EmbeddingNorm
 from ddpm_jax.parallel.mesh import data_sharding, replicated
 from ddpm_jax.training.abstract import AbstractStages, Roles
 from ddpm_jax.training.optimizer import training_optimizer
@@ -49,8 +50,8 @@ class LoweredStage:
             tx,
             ema_decay=training.ema_decay,
             accumulate=training.accumulate,
-            schedule=schedule,
             sam_rho=training.sam_rho,
+            schedule=schedule,
             gather=make_parameter_gather(stage.task, self.mesh, self.state, self.batch),
         )
         return lower_update(step, self.state, self.batch, key, self.mesh)[0]
@@ -91,7 +92,9 @@ class LoweredStage:
         if sampling is None:
             raise ValueError(f"stage {self.stage.name} has no sampler")
         checked = sampling.checked()
-        sample = lambda params, batch, key: sample_batch(task, checked, params, batch, key)  # noqa: E731
+        # As much work as with the scale or the statistics of the embeddings.
+        project = EmbeddingNorm().project if checked.l2_clamp else None
+        sample = lambda params, batch, key: sample_batch(task, checked, params, batch, key, project=project)  # noqa: E731
         whole = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), self.state.params)
         return sample, (whole, self.batch, self._key())
 

@@ -20,7 +20,7 @@ from ddpm_jax.extras import needs_extra
 from ddpm_jax.parallel.chips import device_peak_flops
 from ddpm_jax.parallel.hosts import Alone, Hosts
 from ddpm_jax.parallel.mesh import batch_shards, data_sharding, replicated, shard_batch
-from ddpm_jax.parallel.placing import pad_and_put
+from ddpm_jax.parallel.placing import pad_and_put, put
 from ddpm_jax.paths import is_remote
 from ddpm_jax.progress import progress_bar
 from ddpm_jax.training.metrics import MetricWriter, format_flops
@@ -216,29 +216,58 @@ def make_evaluate(
     eval_batches: Callable[[], Iterable[Mapping[str, np.ndarray]]],
     gather: Callable[[Any], Any] | None,
     stop: Alone | Hosts,
+    frozen: Mapping[str, Any] | None = None,
 ) -> Evaluate:
-    """Return the function that computes the mean loss of held-out batches, or None when the hosts stop meanwhile."""
+    """Return the function that computes metrics of held-out batches, or None when the hosts stop meanwhile.
+
+    They are the means of the loss, by raw and by averaged parameters, and for a task with `health_needs` of what its
+    `health` returns, by averaged ones; frozen: the models of the stage's needs.
+    """
     loss = getattr(task, "eval_loss", task.loss)
     place, split = replicated(mesh), data_sharding(mesh)
 
     @functools.partial(jax.jit, in_shardings=(None, None, split, place), out_shardings=place)
     def mean_losses(params: Any, ema_params: Any, batch: Any, key: jax.Array) -> list[jax.Array]:
         both = (params, ema_params) if gather is None else (gather(params), gather(ema_params))
-        return [jnp.mean(loss(each, batch, key)[0], dtype=jnp.float32) for each in both]
+        losses = [jnp.mean(loss(each, batch, key)[0], dtype=jnp.float32) for each in both]
+        return dict(zip(("eval_loss", "eval_loss_ema"), losses, strict=True))
+
+    health = _health(task, mesh, frozen, gather)
 
     def evaluate(state: TrainState, key: jax.Array) -> dict[str, float] | None:
-        found: list[list[jax.Array]] = []
+        found: list[dict[str, jax.Array]] = []
         for number, batch in enumerate(eval_batches()):
             prepared, own = prepare(shard_batch(batch, mesh)), jax.random.fold_in(key, number)
             # One program at a time: two with sums over the devices of a CPU can wait for each other (`checksum`).
             jax.block_until_ready(found[-1:])
             found.append(mean_losses(state.params, state.ema_params, prepared, own))
+            if health is not None:
+                jax.block_until_ready(found[-1:])
+                found[-1] |= health(state.ema_params, prepared, own)
             if stop.point(f"batch {number + 1} of an evaluation"):
                 return None
-        means = np.mean(jax.device_get(found), axis=0)
-        return dict(zip(("eval_loss", "eval_loss_ema"), map(float, means), strict=True))
+        rows = jax.device_get(found)
+        return {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
 
     return evaluate
+
+
+def _health(
+    task: Task, mesh: Mesh, frozen: Mapping[str, Any] | None, gather: Callable[[Any], Any] | None
+) -> Callable[[Any, Any, jax.Array], dict[str, jax.Array]] | None:
+    """Return (averaged parameters, prepared batch, key) -> metrics of a prior; None for a task that has none."""
+    needs = getattr(task, "health_needs", None)
+    if needs is None:
+        return None
+    place, split = replicated(mesh), data_sharding(mesh)
+    models = jax.tree.map(lambda leaf: put(leaf, place), {role: frozen[role] for role in needs})
+
+    @functools.partial(jax.jit, in_shardings=(None, place, split, place), out_shardings=place)
+    def measure(params: Any, models: Any, batch: Any, key: jax.Array) -> dict[str, jax.Array]:
+        params = params if gather is None else gather(params)
+        return {f"eval_{name}": value for name, value in task.health(params, models, batch, key).items()}
+
+    return lambda params, batch, key: measure(params, models, batch, key)
 
 
 def warn_without_trace(name: str, steps: tuple[int, int] | None, start: int, num_steps: int) -> None:

@@ -1,6 +1,7 @@
 """The autoregressive prior: cross-entropy of the codes of image embeddings (DALL-E 2, section 2.2)."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -9,10 +10,13 @@ import numpy as np
 import optax
 
 from ddpm_jax.checks import check_model, check_type
+from ddpm_jax.diffusion.samplers import example_keys
+from ddpm_jax.diffusion.tokens import TokenSampling, sample_codes
 from ddpm_jax.models.autoregressive_prior import AutoregressivePrior
 from ddpm_jax.models.embedding_codes import EmbeddingCodes
 from ddpm_jax.training.tasks.conditions import Captions
 from ddpm_jax.training.tasks.data import with_image_embedding
+from ddpm_jax.training.tasks.health import embedding_health
 
 Batch = dict[str, Any]
 
@@ -28,17 +32,22 @@ class AutoregressiveTask:
         captions: how captions are read and dropped.
         role: of the frozen CLIP among the stage's needs.
         codes: of the fitted `EmbeddingCodes` among the stage's needs.
+        sampling: of the embeddings that evaluations compare with the true ones (`tasks.health`); None makes none.
     """
 
     model: AutoregressivePrior
     captions: Captions
     role: str = "clip"
     codes: str = "codes"
+    sampling: TokenSampling | None = dataclasses.field(default=None, metadata={"describe": False})
 
     def __post_init__(self):
         check_model(self.model)
         check_type("model", self.model, AutoregressivePrior)
         check_type("captions", self.captions, Captions)
+        if self.sampling is not None:
+            check_type("sampling", self.sampling, TokenSampling)
+            self.sampling.checked()
 
     def init(self, key: jax.Array, batch: Batch) -> Any:
         """Return new parameters."""
@@ -57,7 +66,7 @@ class AutoregressiveTask:
             raise ValueError(f"{odd} of {self.codes} is {sizes[odd][0]}, and of the prior {sizes[odd][1]}")
         codes = own.apply(batch["z_image"], method=EmbeddingCodes.encode)
         dot_code = own.apply(batch["z_text"], batch["z_image"], method=EmbeddingCodes.dot_code)
-        kept = {name: value for name, value in batch.items() if name not in ("image", "clip_image", "z_image")}
+        kept = {name: value for name, value in batch.items() if name not in ("image", "clip_image")}
         return kept | {"codes": codes, "dot_code": dot_code}
 
     def loss(self, params: Any, batch: Batch, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
@@ -68,6 +77,33 @@ class AutoregressiveTask:
         """Return the same with all captions."""
         del key
         return self._loss(params, batch, self._arguments(batch, None))
+
+    @property
+    def health_needs(self) -> tuple[str, ...] | None:
+        """The roles of the models that `health` needs; None where the task is not sampled."""
+        return None if self.sampling is None else (self.codes,)
+
+    def health(self, params: Any, frozen: Any, batch: Batch, key: jax.Array) -> Mapping[str, jax.Array]:
+        """Sample an embedding for every example of a prepared batch and compare it with the true one.
+
+        frozen: the models of `health_needs`, by role. Returns float32[] by name, see `embedding_health`.
+        """
+        sampling, own = self.sampling.checked(), self._arguments(batch, None)
+        if sampling.scale is not None:
+            null = self.captions.null(own)
+            if null is None:
+                raise ValueError(f"scale={sampling.scale} needs a network with a null condition, and drop is 0")
+            own = jax.tree.map(lambda *parts: jnp.concatenate(parts), own, null)
+        found = sample_codes(
+            sampling,
+            example_keys(key, batch["z_image"].shape[0]),
+            dims=self.model.dims,
+            dot_buckets=self.model.dot_buckets,
+            begin=lambda dot_code: self.model.apply(params, dot_code, **own, method="begin"),
+            following=lambda state, code: self.model.apply(params, state, code, method="next"),
+        )
+        z = frozen[self.codes].apply(found, method=EmbeddingCodes.decode)
+        return embedding_health(z, batch["z_image"], batch["z_text"])
 
     def preview(self, params: Any, batch: Batch, key: jax.Array) -> np.ndarray | None:
         """Return None: there is nothing to show."""

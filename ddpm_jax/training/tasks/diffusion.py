@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, get_args
 
 import flax.linen as nn
@@ -22,10 +22,11 @@ from ddpm_jax.diffusion.importance import (
 )
 from ddpm_jax.diffusion.losses import Objective, Weighting, check_objective, denoising_loss, stratified_timesteps
 from ddpm_jax.diffusion.samplers import analytic_moments, example_keys
-from ddpm_jax.diffusion.sampling import Sampling, sample_with
+from ddpm_jax.diffusion.sampling import NO_NORM, Sampling, sample_with
 from ddpm_jax.parallel.placing import fetch
 from ddpm_jax.training.tasks.conditions import Condition
 from ddpm_jax.training.tasks.data import Embeddings, Images
+from ddpm_jax.training.tasks.health import embedding_health
 from ddpm_jax.training.tasks.keys import named_keys
 from ddpm_jax.types import Denoiser, to_uint8
 
@@ -45,8 +46,9 @@ class DiffusionTask:
         weighting: log_snr float32[B] -> weight float32[B] of the squared error, or None.
         vlb_weight: of the bound in the hybrid objective.
         timesteps: how t is sampled: "uniform", "stratified" or "importance" (`diffusion.importance`).
-        sampling: of the previews; None makes none. In place of "analytic" they are by "ancestral", since the
-            moments that it needs are estimated after training (`Training.moment_examples`).
+        sampling: of the previews of images, and of the embeddings that evaluations compare with the true ones
+            (`tasks.health`); None makes none. In place of "analytic" they are by "ancestral", since the moments that
+            it needs are estimated after training (`Training.moment_examples`).
     """
 
     model: nn.Module
@@ -77,6 +79,8 @@ class DiffusionTask:
         if self.sampling is not None:
             check_type("sampling", self.sampling, Sampling)
             self.sampling.checked().process(self.diffusion)
+            if self.sampling.l2_clamp and not isinstance(self.x0, Embeddings):
+                raise ValueError(NO_NORM)
 
     @property
     def extra_state(self) -> LossHistory | None:
@@ -177,13 +181,32 @@ class DiffusionTask:
         """Sample an image for every example of a prepared batch, uint8[N, S, S, C]; None for other data."""
         if self.sampling is None or not isinstance(self.x0, Images):
             return None
-        sampling = self.sampling.checked()
-        if sampling.sampler == "analytic":
-            sampling = sampling.with_options(sampler="ancestral")
-        images, finite = _preview(_ByIdentity(self), sampling, params, batch, key)
+        images, finite = _preview(_ByIdentity(self), self._early_sampling, params, batch, key)
         if not finite:
             raise FloatingPointError("its pixels contain NaN or infinity")
         return fetch(images)
+
+    @property
+    def health_needs(self) -> tuple[str, ...] | None:
+        """The roles of the models that `health` needs; None where the task is no prior, or is not sampled."""
+        if self.sampling is None or not isinstance(self.x0, Embeddings):
+            return None
+        return () if self.x0.statistics is None else (self.x0.statistics,)
+
+    def health(self, params: Any, frozen: Any, batch: Batch, key: jax.Array) -> Mapping[str, jax.Array]:
+        """Sample an embedding for every example of a prepared batch and compare it with the true one.
+
+        frozen: the models of `health_needs`, by role. Returns float32[] by name, see `embedding_health`.
+        """
+        norm = self.x0.norm(frozen)
+        x0 = sample_batch(self, self._early_sampling, params, batch, key, project=norm.project)
+        return embedding_health(norm.restore(x0), batch["z_image"], batch.get("z_text"), length=norm.length)
+
+    @property
+    def _early_sampling(self) -> Sampling:
+        """How the network is sampled while it trains, without second moments."""
+        sampling = self.sampling.checked()
+        return sampling.with_options(sampler="ancestral") if sampling.sampler == "analytic" else sampling
 
     def metadata(self) -> dict[str, Any]:
         """Return what a pipeline has to know, plain data."""
@@ -231,7 +254,15 @@ def _preview(
     return to_uint8(images), jnp.isfinite(images).all()
 
 
-def sample_batch(task: DiffusionTask, sampling: Sampling, params: Any, batch: Batch, key: jax.Array) -> jax.Array:
+def sample_batch(
+    task: DiffusionTask,
+    sampling: Sampling,
+    params: Any,
+    batch: Batch,
+    key: jax.Array,
+    *,
+    project: Callable[[jax.Array], jax.Array] | None = None,
+) -> jax.Array:
     """Sample, for every example of a prepared batch, data like its own, given its conditions.
 
     Args:
@@ -240,6 +271,7 @@ def sample_batch(task: DiffusionTask, sampling: Sampling, params: Any, batch: Ba
         params: of the network.
         batch: prepared; of its clean data only the shape is read.
         key: of the noise.
+        project: see `sample_with`.
 
     Returns:
         float32[N, ...], in the range of the network's data.
@@ -254,4 +286,5 @@ def sample_batch(task: DiffusionTask, sampling: Sampling, params: Any, batch: Ba
         example_keys(key, x0.shape[0]),
         x0.shape[1:],  # of the examples, which may be crops
         null=None if null is None else task.denoiser(params, null),
+        project=project,
     )
