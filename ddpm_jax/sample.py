@@ -4,7 +4,8 @@ Without a workdir the small pipeline that the package carries is used. Captions 
 without captions takes --label, --num_images or both. Options of the sampler are for the main stage (the decoder of
 captioned pipelines, the base of the others); an option of any stage is --<stage>_<option>, such as --prior_steps=50,
 --upsampler_sampler=dpm_solver or --decoder_scale=3; an autoregressive prior takes --prior_scale, --prior_temperature
-and --prior_top_p.
+and --prior_top_p. What the prior predicts is clipped by --prior_threshold, or brought to the norm of the training data
+by --prior_l2_clamp. --embedding and --[no]use_text say what unCLIP's decoder is conditioned on: both, either, neither.
 """
 
 from ddpm_jax import cli, cli_hosts
@@ -48,6 +49,22 @@ _START = flags.DEFINE_integer(
 _BATCH = flags.DEFINE_integer("batch_size", None, "Images sampled together.", lower_bound=1, flag_values=FLAGS)
 _COLUMNS = flags.DEFINE_integer("columns", None, "Images per row of the PNG.", lower_bound=1, flag_values=FLAGS)
 _LOW_RES = flags.DEFINE_bool("low_res", False, "Images of the main stage, not upsampled.", flag_values=FLAGS)
+_EMBEDDING = flags.DEFINE_enum(
+    "embedding",
+    None,
+    ["prior", "text", "none"],
+    "What the decoder of unCLIP is given as image embedding: the prior's, CLIP's text embedding, or none.",
+    flag_values=FLAGS,
+)
+_USE_TEXT = flags.DEFINE_bool("use_text", None, "Give the decoder of unCLIP the caption.", flag_values=FLAGS)
+_CANDIDATES = flags.DEFINE_integer(
+    "candidates",
+    None,
+    "Embeddings that unCLIP's prior samples for a caption, of which the one nearest to it is taken.",
+    lower_bound=1,
+    upper_bound=1000,
+    flag_values=FLAGS,
+)
 _RAW = flags.DEFINE_bool("raw_weights", False, "Use raw instead of averaged weights of a workdir.", flag_values=FLAGS)
 _HELP = {
     "sampler": "Sampler of the main stage; docs/samplers.md compares them.",
@@ -63,6 +80,7 @@ _HELP = {
     "classifier_scale": "Scale of classifier guidance; 0 does not guide.",
     "threshold": "Bound of estimates of clean images; inf for no threshold at all.",
     "quantile": "Dynamic threshold: quantile of the estimates' sizes, up to 1; 0 for none.",
+    "l2_clamp": "Bring estimates of embeddings to the norm of the training data; of a diffusion prior.",
 }
 OPTIONS = tuple(field.name for field in dataclasses.fields(Sampling))
 _OF_A_STAGE = (*OPTIONS, "noise_level", "temperature", "top_p")
@@ -80,7 +98,6 @@ def _define(name: str, option: str, help: str) -> None:
         flags.DEFINE_bool(name, None, help, flag_values=FLAGS)
     elif option == "threshold":
         flags.DEFINE_float(name, None, help, flag_values=FLAGS)  # which may be inf
-    "l2_clamp": "Bring estimates of embeddings to the norm of the training data; of a diffusion prior.",
     else:
         cli.define_finite(name, None, help, flag_values=FLAGS)
 
@@ -115,6 +132,7 @@ def main() -> None:
     from ddpm_jax.pipelines.directory import load, read_tokenizer
     from ddpm_jax.pipelines.request import NotFiniteError
     from ddpm_jax.pipelines.sharing import generate_on_all_hosts
+    from ddpm_jax.pipelines.unclip import UnCLIP
     from ddpm_jax.progress import progress_bar
     from ddpm_jax.storage.model_directory import Model
 
@@ -128,6 +146,8 @@ def main() -> None:
         except ValueError as error:
             raise cli.UsageError(f"--workdir={_WORKDIR.value} cannot be sampled alone: {error}") from error
     given, captions = _request(pipeline, texts)
+    if _CANDIDATES.value is not None and isinstance(pipeline, UnCLIP):
+        pipeline = pipeline.replace(candidates=_CANDIDATES.value)
     count = len(captions)
     share = -(-count // jax.process_count())
     with progress_bar(share, description="sample", unit="image", shown=cli_hosts.is_first_host()) as bar:
@@ -193,6 +213,12 @@ def _how(pipeline: Any, count: int) -> dict[str, Any]:
         if not isinstance(pipeline, (UnCLIP, Cascade)):
             raise cli.UsageError(f"--low_res is not used: a {type(pipeline).__name__} returns images of one size")
         kwargs["low_res"] = True
+    for name in ("embedding", "use_text", "candidates"):
+        if FLAGS[name].value is None:
+            continue
+        if not isinstance(pipeline, UnCLIP):
+            raise cli.UsageError(f"--{name} is not used: it is for unCLIP, and this is a {type(pipeline).__name__}")
+        kwargs |= {} if name == "candidates" else {name: FLAGS[name].value}
     if _BATCH.value is not None:
         kwargs["batch_size"] = _BATCH.value
     for name in FLAGS:

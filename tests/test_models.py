@@ -132,6 +132,32 @@ def test_every_kept_condition_matters_in_every_row(name, own_text):
         assert (difference > 1e-4).all(), (condition, difference)
 
 
+def influence(run, change, **keep):
+    """The root mean square of what another condition changes, as a share of that of the output, for each row."""
+    a, b = (run(**keep).astype(np.float64), run(**keep, **change).astype(np.float64))
+    square = lambda x: np.square(x).reshape(B, -1).mean(1)
+    return np.sqrt(square(b - a) / square(a))
+
+
+@pytest.mark.parametrize(
+    "condition,without",
+    [
+        ("z_image", {"keep_image": NONE}),
+        ("text", {"mask": jnp.zeros_like(MASK)}),
+        ("text", {"keep_text": NONE}),
+        ("z_text", {"keep_text": NONE}),
+    ],
+)
+def test_the_influence_of_a_condition_is_measured_and_that_of_a_dropped_one_is_zero(condition, without):
+    _, run = bound("decoder")
+    change = {condition: OTHER[condition]}
+    np.testing.assert_array_equal(influence(run, change, **without), 0.0)
+    # Others stay: text tokens that are masked leave the pooled text, a dropped caption leaves the image embedding.
+    others = {"z_image": "z_text", "text": "z_image", "z_text": "z_image"}[condition]
+    for kept in (influence(run, change), influence(run, {others: OTHER[others]}, **without)):
+        assert (kept > 0.02).all() and (kept < 3.0).all(), kept
+
+
 @pytest.mark.parametrize("name,own_text", NETWORKS)
 def test_padding_does_not_matter(name, own_text):
     _, run = bound(name, own_text)

@@ -191,6 +191,15 @@ def test_without_an_embedding_the_prior_and_clips_image_tower_have_no_influence(
         assert (draw("none") != with_params(decoder=changed)(PROMPTS, **options)).any(), part
 
 
+def test_a_network_trained_without_a_condition_is_sampled_without_it():
+    given, mine = jnp.array([True, False]), pipeline().decoder
+    metadata = freeze(thaw(mine.metadata) | {"image_embedding": {"drop": 1.0}})
+    for keep, expected in ((None, [True, True]), (given, [True, False])):
+        np.testing.assert_array_equal(unclip._trained_with(mine, "image_embedding", keep, 2), expected)
+        without = unclip._trained_with(mine.replace(metadata=metadata), "image_embedding", keep, 2)
+        np.testing.assert_array_equal(without, [False, False])
+
+
 def test_guidance_scales_reach_their_stage():
     base = draw("prior")
     assert (base != draw("prior", decoder_scale=1.0)).any()

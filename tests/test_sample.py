@@ -35,6 +35,7 @@ def test_captions(call, places, tmp_path):
     assert said.endswith(f"a.png: 4 images of {HIGH} x {HIGH} pixels\n") and image.std() > 5
     flags = ["--prompt", A_WORD, "--negative_prompt", "a blue star", "--scale=2", "--prior_steps=3"]
     flags += ["--prior_sampler=unipc", "--prior_order=2", "--upsampler_eta=0.5", "--quantile=0.9", "--start=3"]
+    flags += ["--prior_l2_clamp", "--prior_threshold=10", "--candidates=2", "--embedding=prior", "--nouse_text"]
     _, other = sampled(call, places / "unclip", tmp_path / "b.png", *flags)
     assert other.std() > 5
 
@@ -86,6 +87,8 @@ def test_labels_and_numbers(call, places, tmp_path):
         ("unclip", ["--prompt", A_WORD, "--negative_prompt", "stat"], ["negative_prompts[0] = 'stat': the word"]),
         ("unclip", ["--prompt", A_WORD, "--upsampler_scale=2"], ["upsampler_scale=2.0 needs a network with a null"]),
         ("unclip", ["--prompt", A_WORD, "--decoder_scale=2", "--scale=2"], ["are the same option; give one of them"]),
+        ("unclip", ["--prompt", A_WORD, "--l2_clamp"], ["l2_clamp=True is for a diffusion prior"]),
+        ("ddpm", ["--embedding=text"], ["--embedding is not used: it is for unCLIP, and this is a Cascade"]),
         ("clip", ["--prompt", A_WORD], ["holds the network CLIP alone, which generates no images"]),
         ("model", ["--num_images=2"], ["cannot be sampled alone: base is an upsampler"]),
     ],

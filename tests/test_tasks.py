@@ -210,6 +210,25 @@ def test_images_and_captions_are_dropped_at_their_rates_and_independently():
     assert (image != other_image).any() and (text != other_text).any()
 
 
+@pytest.mark.parametrize("without,kept", [("z_image", ("hidden", "z_text")), ("caption", ("z_image",))])
+def test_a_network_trained_without_a_condition_never_sees_it(without, kept):
+    """In its loss, in evaluations and in samples: another condition changes no bit, and the others still matter."""
+    image, captions = ImageEmbedding(float(without == "z_image")), Captions(L, drop=float(without == "caption"))
+    network = Decoder(unet(attention=()), D, 8)
+    task = DiffusionTask(model=network, diffusion=DIFFUSION, x0=Images(SIZE), conditions=(image, captions))
+    batch = make_batch() | {"hidden": normal(4, B, L, 8)}
+    other = {"z_image": batch["z_text"], "z_text": batch["z_image"], "hidden": normal(5, B, L, 8)}
+    params, key = random_params(task.init, batch), jax.random.key(0)
+    run = fast_jit(lambda batch: (task.loss(params, batch, key)[0], task.eval_loss(params, batch, key)[0]))
+    before = run(batch)
+    dropped = {name: other[name] for name in other if name not in kept}
+    for a, b in zip(before, run(batch | dropped)):
+        np.testing.assert_array_equal(a, b)
+    for name in kept:
+        for a, b in zip(before, run(batch | {name: other[name]})):
+            assert (a != b).all(), name
+
+
 def test_dropout_is_on_in_training_and_the_conditions_arrive_where_they_belong():
     network, batch = Recorder(), make_batch()
     decoder_task(network).loss({}, batch, jax.random.key(0))

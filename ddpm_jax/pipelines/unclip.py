@@ -216,9 +216,8 @@ class UnCLIP(flax.struct.PyTreeNode):
         pipeline = self.checked()
         models = pipeline._diffusions()
         levels, options = noise_levels(dict(zip(pipeline.names, self.upsamplers)), pipeline.noise_levels, options)
-        sampling = stage_samplings(
-            pipeline.sampling, options, guided=("prior", "decoder"), measured=with_moments(models)
-        )
+        able = {"guided": ("prior", "decoder"), "measured": with_moments(models), "normed": ("prior",)}
+        sampling = stage_samplings(pipeline.sampling, options, **able)
         for stage, model in models.items():
             check_steps(f"{stage}_steps", sampling[stage], model.diffusion)
         length = self.clip.metadata["length"]
@@ -301,10 +300,10 @@ class UnCLIP(flax.struct.PyTreeNode):
                 transition_keys(keys, number),
                 text.z.shape[1:],
                 null=null,
-                project=norm.project,
                 moments=model.moments,
+                project=norm.project,
             )
-            return normalize(z / scale)
+            return normalize(norm.restore(z))
 
         return one
 
@@ -344,6 +343,8 @@ class UnCLIP(flax.struct.PyTreeNode):
             float32[B, R, R, 3] in [-1, 1].
         """
         model, nothing = self.decoder, jnp.zeros(len(tokens), bool)
+        keep_image = _trained_with(model, "image_embedding", keep_image, len(tokens))
+        keep_text = _trained_with(model, "caption", keep_text, len(tokens))
         size = model.metadata["image_size"]
         condition = lambda text, tokens, keep_image, keep_text: (  # noqa: E731
             lambda xt, t: model.apply(
@@ -362,6 +363,13 @@ class UnCLIP(flax.struct.PyTreeNode):
             null=null,
             moments=model.moments,
         )
+
+
+def _trained_with(model: Model, condition: str, keep: jax.Array | None, count: int) -> jax.Array:
+    """Return bool[B] of where a condition is kept: nowhere for a network that was trained without it, at drop=1."""
+    if model.metadata.get(condition, {}).get("drop") == 1:
+        return jnp.zeros(count, bool)
+    return jnp.ones(count, bool) if keep is None else keep
 
 
 def _read_by(model: Model, text: Text, tokens: jax.Array) -> jax.Array:

@@ -263,8 +263,8 @@ def gaussian_blur3(x: jax.Array, sigma: float) -> jax.Array:
 
 
 def _keep(key: jax.Array | None, name: str, rate: float, count: int) -> jax.Array:
-    if key is None:
-        return jnp.ones(count, bool)
+    if key is None:  # complete, unless the network is trained without it
+        return jnp.full(count, rate < 1)
     (own,) = named_keys(key, name)
     return keep_mask(own, rate, count)
 
