@@ -195,6 +195,8 @@ def test_bad_arguments():
         ShapesSource(0, 32, "test")
     with pytest.raises(ValueError, match="two_fraction"):
         ShapesSource(0, 32, two_fraction=1.5)
+    with pytest.raises(ValueError, match="open_fraction"):
+        ShapesSource(0, 32, open_fraction=-0.1)
     with pytest.raises(ValueError, match="seed"):
         ShapesSource(-1, 32)
     with pytest.raises(ValueError, match="length"):

@@ -85,10 +85,13 @@ class _Random:
         return self._next()
 
 
-# Attributes that a training caption may omit: one, or two of them.
-_OMIT_ONE = (("size",), ("background",), ("place",), ("size", "background"), ("size", "place"), ("background", "place"))
-_OMIT_TWO = (("size",), ("background",), ("size", "background"))
-_OMIT_RATE = 0.25
+# Attributes that a training caption of one object, or of two, may leave open.
+_OPEN_ONE = (
+    *(("size",), ("background",), ("place",)),
+    *(("size", "background"), ("size", "place"), ("background", "place")),
+    ("size", "background", "place"),
+)
+_OPEN_TWO = (("size",), ("background",), ("size", "background"))
 
 
 def _article(phrase: str) -> str:
@@ -102,23 +105,23 @@ def _name(thing: Object, choose: _Plain | _Random, with_size: bool) -> str:
     return _article(" ".join(words))
 
 
-def caption(scene: Scene, rng: np.random.Generator | None = None, *, full: bool = True) -> str:
+def caption(scene: Scene, rng: np.random.Generator | None = None, *, open_fraction: float = 0.0) -> str:
     """Describe a scene.
 
     Args:
         scene: what to describe.
         rng: chooses phrasing and synonyms; None gives the plain phrasing, such as "a small green star above a large
             red ring on a gray background".
-        full: whether to state every attribute (sizes, colours, shapes, background, and the place or the relation).
-            Otherwise, with a generator, a quarter of the captions leave out one or two of size, background and place.
+        open_fraction: in [0, 1], of the captions that leave open some or all of size, background and place, if there is
+            a generator. The others say everything: sizes, colours, shapes, background, and the place or the relation.
 
     Returns:
         At most `MAX_WORDS` lower-case words from `VOCABULARY`; a comma may follow a word.
     """
     choose = _Plain() if rng is None else _Random(rng)
     omitted: tuple[str, ...] = ()
-    if not full and rng is not None and choose.uniform() < _OMIT_RATE:
-        omitted = choose.choice(_OMIT_ONE if len(scene.objects) == 1 else _OMIT_TWO)
+    if open_fraction and rng is not None and choose.uniform() < open_fraction:
+        omitted = choose.choice(_OPEN_ONE if len(scene.objects) == 1 else _OPEN_TWO)
     opening = choose.choice(OPENINGS)
     names = [_name(thing, choose, "size" not in omitted) for thing in scene.objects]
     ground = choose.choice(BACKDROPS).format(choose.choice(SYNONYMS[scene.background]))

@@ -46,7 +46,7 @@ PLACES: dict[str, tuple[float, float]] = {
     "bottom right": (0.705, 0.705),
 }
 RELATIONS: tuple[str, ...] = ("above", "below", "left of", "right of")
-VERSION = 1  # of what is generated for a seed; part of the fingerprint
+VERSION = 2  # of what is generated for a seed; part of the fingerprint
 SPLITS: tuple[str, ...] = ("train", "single", "held_out", "two", "two_held_out")
 
 _PLACE_JITTER = {"center": 0.06}  # half-width of the square a centre is sampled from; 0.045 for the corners
@@ -352,12 +352,13 @@ class ShapesSource:
     Args:
         seed: non-negative; another seed is another data set.
         resolution: side of the images, 16 to 256.
-        split: "train" (a mix of one- and two-object scenes without anything held out, a quarter of whose captions
-            leave something unsaid), or one of the evaluation splits, which say everything and use random streams of
+        split: "train" (a mix of one- and two-object scenes without anything held out, some of whose captions leave
+            something open), or one of the evaluation splits, which say everything and use random streams of
             their own: "single" (one object, a training pair), "held_out" (one object, a held-out pair), "two" (two
             objects, a training relation), "two_held_out" (training pairs in a held-out relation).
         length: what `len` returns; records 0 .. length - 1 exist.
         two_fraction: fraction of two-object scenes in the split "train".
+        open_fraction: fraction of its captions that leave open some or all of size, background and place.
 
     Raises:
         ValueError: if an argument is out of its range.
@@ -371,13 +372,16 @@ class ShapesSource:
         *,
         length: int = _MAX_LENGTH,
         two_fraction: float = 0.4,
+        open_fraction: float = 0.25,
     ):
         _check_split(seed, split, two_fraction)
+        if not 0.0 <= open_fraction <= 1.0:
+            raise ValueError(f"open_fraction must lie in [0, 1], got {open_fraction}.")
         check_resolution(resolution)
         if not 1 <= length <= _MAX_LENGTH:
             raise ValueError(f"length must lie between 1 and 2**31 - 1, got {length}.")
         self.seed, self.resolution, self.split = seed, resolution, split
-        self.length, self.two_fraction = length, two_fraction
+        self.length, self.two_fraction, self.open_fraction = length, two_fraction, open_fraction
 
     def __len__(self) -> int:
         return self.length
@@ -385,7 +389,7 @@ class ShapesSource:
     def __repr__(self) -> str:
         return (
             f"ShapesSource(seed={self.seed}, resolution={self.resolution}, split={self.split!r}, "
-            f"length={self.length}, two_fraction={self.two_fraction})"
+            f"length={self.length}, two_fraction={self.two_fraction}, open_fraction={self.open_fraction})"
         )
 
     def fingerprint(self) -> str:
@@ -407,5 +411,5 @@ class ShapesSource:
         index = self._index(index)
         rng = _generator(self.seed, self.split, index)
         scene = _draw_scene(rng, self.split, self.two_fraction)
-        text = caption(scene, rng, full=self.split != "train")
+        text = caption(scene, rng, open_fraction=self.open_fraction if self.split == "train" else 0.0)
         return {"image": render(scene, self.resolution), "caption": text, "index": np.int64(index)}
