@@ -2,7 +2,7 @@
 
 Prints how faithful images are to captions of captioned shapes, and writes faithfulness.json and samples.png into the
 workdir (or --out). With --compare it also answers "why a prior?": the same decoder given the caption alone, the
-text embedding, the prior's and the true image embedding.
+text embedding, the prior's and the true image embedding, and what it shows where caption and image embedding disagree.
 """
 
 from ddpm_jax import cli
@@ -36,6 +36,8 @@ def main() -> None:
     cli.check_exists(_WORKDIR.value, what="--workdir")
     if _WORKDIR.value is None and not _OUT.value:
         raise cli.UsageError("--out is needed, a directory for the results")
+    if _COMPARE.value and _NUM.value < 2:
+        raise cli.UsageError(f"--num_captions={_NUM.value} must be at least 2 with --compare")
     out = as_path(_OUT.value or _WORKDIR.value)
     if _OUT.value or out.is_dir():
         cli.check_can_write(out / "faithfulness.json", what="--out" if _OUT.value else "--workdir")

@@ -17,7 +17,15 @@ from ddpm_jax.data.shapes.scenes import (
     render,
     scene_from,
 )
-from ddpm_jax.evaluation.faithfulness import ATTRIBUTES, judge, score, table, wilson_interval
+from ddpm_jax.evaluation.faithfulness import (
+    ATTRIBUTES,
+    compare,
+    comparison_table,
+    judge,
+    score,
+    table,
+    wilson_interval,
+)
 from ddpm_jax.evaluation.oracle import read
 
 
@@ -198,6 +206,22 @@ def test_score_and_table():
     assert "| single | 20 |" in lines[2] and "| 75.0 % | 53.1-88.8 % |" in lines[2]
     with pytest.raises(ValueError, match="got 20 and 3"):
         score(images, drawn[:3])
+
+
+def test_what_an_image_follows_is_counted_where_two_scenes_differ():
+    said = [one("star"), one("star"), one("ring"), one("ring", size="small")]
+    shown = [one("heart"), one("star", colour="red"), one("heart"), one("ring")]
+    images = [render(said[0], 32), render(shown[1], 32), render(one("cross"), 32), render(said[3], 32)]
+    found = compare(np.stack(images), said, shown)
+    assert found["n"] == {"shape": 2, "colour": 1, "size": 1, "background": 0, "position": 0}
+    assert found["caption"]["shape"] == 0.5 and found["embedding"]["shape"] == 0.0  # of the two, one shows neither
+    assert found["caption"]["colour"] == 0.0 and found["embedding"]["colour"] == 1.0
+    assert found["caption"]["size"] == 1.0 and np.isnan(found["caption"]["background"])
+    rows = comparison_table(found).splitlines()
+    assert (
+        rows[2].startswith("| what the caption says | 50.0 % | 0.0 % | 100.0 % |")
+        and "| 2 | 1 | 1 | 0 | 0 |" in rows[4]
+    )
 
 
 def test_wilson_interval_solves_its_equation():

@@ -72,6 +72,48 @@ def score(images: np.ndarray, scenes: Sequence[Scene]) -> dict:
     return {"n": len(scenes), "rates": {k: float(v.mean()) for k, v in examples.items()}, "examples": examples}
 
 
+def _attributes(scene: Scene) -> dict[str, str]:
+    (thing,) = scene.objects
+    found = {name: getattr(thing, name) for name in _OF_OBJECTS}
+    return found | {"background": scene.background, "position": scene.place}
+
+
+def compare(images: np.ndarray, first: Sequence[Scene], second: Sequence[Scene]) -> dict[str, dict[str, float]]:
+    """Measure which of two scenes of one object each image shows, attribute by attribute, where the two differ.
+
+    Args:
+        images: uint8[N, R, R, 3].
+        first, second: N scenes of one object each.
+
+    Returns:
+        {"n": {attribute: images whose scenes differ in it}, "caption": {attribute: share that shows the first scene's},
+        "embedding": {attribute: share that shows the second's}} over shape, colour, size, background and position.
+    """
+    names = (*_OF_OBJECTS, "background", "position")
+    counts = {kind: dict.fromkeys(names, 0) for kind in ("n", "caption", "embedding")}
+    for image, one, other in zip(images, first, second, strict=True):
+        reading, one_has, other_has = read(np.asarray(image)), _attributes(one), _attributes(other)
+        shown = judge(one, reading), judge(other, reading)
+        for name in names:
+            if one_has[name] != other_has[name]:
+                counts["n"][name] += 1
+                counts["caption"][name] += shown[0][name]
+                counts["embedding"][name] += shown[1][name]
+    n = counts["n"]
+    shares = {kind: {k: counts[kind][k] / n[k] if n[k] else np.nan for k in names} for kind in ("caption", "embedding")}
+    return {"n": n} | shares
+
+
+def comparison_table(followed: Mapping[str, Mapping[str, float]]) -> str:
+    """Format the result of `compare` as a Markdown table: what images show where caption and embedding differ."""
+    names = tuple(followed["n"])
+    lines = ["| the image shows | " + " | ".join(names) + " |", "|" + " --- |" * (len(names) + 1)]
+    for kind, words in {"caption": "what the caption says", "embedding": "what the embedded image shows"}.items():
+        cells = [f"{100 * followed[kind][name]:.1f} %" for name in names]
+        lines.append(f"| {words} | " + " | ".join(cells) + " |")
+    return "\n".join(lines + ["| images | " + " | ".join(str(followed["n"][name]) for name in names) + " |"])
+
+
 def wilson_interval(successes: int, n: int, z: float = 1.959964) -> tuple[float, float]:
     """Return the Wilson score interval of a rate, 95 % by default (Wilson 1927, JASA 22)."""
     rate = successes / n

@@ -97,6 +97,36 @@ def compare_conditions(
     }
 
 
+def compare_disagreement(
+    pipeline: UnCLIP, *, num_captions: int, seed: int, split: str = "single", progress: bool = True, **kwargs: Any
+) -> dict[str, Any]:
+    """Sample an image for each caption and the embedding of the next record's image, and count which it follows.
+
+    Each attribute is judged by the images in whose caption and embedded image it differs. Arguments as in `measure`.
+
+    Returns:
+        {"n": {attribute: number of those images}, "caption": {attribute: share as the caption says}, "embedding":
+        {attribute: share as the embedded image is}, "captions": list of str, "embedded": uint8[N, S, S, 3], "images":
+        uint8[N, R, R, 3]}; the rest of a share shows neither. A share is NaN where no image differs.
+
+    Raises:
+        ValueError: if num_captions is less than 2.
+    """
+    if num_captions < 2:
+        raise ValueError(f"num_captions={num_captions} must be at least 2, to embed another image")
+    source = ShapesSource(seed, pipeline.clip.network.vision.image_size, split)
+    records = [source[i] for i in range(num_captions)]
+    captions, embedded = [record["caption"] for record in records], np.stack([record["image"] for record in records])
+    embedded, scenes = np.roll(embedded, -1, axis=0), [source.scene(i) for i in range(num_captions)]
+    hidden, share = not progress or jax.process_index() != 0, -(-num_captions // jax.process_count())
+    with progress_bar(share, description="caption against embedding", unit="image", shown=not hidden) as bar:
+        each = {"prompts": captions, "images": embedded}
+        kwargs |= {"seed": seed, "report": bar.update, "embedding": "image"}
+        images = generate_on_all_hosts(pipeline.generate, num_captions, each, **kwargs)
+    followed = faithfulness.compare(images, scenes, scenes[1:] + scenes[:1])
+    return followed | {"captions": captions, "embedded": embedded, "images": images}
+
+
 def summary(results: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """Return what is worth storing of results: N and rates."""
     return {name: {"n": result["n"], "rates": result["rates"]} for name, result in results.items()}

@@ -48,20 +48,29 @@ def write_comparison(
     progress: bool = True,
     show: Callable[[str], Any] | None = None,
 ) -> str:
-    """Measure "why a prior?"; write why_a_prior.png and why_a_prior.json; return the table in Markdown.
+    """Measure "why a prior?", and what an image shows whose caption and embedding disagree.
 
-    show: called with the table before the files are written, which may fail.
+    Writes why_a_prior.json, why_a_prior.png and disagreement.png, whose rows are the images that were embedded and
+    those that were sampled with the captions. Returns the tables in Markdown.
+
+    show: called with each table before the files are written, which may fail.
     """
-    results = measure.compare_conditions(pipeline, num_captions=num_captions, seed=seed, progress=progress)
-    table = faithfulness.table(results)
+    options = {"num_captions": num_captions, "seed": seed, "progress": progress}
+    results = measure.compare_conditions(pipeline, **options)
+    tables = [faithfulness.table(results)]
     if show is not None:
-        show(table)
+        show(tables[0])
+    followed = measure.compare_disagreement(pipeline, **options)
+    tables.append(faithfulness.comparison_table(followed))
+    if show is not None:
+        show(tables[1])
     save_grid(directory / "why_a_prior.png", results, per_result=8, label_rows=True)
-    write_json(
-        directory / "why_a_prior.json",
-        {"num_captions": num_captions, "seed": seed, "conditions": measure.summary(results)},
-    )
-    return table
+    save_disagreement(directory / "disagreement.png", followed)
+    shares = {kind: followed[kind] for kind in ("n", "caption", "embedding")}
+    shares = {kind: {k: v for k, v in rates.items() if v == v} for kind, rates in shares.items()}  # JSON has no NaN
+    stored = {"num_captions": num_captions, "seed": seed, "conditions": measure.summary(results)}
+    write_json(directory / "why_a_prior.json", stored | {"disagreement": shares})
+    return "\n\n".join(tables)
 
 
 def write_samples(
@@ -92,6 +101,17 @@ def write_samples(
     image_grid.save_png(directory / "samples.png", image_grid.grid(images, captions))
     if show is not None:
         show(f"wrote {directory / 'samples.png'}: {num_images} images")
+
+
+def save_disagreement(path: Path, followed: dict[str, Any], *, count: int = 8) -> None:
+    """Write the first images of a result of `measure.compare_disagreement` below the images that were embedded."""
+    if jax.process_index() != 0:
+        return
+    images, embedded = followed["images"][:count], followed["embedded"][:count]
+    nearest = np.arange(images.shape[1]) * embedded.shape[1] // images.shape[1]
+    embedded = embedded[:, nearest][:, :, nearest]
+    captions = ["embedded"] * len(embedded) + followed["captions"][:count]
+    image_grid.save_png(path, image_grid.grid([*embedded, *images], captions, columns=len(embedded)))
 
 
 def save_grid(path: Path, results: dict[str, dict[str, Any]], *, per_result: int, label_rows: bool = False) -> None:
