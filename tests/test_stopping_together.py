@@ -62,8 +62,8 @@ class Group:
         host._leaving = True
         raise SystemExit  # of the thread
 
-    def run(self, work):
-        """Run work(host) on each host, in a thread, until all have returned or ended."""
+    def start(self, work):
+        """Start work(host) on each host, in a thread; return the threads."""
 
         def one(host):
             self.here[threading.current_thread()] = host
@@ -72,7 +72,11 @@ class Group:
         threads = [threading.Thread(target=one, args=(host,), daemon=True) for host in self.hosts]
         for thread in threads:
             thread.start()
-        for thread in threads:
+        return threads
+
+    def run(self, work):
+        """Run work(host) on each host, in a thread, until all have returned or ended."""
+        for thread in self.start(work):
             thread.join(30)
             assert not thread.is_alive()
         for host in self.hosts:
@@ -186,9 +190,9 @@ def test_what_fails_on_one_ends_the_others_with_its_sentence_and_status(monkeypa
             return
         host.barrier("the end")
 
-    thread = threading.Thread(target=group.run, args=(work,), daemon=True)
-    thread.start()
-    while 1 not in group.ended:
+    group.start(work)  # the second host stays in the barrier, which its process would leave by ending
+    deadline = time.monotonic() + 30
+    while 1 not in group.ended and time.monotonic() < deadline:
         time.sleep(0.01)
     assert group.ended == {1: ("host 0 (name0) ended: there is no file x", 2)}
 
