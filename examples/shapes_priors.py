@@ -1,94 +1,71 @@
 """Both priors on captioned shapes: `python examples/shapes_priors.py --workdir DIR [--num_captions 512]`.
 
-Fits the codes and trains the autoregressive prior of configs/shapes.py on the CLIP that the package carries, estimates
-the second moments of its diffusion prior, and prints how many images have all attributes of their captions right, for
-each prior and each way to sample it. The decoder is given the prior's embedding alone, without the caption, so that the
-images show what the prior says. It goes on where it was interrupted.
+DIR is a run of
+
+    python -m ddpm_jax.train --config configs/shapes.py --config.priors=both --workdir DIR
+
+For each prior and each way to sample it, prints how many images have all attributes of their captions right: with the
+prior's embedding alone, where the images show what the prior says, and with the caption beside it. Results are kept in
+DIR/priors.json, so that an interrupted measurement goes on.
 """
 
 import argparse
-import dataclasses
 import json
-import sys
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
+from ddpm_jax.compilation_cache import use_compilation_cache
+from ddpm_jax.diffusion.sampling import Sampling
+from ddpm_jax.diffusion.tokens import TokenSampling
+from ddpm_jax.evaluation.faithfulness import wilson_interval
+from ddpm_jax.evaluation.measure import measure
+from ddpm_jax.pipelines import UnCLIP, load
+from ddpm_jax.storage.json_file import write_json
+from ddpm_jax.storage.model_directory import open_model
 
-from configs import shapes  # noqa: E402
-from ddpm_jax.compilation_cache import use_compilation_cache  # noqa: E402
-from ddpm_jax.diffusion.sampling import Sampling  # noqa: E402
-from ddpm_jax.diffusion.tokens import TokenSampling  # noqa: E402
-from ddpm_jax.evaluation.faithfulness import wilson_interval  # noqa: E402
-from ddpm_jax.evaluation.measure import measure  # noqa: E402
-from ddpm_jax.pipelines import load  # noqa: E402
-from ddpm_jax.pipelines.directory import BUNDLED  # noqa: E402
-from ddpm_jax.storage.model_directory import open_model  # noqa: E402
-from ddpm_jax.storage.moments import read_moments  # noqa: E402
-from ddpm_jax.training import train  # noqa: E402
-from ddpm_jax.training.moments import estimate_moments  # noqa: E402
+VARIANCES = {"ancestral": "fixed", "analytic": "analytic"}
 
 
-def trained(workdir: Path, num_steps: int, examples: int):
-    """Return the bundled pipeline with moments, and the same with the autoregressive prior."""
-    config = shapes.get_config()
-    config.priors = "both"
-    config.ar_prior.training.update(num_steps=num_steps, checkpoint_every=200)
-    by_name = {stage.name: stage for stage in shapes.stages(config)}
-    clip = {"clip": str(BUNDLED / "clip")}
-    codes = dataclasses.replace(by_name["codes"], needs=clip)
-    by_codes = dataclasses.replace(by_name["ar_prior"], needs=clip | {"codes": "codes"})
-    train([codes, by_codes], workdir)
-    pipeline = load()
-    stage, models = by_name["prior"], {"clip": pipeline.clip}
-    source = stage.source.compute(models, workdir / "embeddings")
-    records = [{"z_image": source[i]["z_image"]} | text(stage, source[i]) for i in range(examples)]
-    estimate_moments(stage.task, pipeline.prior.params, models, records, workdir)
-    moments = read_moments(workdir, pipeline.prior.diffusion.num_steps)
-    by_diffusion = pipeline.replace(prior=pipeline.prior.replace(moments=moments))
-    prior = open_model(workdir / "ar_prior")
-    sampling = {name: own for name, own in pipeline.sampling.items() if name != "prior"}
-    return by_diffusion, pipeline.replace(prior=prior, codes=open_model(workdir / "codes"), sampling=sampling)
-
-
-def text(stage, record):
-    """Return the tokens of a record, as the prior reads them."""
-    for transform in stage.transforms:
-        record = transform(record)
-    return {name: record[name] for name in ("tokens", "mask", "z_text")}
+def cases(workdir: Path) -> dict[str, UnCLIP]:
+    """Return the pipelines that are compared, by name."""
+    by_diffusion = load(workdir)
+    prior, codes = open_model(workdir / "ar_prior"), open_model(workdir / "codes")
+    others = {name: own for name, own in by_diffusion.sampling.items() if name != "prior"}
+    by_codes = by_diffusion.replace(prior=prior, codes=codes, sampling=others | {"prior": TokenSampling()}).checked()
+    found = {f"autoregressive, best of {n}": by_codes.replace(candidates=n) for n in (1, 2, 4)}
+    for steps in (8, 16, 64):
+        for sampler, variance in VARIANCES.items():
+            sampling = others | {"prior": Sampling(sampler, str(steps))}
+            for n in (1, 2, 4):
+                pipeline = by_diffusion.replace(candidates=n, sampling=sampling).checked()
+                found[f"diffusion, {steps} steps, {variance} variance, best of {n}"] = pipeline
+    return found
 
 
 def main() -> None:
     """Run the program."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workdir", type=Path, required=True)
     parser.add_argument("--num_captions", type=int, default=512)
-    parser.add_argument("--num_steps", type=int, default=800, help="of the autoregressive prior")
-    parser.add_argument("--moment_examples", type=int, default=512)
+    parser.add_argument("--seed", type=int, default=1, help="of captions and noise")
     arguments = parser.parse_args()
     use_compilation_cache()
-    by_diffusion, by_codes = trained(arguments.workdir, arguments.num_steps, arguments.moment_examples)
-    cases = []
-    for candidates in (1, 2, 4):
-        name = f"autoregressive, {candidates} candidate" + "s" * (candidates > 1)
-        cases.append((name, by_codes.replace(candidates=candidates), TokenSampling()))
-    for steps in (8, 16, 64):
-        for sampler in ("ancestral", "analytic"):
-            for candidates in (1, 2, 4):
-                kind = {"ancestral": "fixed", "analytic": "analytic"}[sampler]
-                name = f"diffusion, {steps} steps, {kind} variance, {candidates} candidate" + "s" * (candidates > 1)
-                cases.append((name, by_diffusion.replace(candidates=candidates), Sampling(sampler, steps)))
-    found = {}
-    print("| prior | all right | 95 % interval |\n| --- | --- | --- |")
-    for name, pipeline, sampling in cases:
-        pipeline = pipeline.replace(sampling=dict(pipeline.sampling) | {"prior": sampling})
-        options = {"num_captions": arguments.num_captions, "seed": 1, "progress": False}
-        result = measure(pipeline, "single", embedding="prior", use_text=False, **options)
-        rate, n = result["rates"]["all"], result["n"]
-        low, high = wilson_interval(round(rate * n), n)
-        found[name] = {"rate": rate, "n": n}
-        print(f"| {name} | {100 * rate:.1f} % | {100 * low:.1f}-{100 * high:.1f} % |", flush=True)
-    (arguments.workdir / "priors.json").write_text(json.dumps(found, indent=1))
+    file, options = arguments.workdir / "priors.json", {"num_captions": arguments.num_captions, "seed": arguments.seed}
+    found = json.loads(file.read_text()) if file.exists() else options | {"all right": {}}
+    if {name: found.get(name) for name in options} != options:
+        raise SystemExit(f"error: {file} has results of another number of captions or seed; move it away")
+    print("| prior | embedding alone | 95 % interval | with the caption | 95 % interval |\n" + "| --- " * 5 + "|")
+    for name, pipeline in cases(arguments.workdir).items():
+        rates = found["all right"].setdefault(name, {})
+        for use_text in (False, True):
+            if str(use_text) not in rates:
+                result = measure(pipeline, "single", embedding="prior", use_text=use_text, progress=False, **options)
+                rates[str(use_text)] = result["rates"]["all"]
+                write_json(file, found)
+        cells = [name]
+        for rate in (rates["False"], rates["True"]):
+            low, high = wilson_interval(round(rate * arguments.num_captions), arguments.num_captions)
+            cells += [f"{100 * rate:.1f} %", f"{100 * low:.1f}-{100 * high:.1f} %"]
+        print("| " + " | ".join(cells) + " |", flush=True)
 
 
 if __name__ == "__main__":
