@@ -83,25 +83,25 @@ def get_config(variant: str = "") -> ConfigDict:
         raise ValueError(f"variant must be one of {', '.join(map(repr, VARIANTS))}, got {variant!r}")
     config = ConfigDict()
     config.seed = 0
-    config.data = {"seed": 0, "num_examples": 80_000, "two_fraction": 0.4}
+    config.data = {"seed": 0, "num_examples": 80_000, "two_fraction": 0.4, "open_fraction": 0.5}
     config.text = {"length": 24}
     config.clip = {
         "image_size": 32,
         "group": 8,  # scenes that differ in one thing, in every batch
         "patch": 8,
-        "embed_dim": 64,
-        "vision": {"width": 96, "layers": 1, "heads": 3, "stem": (32, 64, 128)},
+        "embed_dim": 128,
+        "vision": {"width": 128, "layers": 2, "heads": 4, "stem": (32, 64, 128)},
         "text": {"width": 96, "layers": 1, "heads": 3},
-        "training": training(256, 400, 2e-3, muon_learning_rate=4e-3, weight_decay=0.1),
+        "training": training(256, 1200, 2e-3, muon_learning_rate=4e-3, weight_decay=0.1),
     }
     config.prior = {
         "width": 96,
         "layers": 3,
         "heads": 2,
-        "embed_scale": 4.3,
+        "embed_scale": 6.1,  # 0.54 sqrt(embed_dim)
         "diffusion": {"schedule": "cosine", "num_steps": 1000},
         "drop_text": 0.1,
-        "training": training(128, 400, 2e-3, muon_learning_rate=4e-3),
+        "training": training(128, 1500, 2e-3, muon_learning_rate=4e-3, moment_examples=512),
     }
     config.priors = "diffusion"  # or "autoregressive", or "both", of which the pipeline then has the diffusion prior
     config.codes = {"dims": 64, "buckets": 64, "dot_buckets": 32, "training": training(512, 40, 0.0, warmup_steps=0)}
@@ -110,7 +110,7 @@ def get_config(variant: str = "") -> ConfigDict:
         "layers": 3,
         "heads": 2,
         "drop_text": 0.1,
-        "training": training(128, 800, 2e-3, muon_learning_rate=4e-3),
+        "training": training(128, 1500, 2e-3, muon_learning_rate=4e-3),
     }
     config.decoder = {
         "image_size": 16,
@@ -125,9 +125,9 @@ def get_config(variant: str = "") -> ConfigDict:
         "diffusion": {"schedule": "cosine", "num_steps": 1000, "prediction": "x0"},
         "timesteps": "stratified",
         "weighting": {"power": 0.5, "bound": 4.0},
-        "drop_image": 0.5,
-        "drop_text": 0.1,
-        "training": training(32, 7500, 2e-3, muon_learning_rate=6e-3, checkpoint_every=1000, preview_every=2000),
+        "drop_image": 0.1,
+        "drop_text": 0.5,
+        "training": training(32, 16_000, 2e-3, muon_learning_rate=6e-3, checkpoint_every=1000, preview_every=2000),
     }
     config.upsampler = {
         "image_size": 64,
@@ -138,7 +138,7 @@ def get_config(variant: str = "") -> ConfigDict:
         "blur_rate": 0.25,
         "noise": 0.05,
         "mix_colours": True,
-        "training": training(16, 1300, 2e-3, muon_learning_rate=6e-3),
+        "training": training(16, 6000, 2e-3, muon_learning_rate=6e-3),
     }
     config.sample = {
         "prior": {"sampler": "ancestral", "steps": "25"},
@@ -166,7 +166,8 @@ def stages(config: ConfigDict) -> tuple[Stage, ...]:
     text, vocab_size = Tokenize(tokenizer, c.text.length), tokenizer.vocab_size
 
     def source(size: int) -> ShapesSource:
-        return ShapesSource(c.data.seed, size, length=c.data.num_examples, two_fraction=c.data.two_fraction)
+        fractions = {"two_fraction": c.data.two_fraction, "open_fraction": c.data.open_fraction}
+        return ShapesSource(c.data.seed, size, length=c.data.num_examples, **fractions)
 
     def embedded(size: int) -> Embedded:
         return Embedded(source(size), (text,), read=source(c.clip.image_size))
