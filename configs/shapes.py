@@ -3,8 +3,8 @@
     python -m ddpm_jax.train --config configs/shapes.py --workdir /tmp/shapes
 
 trains CLIP, the diffusion prior, a 16 x 16 decoder and a 16 -> 64 upsampler, and measures how faithful images are to
-captions. The weights that the package carries are a run of it, with more steps of decoder and upsampler;
-docs/shapes.md has the duration of both, their results and the hardware. Variants: `configs/shapes.py:quick` trains for
+captions. The weights that the package carries are a run of it; docs/shapes.md has its duration, its results and the
+hardware. Variants: `configs/shapes.py:quick` trains for
 a few minutes and shows the path, not good images; `configs/shapes.py:smoke` makes a few steps of each stage with tiny
 networks.
 """
@@ -349,6 +349,7 @@ def quick(config: ConfigDict) -> None:
     config.data.num_examples = 4_000
     for stage, num_steps in {"clip": 80, "prior": 100, "ar_prior": 100, "decoder": 150, "upsampler": 40}.items():
         config[stage].training.update(num_steps=num_steps, warmup_steps=num_steps // 10, preview_every=num_steps)
+    config.prior.training.moment_examples = 32
     config.evaluation.num_captions = 64
 
 
@@ -359,6 +360,7 @@ def smoke(config: ConfigDict) -> None:
         config[stage].training.update(
             num_steps=2, batch_size=8, warmup_steps=1, log_every=1, checkpoint_every=1, preview_every=2
         )
+    config.prior.training.moment_examples = 0
     config.clip.update(patch=16, embed_dim=16, vision={"width": 16, "layers": 1, "heads": 2, "stem": (16,)})
     config.clip.group = 2
     config.clip.training.batch_size = 16  # so that 1, 2, 4 and 8 devices can share it
