@@ -118,6 +118,26 @@ def test_rates_lie_between_0_and_1(make, rate):
         make(rate)
 
 
+def test_copies_from_the_batch_take_the_place_of_averages():
+    x0, _ = enlarged(3, 4)
+    copies = np.random.default_rng(0).integers(0, 256, (3, 4, 4, 3), np.uint8)
+    condition = LowResolution(4, 2, blur_rate=0.0, noise=0.5, noise_level_input=True, entry="low_res")
+    given = condition({"low_res": copies}, x0, None)
+    np.testing.assert_allclose(given["low_res"], copies / 127.5 - 1, atol=1e-6)
+    # In training the same augmentation is added to them.
+    plain = LowResolution(4, 2, blur_rate=0.0, noise=0.5, noise_level_input=True)
+    low = np.asarray(plain.low_res(x0))
+    one, other = (c({"low_res": copies}, x0, KEY) for c in (condition, plain))
+    np.testing.assert_array_equal(one["noise_level"], other["noise_level"])
+    np.testing.assert_allclose(one["low_res"] - given["low_res"], other["low_res"] - low, atol=1e-5)
+    with pytest.raises(ValueError, match=r"low_res must be uint8\[3, 4, 4, 3\], the images smaller by factor=2"):
+        condition({"low_res": copies[:, :2]}, x0, None)
+    with pytest.raises(
+        ValueError, match="mix_colours=True changes the colours of the images and not those of 'low_res'"
+    ):
+        DiffusionTask(model=Recorder(), diffusion=DIFFUSION, x0=Images(8, mix_colours=True), conditions=(condition,))
+
+
 # ---- Labels ----------------------------------------------------------------------------------------------------------
 
 

@@ -17,6 +17,7 @@ from ddpm_jax.models.clip import CLIP, normalize
 from ddpm_jax.models.layers import downsample2
 from ddpm_jax.training.tasks.data import with_image_embedding
 from ddpm_jax.training.tasks.keys import named_keys
+from ddpm_jax.types import to_float
 
 Batch = dict[str, Any]
 Arguments = dict[str, jax.Array]
@@ -177,7 +178,8 @@ class ImageEmbedding(_Condition):
 class LowResolution(_Condition):
     """A small copy of the image; arguments low_res and, with noise_level_input, noise_level.
 
-    The copy is the image averaged down by `factor`. In training it is blurred with probability `blur_rate` by a
+    The copy is the image averaged down by `factor`, or what a transform put into the batch, such as
+    `data.degradation.DegradeBSR`. In training it is blurred with probability `blur_rate` by a
     Gaussian kernel of 3 pixels (DALL-E 2, section 2.1: sigma 0.6), and Gaussian noise is added whose standard deviation
     is uniform in [0, noise] (conditioning augmentation: Ho et al. 2022, cascaded diffusion, section 4.2), so that the
     network learns to correct what the stage before it generates. In sampling it is neither blurred nor, by default,
@@ -191,6 +193,7 @@ class LowResolution(_Condition):
         noise: the largest level, in [0, 1].
         variance_preserving: True scales the image by sqrt(1 - level^2) before noise is added (Imagen).
         noise_level_input: True gives the network the level.
+        entry: of the batch that has the copies, uint8[B, H / factor, W / factor, C]; None averages the images.
     """
 
     size: int
@@ -200,6 +203,7 @@ class LowResolution(_Condition):
     noise: float = 0.0
     variance_preserving: bool = False
     noise_level_input: bool = False
+    entry: str | None = None
     name = "low_resolution"
 
     def __post_init__(self):
@@ -220,7 +224,7 @@ class LowResolution(_Condition):
 
     def __call__(self, batch: Batch, x0: jax.Array, key: jax.Array | None) -> Arguments:
         """Return the low-resolution images, and their noise levels."""
-        low, count = self.low_res(x0), x0.shape[0]
+        low, count = self._copies(batch, x0), x0.shape[0]
         if key is None:
             return {"low_res": low} | ({"noise_level": jnp.zeros(count)} if self.noise_level_input else {})
         blur_key, level_key, noise_key = named_keys(key, "blur", "noise_level", "low_resolution_noise")
@@ -229,6 +233,19 @@ class LowResolution(_Condition):
         level = self.noise * jax.random.uniform(level_key, (count, 1, 1, 1))
         low = add_noise(low, level, jax.random.normal(noise_key, low.shape), self.variance_preserving)
         return {"low_res": low} | ({"noise_level": level.reshape(count)} if self.noise_level_input else {})
+
+    def _copies(self, batch: Batch, x0: jax.Array) -> jax.Array:
+        """Return the copies that are in the batch, or averages."""
+        if self.entry is None:
+            return self.low_res(x0)
+        images = batch[self.entry]
+        wanted = (x0.shape[0], *(side // self.factor for side in x0.shape[1:3]), x0.shape[3])
+        if images.shape != wanted or images.dtype != np.uint8:
+            raise ValueError(
+                f"{self.entry} must be uint8{list(wanted)}, the images smaller by factor={self.factor}, got "
+                f"{images.dtype}{list(images.shape)}"
+            )
+        return to_float(images)
 
     def null(self, arguments: Arguments) -> Arguments | None:
         """Return the arguments: the low-resolution image always stays."""

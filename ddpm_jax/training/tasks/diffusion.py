@@ -68,6 +68,7 @@ class DiffusionTask:
             if inspect.isclass(self.x0) or not callable(getattr(self.x0, name, None)):
                 raise ValueError(f"x0={shown(self.x0)} must be what is generated, such as Images(size)")
         _check_conditions(self.conditions)
+        _check_colours(self.x0, self.conditions)
         if self.weighting is not None and not callable(self.weighting):
             raise ValueError(
                 f"weighting={shown(self.weighting)} must be a function, such as losses.min_snr(...), or None"
@@ -231,6 +232,15 @@ def _check_conditions(conditions: Any) -> None:
             raise ValueError(
                 f"conditions[{number}]={shown(condition)} must be a condition, such as Labels(num_classes)"
             )
+
+
+def _check_colours(x0: Any, conditions: Sequence[Condition]) -> None:
+    entry = next((found for condition in conditions if (found := getattr(condition, "entry", None))), None)
+    if entry is not None and getattr(x0, "mix_colours", False):
+        raise ValueError(
+            f"mix_colours=True changes the colours of the images and not those of {entry!r}, their low-resolution "
+            "copies; mix them in a transform before the copies are made"
+        )
 
 
 class _ByIdentity:
