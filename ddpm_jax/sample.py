@@ -48,6 +48,9 @@ _START = flags.DEFINE_integer(
 )
 _BATCH = flags.DEFINE_integer("batch_size", None, "Images sampled together.", lower_bound=1, flag_values=FLAGS)
 _COLUMNS = flags.DEFINE_integer("columns", None, "Images per row of the PNG.", lower_bound=1, flag_values=FLAGS)
+_SPACE = flags.DEFINE_integer(
+    "space", 1, "Devices that share the rows of each image in upsampling.", lower_bound=1, flag_values=FLAGS
+)
 _LOW_RES = flags.DEFINE_bool("low_res", False, "Images of the main stage, not upsampled.", flag_values=FLAGS)
 _EMBEDDING = flags.DEFINE_enum(
     "embedding",
@@ -83,7 +86,7 @@ _HELP = {
     "l2_clamp": "Bring estimates of embeddings to the norm of the training data; of a diffusion prior.",
 }
 OPTIONS = tuple(field.name for field in dataclasses.fields(Sampling))
-_OF_A_STAGE = (*OPTIONS, "noise_level", "temperature", "top_p")
+_OF_A_STAGE = (*OPTIONS, "noise_level", "truncated", "tile", "overlap", "temperature", "top_p")
 
 
 def _define(name: str, option: str, help: str) -> None:
@@ -92,9 +95,9 @@ def _define(name: str, option: str, help: str) -> None:
         flags.DEFINE_enum(name, None, list(SAMPLERS), help, flag_values=FLAGS)
     elif option == "steps":
         flags.DEFINE_string(name, None, help, flag_values=FLAGS)
-    elif option in ("order", "corrector_steps"):
+    elif option in ("order", "corrector_steps", "tile", "overlap"):
         flags.DEFINE_integer(name, None, help, flag_values=FLAGS)
-    elif option in ("sde", "l2_clamp"):
+    elif option in ("sde", "l2_clamp", "truncated"):
         flags.DEFINE_bool(name, None, help, flag_values=FLAGS)
     elif option == "threshold":
         flags.DEFINE_float(name, None, help, flag_values=FLAGS)  # which may be inf
@@ -152,7 +155,7 @@ def main() -> None:
     share = -(-count // jax.process_count())
     with progress_bar(share, description="sample", unit="image", shown=cli_hosts.is_first_host()) as bar:
         try:
-            kwargs = _how(pipeline, count) | {"report": bar.update}
+            kwargs = _how(pipeline, count) | {"report": bar.update, "space": _SPACE.value}
             images = generate_on_all_hosts(pipeline.generate, count, given, **kwargs)
         except NotFiniteError:
             raise

@@ -229,7 +229,7 @@ def sample_with(
         log_prob: (xt, t) -> float[B], the log-probability of the class that is wanted, for `classifier_scale`.
         moments: float32[T] of the whole process, for "analytic".
         project: brings data to the norm of the training data, for `l2_clamp`.
-        **options: of `samplers.sample`: x_init, trajectory, progress, progress_every.
+        **options: of `samplers.sample`: x_init, stop, trajectory, progress, progress_every.
 
     Returns:
         As `samplers.sample`.

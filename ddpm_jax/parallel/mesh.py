@@ -8,12 +8,14 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 AXES = ("data", "fsdp", "tensor")
 """The axes that the rules of `parallel.sharding` know: a batch is split over "data" and "fsdp", parameters over "fsdp"
 and "tensor"."""
 _BATCH_AXES = ("data", "fsdp")
+SPACE = "space"
+"""The axis of a mesh for sampling over which rows of images are split, see `pipelines.enlarging`."""
 
 
 def make_mesh(axes: Mapping[str, int], *, devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -54,10 +56,24 @@ def make_mesh(axes: Mapping[str, int], *, devices: Sequence[jax.Device] | None =
         return Mesh(arranged, names, axis_types=kinds)
 
 
-def make_local_mesh(at_most: int | None = None) -> Mesh:
-    """Make a mesh of this process' devices, or the first few, along "data", for work that processes do not share."""
+def make_local_mesh(at_most: int | None = None, *, space: int = 1) -> Mesh:
+    """Make a mesh of this process' devices, or the first few, along "data", for work that processes do not share.
+
+    Args:
+      at_most: devices along "data".
+      space: devices that share each image, along "space": the rows of what upsamplers make are split over them.
+
+    Raises:
+      ValueError: if there are fewer devices than `space`.
+    """
+    devices = jax.local_devices()
+    if not 1 <= space <= len(devices):
+        raise ValueError(f"{space=} must be a number of devices in [1, {len(devices)}]")
     # Not by jax.make_mesh, which arranges the chips of a TPU and refuses three of them.
-    return Mesh(np.asarray(jax.local_devices()[:at_most]), ("data",), axis_types=(AxisType.Auto,))
+    rows = np.asarray(devices[: len(devices) // space * space]).reshape(-1, space)[:at_most]
+    if space == 1:
+        return Mesh(rows[:, 0], ("data",), axis_types=(AxisType.Auto,))
+    return Mesh(rows, ("data", SPACE), axis_types=(AxisType.Auto, AxisType.Auto))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -65,7 +81,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def batch_axes(mesh: Mesh) -> tuple[str, ...]:
+def batch_axes(mesh: Mesh | AbstractMesh) -> tuple[str, ...]:
     """Return the axes of `mesh` that a batch is split over: "data" and "fsdp", as far as it has them."""
     return tuple(name for name in _BATCH_AXES if name in mesh.shape)
 

@@ -17,6 +17,15 @@ from jax.sharding import Mesh
 from ddpm_jax.diffusion.samplers import RecordedNoise
 from ddpm_jax.diffusion.samplers.noise import transition_keys
 from ddpm_jax.diffusion.sampling import Sampling, sample_with
+from ddpm_jax.pipelines.enlarging import (
+    Pairs,
+    checked_enlarging,
+    enlarging_options,
+    in_context,
+    stops_of,
+    stored_enlarging,
+    with_stops,
+)
 from ddpm_jax.pipelines.request import (
     MOST_IMAGES,
     as_int,
@@ -67,6 +76,7 @@ class Cascade(flax.struct.PyTreeNode):
         names: of the upsamplers, as options of `generate` and keys of `sampling` have them; "upsampler" for one and
             "upsampler_1", ... for several by default.
         batch_size: images at a time, unless `generate` is given another number.
+        enlarging: tiles and truncation of upsamplers by their names, `enlarging.Enlarging`; whole images by default.
     """
 
     base: Model
@@ -76,6 +86,7 @@ class Cascade(flax.struct.PyTreeNode):
     noise_levels: Mapping[str, float] = flax.struct.field(default_factory=dict)
     names: tuple[str, ...] = _static(())
     batch_size: int = _static(16)
+    enlarging: Pairs = _static(())
 
     @property
     def image_size(self) -> int:
@@ -91,7 +102,8 @@ class Cascade(flax.struct.PyTreeNode):
     def options(self) -> dict[str, Any]:
         """Options in pipeline.json besides models and sampling."""
         levels = {"noise_levels": dict(self.noise_levels)} if self.noise_levels else {}
-        return {"batch_size": self.batch_size, **levels}
+        own = stored_enlarging(self.enlarging)
+        return {"batch_size": self.batch_size, **levels, **({"enlarging": own} if own else {})}
 
     @property
     def labels(self) -> Mapping[str, Any] | None:
@@ -140,7 +152,8 @@ class Cascade(flax.struct.PyTreeNode):
         for stage, model in diffusions.items():
             check_steps(f"{stage}_steps", sampling[stage], model.diffusion)
         levels, _ = noise_levels(dict(zip(names, self.upsamplers)), self.noise_levels, {})
-        return self.replace(names=names, sampling=sampling, noise_levels=levels)
+        enlarging = checked_enlarging(names, self.enlarging)
+        return self.replace(names=names, sampling=sampling, noise_levels=levels, enlarging=enlarging)
 
     def generate(
         self,
@@ -174,7 +187,8 @@ class Cascade(flax.struct.PyTreeNode):
             mesh: devices of this process that share each batch, with an axis "data"; one device by default.
             report: called with the number of images each time some are done.
             options: the fields of `diffusion.sampling.Sampling` for the base, such as sampler, steps, scale and
-                classifier_scale; with the prefix <upsampler>_ for an upsampler; and <upsampler>_noise_level.
+                classifier_scale; with the prefix <upsampler>_ for an upsampler; and <upsampler>_noise_level,
+                <upsampler>_truncated, <upsampler>_tile and <upsampler>_overlap, see `enlarging.Enlarging`.
 
         Returns:
             uint8[N, R, R, C].
@@ -187,6 +201,7 @@ class Cascade(flax.struct.PyTreeNode):
         stages = {"base": self.base, **dict(zip(pipeline.names, self.upsamplers))}
         labels, count = self._labels(labels, num_images)
         levels, options = noise_levels({name: stages[name] for name in pipeline.names}, pipeline.noise_levels, options)
+        enlarging, options = enlarging_options(pipeline.names, dict(pipeline.enlarging), options)
         sampling = stage_samplings(
             pipeline.sampling,
             options,
@@ -198,13 +213,16 @@ class Cascade(flax.struct.PyTreeNode):
         )
         for stage, chosen in sampling.items():
             check_steps(f"{stage}_steps", chosen, stages[stage].diffusion)
+        enlarging, levels = with_stops(enlarging, stages, sampling, levels)
         if sampling["base"].classifier_scale is not None and (labels is None or (labels < 0).any()):
             raise ValueError(
                 f"classifier_scale={sampling['base'].classifier_scale} needs the label of every image, which the "
                 "classifier guides to"
             )
-        pipeline, place, unit = on_mesh(mesh, pipeline.replace(sampling=sampling, noise_levels=levels, batch_size=0))
-        program = _generate_low if low_res else _generate
+        pipeline = pipeline.replace(sampling=sampling, noise_levels=levels, batch_size=0)
+        pipeline = pipeline.replace(enlarging=() if low_res else enlarging)
+        pipeline, place, unit = on_mesh(mesh, pipeline)
+        program = in_context(mesh, _generate_low if low_res else _generate)
         return in_batches(
             functools.partial(call_fitting, program, pipeline, np.uint32(as_seed(seed))),
             (image_indices(start, count), labels),
@@ -233,12 +251,15 @@ class Cascade(flax.struct.PyTreeNode):
                 )
         return found, len(found)
 
-    def sample_base(self, keys: jax.Array | RecordedNoise, labels: jax.Array | None = None) -> jax.Array:
+    def sample_base(
+        self, keys: jax.Array | RecordedNoise, labels: jax.Array | None = None, *, stop: int | None = None
+    ) -> jax.Array:
         """Sample images of the base.
 
         Args:
             keys: [B].
             labels: int32[B], -1 for the null class.
+            stop: steps after which the noisy images are returned; None makes all.
 
         Returns:
             float32[B, R, R, C].
@@ -256,6 +277,7 @@ class Cascade(flax.struct.PyTreeNode):
             null=None if null is None else denoiser(model, **null),
             log_prob=log_prob,
             moments=model.moments,
+            stop=stop,
         )
 
 
@@ -294,8 +316,10 @@ def _run(
     Returns:
         The images, uint8[B, R, R, C], and bool[B] for each stage: whether all that it returned is finite.
     """
-    keys = image_keys(seed, index)
-    out = pipeline.sample_base(transition_keys(keys, 0), labels)
+    keys, enlarging = image_keys(seed, index), dict(pipeline.enlarging)
+    # Each stage stops where the next one says.
+    stops = [None] if low_res else stops_of(pipeline.enlarging)
+    out = pipeline.sample_base(transition_keys(keys, 0), labels, stop=stops[0])
     finite_of = [finite(out)]
     for number, (name, model) in enumerate(zip(pipeline.names, pipeline.upsamplers), 1):
         if not low_res:
@@ -308,6 +332,8 @@ def _run(
                 noise_level=pipeline.noise_levels.get(name),
                 conditions=inputs,
                 null=null,
+                enlarging=enlarging[name],
+                stop=stops[number],
             )
             finite_of.append(finite(out))
     return to_uint8(out), tuple(finite_of)

@@ -12,6 +12,7 @@ from ddpm_jax.diffusion.sampling import Sampling, sampling_from
 from ddpm_jax.diffusion.tokens import TokenSampling, token_sampling_from
 from ddpm_jax.errors import LoadError, ReadError
 from ddpm_jax.paths import as_path
+from ddpm_jax.pipelines.enlarging import checked_enlarging
 from ddpm_jax.storage.json_file import read_json, write_json
 from ddpm_jax.storage.metadata import check_plain, integer, number
 from ddpm_jax.version import __version__
@@ -44,7 +45,16 @@ def _levels(where: str, value: Any) -> None:
         number(0.0, 1.0)(f"{where}.{name}", level)
 
 
-_SHARED = {"batch_size": integer(1, 65_536), "noise_levels": _levels}
+def _enlarging(where: str, value: Any) -> None:
+    if not isinstance(value, Mapping):
+        raise LoadError(f"{where}={value!r:.60} must be an object with an object for each upsampler")
+    try:
+        checked_enlarging(list(value), value)
+    except ValueError as error:
+        raise LoadError(f"{where}: {error}") from None
+
+
+_SHARED = {"batch_size": integer(1, 65_536), "noise_levels": _levels, "enlarging": _enlarging}
 KINDS = {
     "UnCLIP": Kind(
         ("clip", "prior", "decoder"),
@@ -66,7 +76,8 @@ class PipelineDescription:
             of them, smallest images first.
         sampling: how each stage is sampled, by its role, or by the name of an upsampler's directory; the pipeline's
             default for one that is absent.
-        options: plain data: "batch_size", "noise_levels" of the upsamplers by name, and for UnCLIP "candidates".
+        options: plain data: "batch_size", "noise_levels" and "enlarging" of the upsamplers by name, and for UnCLIP
+            "candidates".
 
     Raises:
         ValueError: if a role, a stage or an option is unknown, missing or out of its range.
@@ -103,7 +114,8 @@ class PipelineDescription:
                 kind.options[name](f"options.{name}", value)
             except LoadError as error:
                 raise ValueError(str(error)) from None
-        _check_object("options.noise_levels", self.options.get("noise_levels", {}), self.upsamplers)
+        for name in ("noise_levels", "enlarging"):
+            _check_object(f"options.{name}", self.options.get(name, {}), self.upsamplers)
 
     def _check_upsamplers(self, places: Any) -> None:
         if isinstance(places, str) or not isinstance(places, Sequence) or len(places) > _UPSAMPLERS:

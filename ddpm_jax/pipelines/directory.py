@@ -76,7 +76,8 @@ def load(path: str | os.PathLike | None = None, *, ema: bool = True, network: nn
     models = sorted(file.parent.name for file in directory.glob(f"*/{MODEL_FILE}"))
     if len(models) == 1:
         model = open_model(directory / models[0], ema=ema, network=network)
-        return Cascade(base=model).checked() if {"diffusion", "image_size"} <= set(model.metadata) else model
+        alone = {"diffusion", "image_size"} <= set(model.metadata) and "low_resolution" not in model.metadata
+        return Cascade(base=model).checked() if alone else model
     hint = f"; it holds the models {', '.join(models)}, each of which can be opened alone" if models else ""
     raise LoadError(f"{directory} holds neither a pipeline ({PIPELINE_FILE}) nor a model ({MODEL_FILE}){hint}")
 

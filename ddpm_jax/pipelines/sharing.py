@@ -11,7 +11,13 @@ from ddpm_jax.parallel.mesh import make_local_mesh
 
 
 def generate_on_all_hosts(
-    generate: Callable[..., np.ndarray], count: int, each: Mapping[str, Any], *, start: int = 0, **kwargs: Any
+    generate: Callable[..., np.ndarray],
+    count: int,
+    each: Mapping[str, Any],
+    *,
+    start: int = 0,
+    space: int = 1,
+    **kwargs: Any,
 ) -> np.ndarray:
     """Generate images on all hosts, a part on each; all of them call it.
 
@@ -22,6 +28,7 @@ def generate_on_all_hosts(
         count: of the images, at least 1.
         each: arguments with an entry for each image, or None; a number is that of the images, as `num_images`.
         start: index of the first image.
+        space: devices that share the rows of each image in upsampling.
         **kwargs: arguments that are the same for all images.
 
     Returns:
@@ -32,7 +39,7 @@ def generate_on_all_hosts(
     # The last hosts may repeat the last image, which is left out below, so that all have as many.
     rows = np.minimum(np.arange(index * share, (index + 1) * share), count - 1)
     own = {name: _rows(value, rows) for name, value in each.items()}
-    images = generate(**own, start=start + index * share, mesh=make_local_mesh(at_most=share), **kwargs)
+    images = generate(**own, start=start + index * share, mesh=make_local_mesh(share, space=space), **kwargs)
     if hosts == 1:
         return images
     return np.asarray(multihost_utils.process_allgather(images, tiled=True))[:count]

@@ -21,6 +21,15 @@ from ddpm_jax.models.clip import CLIP, normalize
 from ddpm_jax.models.decoder import Decoder
 from ddpm_jax.models.prior import DiffusionPrior
 from ddpm_jax.pipelines.codes import check_codes, sample_code_embedding
+from ddpm_jax.pipelines.enlarging import (
+    Pairs,
+    checked_enlarging,
+    enlarging_options,
+    in_context,
+    stops_of,
+    stored_enlarging,
+    with_stops,
+)
 from ddpm_jax.pipelines.request import (
     as_prompts,
     as_seed,
@@ -71,6 +80,7 @@ class UnCLIP(flax.struct.PyTreeNode):
         batch_size: images at a time, unless `generate` is given another number.
         codes: the `EmbeddingCodes` that an `AutoregressivePrior` predicts; None with a `DiffusionPrior`.
         statistics: the `EmbeddingStatistics` of a `DiffusionPrior` that works on standardized embeddings, or None.
+        enlarging: tiles and truncation of upsamplers by their names, `enlarging.Enlarging`; whole images by default.
     """
 
     clip: Model
@@ -85,6 +95,7 @@ class UnCLIP(flax.struct.PyTreeNode):
     batch_size: int = _static(64)
     codes: Model | None = None
     statistics: Model | None = None
+    enlarging: Pairs = _static(())
 
     @property
     def image_size(self) -> int:
@@ -137,6 +148,7 @@ class UnCLIP(flax.struct.PyTreeNode):
         sampling = {stage: self.sampling.get(stage, own).checked(f"{stage}_") for stage, own in default.items()}
         levels, _ = noise_levels(dict(zip(names, self.upsamplers)), self.noise_levels, {})
         pipeline = self.replace(tokenizer=tokenizer, sampling=sampling, noise_levels=levels, names=names)
+        pipeline = pipeline.replace(enlarging=checked_enlarging(names, self.enlarging))
         for stage, model in pipeline._diffusions().items():
             check_steps(f"{stage}_steps", sampling[stage], model.diffusion)
         return pipeline
@@ -152,7 +164,9 @@ class UnCLIP(flax.struct.PyTreeNode):
     def options(self) -> dict[str, Any]:
         """Options in pipeline.json besides models and sampling."""
         levels = {"noise_levels": dict(self.noise_levels)} if self.noise_levels else {}
-        return {"candidates": self.candidates, "batch_size": self.batch_size, **levels}
+        own = stored_enlarging(self.enlarging)
+        enlarging = {"enlarging": own} if own else {}
+        return {"candidates": self.candidates, "batch_size": self.batch_size, **levels, **enlarging}
 
     @property
     def _by_codes(self) -> bool:
@@ -202,7 +216,8 @@ class UnCLIP(flax.struct.PyTreeNode):
             report: called with the number of images each time some are done.
             options: the fields of `diffusion.sampling.Sampling` of a stage by the names <stage>_<field>, such as
                 prior_scale, decoder_steps and upsampler_sampler, and <field> alone for the decoder; of an
-                `AutoregressivePrior` prior_scale, prior_temperature and prior_top_p; and <upsampler>_noise_level.
+                `AutoregressivePrior` prior_scale, prior_temperature and prior_top_p; and <upsampler>_noise_level,
+                <upsampler>_truncated, <upsampler>_tile and <upsampler>_overlap, see `enlarging.Enlarging`.
 
         Returns:
             uint8[N, R, R, 3].
@@ -216,10 +231,13 @@ class UnCLIP(flax.struct.PyTreeNode):
         pipeline = self.checked()
         models = pipeline._diffusions()
         levels, options = noise_levels(dict(zip(pipeline.names, self.upsamplers)), pipeline.noise_levels, options)
+        enlarging, options = enlarging_options(pipeline.names, dict(pipeline.enlarging), options)
         able = {"guided": ("prior", "decoder"), "measured": with_moments(models), "normed": ("prior",)}
         sampling = stage_samplings(pipeline.sampling, options, **able)
         for stage, model in models.items():
             check_steps(f"{stage}_steps", sampling[stage], model.diffusion)
+        images_of = {name: models[name] for name in ("decoder", *pipeline.names)}
+        enlarging, levels = with_stops(enlarging, images_of, sampling, levels)
         length = self.clip.metadata["length"]
         tokens, mask = tokenize(pipeline.tokenizer, prompts, length, allow_empty=True)
         keep = np.array([bool(pipeline.tokenizer.ids(text)) for text in prompts])
@@ -229,10 +247,11 @@ class UnCLIP(flax.struct.PyTreeNode):
         names = () if low_res else pipeline.names
         # Without the tokenizer, which the compiled program would keep alive.
         pipeline = pipeline.replace(sampling=sampling, noise_levels=levels, tokenizer=None, batch_size=0)
+        pipeline = pipeline.replace(enlarging=() if low_res else enlarging)
         pipeline, place, unit = on_mesh(mesh, pipeline)
         static = {"embedding": embedding, "use_text": bool(use_text), "low_res": bool(low_res)}
         return in_batches(
-            functools.partial(call_fitting, _generate, pipeline, np.uint32(as_seed(seed)), **static),
+            functools.partial(call_fitting, in_context(mesh, _generate), pipeline, np.uint32(as_seed(seed)), **static),
             (image_indices(start, len(prompts)), tokens, mask, keep, *negative, images),
             batch_size=self.batch_size if batch_size is None else batch_size,
             stages=("CLIP model", "prior", "decoder", *names),
@@ -326,6 +345,7 @@ class UnCLIP(flax.struct.PyTreeNode):
         keep_image: jax.Array | None = None,
         keep_text: jax.Array | None = None,
         negative: tuple[Text, jax.Array, jax.Array] | None = None,
+        stop: int | None = None,
     ) -> jax.Array:
         """Sample images of embeddings and captions (DALL-E 2, section 2.1).
 
@@ -338,6 +358,7 @@ class UnCLIP(flax.struct.PyTreeNode):
             keep_text: bool[B], False drops the caption.
             negative: (text, tokens, keep_text) of the negative prompts, with the null embedding; both conditions
                 are dropped together by default.
+            stop: steps after which the noisy images are returned; None makes all.
 
         Returns:
             float32[B, R, R, 3] in [-1, 1].
@@ -362,6 +383,7 @@ class UnCLIP(flax.struct.PyTreeNode):
             (size, size, model.metadata.get("channels", 3)),
             null=null,
             moments=model.moments,
+            stop=stop,
         )
 
 
@@ -434,6 +456,9 @@ def _generate(
         z_image = pipeline.encode_image(to_float(images))
     else:
         z_image, keep_image = text.z, keep if embedding == "text" else ~everything
+    enlarging = dict(pipeline.enlarging)
+    # Each stage stops where the next one says.
+    stops = [None] if low_res else stops_of(pipeline.enlarging)
     out = pipeline.decode(
         z_image,
         text,
@@ -442,14 +467,22 @@ def _generate(
         keep_image=keep_image,
         keep_text=keep if use_text else ~everything,
         negative=negative,
+        stop=stops[0],
     )
     encoded = everything if embedding == "none" else finite(text.z) & finite(text.hidden)
     if embedding == "image":
         encoded &= finite(z_image)
     finite_of = [encoded, finite(z_image) if embedding == "prior" else everything, finite(out)]
-    for number, (name, model) in enumerate(zip(pipeline.names, pipeline.upsamplers), 2):
+    for number, (name, model) in enumerate(zip(pipeline.names, pipeline.upsamplers)):
         if not low_res:
-            own, level = transition_keys(keys, number), pipeline.noise_levels.get(name)
-            out = upsample(model, pipeline.sampling[name], out, own, noise_level=level)
+            out = upsample(
+                model,
+                pipeline.sampling[name],
+                out,
+                transition_keys(keys, number + 2),
+                noise_level=pipeline.noise_levels.get(name),
+                enlarging=enlarging[name],
+                stop=stops[number + 1],
+            )
             finite_of.append(finite(out))
     return to_uint8(out), tuple(finite_of)

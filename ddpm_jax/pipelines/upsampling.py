@@ -5,10 +5,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ddpm_jax.diffusion.samplers import RecordedNoise
 from ddpm_jax.diffusion.samplers.noise import per_example_normal, transition_keys
 from ddpm_jax.diffusion.sampling import Sampling, sample_with
+from ddpm_jax.diffusion.tiles import tiled_denoiser
+from ddpm_jax.pipelines.enlarging import Enlarging, split_rows
 from ddpm_jax.pipelines.request import as_float
 from ddpm_jax.storage.model_directory import Model
 from ddpm_jax.types import Denoiser
@@ -107,6 +110,8 @@ def upsample(
     noise_level: float | jax.Array | None = None,
     conditions: Mapping[str, Any] | None = None,
     null: Mapping[str, Any] | None = None,
+    enlarging: Enlarging = Enlarging(),  # noqa: B008 (it is frozen)
+    stop: int | None = None,
 ) -> jax.Array:
     """Enlarge images (SR3; cascaded diffusion, Ho et al. 2022).
 
@@ -116,9 +121,12 @@ def upsample(
         sampling: how.
         images: float32[B, h, w, C] in [-1, 1].
         keys: [B].
-        noise_level: standard deviation of the noise that is added to the images, in [0, 1]; None adds none.
+        noise_level: standard deviation of the noise that is added to the images, in [0, 1]; None adds none. With
+            `enlarging.truncated` it is in the images already.
         conditions: other inputs of the network by name.
         null: the same inputs for the unconditional branch of guidance, if it has one.
+        enlarging: tiles, and whether the images are noisy.
+        stop: steps of the sampler after which its noisy image is returned; None makes all.
 
     Returns:
         float32[B, R, R, C].
@@ -126,7 +134,7 @@ def upsample(
     low, inputs = model.metadata.get("low_resolution", {}), {"low_res": images, **(conditions or {})}
     if low.get("noise_level_input", False):
         inputs["noise_level"] = jnp.full(len(images), 0.0 if noise_level is None else noise_level, jnp.float32)
-    if noise_level is not None:
+    if noise_level is not None and not enlarging.truncated:
         # As in training (`training.tasks.conditions.LowResolution`).
         clean = jnp.sqrt(1.0 - jnp.square(noise_level)) * images if low.get("variance_preserving", False) else images
         inputs["low_res"] = clean + noise_level * per_example_normal(transition_keys(keys, _NOISE), images)
@@ -134,9 +142,25 @@ def upsample(
     return sample_with(
         sampling,
         model.diffusion,
-        denoiser(model, **inputs),
+        _denoiser_of_size(model, enlarging, inputs),
         keys,
         (size, size, images.shape[-1]),
-        null=None if null is None else denoiser(model, **(inputs | dict(null))),
+        null=None if null is None else _denoiser_of_size(model, enlarging, inputs | dict(null)),
         moments=model.moments,
+        stop=stop,
     )
+
+
+def _denoiser_of_size(model: Model, enlarging: Enlarging, inputs: Mapping[str, Any]) -> Denoiser:
+    """Return the network with its inputs, on whole images, on rows that devices share, or on tiles."""
+    if enlarging.tile is None:
+        whole = denoiser(model, **inputs)
+        return lambda xt, t: split_rows(whole(split_rows(xt), t))
+    others, overlap = dict(inputs), enlarging.overlap
+    low_res, unet = others.pop("low_res"), getattr(model.network, "unet", None)
+    unit = 1 if unet is None else unet.patch * 2 ** (len(unet.channel_mult) - 1)
+    if overlap is None:
+        step = int(np.lcm(unit, image_size_of(model) // low_res.shape[1]))
+        overlap = enlarging.tile // (4 * step) * step
+    network = lambda xt, t, low_res: denoiser(model, low_res=low_res, **others)(xt, t)  # noqa: E731
+    return tiled_denoiser(network, {"low_res": low_res}, tile=enlarging.tile, overlap=overlap, unit=unit)

@@ -24,6 +24,7 @@ def sample(
     variance: Variance = "fixed_small",
     x0_transform: Callable[[jax.Array], jax.Array] | None = None,
     x_init: jax.Array | None = None,
+    stop: int | None = None,
     trajectory: bool = False,
     progress: Callable[[int], None] | None = None,
     progress_every: int = 10,
@@ -47,20 +48,23 @@ def sample(
         x0_transform: applied to every estimate of x0, e.g. ``guidance.static_threshold()``.
         x_init: float[B, *shape] to start from, instead of noise of standard deviation ``process.prior_std``. Needed
             where the process ends in the less noisy half of the steps of the one it was made from.
+        stop: make this number of the T transitions alone, at least 1, and return x_t there.
         trajectory: also return the state after every step.
         progress: called with the number of steps made, after every ``progress_every`` of them and after the last; at
             the others the compiled program is not left. Not for use under ``vmap``.
         progress_every: >= 1.
 
     Returns:
-        x0, float32[B, *shape]; with ``trajectory`` the pair of it and float32[T, B, *shape], whose last entry it is.
+        x0, float32[B, *shape], or x_t with ``stop``; with ``trajectory`` the pair of it and float32[T, B, *shape],
+        whose last entry it is.
 
     Raises:
         ValueError: if keys or x_init do not fit, prediction, variance and the network's output contradict each other,
-            the process ends too early to start from noise, or progress_every < 1.
+            the process ends too early to start from noise, or stop or progress_every are out of their range.
     """
     keys = check_keys(keys)
-    _check_options(process, keys, shape, trajectory, progress_every)
+    count = process.num_steps if stop is None else stop
+    _check_options(process, keys, shape, count, trajectory, progress_every)
     step = ancestral_step() if step is None else step
     dtype = process.betas.dtype
     if x_init is None:
@@ -82,14 +86,14 @@ def sample(
         number, here, there = inputs
         xt, carry = step.update(predict_fn, transition_keys(keys, number), xt, here, there, carry)
         if progress is not None:
-            due = (number % progress_every == 0) | (number == process.num_steps)
+            due = (number % progress_every == 0) | (number == count)
             jax.lax.cond(due, lambda: jax.debug.callback(_report(progress), number, ordered=False), lambda: None)
         return (xt, carry), xt if trajectory else None
 
     x_init = x_init.astype(dtype)
     grid = time_grid(process)
-    here, there = jax.tree.map(lambda a: a[:-1], grid), jax.tree.map(lambda a: a[1:], grid)
-    numbers = jnp.arange(1, process.num_steps + 1)  # 0 is the initial noise
+    here, there = jax.tree.map(lambda a: a[:count], grid), jax.tree.map(lambda a: a[1 : count + 1], grid)
+    numbers = jnp.arange(1, count + 1)  # 0 is the initial noise
     (x0, _), states = jax.lax.scan(transition, (x_init, step.init(x_init)), (numbers, here, there))
     return (x0, states) if trajectory else x0
 
@@ -98,6 +102,7 @@ def _check_options(
     process: GaussianProcess,
     keys: jax.Array | RecordedNoise,
     shape: tuple[int, ...],
+    stop: int,
     trajectory: bool,
     progress_every: int,
 ) -> None:
@@ -107,6 +112,9 @@ def _check_options(
             f"each of {process.num_steps} transitions, got shape {keys.values.shape}"
         )
     check_static("shape", shape, "since arrays are made of it")
+    check_static("stop", stop, "since it is the length of the loop")
+    if not 1 <= stop <= process.num_steps:
+        raise ValueError(f"{stop=} must be a number of transitions in [1, {process.num_steps}]")
     check_static("trajectory", trajectory, "since it decides what is returned")
     check_static("progress_every", progress_every, "since it is compiled into the loop")
     if progress_every < 1:
