@@ -1,0 +1,136 @@
+"""configs/upsampler.py and `ddpm_jax.sweep`: sizes, a smoke run, and the measures."""
+
+import json
+import math
+import re
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from ddpm_jax.cli import load_recipe
+from ddpm_jax.data.arrays import ArraySource
+from ddpm_jax.data.shapes.scenes import ShapesSource
+from ddpm_jax.evaluation.upsampling import best_levels, bicubic, psnr, read_pairs, sliced_wasserstein
+from ddpm_jax.parallel.mesh import make_mesh
+from ddpm_jax.training import train
+from ddpm_jax.training.abstract import AbstractStages
+
+RECIPE = load_recipe(str(Path(__file__).parents[1] / "configs" / "upsampler.py"))
+
+
+def images(*shape, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, shape, np.uint8)
+
+
+def config_of(variant, tmp_path):
+    config = RECIPE.get_config(variant)
+    if not config.data.path:
+        for number in range(4):
+            Image.fromarray(images(24, 20, 3, seed=number)).save(tmp_path / f"{number}.png")
+        config.data.update(path=str(tmp_path), held_out=0.25)
+    return config
+
+
+@pytest.mark.parametrize("variant", ["", "shapes"])
+def test_variants_have_their_documented_sizes(variant, tmp_path):
+    rows = dict(re.findall(r"configs/upsampler.py:?(\w*) .*: ([\d.]+)M", RECIPE.__doc__))
+    (stage,) = RECIPE.stages(config_of(variant, tmp_path))
+    abstract = AbstractStages((stage,), make_mesh({"data": -1}, devices=jax.devices()[:1]))
+    size = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract.state(stage).params))
+    assert abs(size / 1e6 - float(rows[variant])) <= 0.05
+
+
+@pytest.mark.parametrize("degradation", ["none", "blur", "bsr"])
+def test_low_resolution_images_are_made_on_the_host_or_the_device(degradation, tmp_path):
+    config = config_of("smoke", tmp_path)
+    config.degradation = degradation
+    (stage,) = RECIPE.stages(config)
+    (condition,) = stage.task.conditions
+    names = [type(transform).__name__ for transform in stage.transforms]
+    assert (names[-1] == "DegradeBSR") == (condition.entry == "low_res") == (degradation == "bsr")
+    assert condition.blur_rate == (0.5 if degradation == "blur" else 0.0)
+    assert condition.noise_level_input and condition.variance_preserving and condition.noise == 0.3
+
+
+def test_what_cannot_be(tmp_path):
+    config = config_of("smoke", tmp_path)
+    config.degradation = "jpeg"
+    with pytest.raises(ValueError, match="degradation='jpeg' must be one of 'none', 'blur', 'bsr'"):
+        RECIPE.stages(config)
+    config.update(degradation="bsr", crop=18)
+    with pytest.raises(ValueError, match="factor=4 must divide image_size=32 and crop=18"):
+        RECIPE.stages(config)
+    with pytest.raises(ValueError, match="data.path is needed"):
+        RECIPE.stages(RECIPE.get_config())
+
+
+# ---- Measures --------------------------------------------------------------------------------------------------------
+
+
+def test_psnr_is_that_of_its_definition():
+    one, other = images(3, 8, 8, 3), images(3, 8, 8, 3, seed=1)
+    expected = [20 * np.log10(255) - 10 * np.log10(np.square(a.astype(float) - b).mean()) for a, b in zip(one, other)]
+    np.testing.assert_allclose(psnr(one, other), expected)
+    np.testing.assert_allclose(psnr(one, one), 20 * np.log10(255) + 10 * np.log10(12))
+    with pytest.raises(ValueError, match="must be uint8 of one shape"):
+        psnr(one, other[:2])
+
+
+def test_the_distance_of_details_is_that_of_their_distributions():
+    """0 of a set to itself, small between samples of one distribution, large to images of other details."""
+    source = ShapesSource(0, 32)
+    shapes = np.stack([source[i]["image"] for i in range(64)])
+    blurred = bicubic(shapes[:, ::4, ::4], 32)
+    assert sliced_wasserstein(shapes, shapes) == 0
+    halves = sliced_wasserstein(shapes[:32], shapes[32:])
+    assert halves < sliced_wasserstein(shapes[:32], blurred[32:])
+    assert halves < sliced_wasserstein(shapes[:32], images(32, 32, 32, 3))
+
+
+def test_the_best_level_of_each_measure():
+    rows = [{"level": 0.0, "psnr": 20.0, "swd": 9.0}, {"level": 0.1, "psnr": 21.0, "swd": 8.0}]
+    rows.append({"level": 0.2, "psnr": 19.0, "swd": 7.0})
+    found = best_levels(rows)
+    assert {measure: row["level"] for measure, row in found.items()} == {"psnr": 0.1, "swd": 0.2}
+
+
+def test_pairs_are_held_out_images_and_their_copies():
+    pixels = images(4, 16, 16, 3)
+    averaged = np.rint(pixels.reshape(4, 4, 4, 4, 4, 3).mean((2, 4)))
+    low, high = read_pairs(ArraySource(pixels), 16, 4, count=3)
+    np.testing.assert_array_equal(high, pixels[:3])
+    np.testing.assert_array_equal(low, averaged[:3])
+    degraded = [read_pairs(ArraySource(pixels), 16, 4, count=n, degradation="bsr")[0] for n in (3, 2)]
+    np.testing.assert_array_equal(degraded[0][:2], degraded[1])
+    assert (degraded[0] != low).any((1, 2, 3)).all()
+    with pytest.raises(ValueError, match="count=5 is more than the 4 images that there are"):
+        read_pairs(ArraySource(pixels), 16, 4, count=5)
+
+
+# ---- The run ---------------------------------------------------------------------------------------------------------
+
+
+def test_smoke_trains_and_is_swept(tmp_path, call):
+    pytest.importorskip("matplotlib")
+    config = RECIPE.get_config("smoke")
+    config.training.update(progress=False, preview_every=0, eval_every=0, num_steps=1)
+    mesh = make_mesh({"data": -1}, devices=jax.devices()[:1])
+    train(RECIPE.stages(config), tmp_path / "run", mesh=mesh)
+    flags = ["--workdir", tmp_path / "run", "--data", "shapes", "--out", tmp_path / "sweep", "--num_images", "4"]
+    flags += ["--degradation", "bsr", "--steps", "2", "--batch_size", "4"]
+    status, out, _ = call("sweep", *flags, "--levels", "0,0.3")
+    found = json.loads((tmp_path / "sweep" / "sweep.json").read_text())
+    assert status == 0 and "Best level, restored: " in out
+    assert [row["level"] for row in found["levels"]] == [0.0, 0.3]
+    assert all(np.isfinite([row["psnr"], row["swd"]]).all() for row in [found["bicubic"], *found["levels"]])
+    for name in ("sweep.png", "images.png"):
+        assert Image.open(tmp_path / "sweep" / name).size[0] > 100
+    assert (tmp_path / "sweep" / "table.md").read_text().count("| restored |") == 2
+    status, _, err = call("sweep", *flags, "--levels", "0,0.5")
+    assert status == 2 and "--levels=0,0.5 must lie in [0, 0.3], the levels of training" in err
+    status, _, err = call("sweep", *flags, "--generated", "--levels", "0")
+    assert status == 2 and "--generated needs a pipeline" in err
+    assert call("sweep", "--out", tmp_path / "other")[0] == 2
