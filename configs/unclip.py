@@ -28,13 +28,16 @@ What differs from the paper:
   al. 2021. In all stages warm-up and gradient clipping are ours.
 - up_256: its 27 steps are GLIDE's "fast27"; the paper does not say which. Half of its training examples are blurred,
   as SR3 and its followers do; the paper does not say how many.
-- up_1024: the paper degrades its low-resolution images by BSR (random blur, resizing, noise and JPEG), which is not
-  here; the blur of up_256 stands in its place.
+- up_1024: its low-resolution images are degraded by BSR (random blur, resizing, noise and JPEG) with the numbers of
+  latent diffusion's milder variant (`data.degradation.DegradeBSR`); the paper names latent diffusion and no numbers.
+- Sampling of up_1024 runs on tiles of 256 x 256, the size of its training crops, so that memory is bounded
+  (docs/upsamplers.md); the paper does not say how it was run.
 """
 
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
+from ddpm_jax.data.degradation import DegradeBSR
 from ddpm_jax.data.open_source import open_source
 from ddpm_jax.data.shapes.scenes import ShapesSource
 from ddpm_jax.data.tokenizer import ClipTokenizer
@@ -99,6 +102,7 @@ def upsampler(size: int, low: int, **fields) -> dict:
         "low_size": low,
         "crop": size // 4,
         "diffusion": {"schedule": "cosine", "num_steps": 1000},
+        "degradation": "blur",
         "blur_sigma": 0.6,
         "blur_rate": 0.5,
         "noise": 0.0,
@@ -160,12 +164,14 @@ def get_config(variant: str = "") -> ConfigDict:
     unet = {"channels": 192, "channel_mult": (1, 1, 2, 2, 4, 4), "num_res_blocks": 2, "dropout": 0.0}
     config.up_1024 = upsampler(1024, 256, unet=unet, training=training(512, 1_000_000, 1.0e-4))
     config.up_1024.diffusion.schedule = "linear"
+    config.up_1024.degradation = "bsr"
     config.sample = {
         "prior": {"sampler": "ancestral", "steps": "64"},
         "candidates": 2,
         "decoder": {"sampler": "ancestral", "steps": "250", "scale": 1.25, "threshold": 1.0},
         "up_256": {"sampler": "ddim", "steps": "fast27", "threshold": 1.0},
         "up_1024": {"sampler": "ddim", "steps": "15", "threshold": 1.0},
+        "tile": 256,  # of up_1024; 0 runs on whole images
         "batch_size": 64,
     }
     config.tensorboard = False
@@ -237,12 +243,21 @@ def stages(config: ConfigDict) -> tuple[Stage, ...]:
                 name=name,
                 task=upsampler_task(c, name),
                 source=source(c, c[name].image_size),
-                transforms=(Select(("image",)), CenterCrop(c[name].image_size), RandomCrop(c[name].crop)),
+                transforms=crops(c, name),
                 training=trained(c[name]),
             )
             for name in UPSAMPLERS
         ),
     )
+
+
+def crops(config: ConfigDict, name: str) -> tuple:
+    """Return the transforms of an upsampler: crops, and their degraded copies if they are not made on the device."""
+    c = config[name]
+    if c.degradation not in ("blur", "bsr"):
+        raise ValueError(f"{name}.degradation={c.degradation!r} must be 'blur' or 'bsr'")
+    degraded = (DegradeBSR(c.image_size // c.low_size),) if c.degradation == "bsr" else ()
+    return (Select(("image",)), CenterCrop(c.image_size), RandomCrop(c.crop), *degraded)
 
 
 def source(config: ConfigDict, size: int):
@@ -282,6 +297,7 @@ def upsampler_task(config: ConfigDict, name: str) -> DiffusionTask:
     c = config[name]
     if c.image_size % c.low_size:
         raise ValueError(f"{name}.image_size={c.image_size} must be a multiple of {name}.low_size={c.low_size}")
+    bsr = c.degradation == "bsr"
     unet = UNet(
         out_channels=3,
         attention_resolutions=(),
@@ -299,9 +315,10 @@ def upsampler_task(config: ConfigDict, name: str) -> DiffusionTask:
                 c.low_size,
                 c.image_size // c.low_size,
                 blur_sigma=c.blur_sigma,
-                blur_rate=c.blur_rate,
+                blur_rate=0.0 if bsr else c.blur_rate,
                 noise=c.noise,
                 noise_level_input=c.noise_level_input,
+                entry="low_res" if bsr else None,
             ),
         ),
         sampling=sampling_from(config.sample[name], name=f"sample.{name}"),
@@ -315,7 +332,8 @@ def pipeline(config: ConfigDict) -> PipelineDescription:
         "UnCLIP",
         models={"clip": "clip", "prior": "prior", "decoder": "decoder", "upsamplers": list(UPSAMPLERS)},
         sampling={name: sampling_from(config.sample[name], name=f"sample.{name}") for name in names},
-        options={"candidates": config.sample.candidates, "batch_size": config.sample.batch_size},
+        options={"candidates": config.sample.candidates, "batch_size": config.sample.batch_size}
+        | ({"enlarging": {"up_1024": {"tile": config.sample.tile}}} if config.sample.tile else {}),
     )
 
 
@@ -338,4 +356,4 @@ def smoke(config: ConfigDict) -> None:
         config[stage].unet.update(channels=32, channel_mult=(1,), num_res_blocks=1)
         config.sample[stage].steps = "2"
     config.sample.prior.steps = config.sample.decoder.steps = "2"
-    config.sample.batch_size = 8
+    config.sample.update(tile=32, batch_size=8)
