@@ -156,6 +156,10 @@ def split_rows(x: jax.Array) -> jax.Array:
     mesh = get_abstract_mesh()
     if SPACE not in mesh.shape:
         return x
+    if x.shape[1] % mesh.shape[SPACE]:
+        raise ValueError(
+            f"the axis 'space' of the mesh has {mesh.shape[SPACE]} devices, which do not divide {x.shape[1]} rows"
+        )
     return jax.lax.with_sharding_constraint(x, PartitionSpec(batch_axes(mesh), SPACE))
 
 
