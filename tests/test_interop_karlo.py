@@ -27,6 +27,7 @@ from ddpm_jax.models.decoder import Decoder
 from ddpm_jax.models.unet import UNet
 from ddpm_jax.models.upsampler import Upsampler
 from ddpm_jax.pipelines import karlo as karlo_pipeline
+from ddpm_jax.pipelines.decoding import KarloDecoding, Words
 
 REFERENCE = np.load(Path(__file__).parent / "data" / "karlo.npz")
 D, KEYS = 32, example_keys(jax.random.key(0), 1)
@@ -184,10 +185,17 @@ def test_the_pipeline_from_captions(pipeline):
 
 
 def test_variations_of_an_image(pipeline):
+    """By the interface of the manipulations, which `pipelines.manipulation.variations` samples with."""
+    steps = {stage: sampling.with_options(steps=3) for stage, sampling in pipeline.sampling.items()}
+    decoding = KarloDecoding(pipeline.replace(sampling=steps))
+    tokens = jnp.asarray([[298] + 11 * [299]] * 2, jnp.int32)
+    empty = Words(tokens, end_mask(tokens, 299), jnp.ones(2, bool))
+
     @fast_jit
     def run(noise):
-        empty = text_of(pipeline, ["", ""])
-        return drawn(pipeline, pipeline.encode_image(given("picture")), empty, empty, noise)
+        z_image = decoding.embed(given("picture"))
+        images = decoding.decode(z_image, jnp.ones(2, bool), empty, empty, noise[0])
+        return decoding.pipeline.upsample(images, noise[1]) / 2 + 0.5
 
     np.testing.assert_allclose(run(recorded("image")), REFERENCE["pipeline/image"], atol=2e-3)
 

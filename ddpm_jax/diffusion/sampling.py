@@ -215,6 +215,7 @@ def sample_with(
     log_prob: Callable[[jax.Array, jax.Array], jax.Array] | None = None,
     moments: jax.Array | None = None,
     project: Callable[[jax.Array], jax.Array] | None = None,
+    wrap_step: Callable[[Step], Step] | None = None,
     **options: Any,
 ) -> Any:
     """Sample a network as `sampling` says: respace, guide, threshold, and run `samplers.sample`.
@@ -229,6 +230,7 @@ def sample_with(
         log_prob: (xt, t) -> float[B], the log-probability of the class that is wanted, for `classifier_scale`.
         moments: float32[T] of the whole process, for "analytic".
         project: brings data to the norm of the training data, for `l2_clamp`.
+        wrap_step: makes another step of the sampler's, such as `samplers.repaint_step`.
         **options: of `samplers.sample`: x_init, stop, trajectory, progress, progress_every.
 
     Returns:
@@ -254,12 +256,13 @@ def sample_with(
             levels = process if sampling.churn is None else diffusion.process
             denoise = classifier_guided(levels, denoise, log_prob, sampling.classifier_scale, prediction=prediction)
     short_moments = None if moments is None else moments[process.timestep_map]
+    step = sampling.step(guide, short_moments, diffusion.process)
     return sample(
         process,
         denoise,
         keys,
         shape,
-        step=sampling.step(guide, short_moments, diffusion.process),
+        step=step if wrap_step is None else wrap_step(step),
         prediction=diffusion.prediction,
         variance=diffusion.variance,
         x0_transform=sampling.x0_transform(project),

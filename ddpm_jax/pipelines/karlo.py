@@ -43,7 +43,7 @@ from ddpm_jax.pipelines.request import (
 )
 from ddpm_jax.pipelines.stages import Text, finite
 from ddpm_jax.storage.model_directory import Converted
-from ddpm_jax.types import to_uint8
+from ddpm_jax.types import Denoiser, Step, to_uint8
 
 STAGES = ("text encoder", "image encoder", "prior", "decoder", "upsampler")
 DIFFUSION = {
@@ -197,25 +197,44 @@ class Karlo(flax.struct.PyTreeNode):
         Returns:
             float32[B, h, h, 3] in [-1, 1].
         """
-
-        def network(text: Text, keep: jax.Array) -> Callable[..., jax.Array]:
-            params, z = {"params": self.params["decoder"]}, _scaled(z_image)
-            return lambda xt, t: self.decoder.apply(params, xt, t, z, text.z, text.hidden, text.mask, keep)
-
+        denoise, null_denoise = self.denoisers(z_image, text, null)
         images = sample_with(
             self.sampling["decoder"].with_options("decoder_", **options),
             DIFFUSION["decoder"],
-            network(text, jnp.ones(len(z_image), bool)),
+            denoise,
             keys,
             (self.sizes[0], self.sizes[0], 3),
-            null=network(null, jnp.zeros(len(z_image), bool)),
+            null=null_denoise,
         )
         return bounded(images)
 
-    def upsample(self, images: jax.Array, keys: jax.Array, **options: Any) -> jax.Array:
+    def denoisers(
+        self, z_image: jax.Array, text: Text, null: Text, *, keep_image: jax.Array | None = None
+    ) -> tuple[Denoiser, Denoiser]:
+        """Return the decoder closed over its conditions, and over what guidance leads away from; as for `decode`.
+
+        keep_image: bool[B], False gives the null embedding; None keeps all.
+        """
+        params, z = {"params": self.params["decoder"]}, _scaled(z_image)
+
+        def network(text: Text, keep: jax.Array) -> Denoiser:
+            return lambda xt, t: self.decoder.apply(params, xt, t, z, text.z, text.hidden, text.mask, keep)
+
+        keep = jnp.ones(len(z_image), bool) if keep_image is None else keep_image
+        return network(text, keep), network(null, jnp.zeros(len(z_image), bool))
+
+    def upsample(
+        self,
+        images: jax.Array,
+        keys: jax.Array,
+        *,
+        wrap_step: Callable[[Step], Step] | None = None,
+        **options: Any,
+    ) -> jax.Array:
         """Enlarge images, float32[B, h, h, 3] in [-1, 1]; the network "last" is used at t = 0, "first" before.
 
-        keys: [B], or `RecordedNoise`. options: fields of `Sampling` in place of those of the pipeline's.
+        keys: [B], or `RecordedNoise`. wrap_step: of `sample_with`. options: fields of `Sampling` in place of those of
+        the pipeline's.
         """
         network = lambda name, xt, t: self.upsampler.apply({"params": self.params[name]}, xt, t, images)  # noqa: E731
         larger = sample_with(
@@ -224,6 +243,7 @@ class Karlo(flax.struct.PyTreeNode):
             lambda xt, t: jax.lax.cond(t[0] == 0, lambda: network("last", xt, t), lambda: network("first", xt, t)),
             keys,
             (self.sizes[1], self.sizes[1], 3),
+            wrap_step=wrap_step,
         )
         return bounded(larger)
 

@@ -258,7 +258,7 @@ def call_fitting(program: Callable[..., Any], *arguments: Any, **options: Any) -
 
 
 def in_batches(
-    run: Callable[..., tuple[jax.Array, Sequence[jax.Array]]],
+    run: Callable[..., tuple[Any, Sequence[jax.Array]]],
     arrays: Sequence[Any],
     *,
     batch_size: Any,
@@ -267,12 +267,12 @@ def in_batches(
     name: str = "prompts",
     place: Callable[[Any], Any] = lambda array: array,
     unit: int = 1,
-) -> np.ndarray:
+) -> Any:
     """Run a compiled program over all examples, in `batches`.
 
     Args:
-        run: takes the same rows of every array, and returns images [B, ...] and bool[B] for each stage, whether all
-            that it returned is finite.
+        run: takes the same rows of every array, and returns images [B, ...], or a tree of such arrays, and bool[B] for
+            each stage, whether all that it returned is finite.
         arrays: each [N, ...], or None.
         batch_size: examples at a time.
         stages: their names, in the order in which they run.
@@ -282,7 +282,7 @@ def in_batches(
         unit: the smallest batch; batch_size is rounded up to a multiple of it.
 
     Returns:
-        The images of all examples, [N, ...].
+        The images of all examples, [N, ...], or a tree of them.
 
     Raises:
         ValueError: if batch_size is not an integer in its range.
@@ -295,10 +295,10 @@ def in_batches(
     for rows, new in batches(count, -(-batch_size // unit) * unit, unit):
         images, finite_of = run(*(place(None if array is None else array[rows]) for array in arrays))
         check_finite(stages, finite_of, rows, name)
-        done.append(np.asarray(images)[:new])
+        done.append([np.asarray(array)[:new] for array in jax.tree.leaves(images)])
         if report is not None:
             report(new)
-    return np.concatenate(done)
+    return jax.tree.unflatten(jax.tree.structure(images), map(np.concatenate, zip(*done)))
 
 
 def as_prompts(prompts: Iterable[str]) -> list[str]:

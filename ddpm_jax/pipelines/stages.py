@@ -11,7 +11,16 @@ from ddpm_jax.models.embedding_norm import EmbeddingNorm, EmbeddingStatistics
 from ddpm_jax.storage.model_directory import Model
 from ddpm_jax.types import to_uint8
 
-__all__ = ["Text", "bounded", "check_statistics", "embedding_norm", "finite", "to_uint8", "with_moments"]
+__all__ = [
+    "Text",
+    "bounded",
+    "check_statistics",
+    "embedding_norm",
+    "finite",
+    "kept_in_training",
+    "to_uint8",
+    "with_moments",
+]
 
 
 class Text(flax.struct.PyTreeNode):
@@ -61,3 +70,10 @@ def embedding_norm(prior: Model, statistics: Model | None) -> EmbeddingNorm:
 def finite(values: jax.Array) -> jax.Array:
     """Return whether all values of each example are finite. values: float[B, ...]. Returns bool[B]."""
     return jnp.isfinite(values).all(axis=tuple(range(1, values.ndim)))
+
+
+def kept_in_training(model: Model, condition: str, keep: jax.Array | None, count: int) -> jax.Array:
+    """Return bool[B] of where a condition is kept: nowhere for a network that was trained without it, at drop=1."""
+    if model.metadata.get(condition, {}).get("drop") == 1:
+        return jnp.zeros(count, bool)
+    return jnp.ones(count, bool) if keep is None else keep

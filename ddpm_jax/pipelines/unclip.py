@@ -43,12 +43,12 @@ from ddpm_jax.pipelines.request import (
     stage_samplings,
     tokenize,
 )
-from ddpm_jax.pipelines.stages import Text, check_statistics, embedding_norm, finite, with_moments
+from ddpm_jax.pipelines.stages import Text, check_statistics, embedding_norm, finite, kept_in_training, with_moments
 from ddpm_jax.pipelines.upsampling import IMAGES, check_upsamplers, default_names, image_size_of, noise_levels, upsample
 from ddpm_jax.storage.clip_images import encode_images
 from ddpm_jax.storage.metadata import thaw
 from ddpm_jax.storage.model_directory import Model
-from ddpm_jax.types import to_float, to_uint8
+from ddpm_jax.types import Denoiser, to_float, to_uint8
 
 Embedding = Literal["prior", "text", "image", "none"]
 EMBEDDINGS = ("prior", "text", "image", "none")
@@ -149,7 +149,7 @@ class UnCLIP(flax.struct.PyTreeNode):
         levels, _ = noise_levels(dict(zip(names, self.upsamplers)), self.noise_levels, {})
         pipeline = self.replace(tokenizer=tokenizer, sampling=sampling, noise_levels=levels, names=names)
         pipeline = pipeline.replace(enlarging=checked_enlarging(names, self.enlarging))
-        for stage, model in pipeline._diffusions().items():
+        for stage, model in pipeline.diffusions().items():
             check_steps(f"{stage}_steps", sampling[stage], model.diffusion)
         return pipeline
 
@@ -172,7 +172,8 @@ class UnCLIP(flax.struct.PyTreeNode):
     def _by_codes(self) -> bool:
         return isinstance(self.prior.network, AutoregressivePrior)
 
-    def _diffusions(self) -> dict[str, Model]:
+    def diffusions(self) -> dict[str, Model]:
+        """Return the diffusion models by the names of their stages."""
         prior = {} if self._by_codes else {"prior": self.prior}
         return prior | {"decoder": self.decoder, **dict(zip(self.names, self.upsamplers))}
 
@@ -229,7 +230,7 @@ class UnCLIP(flax.struct.PyTreeNode):
         """
         prompts, images = _check_request(prompts, embedding, images, self.clip.network.vision.image_size)
         pipeline = self.checked()
-        models = pipeline._diffusions()
+        models = pipeline.diffusions()
         levels, options = noise_levels(dict(zip(pipeline.names, self.upsamplers)), pipeline.noise_levels, options)
         enlarging, options = enlarging_options(pipeline.names, dict(pipeline.enlarging), options)
         able = {"guided": ("prior", "decoder"), "measured": with_moments(models), "normed": ("prior",)}
@@ -294,7 +295,7 @@ class UnCLIP(flax.struct.PyTreeNode):
         Returns:
             Unit vectors, float32[B, D].
         """
-        keep_text = _trained_with(self.prior, "caption", keep_text, len(tokens))
+        keep_text = kept_in_training(self.prior, "caption", keep_text, len(tokens))
         if self._by_codes:
             one = self._by_code(text, tokens, keys, keep_text, negative)
         else:
@@ -363,10 +364,34 @@ class UnCLIP(flax.struct.PyTreeNode):
         Returns:
             float32[B, R, R, 3] in [-1, 1].
         """
+        model, size = self.decoder, self.decoder.metadata["image_size"]
+        given = {"keep_image": keep_image, "keep_text": keep_text, "negative": negative}
+        denoise, null = self.denoisers(z_image, text, tokens, **given)
+        return sample_with(
+            self.sampling["decoder"],
+            model.diffusion,
+            denoise,
+            keys,
+            (size, size, model.metadata.get("channels", 3)),
+            null=null,
+            moments=model.moments,
+            stop=stop,
+        )
+
+    def denoisers(
+        self,
+        z_image: jax.Array,
+        text: Text,
+        tokens: jax.Array,
+        *,
+        keep_image: jax.Array | None = None,
+        keep_text: jax.Array | None = None,
+        negative: tuple[Text, jax.Array, jax.Array] | None = None,
+    ) -> tuple[Denoiser, Denoiser]:
+        """Return the decoder closed over its conditions, and over what guidance leads away from; as for `decode`."""
         model, nothing = self.decoder, jnp.zeros(len(tokens), bool)
-        keep_image = _trained_with(model, "image_embedding", keep_image, len(tokens))
-        keep_text = _trained_with(model, "caption", keep_text, len(tokens))
-        size = model.metadata["image_size"]
+        keep_image = kept_in_training(model, "image_embedding", keep_image, len(tokens))
+        keep_text = kept_in_training(model, "caption", keep_text, len(tokens))
         condition = lambda text, tokens, keep_image, keep_text: (  # noqa: E731
             lambda xt, t: model.apply(
                 xt, t, z_image, text.z, _read_by(model, text, tokens), text.mask, keep_image, keep_text
@@ -375,23 +400,7 @@ class UnCLIP(flax.struct.PyTreeNode):
         null = condition(text, tokens, nothing, nothing)
         if negative is not None:
             null = condition(negative[0], negative[1], nothing, negative[2])
-        return sample_with(
-            self.sampling["decoder"],
-            model.diffusion,
-            condition(text, tokens, keep_image, keep_text),
-            keys,
-            (size, size, model.metadata.get("channels", 3)),
-            null=null,
-            moments=model.moments,
-            stop=stop,
-        )
-
-
-def _trained_with(model: Model, condition: str, keep: jax.Array | None, count: int) -> jax.Array:
-    """Return bool[B] of where a condition is kept: nowhere for a network that was trained without it, at drop=1."""
-    if model.metadata.get(condition, {}).get("drop") == 1:
-        return jnp.zeros(count, bool)
-    return jnp.ones(count, bool) if keep is None else keep
+        return condition(text, tokens, keep_image, keep_text), null
 
 
 def _read_by(model: Model, text: Text, tokens: jax.Array) -> jax.Array:

@@ -1,6 +1,6 @@
 """Upsamplers, any number of them in a row, which several pipelines end with."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -14,7 +14,7 @@ from ddpm_jax.diffusion.tiles import tiled_denoiser
 from ddpm_jax.pipelines.enlarging import Enlarging, split_rows
 from ddpm_jax.pipelines.request import as_float
 from ddpm_jax.storage.model_directory import Model
-from ddpm_jax.types import Denoiser
+from ddpm_jax.types import Denoiser, Step
 
 IMAGES = Sampling("ancestral", 250, threshold=1.0)  # the default: estimates of x0 are clipped to the range of images
 _NOISE = 2**20  # of the keys of an example: beyond the sampler's transitions
@@ -112,6 +112,7 @@ def upsample(
     null: Mapping[str, Any] | None = None,
     enlarging: Enlarging = Enlarging(),  # noqa: B008 (it is frozen)
     stop: int | None = None,
+    wrap_step: Callable[[Step], Step] | None = None,
 ) -> jax.Array:
     """Enlarge images (SR3; cascaded diffusion, Ho et al. 2022).
 
@@ -127,6 +128,7 @@ def upsample(
         null: the same inputs for the unconditional branch of guidance, if it has one.
         enlarging: tiles, and whether the images are noisy.
         stop: steps of the sampler after which its noisy image is returned; None makes all.
+        wrap_step: of `sample_with`.
 
     Returns:
         float32[B, R, R, C].
@@ -148,6 +150,7 @@ def upsample(
         null=None if null is None else _denoiser_of_size(model, enlarging, inputs | dict(null)),
         moments=model.moments,
         stop=stop,
+        wrap_step=wrap_step,
     )
 
 
