@@ -8,20 +8,15 @@ and --prior_top_p. What the prior predicts is clipped by --prior_threshold, or b
 by --prior_l2_clamp. --embedding and --[no]use_text say what unCLIP's decoder is conditioned on: both, either, neither.
 """
 
-from ddpm_jax import cli, cli_hosts
+from ddpm_jax import cli, cli_hosts, cli_sampling
 
 # isort: split
-import dataclasses
 import re
 import sys
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from absl import flags
-
-from ddpm_jax.diffusion.samplers import SAMPLERS
-from ddpm_jax.diffusion.sampling import Sampling
 
 FLAGS = flags.FlagValues()
 _PROMPT = flags.DEFINE_multi_string("prompt", None, "Caption of an image; may be repeated.", flag_values=FLAGS)
@@ -69,53 +64,7 @@ _CANDIDATES = flags.DEFINE_integer(
     flag_values=FLAGS,
 )
 _RAW = flags.DEFINE_bool("raw_weights", False, "Use raw instead of averaged weights of a workdir.", flag_values=FLAGS)
-_HELP = {
-    "sampler": "Sampler of the main stage; docs/samplers.md compares them.",
-    "steps": 'Its steps: a number, a spec like "ddim25" or "10,10,3,2,2", or timesteps.',
-    "order": "Of the samplers that have orders: 1, 2 or 3.",
-    "sde": "Add noise in dpm_solver.",
-    "corrector_steps": "Of predictor_corrector.",
-    "eta": "Noise of ddim, from 0 to 1.",
-    "churn": "Noise of heun.",
-    "snr": "Of the corrector of predictor_corrector.",
-    "scale": "Scale of classifier-free guidance; 1 does not guide.",
-    "rescale": "Rescaling of guidance, from 0 to 1.",
-    "classifier_scale": "Scale of classifier guidance; 0 does not guide.",
-    "threshold": "Bound of estimates of clean images; inf for no threshold at all.",
-    "quantile": "Dynamic threshold: quantile of the estimates' sizes, up to 1; 0 for none.",
-    "l2_clamp": "Bring estimates of embeddings to the norm of the training data; of a diffusion prior.",
-}
-OPTIONS = tuple(field.name for field in dataclasses.fields(Sampling))
-_OF_A_STAGE = (*OPTIONS, "noise_level", "truncated", "tile", "overlap", "temperature", "top_p")
-
-
-def _define(name: str, option: str, help: str) -> None:
-    """Define the flag of an option of a sampler."""
-    if option == "sampler":
-        flags.DEFINE_enum(name, None, list(SAMPLERS), help, flag_values=FLAGS)
-    elif option == "steps":
-        flags.DEFINE_string(name, None, help, flag_values=FLAGS)
-    elif option in ("order", "corrector_steps", "tile", "overlap"):
-        flags.DEFINE_integer(name, None, help, flag_values=FLAGS)
-    elif option in ("sde", "l2_clamp", "truncated"):
-        flags.DEFINE_bool(name, None, help, flag_values=FLAGS)
-    elif option == "threshold":
-        flags.DEFINE_float(name, None, help, flag_values=FLAGS)  # which may be inf
-    else:
-        cli.define_finite(name, None, help, flag_values=FLAGS)
-
-
-for _option in OPTIONS:
-    _define(_option, _option, _HELP[_option])
-
-
-def define_stage_flags(arguments: Sequence[str]) -> None:
-    """Define the flags --<stage>_<option> that stand in a command line; stages have any names."""
-    for word in arguments:
-        match = re.match(r"--?(?:no)?([A-Za-z]\w*?)_(" + "|".join(_OF_A_STAGE) + r")(=|$)", word)
-        name = match and f"{match[1]}_{match[2]}"
-        if name and name not in FLAGS:
-            _define(name, match[2], f"Option {match[2]} of the stage {match[1]}.")
+cli_sampling.define_sampling_flags(FLAGS)
 
 
 def main() -> None:
@@ -140,7 +89,7 @@ def main() -> None:
     from ddpm_jax.storage.model_directory import Model
 
     if texts:
-        _check_prompts(texts, read_tokenizer(_WORKDIR.value))
+        cli_sampling.check_captions(texts, read_tokenizer(_WORKDIR.value), what="--prompt")
     cli.use_cpu_devices()
     pipeline = load(_WORKDIR.value, ema=not _RAW.value)
     if isinstance(pipeline, Model) and {"diffusion", "image_size", "conditions"} <= set(pipeline.metadata):
@@ -224,11 +173,7 @@ def _how(pipeline: Any, count: int) -> dict[str, Any]:
         kwargs |= {} if name == "candidates" else {name: FLAGS[name].value}
     if _BATCH.value is not None:
         kwargs["batch_size"] = _BATCH.value
-    for name in FLAGS:
-        if name in OPTIONS or name.endswith(tuple(f"_{field}" for field in _OF_A_STAGE)):
-            value = FLAGS[name].value
-            kwargs |= {} if value is None else {name: value}
-    return kwargs
+    return kwargs | cli_sampling.sampling_options(FLAGS)
 
 
 def _shown(images: np.ndarray) -> np.ndarray:
@@ -238,17 +183,6 @@ def _shown(images: np.ndarray) -> np.ndarray:
     return np.repeat(images, 3, axis=-1) if images.shape[-1] == 1 else images
 
 
-def _check_prompts(prompts: list[str], tokenizer: Any) -> None:
-    """Raise UsageError for the first prompt that the tokenizer refuses."""
-    for number, prompt in enumerate(prompts, 1):
-        which = f' "{prompt}"' + (f" ({number} of {len(prompts)})" if len(prompts) > 1 else "")
-        try:
-            if tokenizer is not None:
-                tokenizer.ids(prompt)
-        except ValueError as error:
-            raise cli.UsageError(f"--prompt{which}: {error}") from error
-
-
 if __name__ == "__main__":
-    define_stage_flags(sys.argv[1:])
+    cli_sampling.define_stage_flags(FLAGS, sys.argv[1:])
     cli.run(main, FLAGS, distributed=True)
