@@ -55,6 +55,7 @@ def get_config(variant: str = "") -> ConfigDict:
         "groups": 32,
         "remat": True,
     }
+    config.residual = False  # adds the enlarged image to the output; for prediction "x0"
     config.dtype = "bfloat16"
     config.diffusion = {"schedule": "cosine", "num_steps": 1000, "prediction": "eps"}
     config.degradation = "bsr"
@@ -102,6 +103,8 @@ def stages(config: ConfigDict) -> tuple[Stage, ...]:
         raise ValueError(f"degradation={c.degradation!r} must be one of {', '.join(map(repr, DEGRADATIONS))}")
     if c.image_size % c.factor or c.crop % c.factor:
         raise ValueError(f"factor={c.factor} must divide image_size={c.image_size} and crop={c.crop}")
+    if c.residual and c.diffusion.prediction != "x0":
+        raise ValueError(f"residual=True needs diffusion.prediction='x0', got {c.diffusion.prediction!r}")
     train, held_out = sources(c)
     diffusion, bsr = Diffusion(**c.diffusion), c.degradation == "bsr"
     unet = UNet(
@@ -125,7 +128,7 @@ def stages(config: ConfigDict) -> tuple[Stage, ...]:
         Stage(
             name="upsampler",
             task=DiffusionTask(
-                model=Upsampler(unet, noise_level_input=True),
+                model=Upsampler(unet, noise_level_input=True, residual=c.residual),
                 diffusion=diffusion,
                 x0=Images(c.image_size),
                 conditions=(low_resolution,),
@@ -165,7 +168,7 @@ def small(config: ConfigDict) -> None:
     """Use a network that a CPU trains: a space-to-depth stem, few channels, x0-prediction, Muon."""
     config.image_size, config.crop, config.dtype, config.noise = 128, 64, "float32", 0.3
     config.unet.update(channels=64, channel_mult=(1,), num_res_blocks=2, dropout=0.0, patch=4, remat=False)
-    config.diffusion.prediction = "x0"
+    config.diffusion.prediction, config.residual = "x0", True
     config.sample.steps = "15"
     config.training.update(
         batch_size=16,

@@ -114,11 +114,11 @@ def _levels(model: Any) -> list[float]:
     return levels
 
 
-def _source(size: int) -> Any:
+def _source(size: int, split: str = "train") -> Any:
     from ddpm_jax.data.open_source import open_source
     from ddpm_jax.data.shapes.scenes import ShapesSource
 
-    return ShapesSource(_SEED.value, size) if _DATA.value == "shapes" else open_source(_DATA.value)
+    return ShapesSource(_SEED.value, size, split) if _DATA.value == "shapes" else open_source(_DATA.value)
 
 
 def _generated(pipeline: Any, name: str, sampling: Any, levels: list[float]) -> dict[str, list[dict[str, Any]]]:
@@ -144,12 +144,13 @@ def _scores(pipeline: Any, options: dict[str, Any]) -> dict[str, float]:
     from ddpm_jax.pipelines import Cascade
 
     size, count = pipeline.image_size, _NUM.value
-    source, found = _source(size), {}
+    of_shapes = _DATA.value == "shapes" and not isinstance(pipeline, Cascade)
+    source, found = _source(size, "single" if of_shapes else "train"), {}
     _, references = read_pairs(source, size, size // 2, count=count, seed=_SEED.value)
     if isinstance(pipeline, Cascade):
         labels = [source[i]["label"] for i in range(count)] if pipeline.labels else None
         images = pipeline.generate(count, labels=labels, seed=_SEED.value, batch_size=_BATCH.value, **options)
-    elif _DATA.value == "shapes":
+    elif of_shapes:
         kwargs = {"num_captions": count, "seed": _SEED.value, "progress": False, "batch_size": _BATCH.value}
         result = measure(pipeline, "single", **kwargs, **options)
         images, found = result["images"], {"all_right": result["rates"]["all"]}

@@ -6,14 +6,18 @@ import re
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
+from random_networks import fast_jit, normal
 
 from ddpm_jax.cli import load_recipe
 from ddpm_jax.data.arrays import ArraySource
 from ddpm_jax.data.shapes.scenes import ShapesSource
 from ddpm_jax.evaluation.upsampling import best_levels, bicubic, psnr, read_pairs, sliced_wasserstein
+from ddpm_jax.models.unet import UNet
+from ddpm_jax.models.upsampler import Upsampler
 from ddpm_jax.parallel.mesh import make_mesh
 from ddpm_jax.training import train
 from ddpm_jax.training.abstract import AbstractStages
@@ -63,8 +67,22 @@ def test_what_cannot_be(tmp_path):
     config.update(degradation="bsr", crop=18)
     with pytest.raises(ValueError, match="factor=4 must divide image_size=32 and crop=18"):
         RECIPE.stages(config)
+    config.update(crop=16)
+    config.diffusion.prediction = "eps"
+    with pytest.raises(ValueError, match="residual=True needs diffusion.prediction='x0', got 'eps'"):
+        RECIPE.stages(config)
     with pytest.raises(ValueError, match="data.path is needed"):
         RECIPE.stages(RECIPE.get_config())
+
+
+def test_a_residual_network_begins_as_bicubic_enlarging():
+    unet = UNet(8, 3, (1,), 1, groups=4, attention_resolutions=(), attention_levels=(), mid_attention=False)
+    xt, low, t = normal(0, 1, 16, 16, 3), normal(1, 1, 4, 4, 3), jnp.zeros(1, jnp.int32)
+    network = Upsampler(unet, residual=True)
+    found = network.apply(fast_jit(network.init)(jax.random.key(0), xt, t, low), xt, t, low)
+    np.testing.assert_allclose(found, jax.image.resize(low, (1, 16, 16, 3), "cubic"), atol=1e-6)
+    with pytest.raises(ValueError, match="residual=True is for an output of x0, and out_channels=6"):
+        jax.eval_shape(Upsampler(unet.copy(out_channels=6), residual=True).init, jax.random.key(0), xt, t, low)
 
 
 # ---- Measures --------------------------------------------------------------------------------------------------------

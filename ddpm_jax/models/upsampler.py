@@ -18,10 +18,13 @@ class Upsampler(nn.Module):
         noise_level_input: True embeds the level of the noise that was added to the low-resolution image, like a
             timestep, and adds it to the time embedding (conditioning augmentation: Ho et al. 2022, cascaded diffusion,
             section 4.2; Imagen, section 2.4).
+        residual: True adds the enlarged image to the output, for networks that predict x0: they learn what bicubic
+            enlarging lacks, and begin as it. False in the published networks.
     """
 
     unet: UNet
     noise_level_input: bool = False
+    residual: bool = False
 
     @nn.compact
     def __call__(
@@ -43,12 +46,15 @@ class Upsampler(nn.Module):
             train: True turns dropout on.
 
         Raises:
-            ValueError: if noise_level is missing or not an input of this network.
+            ValueError: if noise_level is missing or not an input of this network, or residual=True has an output of
+                other channels than the image.
         """
         if (noise_level is not None) != self.noise_level_input:
             raise ValueError(
                 f"noise_level is an input if, and only if, noise_level_input={self.noise_level_input} is True"
             )
+        if self.residual and self.unet.out_channels != low_res.shape[-1]:
+            raise ValueError(f"residual=True is for an output of x0, and out_channels={self.unet.out_channels}")
         b, height, width, _ = xt.shape
         low = jax.image.resize(low_res, (b, height, width, low_res.shape[-1]), "cubic")
         emb = None
@@ -56,4 +62,5 @@ class Upsampler(nn.Module):
             channels = self.unet.channels
             # Levels are in [0, 1], timesteps in [0, 1000).
             emb = TimeEmbedding(channels, 4 * channels, self.unet.dtype, name="noise_level")(1000.0 * noise_level)
-        return self.unet(jnp.concatenate([xt, low.astype(xt.dtype)], axis=-1), t, emb, train=train)
+        out = self.unet(jnp.concatenate([xt, low.astype(xt.dtype)], axis=-1), t, emb, train=train)
+        return out + low if self.residual else out
