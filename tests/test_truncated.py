@@ -9,6 +9,7 @@ from tiny_pipelines import LOW, base, diffusion, upsampler
 from ddpm_jax.diffusion.samplers import example_keys, sample
 from ddpm_jax.diffusion.samplers.noise import transition_keys
 from ddpm_jax.diffusion.sampling import Sampling
+from ddpm_jax.parallel.mesh import make_local_mesh
 from ddpm_jax.pipelines import Cascade, load, save
 from ddpm_jax.pipelines import cascade as module
 from ddpm_jax.pipelines.enlarging import Enlarging, enlarging_options, stored_enlarging, with_stops
@@ -97,6 +98,14 @@ def test_tiles_of_a_tile_s_size_change_nothing_and_smaller_ones_something():
     whole = cascade.generate(2, **options)
     assert np.abs(whole.astype(int) - cascade.generate(2, up_tile=16, **options)).max() <= 1
     assert (whole != cascade.generate(2, up_tile=8, up_overlap=4, **options)).any()
+
+
+def test_devices_that_share_rows_return_the_same_images():
+    cascade = pipeline()
+    images = cascade.generate(2, mesh=make_local_mesh(1, space=4))
+    assert np.abs(images.astype(int) - cascade.generate(2)).max() <= 1
+    with pytest.raises(ValueError, match="the axis 'space' of the mesh has 3 devices, which do not divide 16 rows"):
+        cascade.generate(2, mesh=make_local_mesh(1, space=3))
 
 
 def test_options_are_stored_with_the_pipeline(tmp_path):

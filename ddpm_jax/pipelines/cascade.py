@@ -47,7 +47,7 @@ from ddpm_jax.pipelines.upsampling import (
     denoiser,
     image_size_of,
     noise_levels,
-    upsample,
+    upsample_all,
 )
 from ddpm_jax.storage.model_directory import Model
 from ddpm_jax.types import to_uint8
@@ -316,26 +316,13 @@ def _run(
     Returns:
         The images, uint8[B, R, R, C], and bool[B] for each stage: whether all that it returned is finite.
     """
-    keys, enlarging = image_keys(seed, index), dict(pipeline.enlarging)
-    # Each stage stops where the next one says.
-    stops = [None] if low_res else stops_of(pipeline.enlarging)
-    out = pipeline.sample_base(transition_keys(keys, 0), labels, stop=stops[0])
+    keys = image_keys(seed, index)
+    stop = None if low_res else stops_of(pipeline.enlarging)[0]
+    out = pipeline.sample_base(transition_keys(keys, 0), labels, stop=stop)
     finite_of = [finite(out)]
-    for number, (name, model) in enumerate(zip(pipeline.names, pipeline.upsamplers), 1):
-        if not low_res:
-            inputs, null = _label_inputs(model, labels)
-            out = upsample(
-                model,
-                pipeline.sampling[name],
-                out,
-                transition_keys(keys, number),
-                noise_level=pipeline.noise_levels.get(name),
-                conditions=inputs,
-                null=null,
-                enlarging=enlarging[name],
-                stop=stops[number],
-            )
-            finite_of.append(finite(out))
+    if not low_res:
+        out, others = upsample_all(pipeline, out, keys, 1, lambda model: _label_inputs(model, labels))
+        finite_of += others
     return to_uint8(out), tuple(finite_of)
 
 

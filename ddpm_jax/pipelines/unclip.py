@@ -44,7 +44,14 @@ from ddpm_jax.pipelines.request import (
     tokenize,
 )
 from ddpm_jax.pipelines.stages import Text, check_statistics, embedding_norm, finite, kept_in_training, with_moments
-from ddpm_jax.pipelines.upsampling import IMAGES, check_upsamplers, default_names, image_size_of, noise_levels, upsample
+from ddpm_jax.pipelines.upsampling import (
+    IMAGES,
+    check_upsamplers,
+    default_names,
+    image_size_of,
+    noise_levels,
+    upsample_all,
+)
 from ddpm_jax.storage.clip_images import encode_images
 from ddpm_jax.storage.metadata import thaw
 from ddpm_jax.storage.model_directory import Model
@@ -465,9 +472,6 @@ def _generate(
         z_image = pipeline.encode_image(to_float(images))
     else:
         z_image, keep_image = text.z, keep if embedding == "text" else ~everything
-    enlarging = dict(pipeline.enlarging)
-    # Each stage stops where the next one says.
-    stops = [None] if low_res else stops_of(pipeline.enlarging)
     out = pipeline.decode(
         z_image,
         text,
@@ -476,22 +480,13 @@ def _generate(
         keep_image=keep_image,
         keep_text=keep if use_text else ~everything,
         negative=negative,
-        stop=stops[0],
+        stop=None if low_res else stops_of(pipeline.enlarging)[0],
     )
     encoded = everything if embedding == "none" else finite(text.z) & finite(text.hidden)
     if embedding == "image":
         encoded &= finite(z_image)
     finite_of = [encoded, finite(z_image) if embedding == "prior" else everything, finite(out)]
-    for number, (name, model) in enumerate(zip(pipeline.names, pipeline.upsamplers)):
-        if not low_res:
-            out = upsample(
-                model,
-                pipeline.sampling[name],
-                out,
-                transition_keys(keys, number + 2),
-                noise_level=pipeline.noise_levels.get(name),
-                enlarging=enlarging[name],
-                stop=stops[number + 1],
-            )
-            finite_of.append(finite(out))
+    if not low_res:
+        out, others = upsample_all(pipeline, out, keys, 2)
+        finite_of += others
     return to_uint8(out), tuple(finite_of)

@@ -11,8 +11,9 @@ from ddpm_jax.diffusion.samplers import RecordedNoise
 from ddpm_jax.diffusion.samplers.noise import per_example_normal, transition_keys
 from ddpm_jax.diffusion.sampling import Sampling, sample_with
 from ddpm_jax.diffusion.tiles import tiled_denoiser
-from ddpm_jax.pipelines.enlarging import Enlarging, split_rows
+from ddpm_jax.pipelines.enlarging import Enlarging, split_rows, stops_of
 from ddpm_jax.pipelines.request import as_float
+from ddpm_jax.pipelines.stages import finite
 from ddpm_jax.storage.model_directory import Model
 from ddpm_jax.types import Denoiser, Step
 
@@ -167,3 +168,40 @@ def _denoiser_of_size(model: Model, enlarging: Enlarging, inputs: Mapping[str, A
         overlap = enlarging.tile // (4 * step) * step
     network = lambda xt, t, low_res: denoiser(model, low_res=low_res, **others)(xt, t)  # noqa: E731
     return tiled_denoiser(network, {"low_res": low_res}, tile=enlarging.tile, overlap=overlap, unit=unit)
+
+
+def upsample_all(
+    pipeline: Any,
+    images: jax.Array,
+    keys: jax.Array,
+    first: int,
+    inputs: Callable[[Model], tuple[Mapping[str, Any], Mapping[str, Any] | None]] = lambda model: ({}, None),
+) -> tuple[jax.Array, list[jax.Array]]:
+    """Run the upsamplers of a pipeline one after the other, each until the next one says.
+
+    Args:
+        pipeline: checked, with upsamplers, names, sampling, noise_levels and enlarging.
+        images: of the stage before, stopped at the first of `stops_of(pipeline.enlarging)`.
+        keys: [B], of the whole request.
+        first: number of the first upsampler among the stages.
+        inputs: model -> conditions and null conditions, as in `upsample`.
+
+    Returns:
+        The images, and bool[B] for each upsampler: whether all that it returned is finite.
+    """
+    enlarging, stops, finite_of = dict(pipeline.enlarging), stops_of(pipeline.enlarging), []
+    for number, (name, model) in enumerate(zip(pipeline.names, pipeline.upsamplers)):
+        conditions, null = inputs(model)
+        images = upsample(
+            model,
+            pipeline.sampling[name],
+            images,
+            transition_keys(keys, first + number),
+            noise_level=pipeline.noise_levels.get(name),
+            conditions=conditions,
+            null=null,
+            enlarging=enlarging[name],
+            stop=stops[number + 1],
+        )
+        finite_of.append(finite(images))
+    return images, finite_of
