@@ -26,3 +26,14 @@ def no_compilation():
 def live_bytes():
     """Return the bytes of all arrays that are alive."""
     return sum(array.nbytes for array in jax.live_arrays())
+
+
+def compile_manipulations_quickly(patch):
+    """Replace the programs of `pipelines.inversion` by ones that compile quickly; patch: a `MonkeyPatch`."""
+    from random_networks import fast_jit
+
+    from ddpm_jax.pipelines import inversion
+
+    static = {"_embed": (), "_embed_text": (), "_encode": ("iterations",), "_decode": ("low_res", "resample")}
+    for program, names in static.items():
+        patch.setattr(inversion, program, fast_jit(getattr(inversion, program).__wrapped__, static_argnames=names))

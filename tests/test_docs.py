@@ -11,6 +11,7 @@ import test_interop_karlo as karlo
 import test_interop_stable_diffusion as stable_diffusion
 import tiny_pipelines
 from image_files import pixels, write
+from programs import compile_manipulations_quickly
 from random_networks import fast_jit
 from random_weights import random_weights
 from safetensors.numpy import save_file
@@ -157,3 +158,15 @@ def test_the_training(tmp_path, monkeypatch):
     assert names["samples"].shape == (4, 16, 16, 3) and names["samples"].dtype == np.uint8
     (stage,) = names["stages"](names["get_config"]())
     assert stage.name == "base" and stage.training.num_steps == 2
+
+
+def test_the_manipulations(tmp_path, monkeypatch):
+    """The bundled pipeline is a tiny one with random weights, and the image is noise."""
+    save(tiny_pipelines.unclip(), tmp_path / "bundled")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(directory, "BUNDLED", tmp_path / "bundled")
+    write("photo.png", pixels(1, low=40, high=90)[0])
+    compile_manipulations_quickly(monkeypatch)
+    names = run("docs/manipulations.md")
+    assert names["latent"].z_image.shape == (1, 16) and names["latent"].x_T.shape == (1, 8, 8, 3)
+    assert names["others"].shape == names["changed"].shape == (1, 2, 16, 16, 3)

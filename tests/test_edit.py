@@ -1,17 +1,20 @@
 """Manipulations of images: what they compute, with random parameters, and `python -m ddpm_jax.edit`."""
 
+import functools
+
 import flax.traverse_util
 import numpy as np
 import pytest
 from commands import assert_one_sentence
 from PIL import Image
+from programs import compile_manipulations_quickly
 from random_networks import fast_jit
 from test_interop_karlo import Bytes, write_directory
 from tiny_pipelines import HIGH, LOW, cascade, unclip
 
 from ddpm_jax.data.transforms import resize_center_crop
 from ddpm_jax.interop.karlo import read_karlo
-from ddpm_jax.pipelines import inversion, karlo, save
+from ddpm_jax.pipelines import directory, inversion, karlo, save
 from ddpm_jax.pipelines import manipulation as edit
 from ddpm_jax.pipelines import unclip as unclip_pipeline
 from ddpm_jax.pipelines.latents import BipartiteLatent, load_latents
@@ -19,7 +22,6 @@ from ddpm_jax.pipelines.request import NotFiniteError
 from ddpm_jax.storage.model_directory import save as save_converted
 from ddpm_jax.types import to_float
 
-PROGRAMS = {"_embed": (), "_embed_text": (), "_encode": ("iterations",), "_decode": ("low_res", "resample")}
 PIPELINES = pytest.mark.parametrize("name", ["unclip", "karlo"])
 SMALL = {"low_res": True, "batch_size": 1}  # few programs: all tests take images one by one
 WHOLE = {"batch_size": 1}
@@ -30,12 +32,11 @@ CAPTIONS = ("a red circle", "a blue star")
 def quick():
     """Programs that compile quickly, and Karlo with the tokenizer of its tiny text tower."""
     with pytest.MonkeyPatch.context() as patch:
-        for program, static in PROGRAMS.items():
-            compiled = fast_jit(getattr(inversion, program).__wrapped__, static_argnames=static)
-            patch.setattr(inversion, program, compiled)
+        compile_manipulations_quickly(patch)
         generate = fast_jit(unclip_pipeline._generate.__wrapped__, static_argnames=("embedding", "use_text", "low_res"))
         patch.setattr(unclip_pipeline, "_generate", generate)
         patch.setattr(karlo, "tokenizer_from_config", lambda config: Bytes())
+        patch.setattr(directory, "load", functools.cache(directory.load))  # each is opened by several commands
         yield
 
 
