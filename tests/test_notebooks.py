@@ -13,6 +13,7 @@ import matplotlib
 import numpy as np
 import pytest
 from packaging.requirements import Requirement
+from programs import compile_manipulations_quickly
 
 NOTEBOOKS = Path(__file__).parent.parent / "notebooks"
 
@@ -121,3 +122,19 @@ def test_own_images(run, monkeypatch, tmp_path):
     assert (tmp_path / "runs/own_images/base/previews/step_000006_ema.png").exists()
     assert names["samples"].shape == (16, 16, 16, 3) and names["samples"].dtype == np.uint8
     assert names["x0"].shape == (4, 16, 16, 3) and np.isfinite(names["x0"]).all()
+
+
+def test_manipulations(run, monkeypatch):
+    """With a tiny pipeline in place of the bundled one: each manipulation begins, or ends, with the decoded image."""
+    compile_manipulations_quickly(monkeypatch)
+    tiny = {"ddpm_jax.load()": "__import__('tiny_pipelines').unclip()", "ShapesSource(7, 64": "ShapesSource(7, 16"}
+    names = run("manipulations.ipynb", tiny | {"STEPS, COUNT = 50, 4": "STEPS, COUNT = 2, 2"})
+    images, again = names["images"], names["again"]
+    assert again.shape == images.shape == (2, 16, 16, 3)
+    for same in (names["varied"][:, 0], names["changed"][:, 0]):
+        np.testing.assert_array_equal(same, again)
+    # The first of a pair has the noise of the pair in the upsampler, as when it is decoded alone.
+    np.testing.assert_array_equal(names["between"][0, 0], again[0])
+    assert (names["fresh"][:, 0] != names["fresh"][:, 1]).any() and len(names["dims"]) == 4
+    assert np.abs(names["filled"][:, :, :8].astype(int) - images[:, :, :8]).max() <= 1
+    np.testing.assert_allclose(names["probabilities"].sum(-1), 1.0, atol=1e-5)
