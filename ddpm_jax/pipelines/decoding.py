@@ -17,9 +17,9 @@ from ddpm_jax.models.clip import normalize
 from ddpm_jax.pipelines.enlarging import enlarging_options, stops_of, with_stops
 from ddpm_jax.pipelines.karlo import DIFFUSION, Karlo
 from ddpm_jax.pipelines.request import as_prompts, check_steps, negative_tokens, stage_samplings, tokenize
-from ddpm_jax.pipelines.stages import Text, with_moments
+from ddpm_jax.pipelines.stages import Text, finite, with_moments
 from ddpm_jax.pipelines.unclip import UnCLIP
-from ddpm_jax.pipelines.upsampling import image_size_of, noise_levels, upsample
+from ddpm_jax.pipelines.upsampling import image_size_of, noise_levels, upsample_all
 from ddpm_jax.types import Denoiser, Step, to_float
 
 Keys = jax.Array | RecordedNoise
@@ -233,22 +233,12 @@ class UnCLIPDecoding(Decoding):
         """Return the decoder's images as the pipeline hands them on."""
         return images
 
-    def enlarge(self, images: jax.Array, keys: Keys, wraps: Wraps) -> list[jax.Array]:
-        """Return the images of every upsampler. keys: those of the images, from which each stage derives its own."""
-        found, pipeline = [], self.pipeline
-        for number, (name, model) in enumerate(zip(pipeline.names, pipeline.upsamplers)):
-            images = upsample(
-                model,
-                pipeline.sampling[name],
-                images,
-                transition_keys(keys, number + 2),
-                noise_level=pipeline.noise_levels.get(name),
-                enlarging=dict(pipeline.enlarging)[name],
-                stop=self.stops[number + 1],
-                wrap_step=wraps[number],
-            )
-            found.append(images)
-        return found
+    def enlarge(self, images: jax.Array, keys: Keys, wraps: Wraps) -> tuple[jax.Array, list[jax.Array]]:
+        """Return the images, and bool[B] for each upsampler: whether all that it returned is finite.
+
+        keys: those of the images, from which each stage derives its own.
+        """
+        return upsample_all(self.pipeline, images, keys, 2, wraps=wraps)
 
     def _text(self, words: Words) -> tuple[Text, jax.Array, jax.Array]:
         return self.pipeline.encode_text(words.tokens, words.mask), words.tokens, words.keep
@@ -354,9 +344,10 @@ class KarloDecoding(Decoding):
         """Return the decoder's images as the pipeline hands them on."""
         return bounded(images)
 
-    def enlarge(self, images: jax.Array, keys: Keys, wraps: Wraps) -> list[jax.Array]:
-        """Return the images of the upsampler. keys: those of the images, from which it derives its own."""
-        return [self.pipeline.upsample(images, transition_keys(keys, 2), wrap_step=wraps[0])]
+    def enlarge(self, images: jax.Array, keys: Keys, wraps: Wraps) -> tuple[jax.Array, list[jax.Array]]:
+        """Return the images, and whether all that the upsampler returned is finite; see `UnCLIPDecoding.enlarge`."""
+        images = self.pipeline.upsample(images, transition_keys(keys, 2), wrap_step=wraps[0])
+        return images, [finite(images)]
 
     def _text(self, words: Words) -> Text:
         return self.pipeline.encode_text(words.tokens, words.mask)

@@ -362,7 +362,7 @@ def _decode(
     stop = None if low_res else decoding.stops[0]
     images = decoding.decode(z_image, keep_image, words, negative, own, x_init=xt, stop=stop, wrap_step=wraps[0])
     finite_of.append(finite(images))
-    for larger in [] if low_res else decoding.enlarge(images, keys, wraps[1:]):
-        images = larger
-        finite_of.append(finite(images))
+    if not low_res:
+        images, others = decoding.enlarge(images, keys, wraps[1:])
+        finite_of += others
     return to_uint8(images), tuple(finite_of)

@@ -176,6 +176,7 @@ def upsample_all(
     keys: jax.Array,
     first: int,
     inputs: Callable[[Model], tuple[Mapping[str, Any], Mapping[str, Any] | None]] = lambda model: ({}, None),
+    wraps: Sequence[Callable[[Step], Step] | None] = (),
 ) -> tuple[jax.Array, list[jax.Array]]:
     """Run the upsamplers of a pipeline one after the other, each until the next one says.
 
@@ -185,6 +186,7 @@ def upsample_all(
         keys: [B], of the whole request.
         first: number of the first upsampler among the stages.
         inputs: model -> conditions and null conditions, as in `upsample`.
+        wraps: `wrap_step` of each upsampler; none by default.
 
     Returns:
         The images, and bool[B] for each upsampler: whether all that it returned is finite.
@@ -202,6 +204,7 @@ def upsample_all(
             null=null,
             enlarging=enlarging[name],
             stop=stops[number + 1],
+            wrap_step=wraps[number] if wraps else None,
         )
         finite_of.append(finite(images))
     return images, finite_of
