@@ -126,15 +126,24 @@ def _generated(pipeline: Any, name: str, sampling: Any, levels: list[float]) -> 
     pipeline = pipeline.replace(sampling={**pipeline.sampling, name: sampling})
     low = pipeline.upsamplers[pipeline.names.index(name)].metadata["low_resolution"]
     ways = [False, True] if low.get("variance_preserving") and low.get("noise_level_input") else [False]
-    return {
-        "truncated" if way else "non-truncated": [
-            {"level": level}
-            | _scores(pipeline, {f"{name}_noise_level": level, f"{name}_truncated": way, f"{name}_tile": _TILE.value})
-            for level in levels
-            if level or not way
-        ]
-        for way in ways
-    }
+    found: dict[str, list[dict[str, Any]]] = {}
+    for way in ways:
+        rows = found["truncated" if way else "non-truncated"] = []
+        for level in levels:
+            if level or not way:
+                options = {f"{name}_noise_level": level, f"{name}_truncated": way, f"{name}_tile": _TILE.value}
+                actual = _stopped_level(pipeline, name, level) if way else level
+                rows.append({"level": actual} | _scores(pipeline, options))
+    return found
+
+
+def _stopped_level(pipeline: Any, name: str, level: float) -> float:
+    """Return the level of the step at which the stage before an upsampler stops."""
+    from ddpm_jax.pipelines.enlarging import Enlarging, with_stops
+
+    main = "decoder" if hasattr(pipeline, "decoder") else "base"
+    stages = {main: getattr(pipeline, main), **dict(zip(pipeline.names, pipeline.upsamplers))}
+    return with_stops({name: Enlarging(truncated=True)}, stages, pipeline.sampling, {name: level})[1][name]
 
 
 def _scores(pipeline: Any, options: dict[str, Any]) -> dict[str, float]:
@@ -209,10 +218,10 @@ def _plot(path: Path, found: dict[str, Any]) -> None:
     measures = [name for name in labels if any(name in row for rows in series.values() for row in rows)]
     figure = Figure(figsize=(4.5 * len(measures), 3.5), layout="constrained")
     for axes, measure in zip(np.atleast_1d(figure.subplots(1, len(measures))), measures):
-        for what, rows in series.items():
+        for number, (what, rows) in enumerate(series.items()):
             points = [(row["level"], row[measure]) for row in rows if measure in row]
             if points:
-                axes.plot(*zip(*points), marker="o", label=what)
+                axes.plot(*zip(*points), marker="o", label=what, color=f"C{number}")
         if measure in found["bicubic"]:
             axes.axhline(found["bicubic"][measure], color="gray", linestyle="--", label="bicubic")
         axes.set(xlabel="noise level", ylabel=labels[measure])
