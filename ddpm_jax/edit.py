@@ -56,7 +56,13 @@ _NOISE = flags.DEFINE_enum(
     "x_T: found by inversion, the default of decode, variations, interpolate and text_diff; or from --seed.",
     flag_values=FLAGS,
 )
-_COUNT = flags.DEFINE_integer("count", None, "Images of each image, 5 by default.", lower_bound=1, flag_values=FLAGS)
+_COUNT = flags.DEFINE_integer(
+    "count",
+    None,
+    "Images of each image; 4 variations, or 5 of an interpolation, by default.",
+    lower_bound=1,
+    flag_values=FLAGS,
+)
 _ETA = flags.DEFINE_multi_string("eta", None, "Noise of ddim, from 0 to 1; may be repeated.", flag_values=FLAGS)
 _THETA = flags.DEFINE_multi_string("theta", None, "Share of a text difference; may be repeated.", flag_values=FLAGS)
 _SOURCE = flags.DEFINE_string("source", None, "Caption of what the images show.", flag_values=FLAGS)
