@@ -1,6 +1,6 @@
 """Images that commands read and write."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -8,8 +8,8 @@ import numpy as np
 from ddpm_jax import cli
 
 
-def read_images(paths: Sequence[str], *, what: str) -> tuple[list[np.ndarray], list[str]]:
-    """Return the images of files and folders, uint8[H, W, 3] each, and their names.
+def image_parts(path: str, *, what: str, size: int = 256) -> Iterator[tuple[list[np.ndarray], list[str]]]:
+    """Yield the images of a file or a folder, uint8[H, W, 3] each, and their names, at most `size` at a time.
 
     Raises:
         UsageError: naming the flag `what`, if one is missing or cannot be decoded.
@@ -18,21 +18,23 @@ def read_images(paths: Sequence[str], *, what: str) -> tuple[list[np.ndarray], l
     from ddpm_jax.data.image_folder import ImageFolder
     from ddpm_jax.data.source import RecordError
 
-    images, names = [], []
-    for path in paths:
-        cli.check_exists(path, what=what)
-        try:
-            if Path(path).is_dir():
-                folder = ImageFolder(path, captions=None, labels=False)
-                for record in (folder[index] for index in range(len(folder))):
-                    images.append(record["image"])
-                    names.append(record["key"])
-            else:
-                images.append(decode_image(Path(path).read_bytes()))
-                names.append(Path(path).name)
-        except (RecordError, ValueError) as error:
-            raise cli.UsageError(f"{what}={path}: {error}") from error
-    return images, names
+    cli.check_exists(path, what=what)
+    try:
+        if not Path(path).is_dir():
+            yield [decode_image(Path(path).read_bytes())], [Path(path).name]
+            return
+        folder = ImageFolder(path, captions=None, labels=False)
+        for start in range(0, len(folder), size):
+            records = [folder[index] for index in range(start, min(start + size, len(folder)))]
+            yield [record["image"] for record in records], [record["key"] for record in records]
+    except (RecordError, ValueError) as error:
+        raise cli.UsageError(f"{what}={path}: {error}") from error
+
+
+def read_images(paths: Sequence[str], *, what: str) -> tuple[list[np.ndarray], list[str]]:
+    """Return all images of files and folders, and their names; see `image_parts`."""
+    parts = [part for path in paths for part in image_parts(path, what=what)]
+    return [image for images, _ in parts for image in images], [name for _, names in parts for name in names]
 
 
 def write_rows(

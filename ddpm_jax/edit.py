@@ -204,9 +204,11 @@ def _reconstruct(run: _Run, latent: Any) -> tuple[np.ndarray, list[str]]:
 
 
 def _fitted(run: _Run, folder: str) -> Any:
-    images, _ = cli_images.read_images([folder], what="--pca")
-    how = run.shared(len(images), description="embed")
-    return _library().fit_pca(_library().embed_images(run.pipeline, images, **how))
+    found = []
+    for images, _ in cli_images.image_parts(folder, what="--pca"):  # not all at once: their pixels may need any memory
+        how = run.shared(len(images), description="embed")
+        found.append(_library().embed_images(run.pipeline, images, **how))
+    return _library().fit_pca(np.concatenate(found))
 
 
 def _caption(run: _Run, latent: Any) -> tuple[np.ndarray, list[str]]:

@@ -1,6 +1,9 @@
 """Arithmetic on latents against numpy in float64, and their files."""
 
+from types import SimpleNamespace
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from random_networks import normal
@@ -17,6 +20,7 @@ from ddpm_jax.pipelines.latents import (
     text_difference,
     truncated,
 )
+from ddpm_jax.pipelines.manipulation import pca_of
 
 
 def f64(x):
@@ -104,6 +108,16 @@ def test_principal_components():
         truncated(z, pca, 7)
     with pytest.raises(ValueError, match=r"at least two embeddings \[N, D\], got shape \(1, 6\)"):
         fit_pca(z[:1])
+
+
+def test_components_of_codes():
+    """Those of the codes, as the pipeline of an autoregressive prior has them."""
+    z = np.asarray(normal(0, 20, 6))
+    pca = fit_pca(z)
+    params = {"mean": jnp.asarray(pca.mean), "components": jnp.asarray(pca.components[:, :3])}
+    codes = SimpleNamespace(params={"params": params})
+    found = pca_of(SimpleNamespace(codes=codes))
+    np.testing.assert_allclose(truncated(z, found, 3), truncated(z, pca, 3), atol=1e-6)
 
 
 def test_files(tmp_path):

@@ -357,10 +357,13 @@ def decoding_of(pipeline: Any) -> Decoding:
     """Return the interface of a pipeline.
 
     Raises:
-        ValueError: if it is neither an `UnCLIP` nor a `Karlo` with an image encoder and a tokenizer.
+        ValueError: if it is neither an `UnCLIP` of RGB images nor a `Karlo` with an image encoder and a tokenizer.
     """
     if isinstance(pipeline, UnCLIP):
-        return UnCLIPDecoding(pipeline.checked())
+        decoding = UnCLIPDecoding(pipeline.checked())
+        if decoding.channels != 3:
+            raise ValueError(f"images are manipulated in RGB, and this decoder has channels={decoding.channels}")
+        return decoding
     if not isinstance(pipeline, Karlo):
         name = type(getattr(pipeline, "network", pipeline)).__name__
         raise ValueError(f"images are manipulated by an UnCLIP or a Karlo, got a {name}, which has no image embedding")
