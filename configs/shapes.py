@@ -26,6 +26,7 @@ from ddpm_jax.models.autoregressive_prior import AutoregressivePrior
 from ddpm_jax.models.clip import CLIP, VisionTransformer
 from ddpm_jax.models.decoder import Decoder
 from ddpm_jax.models.embedding_codes import EmbeddingCodes
+from ddpm_jax.models.embedding_norm import EmbeddingStatistics
 from ddpm_jax.models.prior import DiffusionPrior
 from ddpm_jax.models.text_encoder import RecurrentTextEncoder, TextEncoder
 from ddpm_jax.models.transformer import quick_gelu
@@ -43,6 +44,7 @@ from ddpm_jax.training import (
     Images,
     LowResolution,
     Stage,
+    StatisticsTask,
     Training,
 )
 from ddpm_jax.training.embeddings import Embedded
@@ -83,7 +85,7 @@ def get_config(variant: str = "") -> ConfigDict:
         raise ValueError(f"variant must be one of {', '.join(map(repr, VARIANTS))}, got {variant!r}")
     config = ConfigDict()
     config.seed = 0
-    config.data = {"seed": 0, "num_examples": 80_000, "two_fraction": 0.4, "open_fraction": 0.5}
+    config.data = {"seed": 0, "num_examples": 80_000, "num_held_out": 512, "two_fraction": 0.4, "open_fraction": 0.5}
     config.text = {"length": 24}
     config.clip = {
         "image_size": 32,
@@ -98,11 +100,13 @@ def get_config(variant: str = "") -> ConfigDict:
         "width": 96,
         "layers": 3,
         "heads": 2,
+        "embed_norm": "scale",  # or "standardize", by the stage "statistics"
         "embed_scale": 6.1,  # 0.54 sqrt(embed_dim)
         "diffusion": {"schedule": "cosine", "num_steps": 1000},
         "drop_text": 0.1,
-        "training": training(128, 1500, 2e-3, muon_learning_rate=4e-3, moment_examples=512),
+        "training": training(128, 1500, 2e-3, muon_learning_rate=4e-3, eval_every=500, moment_examples=512),
     }
+    config.statistics = {"training": training(512, 40, 0.0, warmup_steps=0)}
     config.priors = "diffusion"  # or "autoregressive", or "both", of which the pipeline then has the diffusion prior
     config.codes = {"dims": 64, "buckets": 64, "dot_buckets": 32, "training": training(512, 40, 0.0, warmup_steps=0)}
     config.ar_prior = {
@@ -110,7 +114,7 @@ def get_config(variant: str = "") -> ConfigDict:
         "layers": 3,
         "heads": 2,
         "drop_text": 0.1,
-        "training": training(128, 1500, 2e-3, muon_learning_rate=4e-3),
+        "training": training(128, 1500, 2e-3, muon_learning_rate=4e-3, eval_every=500),
     }
     config.decoder = {
         "image_size": 16,
@@ -141,7 +145,7 @@ def get_config(variant: str = "") -> ConfigDict:
         "training": training(16, 6000, 2e-3, muon_learning_rate=6e-3),
     }
     config.sample = {
-        "prior": {"sampler": "ancestral", "steps": "25"},
+        "prior": {"sampler": "ancestral", "steps": "25", "threshold": placeholder(float), "l2_clamp": False},
         "ar_prior": {"scale": 1.0, "temperature": 1.0, "top_p": 1.0},
         "candidates": 2,
         "decoder": {"sampler": "ddim", "steps": "25", "scale": 1.5, "threshold": 1.0},
@@ -165,12 +169,13 @@ def stages(config: ConfigDict) -> tuple[Stage, ...]:
     c, tokenizer = config, CompactTokenizer(VOCABULARY)
     text, vocab_size = Tokenize(tokenizer, c.text.length), tokenizer.vocab_size
 
-    def source(size: int) -> ShapesSource:
+    def source(size: int, *, held_out: bool = False) -> ShapesSource:
         fractions = {"two_fraction": c.data.two_fraction, "open_fraction": c.data.open_fraction}
-        return ShapesSource(c.data.seed, size, length=c.data.num_examples, **fractions)
+        seed, length = c.data.seed + held_out, c.data.num_held_out if held_out else c.data.num_examples
+        return ShapesSource(seed, size, length=length, **fractions)
 
-    def embedded(size: int) -> Embedded:
-        return Embedded(source(size), (text,), read=source(c.clip.image_size))
+    def embedded(size: int, **options) -> Embedded:
+        return Embedded(source(size, **options), (text,), read=source(c.clip.image_size, **options))
 
     def trained(part: ConfigDict) -> Training:
         return Training(seed=c.seed, tensorboard=c.tensorboard, progress=c.progress, **part.training)
@@ -190,7 +195,7 @@ def stages(config: ConfigDict) -> tuple[Stage, ...]:
             training=trained(c.clip),
             examples_per_record=c.clip.group,
         ),
-        *priors(c, embedded(c.clip.image_size), text, trained),
+        *priors(c, embedded, text, trained),
         Stage(
             name="decoder",
             task=DiffusionTask(
@@ -230,23 +235,40 @@ def stages(config: ConfigDict) -> tuple[Stage, ...]:
     )
 
 
-def priors(config: ConfigDict, source, text: Tokenize, trained) -> tuple[Stage, ...]:
+def priors(config: ConfigDict, embedded, text: Tokenize, trained) -> tuple[Stage, ...]:
     """Return the stages of the priors: of embeddings by diffusion, and of their codes one by one."""
     c = config
     if c.priors not in ("diffusion", "autoregressive", "both"):
         raise ValueError(f"priors={c.priors!r} must be 'diffusion', 'autoregressive' or 'both'")
+    if c.prior.embed_norm not in ("scale", "standardize"):
+        raise ValueError(f"prior.embed_norm={c.prior.embed_norm!r} must be 'scale' or 'standardize'")
+    standardize = c.prior.embed_norm == "standardize"
     size = (c.prior.width, c.prior.layers, c.prior.heads)
+    source = embedded(c.clip.image_size)
     pairs = {"source": source, "transforms": (text, Select(("tokens", "mask", "z_image", "z_text")))}
+    held_out = embedded(c.clip.image_size, held_out=True)
+    evaluated = lambda part: {"eval_source": held_out if part.training.eval_every else None}  # noqa: E731
+    statistics = Stage(
+        name="statistics",
+        task=StatisticsTask(EmbeddingStatistics(c.clip.embed_dim)),
+        training=trained(c.statistics),
+        needs={"clip": "clip"},
+        **pairs,
+    )
     by_diffusion = Stage(
         name="prior",
         task=DiffusionTask(
             model=DiffusionPrior(c.clip.embed_dim, c.text.length, *size, activation=quick_gelu),
             diffusion=Diffusion(prediction="x0", **c.prior.diffusion),
-            x0=Embeddings(c.clip.embed_dim, c.prior.embed_scale),
+            x0=Embeddings(c.clip.embed_dim, statistics="statistics")
+            if standardize
+            else Embeddings(c.clip.embed_dim, c.prior.embed_scale),
             conditions=(Captions(c.text.length, drop=c.prior.drop_text),),
+            sampling=sampling_from(c.sample.prior, name="sample.prior"),
         ),
         training=trained(c.prior),
-        needs={"clip": "clip"},
+        needs={"clip": "clip"} | ({"statistics": "statistics"} if standardize else {}),
+        **evaluated(c.prior),
         **pairs,
     )
     quantized = (c.clip.embed_dim, c.codes.dims, c.codes.buckets, c.codes.dot_buckets)
@@ -263,13 +285,16 @@ def priors(config: ConfigDict, source, text: Tokenize, trained) -> tuple[Stage, 
         task=AutoregressiveTask(
             model=AutoregressivePrior(*quantized, c.text.length, *size, activation=quick_gelu),
             captions=Captions(c.text.length, drop=c.ar_prior.drop_text),
+            sampling=token_sampling_from(c.sample.ar_prior, name="sample.ar_prior"),
         ),
         training=trained(c.ar_prior),
         needs={"clip": "clip", "codes": "codes"},
+        **evaluated(c.ar_prior),
         **pairs,
     )
-    found = {"diffusion": (by_diffusion,), "autoregressive": (codes, by_codes)}
-    return found.get(c.priors, (by_diffusion, codes, by_codes))
+    diffusion = (statistics, by_diffusion) if standardize else (by_diffusion,)
+    found = {"diffusion": diffusion, "autoregressive": (codes, by_codes)}
+    return found.get(c.priors, (*diffusion, codes, by_codes))
 
 
 def decoder(config: ConfigDict, vocab_size: int) -> Decoder:
@@ -330,6 +355,7 @@ def pipeline(config: ConfigDict) -> PipelineDescription:
         prior, models = by_codes, {"clip": "clip", "codes": "codes", "prior": "ar_prior", "decoder": "decoder"}
     else:
         prior, models = by_diffusion, {"clip": "clip", "prior": "prior", "decoder": "decoder"}
+        models |= {"statistics": "statistics"} if config.prior.embed_norm == "standardize" else {}
     others = {stage: sampling_from(sample[stage], name=f"sample.{stage}") for stage in ("decoder", "upsampler")}
     return PipelineDescription(
         "UnCLIP",
@@ -356,9 +382,10 @@ def quick(config: ConfigDict) -> None:
 def smoke(config: ConfigDict) -> None:
     """Shrink everything so that all stages take seconds."""
     config.data.num_examples = 64
-    for stage in ("clip", "prior", "codes", "ar_prior", "decoder", "upsampler"):
+    config.data.num_held_out = 16
+    for stage in ("clip", "statistics", "prior", "codes", "ar_prior", "decoder", "upsampler"):
         config[stage].training.update(
-            num_steps=2, batch_size=8, warmup_steps=1, log_every=1, checkpoint_every=1, preview_every=2
+            num_steps=2, batch_size=8, warmup_steps=1, log_every=1, checkpoint_every=1, preview_every=2, eval_every=0
         )
     config.prior.training.moment_examples = 0
     config.clip.update(patch=16, embed_dim=16, vision={"width": 16, "layers": 1, "heads": 2, "stem": (16,)})

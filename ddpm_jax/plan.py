@@ -180,6 +180,8 @@ def _plan_all(lowered: list, samplings: dict) -> list:
 
 def _stand_in_for_data(config) -> None:
     """Use records of zeros where the recipe's data is not on this machine: only shapes are read."""
+    if config.get("data", {}).get("held_out_path"):
+        config.data.held_out_path = ""  # evaluations are not planned
     path = config.get("data", {}).get("path")
     if path is None or (path and Path(path).expanduser().exists()) or path in ("noise", "shapes") or ":" in path:
         return
