@@ -92,7 +92,7 @@ def reconstruction(pipeline, report: Report, num: int, all_steps: list[int]) -> 
     small = resize_center_crop(images, pipeline.decoder.metadata["image_size"])
     rows, shown = [], []
     for steps in all_steps:
-        latent = edit.encode(pipeline, images, steps=steps)
+        latent = edit.encode(pipeline, images, steps=edit.inversion_steps(pipeline, steps))
         low, high = (edit.decode(pipeline, latent, low_res=low_res) for low_res in (True, False))
         errors = psnr(low, small), psnr(high, images)
         rows.append(
@@ -129,7 +129,7 @@ def text_difference(pipeline, report: Report, num: int, steps: int) -> None:
     scenes = [recoloured(scene, "red", "circle") for scene in scenes_of(num)]
     wanted = [recoloured(scene, "blue", "circle") for scene in scenes]
     images = rendered(scenes, pipeline.image_size)
-    latent = edit.encode(pipeline, images, steps=steps)
+    latent = edit.encode(pipeline, images, steps=edit.inversion_steps(pipeline, steps))
     found, rows = edit.text_diff(pipeline, latent, "a red circle", "a blue circle", thetas=THETAS), []
     for column, theta in enumerate(THETAS):
         verdicts = [judge(scene, read(image)) for scene, image in zip(wanted, found[:, column])]

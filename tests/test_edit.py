@@ -101,6 +101,17 @@ def test_inversion_of_a_constant_prediction_is_exact(pipelines):
     close(edit.decode(pipeline, latent, **SMALL), x0)
 
 
+def test_inversion_begins_where_noise_is_visible(pipelines):
+    """At the first timestep with sigma >= 0.05, of a cosine schedule in closed form; the last is that of pure noise."""
+    at = np.cos((np.arange(1001) / 1000 + 0.008) / 1.008 * np.pi / 2) ** 2
+    first = int(np.argmax(1 - at[1:] / at[0] >= 0.05**2))
+    for pipeline in pipelines.values():
+        steps = edit.inversion_steps(pipeline)
+        assert len(steps) == 250 and (steps[0], steps[-1]) == (first, 999) and list(steps) == sorted(set(steps))
+    assert edit.inversion_steps(pipeline, 2) == (first, 999)
+    assert edit.inversion_steps(pipeline, 5000) == tuple(range(first, 1000))
+
+
 @PIPELINES
 def test_encode_embeds_as_the_pipeline_does(pipelines, latents, name):
     pipeline, z = pipelines[name], latents[name].z_image

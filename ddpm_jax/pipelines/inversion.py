@@ -35,6 +35,9 @@ from ddpm_jax.pipelines.stages import finite
 from ddpm_jax.types import to_float, to_uint8
 
 STEPS = 250  # of inversion and of its way back, or all timesteps if there are fewer
+LEAST_SIGMA = (
+    0.05  # of the first timestep: below it, what the network does not reproduce of an image outgrows the noise
+)
 
 
 def embed_images(
@@ -87,7 +90,7 @@ def encode(
             as CLIP's are (`data.transforms.resize_center_crop`).
         prompts: captions that the decoder is given too, one for all or one for each; none by default. `decode` needs
             the same.
-        steps: of the inversion, in any form of `Sampling.steps`; 250, or all timesteps if there are fewer.
+        steps: of the inversion, in any form of `Sampling.steps`; `inversion_steps` by default.
         iterations: network calls a step; more solve each step of the inversion more exactly, see `samplers.invert`.
         batch_size: images at a time; that of the pipeline by default.
         mesh: devices of this process that share each batch, with an axis "data"; one device by default.
@@ -103,8 +106,8 @@ def encode(
     decoding = decoding_of(pipeline)
     iterations = as_int("iterations", iterations, least=1, most=100)
     pixels, small = decoding.pixels(images), resize_center_crop(images, decoding.image_size)
-    count, total = len(small), decoding.diffusion.num_steps
-    steps = as_steps("steps", min(STEPS, total) if steps is None else steps)
+    count = len(small)
+    steps = as_steps("steps", _spaced(decoding, STEPS) if steps is None else steps)
     batch_size = decoding.batch_size if batch_size is None else batch_size
     words, negative = decoding.words(as_captions("prompts", prompts, count)), decoding.negative(None, count)
     decoding, place, unit = on_mesh(mesh, decoding.configured(Sampling("ddim", steps), {}))
@@ -124,6 +127,16 @@ def encode(
         unit=unit,
     )
     return BipartiteLatent(z_image, xt, steps)
+
+
+def inversion_steps(pipeline: Any, count: int = STEPS) -> tuple[int, ...]:
+    """Return timesteps for `encode`: evenly spaced, from the first whose noise is at least 0.05 to the last.
+
+    Args:
+        pipeline: as for `encode`.
+        count: of the timesteps; all from there on if there are fewer.
+    """
+    return _spaced(decoding_of(pipeline), as_int("count", count, least=2))
 
 
 def decode(
@@ -252,6 +265,12 @@ def decoded(
 
 
 # ---- Arguments -------------------------------------------------------------------------------------------------------
+
+
+def _spaced(decoding: Decoding, count: int) -> tuple[int, ...]:
+    sigma = np.asarray(decoding.diffusion.process.sigma)
+    first, last = int(np.argmax(sigma >= LEAST_SIGMA)), len(sigma) - 1
+    return tuple(np.linspace(first, last, min(count, last - first + 1)).round().astype(int).tolist())
 
 
 def as_captions(name: str, captions: Any, count: int) -> list[str]:

@@ -14,7 +14,15 @@ import numpy as np
 
 from ddpm_jax.pipelines.decoding import decoding_of
 from ddpm_jax.pipelines.inpainting import inpaint, outpaint
-from ddpm_jax.pipelines.inversion import as_captions, check_options, decode, embed_images, embed_texts, encode
+from ddpm_jax.pipelines.inversion import (
+    as_captions,
+    check_options,
+    decode,
+    embed_images,
+    embed_texts,
+    encode,
+    inversion_steps,
+)
 from ddpm_jax.pipelines.latents import (
     BipartiteLatent,
     Pca,
@@ -39,6 +47,7 @@ __all__ = [
     "fit_pca",
     "inpaint",
     "interpolate",
+    "inversion_steps",
     "label_probabilities",
     "load_latents",
     "outpaint",
