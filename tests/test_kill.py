@@ -18,7 +18,7 @@ from ddpm_jax.storage.checkpoint import ARRAYS, Checkpoints
 from ddpm_jax.training.metrics import read_metrics
 
 KILLS = int(os.environ.get("DDPM_JAX_KILLS", "0"))
-STEPS, EVERY = 60, 15
+STEPS, EVERY = 45, 15
 
 
 def command(workdir, *flags):
@@ -120,10 +120,10 @@ def test_kill_and_stop_in_every_stage_between_them_and_while_measuring(tmp_path,
 
 def kill_and_stop(workdir, stage, signals, stopped, draw):
     """Each signal comes at a random step of what is left, with a margin: the run goes on while it is on its way."""
-    for signum in signals:
+    for i, signum in enumerate(signals):
         begin = last_step(workdir, stage)
         process = start("train", *command(workdir, "--noevaluate"))
-        step = draw.randint(begin + 1, begin + max(1, (STEPS - 20 - begin) // 2))
+        step = draw.randint(begin + 1, begin + max(1, (STEPS - 20 - begin) // (len(signals) - i)))
         status, err = stop_at(process, workdir, stage, step, signum)
         for earlier, before in stopped:
             assert_resumed_at(before, workdir, earlier)
