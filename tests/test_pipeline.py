@@ -20,6 +20,7 @@ from ddpm_jax.models.clip import CLIP, normalize
 from ddpm_jax.parallel.mesh import make_mesh
 from ddpm_jax.pipelines import unclip
 from ddpm_jax.pipelines.request import NotFiniteError
+from ddpm_jax.pipelines.stages import kept_in_training
 from ddpm_jax.storage.metadata import freeze, thaw
 from ddpm_jax.types import to_float, to_uint8
 
@@ -195,8 +196,8 @@ def test_a_network_trained_without_a_condition_is_sampled_without_it():
     given, mine = jnp.array([True, False]), pipeline().decoder
     metadata = freeze(thaw(mine.metadata) | {"image_embedding": {"drop": 1.0}})
     for keep, expected in ((None, [True, True]), (given, [True, False])):
-        np.testing.assert_array_equal(unclip._trained_with(mine, "image_embedding", keep, 2), expected)
-        without = unclip._trained_with(mine.replace(metadata=metadata), "image_embedding", keep, 2)
+        np.testing.assert_array_equal(kept_in_training(mine, "image_embedding", keep, 2), expected)
+        without = kept_in_training(mine.replace(metadata=metadata), "image_embedding", keep, 2)
         np.testing.assert_array_equal(without, [False, False])
 
 
