@@ -97,7 +97,8 @@ def test_the_first_cell_does_nothing_where_the_package_is_installed(monkeypatch,
 
 def test_two_dimensions(run):
     """The network beats noise, every sampler finds the roll, and guidance trades spread for right classes."""
-    names = run("two_dimensions.ipynb")
+    smaller = {"swiss_roll(data_key, 512)": "swiss_roll(data_key, 192)", "key(4), 2000)": "key(4), 1000)"}
+    names = run("two_dimensions.ipynb", smaller)
     assert names["losses"][-100:].mean() < 0.5 * names["losses"][:20].mean()
     roll = np.asarray(names["swiss_roll"](names["jax"].random.key(9), 4000))
     for name, points in names["samples"].items():
@@ -115,7 +116,11 @@ def test_two_dimensions(run):
 def test_own_images(run, monkeypatch, tmp_path):
     """A folder is made, a stage trains on it for a few steps, and what it leaves is loaded and sampled."""
     monkeypatch.chdir(tmp_path)
-    names = run("own_images.ipynb", {"SIZE, STEPS, CHANNELS = 16, 300, 64": "SIZE, STEPS, CHANNELS = 16, 6, 32"})
+    smaller = {
+        "SIZE, STEPS, CHANNELS = 16, 300, 64": "SIZE, STEPS, CHANNELS = 16, 6, 32",
+        "(1, 1), 1, ()": "(1,), 1, ()",
+    }
+    names = run("own_images.ipynb", smaller)
     assert len(names["source"]) == 200 and names["names"] == ("moon", "sun")
     assert [row["step"] for row in names["rows"]] == list(range(1, 7))
     assert [row["step"] for row in names["evaluated"]] == [2, 4, 6]
