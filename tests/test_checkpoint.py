@@ -314,6 +314,19 @@ def test_checksum_sees_bits_and_places_but_not_shardings():
     assert checksum(tree | {"c": ~tree["c"]}) != value
 
 
+def test_checksum_of_small_and_large_arrays_is_one_sum(monkeypatch):
+    """Words w_p at positions p of leaf i: sum (2i + 1) (2p + 1) w_p, on the host or by a program of any device."""
+    tree = [np.array(3, np.int32), np.array([1.0, -2.0], np.float32), np.array([True, False]), np.zeros((2, 0))]
+    words = [[3], [0x3F800000, 0xC0000000], [1, 0], []]
+    rows = [(2 * i + 1) * (2 * p + 1) * word for i, row in enumerate(words) for p, word in enumerate(row)]
+    assert checksum(tree) == sum(rows) % 2**32
+    with jax.enable_x64(True):
+        wide = [*tree, np.array([[1.5, 2.0**-40]]), np.arange(5, dtype=np.int64) << 33, np.arange(3, dtype=np.float16)]
+        value = checksum(wide)
+        monkeypatch.setattr("ddpm_jax.storage.checkpoint._SMALL", -1)
+        assert checksum(jax.tree.map(jnp.asarray, wide)) == value
+
+
 @pytest.fixture
 def small_disk(tmp_path):
     """A file system of 300 kB: one checkpoint of `make_state` fits, a second does not."""
