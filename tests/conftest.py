@@ -58,6 +58,12 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: order.get(item.path.stem, len(order)))
 
 
+def pytest_sessionfinish():
+    # pytest collects garbage ten times at the end, which takes long among the programs that were traced and compiled.
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture
 def call(capfd):
     """Return call(program, *flags) -> (status, stdout, stderr)."""
