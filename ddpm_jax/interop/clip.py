@@ -30,6 +30,7 @@ from ddpm_jax.interop.table import (
     to_reference,
 )
 from ddpm_jax.models.clip import CLIP, VisionTransformer
+from ddpm_jax.models.shapes import parameter_shapes
 from ddpm_jax.models.text_encoder import TextEncoder
 from ddpm_jax.models.transformer import gelu, quick_gelu
 from ddpm_jax.storage.tensors import renamed
@@ -322,10 +323,10 @@ def _shapes(model: CLIP) -> Any:
     shapes = {}
     if model.vision is not None:
         images = spec(1, model.vision.image_size, model.vision.image_size, 3)
-        shapes |= jax.eval_shape(lambda key, x: model.init(key, x, method="encode_image"), jax.random.key(0), images)
+        shapes |= parameter_shapes(model, images, method="encode_image")
     params = dict(shapes.get("params", {}))
     if model.text is not None:
         tokens = spec(1, model.text.context, dtype=jnp.int32), spec(1, model.text.context, dtype=jnp.bool_)
-        made = jax.eval_shape(lambda key, *x: model.init(key, *x, method="encode_text"), jax.random.key(0), *tokens)
+        made = parameter_shapes(model, *tokens, method="encode_text")
         params |= made["params"]
     return params

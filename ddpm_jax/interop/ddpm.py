@@ -29,6 +29,7 @@ from ddpm_jax.interop.diffusers_layout import (
 from ddpm_jax.interop.field_kinds import ANY, FLAG, NUMBER, POSITIVE, SIDE, WHOLE, WHOLES, WORD, WORDS, Kind, optional
 from ddpm_jax.interop.table import ConvertError, Entry, Layout, conv, to_ours, to_reference
 from ddpm_jax.interop.unet import walk
+from ddpm_jax.models.shapes import parameter_shapes
 from ddpm_jax.models.unet import UNet
 from ddpm_jax.storage.model_directory import Converted
 
@@ -250,7 +251,7 @@ def ddpm_shapes(model: UNet, channels: int = 3) -> Any:
     """Return the shapes of the parameters, made without any numbers."""
     size = 2 ** (len(model.channel_mult) - 1)
     image, t = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((1, size, size, channels), (1,)))
-    return jax.eval_shape(model.init, jax.random.key(0), image, t)["params"]
+    return parameter_shapes(model, image, t)["params"]
 
 
 def _swapped(kernel: np.ndarray) -> np.ndarray:

@@ -11,6 +11,7 @@ from ddpm_jax.interop.guided import MARKS, unet_table
 from ddpm_jax.interop.parts import select
 from ddpm_jax.interop.table import IDENTITY, TRANSPOSED, Entry, by_head, dense, norm, to_ours, to_reference
 from ddpm_jax.models.glide import Glide
+from ddpm_jax.models.shapes import parameter_shapes
 from ddpm_jax.models.unet import UNet
 
 
@@ -82,6 +83,4 @@ def glide_shapes(model: Glide, image_size: int, channels: int = 3) -> Any:
         extra["low_res"] = spec(1, 2, 2, 3)
     if channels in (7, 10):
         extra |= {"image": image, "known": spec(1, image_size, image_size, 1)}
-    made = jax.eval_shape(lambda *inputs, **extra: model.init(jax.random.key(0), *inputs, **extra),
-                          image, spec(1), *text, **extra)  # fmt: skip
-    return made["params"]
+    return parameter_shapes(model, image, spec(1), *text, **extra)["params"]

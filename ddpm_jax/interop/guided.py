@@ -31,6 +31,7 @@ from ddpm_jax.interop.table import (
 )
 from ddpm_jax.interop.unet import Block, attends_at, walk
 from ddpm_jax.models.adm import Classifier, ClassUNet, SuperUNet
+from ddpm_jax.models.shapes import parameter_shapes
 from ddpm_jax.models.unet import UNet, levels_of_resolutions
 
 POINTWISE = Layout(lambda x: x[..., 0].T, lambda x: (x.T[..., None],))  # a convolution of width one: [O, I, 1]
@@ -295,4 +296,4 @@ def guided_shapes(model: nn.Module, image_size: int, channels: int | None = None
         inputs.append(spec(1, image_size // 4, image_size // 4, colors))
     if isinstance(model, ClassUNet) or (two and model.num_classes is not None):
         inputs.append(spec(1, dtype=jnp.int32))
-    return jax.eval_shape(model.init, jax.random.key(0), *inputs)["params"]
+    return parameter_shapes(model, *inputs)["params"]

@@ -14,6 +14,7 @@ import numpy as np
 from ddpm_jax.interop.parts import select
 from ddpm_jax.interop.table import IDENTITY, KERNEL, TRANSPOSED, ConvertError, Entry, to_ours, to_reference
 from ddpm_jax.models.inception import SIZE, Inception
+from ddpm_jax.models.shapes import parameter_shapes
 
 MARKS = ("Mixed_7c.branch_pool.conv.weight",)
 _NORM = {"scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}
@@ -53,4 +54,4 @@ def inception_table() -> list[Entry]:
 
 def _shapes() -> Any:
     image = jax.ShapeDtypeStruct((1, SIZE, SIZE, 3), jnp.float32)
-    return jax.eval_shape(Inception().init, jax.random.key(0), image)["params"]
+    return parameter_shapes(Inception(), image)["params"]

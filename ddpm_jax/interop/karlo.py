@@ -47,6 +47,7 @@ from ddpm_jax.interop.table import (
 from ddpm_jax.interop.unet import walk
 from ddpm_jax.models.decoder import Decoder
 from ddpm_jax.models.prior import DiffusionPrior
+from ddpm_jax.models.shapes import parameter_shapes
 from ddpm_jax.models.transformer import gelu
 from ddpm_jax.models.unet import UNet
 from ddpm_jax.models.upsampler import Upsampler
@@ -280,7 +281,7 @@ def load_prior(tensors: Mapping[str, np.ndarray], *, heads: int = 32, dtype: Any
         spec((1, embed_dim), jnp.float32), spec((1,), jnp.float32), spec((1, embed_dim), jnp.float32),
         spec((1, length - 4, text), jnp.float32), spec((1, length - 4), jnp.bool_),
     )  # fmt: skip
-    shapes = jax.eval_shape(model.init, jax.random.key(0), *inputs)["params"]
+    shapes = parameter_shapes(model, *inputs)["params"]
     params = to_ours(prior_table(length, width, layers), tensors, shapes, ignored=STATISTICS)
     mean, std = (np.asarray(tensors[name], np.float32).reshape(-1) for name in STATISTICS)
     return LoadedPrior(model, params, mean, std)
@@ -385,7 +386,7 @@ def _decoder_shapes(model: Decoder, text_proj: Mapping[str, np.ndarray], size: i
         spec(1, size, size, 3), spec(1), spec(1, model.embed_dim), spec(1, model.embed_dim),
         spec(1, 5, width), spec(1, 5, dtype=jnp.bool_),
     )  # fmt: skip
-    return jax.eval_shape(model.init, jax.random.key(0), *inputs)["params"]
+    return parameter_shapes(model, *inputs)["params"]
 
 
 # ---- The upsamplers --------------------------------------------------------------------------------------------------
@@ -399,7 +400,7 @@ def load_upsampler(tensors: Mapping[str, np.ndarray], model: Upsampler, *, image
     """
     spec = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)  # noqa: E731
     inputs = spec(1, image_size, image_size, 3), spec(1), spec(1, image_size // 4, image_size // 4, 3)
-    shapes = jax.eval_shape(model.init, jax.random.key(0), *inputs)["params"]
+    shapes = parameter_shapes(model, *inputs)["params"]
     return to_ours(unet_table(model.unet, image_size, "unet/", ""), tensors, shapes)
 
 

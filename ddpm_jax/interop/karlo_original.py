@@ -39,6 +39,7 @@ from ddpm_jax.interop.table import (
 from ddpm_jax.models.clip import CLIP
 from ddpm_jax.models.decoder import Decoder
 from ddpm_jax.models.prior import DiffusionPrior
+from ddpm_jax.models.shapes import parameter_shapes
 from ddpm_jax.models.transformer import gelu
 from ddpm_jax.models.unet import UNet, check_image_size
 from ddpm_jax.models.upsampler import Upsampler
@@ -179,7 +180,7 @@ def _spec(*shape: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
 
 def _params_of(model: nn.Module, *inputs: jax.ShapeDtypeStruct) -> dict[str, Any]:
     """Return the shapes of a network's parameters."""
-    return jax.eval_shape(model.init, jax.random.key(0), *inputs)["params"]
+    return parameter_shapes(model, *inputs)["params"]
 
 
 def _under(table: list[Entry], ours: str, theirs: str) -> list[Entry]:

@@ -23,6 +23,7 @@ from ddpm_jax.interop.table import (
     to_reference,
 )
 from ddpm_jax.models.noised_clip import NoisedCLIP, NoisedVisionTransformer
+from ddpm_jax.models.shapes import parameter_shapes
 from ddpm_jax.models.text_encoder import TextEncoder
 
 _NO_KEY_BIAS = Layout(lambda q, v: np.stack([q, np.zeros_like(q), v]).reshape(-1), lambda x: tuple(np.split(x, 3)[::2]))
@@ -104,7 +105,7 @@ def noised_clip_shapes(model: NoisedCLIP) -> Any:
     spec = lambda *shape, dtype=jnp.float32: jax.ShapeDtypeStruct(shape, dtype)  # noqa: E731
     images, t = spec(1, model.vision.image_size, model.vision.image_size, 3), spec(1, dtype=jnp.int32)
     text = spec(1, model.text.context, dtype=jnp.int32), spec(1, model.text.context, dtype=jnp.bool_)
-    return jax.eval_shape(model.init, jax.random.key(0), images, t, *text)["params"]
+    return parameter_shapes(model, images, t, *text)["params"]
 
 
 def _blocks(tower: str, layers: int) -> list[Entry]:

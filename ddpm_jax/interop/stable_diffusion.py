@@ -50,6 +50,7 @@ from ddpm_jax.interop.table import (
 )
 from ddpm_jax.interop.unet import walk
 from ddpm_jax.models.autoencoder import Autoencoder
+from ddpm_jax.models.shapes import parameter_shapes
 from ddpm_jax.models.text_encoder import TextEncoder
 from ddpm_jax.models.unet import UNet
 from ddpm_jax.storage.json_file import read_json
@@ -254,7 +255,7 @@ def text_encoder_table(layers: int, dialect: Dialect = "hf") -> list[Entry]:
 def text_encoder_shapes(model: TextEncoder) -> Any:
     """Return the shapes of the parameters."""
     tokens = jax.ShapeDtypeStruct((1, model.context), jnp.int32)
-    return jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]
+    return parameter_shapes(model, tokens)["params"]
 
 
 # ---- The autoencoder -------------------------------------------------------------------------------------------------
@@ -326,7 +327,7 @@ def autoencoder_table(model: Autoencoder) -> list[Entry]:
 def autoencoder_shapes(model: Autoencoder) -> Any:
     """Return the shapes of the parameters."""
     image = jax.ShapeDtypeStruct((1, 2 * model.factor, 2 * model.factor, model.out_channels), jnp.float32)
-    return jax.eval_shape(model.init, jax.random.key(0), image)["params"]
+    return parameter_shapes(model, image)["params"]
 
 
 # ---- The U-Net -------------------------------------------------------------------------------------------------------
@@ -434,8 +435,8 @@ def unet_shapes(model: UNet, context_width: int, channels: int = 4) -> Any:
     """Return the shapes of the parameters; channels: of what the network sees."""
     spec = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)  # noqa: E731
     size = 2 ** (len(model.channel_mult) - 1)
-    run = lambda x, t, context: model.init(jax.random.key(0), x, t, None, context)  # noqa: E731
-    return jax.eval_shape(run, spec(1, size, size, channels), spec(1), spec(1, 3, context_width))["params"]
+    inputs = spec(1, size, size, channels), spec(1)
+    return parameter_shapes(model, *inputs, context=spec(1, 3, context_width))["params"]
 
 
 def _spatial_transformer(ours: str, theirs: str, linear: bool) -> list[Entry]:

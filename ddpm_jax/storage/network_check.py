@@ -33,6 +33,7 @@ from ddpm_jax.models import (
     unet,
     upsampler,
 )
+from ddpm_jax.models.shapes import parameter_shapes
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -60,8 +61,7 @@ def check_parameters(network: nn.Module, shapes: Shapes, metadata: Mapping[str, 
         network = _with_levels(network, shapes)
     try:
         inputs = inputs if own else _INPUTS[type(network)](network, shapes, metadata)
-        init = lambda *args, **options: network.init(jax.random.key(0), *args, method=inputs.method, **options)
-        wanted = jax.eval_shape(init, *inputs.args, **inputs.options)
+        wanted = parameter_shapes(network, *inputs.args, method=inputs.method, **inputs.options)
     except LoadError:
         raise
     except Exception as error:  # any error of a network, Flax or JAX about fields that contradict each other
