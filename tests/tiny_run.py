@@ -10,7 +10,7 @@ import jax
 ROOT = Path(__file__).parents[1]
 STAGES = ("clip", "prior", "decoder", "upsampler")
 FIELDS = {
-    "data.num_examples": 16,
+    "data.num_examples": 64,
     "clip.patch": 32,
     "clip.training.batch_size": 32,
     "decoder.image_size": 16,
