@@ -83,7 +83,7 @@ class AbstractStages:
         """Return the shapes and shardings of the training state of a stage."""
         if stage.name not in self._states:
             fitted = hasattr(stage.task, "fitted")
-            tx = optax.identity() if fitted else training_optimizer(stage.training)[0]
+            tx = optax.identity() if fitted else training_optimizer(stage.training, self.mesh)[0]
             prepared = self.batch(stage)
             rules = stage.sharding_rules
             self._states[stage.name] = abstract_state(stage.task, tx, jax.random.key(0), self.mesh, prepared, rules)

@@ -86,6 +86,7 @@ def fit(
     version: str,
     frozen: Any = None,
     rules: Sequence[Rule] = (),
+    abstract: TrainState | None = None,
     schedule: optax.Schedule | None = None,
     ema_warmup: bool = True,
     accumulate: int = 1,
@@ -122,6 +123,7 @@ def fit(
       frozen: a tree with models whose parameters are not trained; when it is not None, `task.prepare(frozen, batch)`
         runs under its own jit before each step.
       rules: which parameters are split in another way than by default, see `parallel.sharding.parameter_specs`.
+      abstract: what `abstract_state` returns for all this, if it is known: then the network is not traced for it.
       checkpoint_every, log_every: in steps, at least 1; the last step does both.
       preview_every: in steps; 0 for never. The last step makes one too. `task.preview(params, batch, key)` gets
         raw and averaged parameters and the same key each time, so its noise is the same from preview to preview.
@@ -159,7 +161,7 @@ def fit(
         # ---- State: the newest checkpoint's, or a new one ------------------------------------------------------------
         checkpoints = stack.enter_context(contextlib.closing(Checkpoints(workdir, max_to_keep=max_to_keep)))
         run = _Run(task, name, checkpoints, mesh, frozen, rules)
-        restore = functools.partial(_restore_or_create, run, tx, init_key, example, config, ignore)
+        restore = functools.partial(_restore_or_create, run, tx, init_key, example, config, ignore, abstract)
         state, start, notes = restore(loader)
         seen = {"rollbacks": notes.get("rollbacks", 0), "tensorboard": tensorboard, "bar": progress}
         warn_without_trace(name, profile_steps, start, num_steps)
@@ -385,14 +387,16 @@ def _restore_or_create(
     example: Mapping[str, Any],
     config: Mapping[str, Any],
     ignore: Collection[str],
+    abstract: TrainState | None,
     loader: Loader | None,
 ) -> tuple[TrainState, int, dict[str, Any]]:
     """Return the state to continue from, its step and the notes of its checkpoint; the loader continues with it."""
     prepared = example if run.frozen is None else jax.eval_shape(run.task.prepare, run.frozen, example)
-    abstract = abstract_state(run.task, tx, key, run.mesh, prepared, run.rules)
+    if abstract is None:
+        abstract = abstract_state(run.task, tx, key, run.mesh, prepared, run.rules)
     restored = run.checkpoints.restore_latest(abstract.trees(), config=config, stage=run.name, ignore=ignore)
     if restored is None:
-        return create_state(run.task, tx, key, run.mesh, prepared, run.rules), 0, {}
+        return create_state(run.task, tx, key, run.mesh, prepared, run.rules, abstract=abstract), 0, {}
     if loader is not None:
         loader.set_state(restored.data)
     return TrainState.from_trees(restored.trees), restored.meta["step"], restored.meta.get("notes") or {}

@@ -270,6 +270,7 @@ class _Run:
                 version=__version__,
                 frozen=models,
                 rules=stage.sharding_rules,
+                abstract=self.abstract.state(stage),
                 eval_batches=None if eval_source is None else lambda: self._eval_batches(stage, eval_source),
                 items_per_step=training.batch_size,
                 policy=Policy(*(getattr(training, name) for name in Policy._fields)),

@@ -53,6 +53,8 @@ def create_state(
     mesh: Mesh,
     batch: Mapping[str, Any],
     rules: Sequence[Rule] = (),
+    *,
+    abstract: TrainState | None = None,
 ) -> TrainState:
     """Make the state of step 0 directly on the devices of `mesh`, each with its part.
 
@@ -63,6 +65,7 @@ def create_state(
       mesh: where the state lives.
       batch: a prepared batch, or the shapes of one; only shapes and dtypes are read.
       rules: of sharding, see `parallel.sharding.parameter_specs`.
+      abstract: what `abstract_state` returns for the same arguments, if it is known.
 
     Returns:
       A `TrainState` with step 0 and the average equal to the parameters.
@@ -71,7 +74,11 @@ def create_state(
       ValueError: for a rule that does not fit.
     """
     init = _initial_state(task, tx, batch)
-    return jax.jit(init, out_shardings=state_shardings(jax.eval_shape(init, key), mesh, rules))(key)
+    if abstract is None:
+        place = state_shardings(jax.eval_shape(init, key), mesh, rules)
+    else:
+        place = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    return jax.jit(init, out_shardings=place)(key)
 
 
 def abstract_state(
