@@ -124,6 +124,11 @@ def test_a_wrong_config_file(call, tmp_path):
             2,
             ["ImageEmbedding.drop=1.5 must lie between 0 and 1 (here --config.decoder.drop_image=1.5)"],
         ),
+        (
+            {"decoder__drop_text": "0.0"},
+            2,
+            ["Captions.drop=0.0, and sampling.scale=1.5 guides away from a null condition, which training learns at"],
+        ),
         ({"decoder__unet__patch": 0}, 2, ["decoder.unet.patch=0 must be at least 1"]),
         ({"clip__embed_dim": -2}, 2, ["Embeddings.size=-2 must be at least 1 (here --config.clip.embed_dim=-2)"]),
     ],

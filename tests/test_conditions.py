@@ -19,6 +19,7 @@ from test_tasks import (
     unet,
 )
 
+from ddpm_jax.diffusion.sampling import Sampling
 from ddpm_jax.models.clip import CLIP, normalize
 from ddpm_jax.models.upsampler import Upsampler
 from ddpm_jax.training.tasks import Captions, DiffusionTask, Embeddings, ImageEmbedding, Images, Labels, LowResolution
@@ -195,6 +196,13 @@ def test_null_arguments_drop_all_conditions_but_the_low_resolution_image():
 )
 def test_there_is_no_null_condition_if_one_cannot_be_dropped_or_none_is_there(conditions):
     assert arguments_and_null(*conditions)[1] is None
+    guided = {"model": Recorder(), "diffusion": DIFFUSION, "x0": Images(SIZE), "conditions": conditions}
+    message = (
+        r"\.drop=0\.0, and sampling\.scale=2\.0 guides away from a null|no condition that is dropped, and sampling"
+    )
+    with pytest.raises(ValueError, match=message):
+        DiffusionTask(**guided, sampling=Sampling(steps=2, scale=2.0))
+    DiffusionTask(**guided, sampling=Sampling(steps=2, scale=1.0))  # which does not guide
 
 
 # ---- Frozen networks -------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import gc
 import weakref
+from types import SimpleNamespace
 
 import flax.traverse_util
 import jax
@@ -199,6 +200,72 @@ def test_a_network_trained_without_a_condition_is_sampled_without_it():
         np.testing.assert_array_equal(kept_in_training(mine, "image_embedding", keep, 2), expected)
         without = kept_in_training(mine.replace(metadata=metadata), "image_embedding", keep, 2)
         np.testing.assert_array_equal(without, [False, False])
+
+
+def trained(**drops):
+    """The pipeline, its prior and decoder trained with these drops of their conditions."""
+
+    def with_drops(model):
+        own = {
+            name: {**thaw(model.metadata)[name], "drop": drop} for name, drop in drops.items() if name in model.metadata
+        }
+        return model.replace(metadata=freeze(thaw(model.metadata) | own))
+
+    return pipeline().replace(prior=with_drops(pipeline().prior), decoder=with_drops(pipeline().decoder))
+
+
+def test_negative_prompts_have_no_influence_where_captions_were_always_dropped():
+    """Without a caption the networks' outputs do not depend on it, see test_tasks.py and test_models.py."""
+    text = unclip.Text(np.ones((2, 4)), np.ones((2, 3, 4)), np.ones((2, 3), bool))
+    spy = lambda drop: SimpleNamespace(
+        network=SimpleNamespace(text_encoder=None), metadata={"caption": {"drop": drop}}, apply=lambda *given: given
+    )
+    negative, seen = (text, np.ones((2, 3), np.int32), np.array([True, False])), []
+    for drop, expected in ((1.0, [False, False]), (0.1, [True, False])):
+        of = pipeline().replace(decoder=spy(drop), prior=spy(drop))
+        _, away = of.denoisers(text.z, text, negative[1], negative=negative)
+        np.testing.assert_array_equal(away(None, None)[-1], expected)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(unclip.UnCLIP, "_by_diffusion", lambda *given: seen.append(given[-1]) or (lambda i: text.z))
+            of.sample_embedding(text, negative[1], None, negative=negative)
+        np.testing.assert_array_equal(seen[-1][2], expected)
+
+
+def test_null_conditions_that_were_never_trained_are_not_sampled():
+    always, captioned, seen = trained(caption=0.0, image_embedding=0.0), trained(caption=0.0), []
+    some = {"decoder_scale": 1.0}
+    for of, options, message in (
+        (
+            always,
+            {"prior_scale": 3, "decoder_scale": 1},
+            r"^prior_scale=3.0 needs a network with a null condition \(drop",
+        ),
+        (always, {}, r"^decoder_scale=1.5 needs a network with a null condition"),
+        (always, {"negative_prompts": "a ring"}, r"^decoder_scale=1.5 needs a network with a null condition"),
+        (captioned, {"negative_prompts": ""}, r"^decoder_scale=1.5 needs a network with a null condition"),
+        (
+            always,
+            some | {"embedding": "none"},
+            "^embedding='none' leaves out the image embedding of the decoder, which",
+        ),
+        (
+            always,
+            some | {"use_text": False},
+            "^use_text=False leaves out the caption of the decoder, which was trained",
+        ),
+        (
+            always,
+            some | {"prompts": [""]},
+            '^the prompt "" leaves out the caption of the prior, which was trained with',
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            of.generate(**{"prompts": PROMPTS, "batch_size": 8, "low_res": True} | options)
+    with pytest.MonkeyPatch.context() as patch:  # without running it: what is trained is accepted
+        patch.setattr(unclip, "in_batches", lambda *arguments, **options: seen.append(options))
+        captioned.generate(PROMPTS, negative_prompts="a ring")
+        always.generate(PROMPTS, **some)
+    assert len(seen) == 2
 
 
 def test_guidance_scales_reach_their_stage():

@@ -17,7 +17,7 @@ from ddpm_jax.models.clip import normalize
 from ddpm_jax.pipelines.enlarging import enlarging_options, stops_of, with_stops
 from ddpm_jax.pipelines.karlo import DIFFUSION, Karlo
 from ddpm_jax.pipelines.request import as_prompts, check_steps, negative_tokens, stage_samplings, tokenize
-from ddpm_jax.pipelines.stages import Text, finite, with_moments
+from ddpm_jax.pipelines.stages import Text, check_kept, finite, guided_stages, with_moments
 from ddpm_jax.pipelines.unclip import UnCLIP
 from ddpm_jax.pipelines.upsampling import image_size_of, noise_levels, upsample_all
 from ddpm_jax.types import Denoiser, Step, to_float
@@ -109,7 +109,7 @@ class Decoding(flax.struct.PyTreeNode):
 
     def _samplings(self, decoder: Sampling | None, options: Mapping[str, Any], **known: Any) -> dict[str, Any]:
         defaults = dict(self.pipeline.sampling) | ({} if decoder is None else {"decoder": decoder})
-        able = {"guided": ("prior", "decoder"), "normed": ("prior",), **known}
+        able = {"normed": ("prior",), **known}
         return stage_samplings(defaults, options, arguments=("images", "prompts", "negative_prompts"), **able)
 
 
@@ -166,12 +166,15 @@ class UnCLIPDecoding(Decoding):
         """Images at a time by default."""
         return self.pipeline.batch_size
 
-    def configured(self, decoder: Sampling | None, options: Mapping[str, Any]) -> "UnCLIPDecoding":
+    def configured(
+        self, decoder: Sampling | None, options: Mapping[str, Any], negative: Words | None = None
+    ) -> "UnCLIPDecoding":
         """Return the same for one request, without the tokenizer, which a compiled program would keep alive.
 
         Args:
             decoder: how the decoder is sampled where the options do not say it; None is the pipeline's own.
             options: as `UnCLIP.generate` has them.
+            negative: captions that guidance leads away from; None for the null condition.
 
         Raises:
             ValueError: if an option is wrong.
@@ -180,12 +183,23 @@ class UnCLIPDecoding(Decoding):
         upsamplers = dict(zip(self.pipeline.names, self.pipeline.upsamplers))
         levels, options = noise_levels(upsamplers, self.pipeline.noise_levels, options)
         enlarging, options = enlarging_options(self.pipeline.names, dict(self.pipeline.enlarging), options)
-        sampling = self._samplings(decoder, options, measured=with_moments(models))
+        guided = guided_stages(self.pipeline.models, None if negative is None else negative.keep)
+        sampling = self._samplings(decoder, options, guided=guided, measured=with_moments(models))
         for stage, model in models.items():
             check_steps(f"{stage}_steps", sampling[stage], model.diffusion)
         enlarging, levels = with_stops(enlarging, {"decoder": self.pipeline.decoder, **upsamplers}, sampling, levels)
         pipeline = self.pipeline.replace(sampling=sampling, noise_levels=levels, enlarging=enlarging)
         return UnCLIPDecoding(pipeline.replace(tokenizer=None, batch_size=0))
+
+    def check_kept(self, keep_image: Any, words: Words) -> None:
+        """Raise ValueError if the decoder is to go without a condition that it was never trained without.
+
+        keep_image: bool[N], or None for all.
+        """
+        model = self.pipeline.decoder
+        kept = True if keep_image is None else keep_image
+        check_kept("decoder", model, "image_embedding", kept, "embedding='none'")
+        check_kept("decoder", model, "caption", words.keep, "an image without a caption in prompts")
 
     def pixels(self, images: Any) -> np.ndarray:
         """Prepare images for `embed`. Returns uint8[N, S, S, 3]."""
@@ -297,9 +311,14 @@ class KarloDecoding(Decoding):
         """Images at a time by default."""
         return 1
 
-    def configured(self, decoder: Sampling | None, options: Mapping[str, Any]) -> "KarloDecoding":
+    def check_kept(self, keep_image: Any, words: Words) -> None:
+        """Do nothing: Karlo's networks were trained without each of their conditions."""
+
+    def configured(
+        self, decoder: Sampling | None, options: Mapping[str, Any], negative: Words | None = None
+    ) -> "KarloDecoding":
         """Return the same for one request, without the tokenizer; see `UnCLIPDecoding.configured`."""
-        sampling = self._samplings(decoder, options)
+        sampling = self._samplings(decoder, options, guided=("prior", "decoder"))
         for stage, own in sampling.items():
             check_steps(f"{stage}_steps", own, DIFFUSION[stage])
         return KarloDecoding(self.pipeline.replace(sampling=sampling, tokenizer=None))

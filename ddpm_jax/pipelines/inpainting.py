@@ -140,7 +140,8 @@ def _fill(
     """Sample what is unknown. squares, kept: side -> uint8[N, side, side, 3] and bool[N, side, side, 1]."""
     decoding, count = decoding_of(pipeline), len(images)
     embedding = _checked_embedding(decoding, embedding, prompts, without_captions)
-    configured = decoding.configured(None, options)
+    negative = decoding.negative(negative_prompts, count)
+    configured = decoding.configured(None, options, negative)
     sizes = decoding.sizes[:1] if low_res else decoding.sizes
     for name in ("decoder", *decoding.upsamplers)[: len(sizes)]:
         if (sampler := configured.pipeline.sampling[name].sampler) not in _WITHOUT_HISTORY:
@@ -158,7 +159,7 @@ def _fill(
         configured,
         (z_image, np.full(count, embedding != "none"), None),
         decoding.words(as_captions("prompts", prompts, count)),
-        decoding.negative(negative_prompts, count),
+        negative,
         seed=seed,
         index=image_indices(start, count),
         low_res=low_res,

@@ -110,6 +110,7 @@ def encode(
     steps = as_steps("steps", _spaced(decoding, STEPS) if steps is None else steps)
     batch_size = decoding.batch_size if batch_size is None else batch_size
     words, negative = decoding.words(as_captions("prompts", prompts, count)), decoding.negative(None, count)
+    decoding.check_kept(None, words)
     decoding, place, unit = on_mesh(mesh, decoding.configured(Sampling("ddim", steps), {}))
 
     def run(pixels: Any, small: Any, *words: Any) -> Any:
@@ -184,14 +185,15 @@ def decode(
     decoding = decoding_of(pipeline)
     latent = _checked_latent(decoding, latent)
     own = None if latent.x_T is None else Sampling("ddim", latent.steps)
-    configured = decoding.configured(own, options)
-    _check_first(decoding, configured, latent)
     count = len(latent)
+    negative = decoding.negative(negative_prompts, count)
+    configured = decoding.configured(own, options, negative)
+    _check_first(decoding, configured, latent)
     return decoded(
         configured,
         (latent.z_image, None, latent.x_T),
         decoding.words(as_captions("prompts", prompts, count)),
-        decoding.negative(negative_prompts, count),
+        negative,
         seed=seed,
         index=image_indices(start, count) if noise_index is None else _indices(noise_index, count),
         low_res=low_res,
@@ -201,10 +203,14 @@ def decode(
     )
 
 
-def check_options(pipeline: Any, inverted: bool, **options: Any) -> None:
+def check_options(
+    pipeline: Any, inverted: bool, *, negative_prompts: Sequence[str] | None = None, **options: Any
+) -> None:
     """Raise ValueError for options of the stages that `decode` would refuse, with x_T if `inverted` is true."""
     decoding = decoding_of(pipeline)
-    decoding.configured(Sampling("ddim", min(STEPS, decoding.diffusion.num_steps)) if inverted else None, options)
+    own = Sampling("ddim", min(STEPS, decoding.diffusion.num_steps)) if inverted else None
+    negative = None if not negative_prompts else decoding.negative(negative_prompts, len(negative_prompts))
+    decoding.configured(own, options, negative)
 
 
 def decoded(
@@ -244,6 +250,7 @@ def decoded(
     Returns:
         uint8[N, H, H, 3].
     """
+    decoding.check_kept(given[1], words)
     decoding, place, unit = on_mesh(mesh, decoding)
     static = {"low_res": bool(low_res), "resample": resample}
 

@@ -214,7 +214,7 @@ def _check_usable(sampling: Sampling, prefix: str, guided: bool, classified: boo
     if not classified:
         needs["classifier_scale"] = "a classifier"
     if not guided:
-        needs |= dict.fromkeys(("scale", "rescale"), "a network with a null condition")
+        needs |= dict.fromkeys(("scale", "rescale"), "a network with a null condition (drop above 0 in training)")
     for field, what in needs.items():
         if (value := getattr(sampling, field, None)) is not None:
             raise ValueError(f"{prefix}{field}={value} needs {what}, which this stage does not have")

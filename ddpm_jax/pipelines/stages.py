@@ -1,10 +1,12 @@
 """Shared code of the pipelines: tokenized captions, and checks of the networks' outputs."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ddpm_jax.diffusion.sampling import bounded
 from ddpm_jax.models.embedding_norm import EmbeddingNorm, EmbeddingStatistics
@@ -14,9 +16,12 @@ from ddpm_jax.types import to_uint8
 __all__ = [
     "Text",
     "bounded",
+    "check_kept",
+    "check_request_kept",
     "check_statistics",
     "embedding_norm",
     "finite",
+    "guided_stages",
     "kept_in_training",
     "to_uint8",
     "with_moments",
@@ -77,3 +82,38 @@ def kept_in_training(model: Model, condition: str, keep: jax.Array | None, count
     if model.metadata.get(condition, {}).get("drop") == 1:
         return jnp.zeros(count, bool)
     return jnp.ones(count, bool) if keep is None else keep
+
+
+def guided_stages(models: Mapping[str, Model], negative_keep: np.ndarray | None) -> list[str]:
+    """Return the stages of unCLIP that were trained with what guidance leads away from.
+
+    A condition at drop=0 is never left out in training, so that its null vectors are those of the initialization.
+
+    Args:
+        models: "prior" and "decoder".
+        negative_keep: bool[N], False where a negative prompt is empty; None without negative prompts.
+    """
+    captioned = negative_keep is not None and bool(np.all(negative_keep))
+    found = []
+    for stage in ("prior", "decoder"):
+        left_out = ([] if captioned else ["caption"]) + (["image_embedding"] if stage == "decoder" else [])
+        if all(models[stage].metadata.get(condition, {}).get("drop") != 0 for condition in left_out):
+            found.append(stage)
+    return found
+
+
+def check_kept(stage: str, model: Model, condition: str, keep: Any, argument: str) -> None:
+    """Raise ValueError if an argument leaves out a condition that was never left out in training, at drop=0."""
+    if model.metadata.get(condition, {}).get("drop") == 0 and not np.all(keep):
+        what = condition.replace("_", " ")
+        raise ValueError(f"{argument} leaves out the {what} of the {stage}, which was trained with {condition}.drop=0")
+
+
+def check_request_kept(pipeline: Any, keep: np.ndarray, embedding: str, use_text: Any) -> None:
+    """Raise ValueError if `UnCLIP.generate` is to leave out a condition that was never left out in training."""
+    empty, decoder = 'the prompt ""', pipeline.decoder
+    if embedding == "prior":
+        check_kept("prior", pipeline.prior, "caption", keep, empty)
+    by, kept = ("embedding='none'", False) if embedding == "none" else (empty, keep if embedding == "text" else True)
+    check_kept("decoder", decoder, "image_embedding", kept, by)
+    check_kept("decoder", decoder, "caption", keep & bool(use_text), empty if use_text else "use_text=False")

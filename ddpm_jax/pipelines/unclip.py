@@ -43,7 +43,16 @@ from ddpm_jax.pipelines.request import (
     stage_samplings,
     tokenize,
 )
-from ddpm_jax.pipelines.stages import Text, check_statistics, embedding_norm, finite, kept_in_training, with_moments
+from ddpm_jax.pipelines.stages import (
+    Text,
+    check_request_kept,
+    check_statistics,
+    embedding_norm,
+    finite,
+    guided_stages,
+    kept_in_training,
+    with_moments,
+)
 from ddpm_jax.pipelines.upsampling import (
     IMAGES,
     check_upsamplers,
@@ -171,8 +180,7 @@ class UnCLIP(flax.struct.PyTreeNode):
     def options(self) -> dict[str, Any]:
         """Options in pipeline.json besides models and sampling."""
         levels = {"noise_levels": dict(self.noise_levels)} if self.noise_levels else {}
-        own = stored_enlarging(self.enlarging)
-        enlarging = {"enlarging": own} if own else {}
+        enlarging = {"enlarging": own} if (own := stored_enlarging(self.enlarging)) else {}
         return {"candidates": self.candidates, "batch_size": self.batch_size, **levels, **enlarging}
 
     @property
@@ -240,18 +248,17 @@ class UnCLIP(flax.struct.PyTreeNode):
         models = pipeline.diffusions()
         levels, options = noise_levels(dict(zip(pipeline.names, self.upsamplers)), pipeline.noise_levels, options)
         enlarging, options = enlarging_options(pipeline.names, dict(pipeline.enlarging), options)
-        able = {"guided": ("prior", "decoder"), "measured": with_moments(models), "normed": ("prior",)}
-        sampling = stage_samplings(pipeline.sampling, options, **able)
+        length = self.clip.metadata["length"]
+        tokens, mask = tokenize(pipeline.tokenizer, prompts, length, allow_empty=True)
+        keep = np.array([bool(pipeline.tokenizer.ids(text)) for text in prompts])
+        negative = _negative(pipeline.tokenizer, negative_prompts, len(prompts), length)
+        check_request_kept(pipeline, keep, embedding, use_text)
+        able = {"guided": guided_stages(pipeline.models, negative[2]), "normed": ("prior",)}
+        sampling = stage_samplings(pipeline.sampling, options, measured=with_moments(models), **able)
         for stage, model in models.items():
             check_steps(f"{stage}_steps", sampling[stage], model.diffusion)
         images_of = {name: models[name] for name in ("decoder", *pipeline.names)}
         enlarging, levels = with_stops(enlarging, images_of, sampling, levels)
-        length = self.clip.metadata["length"]
-        tokens, mask = tokenize(pipeline.tokenizer, prompts, length, allow_empty=True)
-        keep = np.array([bool(pipeline.tokenizer.ids(text)) for text in prompts])
-        negative = (None, None, None)
-        if negative_prompts is not None:
-            negative = _negative(pipeline.tokenizer, negative_prompts, len(prompts), length)
         names = () if low_res else pipeline.names
         # Without the tokenizer, which the compiled program would keep alive.
         pipeline = pipeline.replace(sampling=sampling, noise_levels=levels, tokenizer=None, batch_size=0)
@@ -303,10 +310,10 @@ class UnCLIP(flax.struct.PyTreeNode):
             Unit vectors, float32[B, D].
         """
         keep_text = kept_in_training(self.prior, "caption", keep_text, len(tokens))
-        if self._by_codes:
-            one = self._by_code(text, tokens, keys, keep_text, negative)
-        else:
-            one = self._by_diffusion(text, tokens, keys, keep_text, negative)
+        if negative is not None:
+            negative = (*negative[:2], kept_in_training(self.prior, "caption", negative[2], len(tokens)))
+        by = self._by_code if self._by_codes else self._by_diffusion
+        one = by(text, tokens, keys, keep_text, negative)
         found = jnp.stack([one(i) for i in range(self.candidates)])
         nearness = jnp.where(keep_text[None], jnp.einsum("nbd,bd->nb", found, text.z), 0.0)
         return jnp.take_along_axis(found, jnp.argmax(nearness, axis=0)[None, :, None], axis=0)[0]
@@ -406,7 +413,8 @@ class UnCLIP(flax.struct.PyTreeNode):
         )
         null = condition(text, tokens, nothing, nothing)
         if negative is not None:
-            null = condition(negative[0], negative[1], nothing, negative[2])
+            away = kept_in_training(model, "caption", negative[2], len(tokens))
+            null = condition(negative[0], negative[1], nothing, away)
         return condition(text, tokens, keep_image, keep_text), null
 
 
@@ -415,16 +423,14 @@ def _read_by(model: Model, text: Text, tokens: jax.Array) -> jax.Array:
     return text.hidden if model.network.text_encoder is None else tokens
 
 
-def _negative(tokenizer: Tokenizer, given: Any, count: int, length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return tokens, mask and whether there are any, of the captions that guidance leads away from."""
-    tokens, mask = negative_tokens(tokenizer, given, count, length)
-    return tokens, mask, mask.sum(1) > 2
+def _negative(tokenizer: Tokenizer, given: Any, count: int, length: int) -> tuple[Any, Any, Any]:
+    """Return tokens, mask and whether there are any, of the captions that guidance leads away from; None of none."""
+    tokens, mask = (None, None) if given is None else negative_tokens(tokenizer, given, count, length)
+    return tokens, mask, None if given is None else mask.sum(1) > 2
 
 
-def _check_request(
-    prompts: Iterable[str], embedding: str, images: Any, size: int
-) -> tuple[list[str], np.ndarray | None]:
-    """Return the prompts, and the images as uint8[N, size, size, 3]."""
+def _check_request(prompts: Iterable[str], embedding: str, images: Any, size: int) -> tuple[list[str], Any]:
+    """Return the prompts, and the images as uint8[N, size, size, 3] or None."""
     if embedding not in EMBEDDINGS:
         raise ValueError(f"{embedding=} must be one of {', '.join(EMBEDDINGS)}")
     prompts = as_prompts(prompts)

@@ -14,7 +14,7 @@ from ddpm_jax.diffusion.samplers import example_keys
 from ddpm_jax.diffusion.tokens import TokenSampling, sample_codes
 from ddpm_jax.models.autoregressive_prior import AutoregressivePrior
 from ddpm_jax.models.embedding_codes import EmbeddingCodes
-from ddpm_jax.training.tasks.conditions import Captions
+from ddpm_jax.training.tasks.conditions import Captions, check_guidance
 from ddpm_jax.training.tasks.data import with_image_embedding
 from ddpm_jax.training.tasks.health import embedding_health
 
@@ -47,7 +47,7 @@ class AutoregressiveTask:
         check_type("captions", self.captions, Captions)
         if self.sampling is not None:
             check_type("sampling", self.sampling, TokenSampling)
-            self.sampling.checked()
+            check_guidance(self.sampling, (self.captions,))
 
     def init(self, key: jax.Array, batch: Batch) -> Any:
         """Return new parameters."""
@@ -90,10 +90,7 @@ class AutoregressiveTask:
         """
         sampling, own = self.sampling.checked(), self._arguments(batch, None)
         if sampling.scale is not None:
-            null = self.captions.null(own)
-            if null is None:
-                raise ValueError(f"scale={sampling.scale} needs a network with a null condition, and drop is 0")
-            own = jax.tree.map(lambda *parts: jnp.concatenate(parts), own, null)
+            own = jax.tree.map(lambda *parts: jnp.concatenate(parts), own, self.captions.null(own))
         found = sample_codes(
             sampling,
             example_keys(key, batch["z_image"].shape[0]),

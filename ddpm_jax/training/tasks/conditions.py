@@ -5,6 +5,7 @@ without one it is complete, as in sampling. `null` gives the arguments of the un
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import jax
@@ -259,6 +260,29 @@ class LowResolution(_Condition):
             "variance_preserving": self.variance_preserving,
             "noise_level_input": self.noise_level_input,
         }
+
+
+def check_guidance(sampling: Any, conditions: Sequence[Condition]) -> None:
+    """Raise ValueError if samples are to be guided away from a null condition that is never trained.
+
+    sampling: a `Sampling` or a `TokenSampling`.
+    """
+    scale = sampling.checked().scale
+    if scale is None:
+        return
+    never = [
+        f"{type(condition).__name__}.drop={condition.drop}" for condition in conditions if _is_always_given(condition)
+    ]
+    if never or all(isinstance(condition, LowResolution) for condition in conditions):
+        what = " and ".join(never) if never else "the task has no condition that is dropped"
+        raise ValueError(
+            f"{what}, and sampling.scale={scale} guides away from a null condition, which training learns at drop "
+            "above 0; sampling.scale=1 does not guide"
+        )
+
+
+def _is_always_given(condition: Condition) -> bool:
+    return getattr(condition, "drop", None) == 0
 
 
 def add_noise(low: jax.Array, level: jax.Array, noise: jax.Array, variance_preserving: bool) -> jax.Array:

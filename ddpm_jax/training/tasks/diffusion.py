@@ -24,7 +24,7 @@ from ddpm_jax.diffusion.losses import Objective, Weighting, check_objective, den
 from ddpm_jax.diffusion.samplers import analytic_moments, example_keys
 from ddpm_jax.diffusion.sampling import NO_NORM, Sampling, sample_with
 from ddpm_jax.parallel.placing import fetch
-from ddpm_jax.training.tasks.conditions import Condition
+from ddpm_jax.training.tasks.conditions import Condition, check_guidance
 from ddpm_jax.training.tasks.data import Embeddings, Images
 from ddpm_jax.training.tasks.health import embedding_health
 from ddpm_jax.training.tasks.keys import named_keys
@@ -80,6 +80,7 @@ class DiffusionTask:
         if self.sampling is not None:
             check_type("sampling", self.sampling, Sampling)
             self.sampling.checked().process(self.diffusion)
+            check_guidance(self.sampling, self.conditions)
             if self.sampling.l2_clamp and not isinstance(self.x0, Embeddings):
                 raise ValueError(NO_NORM)
 
