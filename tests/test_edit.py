@@ -14,7 +14,7 @@ from tiny_pipelines import HIGH, LOW, cascade, unclip
 
 from ddpm_jax.data.transforms import resize_center_crop
 from ddpm_jax.interop.karlo import read_karlo
-from ddpm_jax.pipelines import directory, inversion, karlo, save
+from ddpm_jax.pipelines import directory, inpainting, inversion, karlo, save
 from ddpm_jax.pipelines import manipulation as edit
 from ddpm_jax.pipelines import unclip as unclip_pipeline
 from ddpm_jax.pipelines.latents import BipartiteLatent, load_latents
@@ -223,17 +223,48 @@ def test_what_clip_takes_images_for(pipelines, latents):
 
 
 def test_inpainting_keeps_what_is_known_and_reads_nothing_else(pipelines):
-    given, keep = np.stack(resize_center_crop(images(1), HIGH)), np.ones((HIGH, HIGH), bool)
-    keep[:, HIGH // 2 :] = False
+    side = 4 * HIGH
+    given, keep = np.stack(resize_center_crop(images(1), side)), np.ones((side, side), bool)
+    keep[:, side // 2 :] = False
+    keep[9] = False  # a line of one pixel, in row 2 of the images and in row 1 of the decoder's
     few = WHOLE | {"resample": 2}
-    found = edit.inpaint(pipelines["unclip"], given, keep, **few)
-    close(found[:, :, : HIGH // 2], given[:, :, : HIGH // 2])
-    assert far(found[:, :, HIGH // 2 :], given[:, :, HIGH // 2 :])
-    other = given.copy()
-    other[:, :, HIGH // 2 + 4 :] = 255 - other[:, :, HIGH // 2 + 4 :]  # beyond the filter of the resize
-    close(edit.inpaint(pipelines["unclip"], other, keep, **few), found)
+    found, small = edit.inpaint(pipelines["unclip"], given, keep, **few), resize_center_crop(given, HIGH)
+    rest = HIGH // 2 - 2  # away from the edge, beyond which the filter of the resize reads what is filled in
+    close(found[:, 5:, :rest], small[:, 5:, :rest])
+    assert far(found[:, 2, :rest], small[:, 2, :rest]) and far(found[:, :, HIGH // 2 :], small[:, :, HIGH // 2 :])
+    other = np.where(keep[..., None], given, 255 - given)
+    np.testing.assert_array_equal(edit.inpaint(pipelines["unclip"], other, keep, **few), found)
     by_image = [edit.inpaint(pipelines["unclip"], each, keep, embedding="image", **few) for each in (given, other)]
     assert (by_image[0] != by_image[1]).any()
+
+
+def test_masks_mean_the_same_in_every_form():
+    """From half of white on a pixel is kept, as in the masks of the command: JPEG does not write exact zeros."""
+    wanted = np.array([[True, False, True, False]] * 2)
+    grey = np.array([[255, 127, 128, 0]] * 2, np.uint8)
+    rgb = np.stack([grey, grey, grey], axis=-1)
+    for given in (wanted, wanted.astype(int), wanted.astype(np.uint8), grey, rgb, grey / 255.0, Image.fromarray(grey)):
+        (found,) = inpainting._as_masks(given, [rgb])
+        np.testing.assert_array_equal(found, wanted)
+    assert len(inpainting._as_masks([wanted.astype(int), grey], [rgb, rgb])) == 2
+
+
+def test_the_known_part_is_at_one_place_in_all_stages(pipelines, monkeypatch):
+    """Of all upsamplers it is the enlarged one of the decoder; rounded for each size it was not."""
+    seen = {}
+    monkeypatch.setattr(
+        inpainting,
+        "_fill",
+        lambda pipeline, images, squares, kept, *rest, **options: seen.update(
+            {size: kept(size)[0, ..., 0] & (squares(size)[0] == 200).all(-1) for size in (LOW, HIGH, 5 * LOW)}
+        ),
+    )
+    white = np.full((1, 9, 9, 3), 200, np.uint8)
+    for extent, place in ((0.3, "center"), (0.45, "center"), (0.7, "bottom right"), (0.62, (0.3, 0.8))):
+        edit.outpaint(pipelines["unclip"], white, extent=extent, place=place)
+        for size, found in seen.items():
+            assert 0 < seen[LOW].sum() < LOW**2
+            np.testing.assert_array_equal(found, np.kron(seen[LOW], np.ones((size // LOW,) * 2, bool)))
 
 
 def test_outpainting(pipelines):
@@ -254,6 +285,8 @@ def test_wrong_arguments(pipelines, latents):
         (lambda: encode(other.replace(image=None), one), "this Karlo has no image encoder"),
         (lambda: encode(other.replace(tokenizer=None), one), "has no tokenizer"),
         (lambda: encode(pipeline, one, steps=0), "steps=0 must be at least 1"),
+        (lambda: encode(pipeline, one, steps=1), "steps=1 is one timestep, and inversion walks from a first to a last"),
+        (lambda: encode(pipeline, one, steps=(999,)), r"steps=\(999,\) is one timestep"),
         (lambda: encode(pipeline, one, steps=2000), "decoder_steps=2000 selects 2000 steps where there are"),
         (lambda: encode(pipeline, one, iterations=0), "iterations=0 must be at least 1"),
         (lambda: encode(pipeline, []), "images must hold at least one image"),
@@ -276,7 +309,15 @@ def test_wrong_arguments(pipelines, latents):
         (lambda: edit.inpaint(pipeline, one, mask[:4]), r"keep_masks\[0\] is of 4 x 47 pixels, and its image of 40"),
         (lambda: edit.inpaint(pipeline, one, mask, embedding="prior"), "embedding='prior' needs prompts"),
         (lambda: edit.inpaint(pipeline, one, mask, sampler="unipc"), "decoder_sampler='unipc' cannot repeat steps"),
-        (lambda: edit.outpaint(pipeline, one, place="middle"), "place='middle' must be one of center, left"),
+        (lambda: edit.inpaint(pipeline, one, None), "keep_masks must be PIL images or arrays, got None"),
+        *[
+            (
+                lambda place=place: edit.outpaint(pipeline, one, place=place),
+                "must be two shares .*, or one of center, left",
+            )
+            for place in ("middle", None, (0.2,), 0.5, (0.1, 0.2, 0.3))
+        ],
+        (lambda: edit.outpaint(pipeline, one, place=("a", 0.2)), "place='a' must be a finite number"),
         (lambda: edit.outpaint(pipeline, one, extent=0.01), "extent=0.01 leaves 0 of the 8 pixels of the decoder"),
     ):
         with pytest.raises(ValueError, match=message):

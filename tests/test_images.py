@@ -7,7 +7,14 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from ddpm_jax.data.transforms import CLIP_MEAN, CLIP_STD, as_images, clip_pixels, resize_center_crop
+from ddpm_jax.data.transforms import (
+    CLIP_MEAN,
+    CLIP_STD,
+    all_true_center_crop,
+    as_images,
+    clip_pixels,
+    resize_center_crop,
+)
 
 RNG = np.random.default_rng(0)
 RGB = RNG.integers(0, 256, (6, 9, 3), np.uint8)
@@ -173,3 +180,26 @@ def test_extreme_sizes_cost_little(shape):
     stripes = np.zeros((2, 300_001, 3), np.uint8)
     stripes[:, 150_000 - 5 : 150_000 + 6] = 255
     assert (resize_center_crop(stripes, 4) == 255).all()
+
+
+@pytest.mark.parametrize("shape,size", [((13, 16), 6), ((9, 7), 12), ((8, 8), 8)])
+def test_a_pixel_of_a_mask_is_true_if_all_under_it_are(shape, size):
+    """By the overlap of every pixel of the square with every pixel of the mask, in integers."""
+    mask = np.random.default_rng(0).random(shape) > 0.1
+    new = [size * side // min(shape) for side in shape]
+    expected = np.ones((size, size), bool)
+    for i, j in np.ndindex(size, size):
+        row, column = (round((n - size) / 2) + place for n, place in zip(new, (i, j)))
+        for y, x in np.argwhere(~mask):
+            apart = (y + 1) * new[0] <= row * shape[0] or y * new[0] >= (row + 1) * shape[0]
+            apart |= (x + 1) * new[1] <= column * shape[1] or x * new[1] >= (column + 1) * shape[1]
+            expected[i, j] &= apart
+    assert 0 < expected.sum() < size**2
+    np.testing.assert_array_equal(all_true_center_crop(mask, size), expected)
+
+
+def test_single_unknown_pixels_do_not_vanish():
+    mask = np.ones((1024, 1024), bool)
+    mask[::31, ::29] = False
+    blocks = {(row // 16, column // 16) for row in range(0, 1024, 31) for column in range(0, 1024, 29)}
+    assert (~all_true_center_crop(mask, 64)).sum() == len(blocks)

@@ -180,6 +180,24 @@ def resize_center_crop(images: Any, size: int) -> np.ndarray:
     return np.stack([_square(image, size) for image in as_images(images)])
 
 
+def all_true_center_crop(mask: np.ndarray, size: int) -> np.ndarray:
+    """Return where a mask is True under the whole of a pixel of `resize_center_crop`, bool[size, size].
+
+    mask: bool[H, W].
+    """
+    mask = _middle(mask)
+    new, starts = _square_of(mask, size)
+    # Counts of False pixels from the corner on; a pixel of the square covers whole and parts of pixels of the mask.
+    counts = np.pad(np.cumsum(np.cumsum(~mask, axis=0), axis=1), ((1, 0), (1, 0)))
+    places = [np.arange(start, start + size) for start in starts]
+    (left, right), (top, bottom) = (
+        (place * side // resized, -(-(place + 1) * side // resized))
+        for place, side, resized in zip(places, mask.shape[::-1], new)
+    )
+    rows = counts[bottom] - counts[top]
+    return rows[:, right] == rows[:, left]
+
+
 def clip_pixels(images: Any, size: int = 224) -> np.ndarray:
     """Prepare images as OpenAI's and open_clip's image towers were trained.
 
@@ -305,12 +323,16 @@ def _square(image: np.ndarray, size: int) -> np.ndarray:
     if image.shape[:2] == (size, size):
         return image
     image = _middle(image)
+    new, (left, top) = _square_of(image, size)
+    return _resized(image, new)[top : top + size, left : left + size]
+
+
+def _square_of(image: np.ndarray, size: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Return (width, height) that an image [H, W, ...] is resized to, and (left, top) of the square in it."""
     height, width = image.shape[:2]
     short = min(height, width)
     new = int(size * width / short), int(size * height / short)
-    resized = _resized(image, new)
-    left, top = round((new[0] - size) / 2), round((new[1] - size) / 2)
-    return resized[top : top + size, left : left + size]
+    return new, (round((new[0] - size) / 2), round((new[1] - size) / 2))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -61,9 +61,9 @@ class Decoding(flax.struct.PyTreeNode):
         return self.pipeline.sampling["decoder"]
 
     @property
-    def last_timestep(self) -> int:
-        """The decoder's timestep of the noise that sampling starts from."""
-        return respaced_timesteps(self.diffusion.num_steps, self.sampling.steps)[-1]
+    def timesteps(self) -> Sequence[int]:
+        """The decoder's timesteps, increasing; sampling starts from noise of the last."""
+        return respaced_timesteps(self.diffusion.num_steps, self.sampling.steps)
 
     @property
     def stages(self) -> tuple[str, ...]:

@@ -1,12 +1,15 @@
 """Inpainting and outpainting by the decoder and the upsamplers of a pipeline (RePaint, Lugmayr et al. 2022)."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
+import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from ddpm_jax.data.transforms import as_images, resize_center_crop
+from ddpm_jax.checks import shown
+from ddpm_jax.data.transforms import all_true_center_crop, as_images, resize_center_crop
+from ddpm_jax.extras import needs_extra
 from ddpm_jax.pipelines.decoding import Decoding, decoding_of
 from ddpm_jax.pipelines.inversion import as_captions, decoded, embed_images
 from ddpm_jax.pipelines.request import as_float, as_int, image_indices
@@ -24,7 +27,6 @@ PLACES = {
     "bottom right": (1.0, 1.0),
 }
 _WITHOUT_HISTORY = ("ancestral", "analytic", "ddim")
-_KNOWN = 250  # of 255: where the filter of the resize sees next to nothing of what is unknown
 _GREY = 128
 
 
@@ -43,7 +45,8 @@ def inpaint(
         pipeline: an `UnCLIP`, or a `Karlo` with an image encoder.
         images: N images, as `data.transforms.as_images` takes them.
         keep_masks: one mask for each image, of its height and width, or one for all: bool[H, W], True where the image
-            stays. Arrays of numbers and images are True where they are not 0.
+            stays, or integers 0 and 1. Images, and arrays as `data.transforms.as_images` takes them, are True where the
+            mean of their channels is at least 128 of 255.
         prompts: captions of the whole images, one for all or one for each; none by default.
         embedding: what the decoder is given as image embedding: the "prior"'s for the captions, that of the given
             "image", what is replaced included, or "none". The prior's by default if there are captions, else none.
@@ -51,7 +54,8 @@ def inpaint(
             mesh, report and the options of the stages, as for `decode`.
 
     Returns:
-        uint8[N, H, H, 3]; what is known of an image is its own, resized.
+        uint8[N, H, H, 3]; what is known of an image is its own, resized. A pixel is known if all pixels of the image
+        under it are, and the others are not read.
 
     Raises:
         ValueError: if an argument does not fit, or a sampler carries history.
@@ -59,8 +63,9 @@ def inpaint(
     """
     images = as_images(images)
     masks = _as_masks(keep_masks, images)
-    squares = lambda size: resize_center_crop(images, size)  # noqa: E731
-    kept = lambda size: resize_center_crop(masks, size)[..., :1] >= _KNOWN  # noqa: E731
+    known = [_known_pixels(image, mask) for image, mask in zip(images, masks)]
+    squares = lambda size: resize_center_crop(known, size)  # noqa: E731
+    kept = lambda size: np.stack([all_true_center_crop(mask, size)[..., None] for mask in masks])  # noqa: E731
     return _fill(pipeline, images, squares, kept, prompts, embedding, "none", **options)
 
 
@@ -92,17 +97,16 @@ def outpaint(
         ValueError: as `inpaint`.
     """
     extent = as_float("extent", extent, least=0.0, most=1.0)
-    if isinstance(place, str) and place not in PLACES:
-        raise ValueError(f"place={place!r} must be one of {', '.join(PLACES)}")
-    x, y = PLACES[place] if isinstance(place, str) else (as_float("place", v, least=0.0, most=1.0) for v in place)
-    images = as_images(images)
+    x, y = _as_place(place)
+    images, first = as_images(images), decoding_of(pipeline).image_size
+    side = round(extent * first)
+    if not 0 < side < first:
+        raise ValueError(f"extent={extent} leaves {side} of the {first} pixels of the decoder's images")
+    left, top = round(x * (first - side)), round(y * (first - side))
 
-    def window(size: int) -> tuple[slice, slice]:
-        side = round(extent * size)
-        if not 0 < side < size:
-            raise ValueError(f"extent={extent} leaves {side} of the {size} pixels of the decoder's images")
-        left, top = round(x * (size - side)), round(y * (size - side))
-        return slice(top, top + side), slice(left, left + side)
+    def window(size: int) -> tuple[slice, slice]:  # the decoder's, enlarged, so that all stages agree
+        by = size // first
+        return slice(by * top, by * (top + side)), slice(by * left, by * (left + side))
 
     def squares(size: int) -> np.ndarray:
         rows, columns = window(size)
@@ -116,6 +120,16 @@ def outpaint(
         return mask
 
     return _fill(pipeline, images, squares, kept, prompts, embedding, "image", **options)
+
+
+def _as_place(place: Any) -> tuple[float, float]:
+    """Return the shares (x, y) of the rest that are left of the known part and above it."""
+    if isinstance(place, str) and place in PLACES:
+        return PLACES[place]
+    if not isinstance(place, (tuple, list)) or len(place) != 2:
+        raise ValueError(f"place={shown(place)} must be two shares (x, y), or one of {', '.join(PLACES)}")
+    x, y = (as_float("place", share, least=0.0, most=1.0) for share in place)
+    return x, y
 
 
 def _fill(
@@ -184,17 +198,39 @@ def _checked_embedding(decoding: Decoding, embedding: Any, prompts: Any, default
 
 
 def _as_masks(masks: Any, images: list[np.ndarray]) -> list[np.ndarray]:
-    """Return uint8[H, W, 3] of 0 and 255 for each image."""
+    """Return bool[H, W] for each image."""
     if hasattr(masks, "ndim") and masks.ndim == 3 and masks.dtype == bool:
         masks = list(masks)  # bool[N, H, W]; as one image it would have W <= 4 channels
-    found = [np.where((mask != 0).any(-1, keepdims=True), 255, 0).astype(np.uint8) for mask in as_images(masks)]
+    masks = _scaled(masks) if hasattr(masks, "dtype") or not isinstance(masks, Sequence) else list(map(_scaled, masks))
+    try:
+        found = [mask.mean(-1) >= 128 for mask in as_images(masks)]
+    except ValueError as error:
+        raise ValueError(str(error).replace("images", "keep_masks", 1)) from None
     if len(found) not in (1, len(images)):
         raise ValueError(f"keep_masks must be one or one for each of {len(images)} images, got {len(found)}")
     found *= len(images) if len(found) == 1 else 1
     for number, (mask, image) in enumerate(zip(found, images)):
-        if mask.shape[:2] != image.shape[:2]:
+        if mask.shape != image.shape[:2]:
             raise ValueError(
                 f"keep_masks[{number}] is of {mask.shape[0]} x {mask.shape[1]} pixels, and its image of "
                 f"{image.shape[0]} x {image.shape[1]}"
             )
-    return [np.broadcast_to(mask, (*mask.shape[:2], 3)) for mask in found]
+    return found
+
+
+def _scaled(mask: Any) -> Any:
+    """Return a mask of the integers 0 and 1 as one of 0 and 255, and any other as it is."""
+    if not isinstance(mask, (np.ndarray, jax.Array)) or mask.dtype.kind not in "iu" or not mask.size:
+        return mask
+    array = np.asarray(mask)
+    return 255 * array.astype(np.uint8) if array.min() >= 0 and array.max() <= 1 else mask
+
+
+def _known_pixels(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """Return an image with the nearest known pixel in place of each unknown one, which resizing would read."""
+    if not mask.any():
+        return np.full_like(image, _GREY)
+    with needs_extra("train"):
+        from scipy import ndimage
+    rows, columns = ndimage.distance_transform_edt(~mask, return_distances=False, return_indices=True)
+    return image[rows, columns]

@@ -90,7 +90,7 @@ def encode(
             as CLIP's are (`data.transforms.resize_center_crop`).
         prompts: captions that the decoder is given too, one for all or one for each; none by default. `decode` needs
             the same.
-        steps: of the inversion, in any form of `Sampling.steps`; `inversion_steps` by default.
+        steps: of the inversion, at least 2, in any form of `Sampling.steps`; `inversion_steps` by default.
         iterations: network calls a step; more solve each step of the inversion more exactly, see `samplers.invert`.
         batch_size: images at a time; that of the pipeline by default.
         mesh: devices of this process that share each batch, with an axis "data"; one device by default.
@@ -111,7 +111,10 @@ def encode(
     batch_size = decoding.batch_size if batch_size is None else batch_size
     words, negative = decoding.words(as_captions("prompts", prompts, count)), decoding.negative(None, count)
     decoding.check_kept(None, words)
-    decoding, place, unit = on_mesh(mesh, decoding.configured(Sampling("ddim", steps), {}))
+    configured = decoding.configured(Sampling("ddim", steps), {})
+    if len(configured.timesteps) < 2:
+        raise ValueError(f"steps={steps!r} is one timestep, and inversion walks from a first to a last one; take more")
+    decoding, place, unit = on_mesh(mesh, configured)
 
     def run(pixels: Any, small: Any, *words: Any) -> Any:
         split = Words(*words[:3]), None if words[3] is None else Words(*words[3:])
@@ -294,7 +297,7 @@ def _check_first(decoding: Decoding, configured: Decoding, latent: BipartiteLate
     """Raise ValueError if sampling does not begin at the timestep of the noise of a latent."""
     if latent.x_T is None:
         return
-    first, found = configured.last_timestep, respaced_timesteps(decoding.diffusion.num_steps, latent.steps)[-1]
+    first, found = configured.timesteps[-1], respaced_timesteps(decoding.diffusion.num_steps, latent.steps)[-1]
     if first != found:
         raise ValueError(
             f"steps={configured.sampling.steps!r} begin at timestep {first}, and the x_T of this latent is of timestep "
