@@ -1,5 +1,9 @@
 """Continuous-time processes against their closed forms in float64, and their discretisation."""
 
+import dataclasses
+import json
+
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,8 +11,12 @@ import pytest
 
 from ddpm_jax import example_keys, make_process, sample
 from ddpm_jax.diffusion import continuous
-from ddpm_jax.diffusion.losses import continuous_loss, edm_weighting, log_normal_times, stratified_times
+from ddpm_jax.diffusion.diffusion import Diffusion
+from ddpm_jax.diffusion.losses import continuous_loss, edm_weighting, inverse_snr, log_normal_times, stratified_times
 from ddpm_jax.diffusion.samplers import heun_step
+from ddpm_jax.diffusion.sampling import Sampling, sample_with
+from ddpm_jax.storage.metadata import diffusion_from
+from ddpm_jax.training import DiffusionTask, Embeddings
 
 T = np.array([0.02, 0.3, 0.5, 0.77, 0.98])
 B = 0.1 * T + 0.5 * T**2 * 19.9
@@ -208,3 +216,129 @@ def test_v_is_refused_where_variance_is_not_preserved():
         sample(process, lambda x, t: x, example_keys(jax.random.key(0), 1), (1,), prediction="v")
     with pytest.raises(ValueError, match="prediction='v' must be 'eps', 'x0', 'score', or where"):
         continuous_loss(continuous.ve(), lambda x, t: x, jax.random.key(0), jnp.ones((1, 1)), prediction="v")
+
+
+# ---- As plain data ---------------------------------------------------------------------------------------------------
+
+
+def test_a_discrete_process_is_linear_in_alpha_bar_between_its_steps():
+    betas = np.array([0.1, 0.3, 0.5, 0.2])
+    kept = np.append(1.0, np.cumprod(1.0 - betas))
+    schedule = continuous.interpolated(betas)
+    t = np.array([0.0, 0.25, 0.3, 0.5, 0.875, 1.0])
+    with jax.enable_x64(True):
+        alpha, sigma = schedule.alpha(jnp.asarray(t)), schedule.sigma(jnp.asarray(t))
+    np.testing.assert_allclose(alpha**2, np.interp(4 * t, np.arange(5), kept), rtol=1e-12)
+    np.testing.assert_allclose(sigma**2, 1.0 - np.asarray(alpha) ** 2, atol=1e-12)
+    tiny = continuous.interpolated(np.full(2000, 1e-6))  # 1 - alpha_bar in float32 would be off by 6 %
+    np.testing.assert_allclose(tiny.sigma(jnp.float32(0.0005)) ** 2, 1e-6, rtol=1e-4)
+
+
+def test_the_cosine_process_between_two_log_snrs():
+    schedule = continuous.cosine_log_snr(-8.0, 12.0)
+    np.testing.assert_allclose(schedule.log_snr(jnp.array([0.0, 1.0])), [12.0, -8.0], rtol=1e-4)
+    slope = np.diff(np.arctan(np.exp(-0.5 * np.asarray(schedule.log_snr(jnp.linspace(0.0, 1.0, 9))))))
+    np.testing.assert_allclose(slope, slope.mean(), rtol=1e-3)  # the angle is linear in t
+    with pytest.raises(ValueError, match="smallest=3 and largest=2 must be in"):
+        continuous.cosine_log_snr(3, 2)
+
+
+MEAN, STD = 0.4, 0.5
+DIFFUSIONS = {
+    "ve": Diffusion("ve", 1000, "score", span=(0.02, 30.0), time="sigma"),
+    "vp": Diffusion("vp", 1000, "v"),
+    "sub_vp": Diffusion("sub_vp", 1000, "eps", time="log_snr"),
+    "cosine_log_snr": Diffusion("cosine_log_snr", 1000, "x0", span=(-12.0, 12.0), time="alpha_bar"),
+    "linear": Diffusion("linear", 1000, "eps", "fixed_large", time="alpha_bar"),
+}
+
+
+def exact(diffusion):
+    """Return the network of data N(MEAN, STD^2) that reads its noise level from what it is given."""
+
+    def denoise(xt, t):
+        if diffusion.time == "sigma":
+            alpha, sigma = jnp.ones_like(t), t
+        elif diffusion.schedule == "sub_vp":  # alpha and sigma = 1 - alpha^2 of the log-SNR
+            ratio = jnp.exp(-0.5 * t)
+            alpha = 0.5 * (jnp.sqrt(ratio**2 + 4.0) - ratio)
+            sigma = 1.0 - alpha**2
+        elif diffusion.time == "alpha_bar":
+            alpha, sigma = jnp.sqrt(t), jnp.sqrt(1.0 - t)
+        else:
+            alpha, sigma = diffusion.continuous.alpha(t), diffusion.continuous.sigma(t)
+        alpha, sigma = (v[:, None] for v in (alpha, sigma))
+        eps = sigma * (xt - alpha * MEAN) / (alpha**2 * STD**2 + sigma**2)
+        x0 = (xt - sigma * eps) / alpha
+        return {"eps": eps, "score": -eps / sigma, "x0": x0, "v": alpha * eps - sigma * x0}[diffusion.prediction]
+
+    return denoise
+
+
+@pytest.mark.parametrize("name", DIFFUSIONS)
+def test_every_process_is_sampled_exactly(name):
+    """All 1000 steps of the reverse diffusion, and 60 of DDIM, which lead to the data's distribution."""
+    diffusion, keys = DIFFUSIONS[name], example_keys(jax.random.key(0), 4096)
+    for sampler, steps in (("reverse_diffusion", 1000), ("ddim", 60)):
+        sampling = Sampling(sampler, steps).checked()
+        x = np.asarray(sample_with(sampling, diffusion, exact(diffusion), keys, (1,)))
+        error = STD / np.sqrt(x.size)
+        assert abs(x.mean() - MEAN) < 4 * error + 0.01 and abs(x.std() / STD - 1.0) < 0.05, (sampler, x.mean(), x.std())
+    short = diffusion.respaced(60)
+    assert short.num_steps == 60 and short.prior_std == (30.0 if name == "ve" else 1.0)
+    whole = diffusion.process
+    np.testing.assert_array_equal([whole.sigma[0], whole.sigma[-1]], [short.sigma[0], short.sigma[-1]])
+    with pytest.raises(ValueError, match="cannot start from pure noise"):
+        sample_with(Sampling("ddim", (0, 100)).checked(), diffusion, exact(diffusion), keys, (1,))
+
+
+@pytest.mark.parametrize("name", DIFFUSIONS)
+def test_a_task_trains_at_every_time(name):
+    """The loss of the exact network is its closed form, which is the mean over times of the error that is left."""
+    diffusion, count = DIFFUSIONS[name], 2**14
+    weighting = inverse_snr if diffusion.prediction == "score" else None
+
+    class Network(nn.Module):
+        @nn.compact
+        def __call__(self, xt, t, *, train=False):
+            assert t.dtype == jnp.float32
+            return self.param("scale", nn.initializers.ones, (), jnp.float32) * exact(diffusion)(xt, t)
+
+    class Normal(Embeddings):
+        def __call__(self, batch, key=None):
+            return batch["x"]
+
+    kwargs = {"diffusion": diffusion, "x0": Normal(1), "weighting": weighting, "timesteps": "stratified"}
+    task = DiffusionTask(model=Network(), **kwargs)
+    batch = {"x": MEAN + STD * jax.random.normal(jax.random.key(1), (count, 1))}
+    params = task.init(jax.random.key(0), batch)
+    loss = jax.jit(task.loss)(params, batch, jax.random.key(2))[0].mean()
+    schedule, t = diffusion.continuous, np.linspace(0.0, 1.0, 20_001)[1:-1]
+    with jax.enable_x64(True):
+        alpha, sigma = (np.asarray(f(jnp.asarray(t))) for f in (schedule.alpha, schedule.sigma))
+    of_eps = 1.0 - sigma**2 / (alpha**2 * STD**2 + sigma**2)
+    of_x0 = (sigma / alpha) ** 2 * of_eps
+    want = {"eps": of_eps, "score": of_eps, "x0": of_x0, "v": of_eps / alpha**2}[diffusion.prediction].mean()
+    np.testing.assert_allclose(loss, want, rtol=0.05)
+    np.testing.assert_allclose(task.eval_loss(params, batch, jax.random.key(3))[0].mean(), want, rtol=0.05)
+
+
+def test_what_a_process_of_continuous_time_refuses():
+    for fields, message in (
+        ({"schedule": "vp", "prediction": "mean"}, "prediction='mean' must be 'eps', 'x0', 'score'"),
+        ({"schedule": "ve", "prediction": "v"}, "prediction='v' must be 'eps', 'x0', 'score'"),
+        ({"schedule": "ve", "variance": "learned_range"}, "variance='learned_range' is of discrete time"),
+        ({"schedule": "linear", "span": (0.1, 1.0)}, "span=.* is of 'vp', 'sub_vp', 've', .*, not of 'linear'"),
+        ({"schedule": "ve", "span": (0.1, "x")}, "span=.* must be two numbers"),
+        ({"schedule": "ve", "span": (3.0, 1.0)}, "sigma_min=3.0 must be positive and below sigma_max=1.0"),
+        ({"schedule": "vpsde"}, "schedule='vpsde' must be one of .*'vp', 'sub_vp', 've'"),
+        ({"time": "gamma"}, "time='gamma' must be one of 't', 'sigma', 'alpha_bar', 'log_snr'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Diffusion(**fields)
+    network, kwargs = nn.Dense(1), {"x0": Embeddings(1)}
+    with pytest.raises(ValueError, match="timesteps='importance' is of discrete time"):
+        DiffusionTask(model=network, diffusion=Diffusion("ve"), timesteps="importance", **kwargs)
+    with pytest.raises(ValueError, match="objective='hybrid' trains the variance"):
+        DiffusionTask(model=network, diffusion=Diffusion("ve"), objective="hybrid", **kwargs)
+    assert diffusion_from(json.loads(json.dumps(dataclasses.asdict(DIFFUSIONS["ve"])))) == DIFFUSIONS["ve"]

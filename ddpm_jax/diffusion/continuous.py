@@ -117,6 +117,38 @@ def cosine(shift: float = 1.0, *, t_min: float = 1e-4, t_max: float = 0.9999) ->
     return from_log_snr(log_snr, t_min=t_min, t_max=t_max)
 
 
+def cosine_log_snr(smallest: float = -20.0, largest: float = 20.0) -> Schedule:
+    """Return the cosine process whose log-SNR falls from `largest` at t = 0 to `smallest` at t = 1.
+
+    log_snr = -2 log tan(a t + b), b = arctan(exp(-largest / 2)), a = arctan(exp(-smallest / 2)) - b: `cosine` between
+    those ends (Ho and Salimans 2022, "Classifier-free guidance", section 2).
+
+    Raises:
+        ValueError: if not -40 <= smallest < largest <= 40.
+    """
+    check_static("smallest and largest", (smallest, largest), _GRIDS)
+    if not -40.0 <= smallest < largest <= 40.0:
+        raise ValueError(f"{smallest=} and {largest=} must be in [-40, 40], in this order")
+    first, last = math.atan(math.exp(-0.5 * largest)), math.atan(math.exp(-0.5 * smallest))
+    return from_log_snr(lambda t: -2.0 * jnp.log(jnp.tan((last - first) * t + first)))
+
+
+def interpolated(betas: np.ndarray) -> Schedule:
+    """Return a discrete process between its steps too: alpha^2 is linear in t, and step i is at t = (i + 1) / T.
+
+    A uniform t in [0, 1] is a noise level that is uniform between those of neighbouring steps, the data before the
+    first: the training noise of WaveGrad (Chen et al. 2021, algorithm 1) and SR3 (Saharia et al. 2021, section 2.4).
+
+    betas: float64[T], each in (0, 1]. At t = 0 there is no noise, and the log-SNR is infinite.
+    """
+    kept = np.append(1.0, np.cumprod(1.0 - betas))
+    places = np.linspace(0.0, 1.0, len(kept))
+    # Both in float64: a difference to 1 would lose the noise of the first steps in float32.
+    log_alpha = lambda t: 0.5 * jnp.log(jnp.interp(t, places, kept))
+    log_sigma = lambda t: 0.5 * jnp.log(jnp.interp(t, places, 1.0 - kept))
+    return Schedule(log_alpha, log_sigma, 0.0, 1.0)
+
+
 def ve(sigma_min: float = 0.01, sigma_max: float = 50.0) -> Schedule:
     """Return the VE-SDE of score SDE (eq. 30): alpha = 1, sigma(t) = sigma_min (sigma_max / sigma_min)^t, t in [0, 1].
 

@@ -345,6 +345,14 @@ def edm_weighting(sigma_data: float = 0.5, *, prediction: PredictionType = "x0")
     return _weighting(lambda log_snr: jnp.logaddexp(log_snr, -2.0 * log_sigma), prediction)
 
 
+def inverse_snr(log_snr: jax.Array) -> jax.Array:
+    """Return 1 / SNR, a weight that makes of the squared error of a score that of the noise, where alpha is 1.
+
+    It is lambda = sigma^2 of Song et al. (2021), eq. 7, for the VE-SDE. float32[B] -> float32[B].
+    """
+    return jnp.exp(-log_snr)
+
+
 def contrastive_loss(
     z_image: jax.Array, z_text: jax.Array, log_scale: jax.Array, *, chunk_size: int | None = None
 ) -> tuple[jax.Array, dict[str, jax.Array]]:

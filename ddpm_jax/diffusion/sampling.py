@@ -19,8 +19,9 @@ from ddpm_jax.diffusion.guidance import (
     dynamic_threshold,
     log_prob_gradient,
 )
-from ddpm_jax.diffusion.process import GaussianProcess, respace
+from ddpm_jax.diffusion.process import GaussianProcess
 from ddpm_jax.diffusion.samplers import SAMPLERS, RecordedNoise, sample
+from ddpm_jax.diffusion.schedules import respaced_timesteps
 from ddpm_jax.types import Denoiser, Step
 
 _RANGES: dict[str, tuple[float, float]] = {
@@ -148,8 +149,7 @@ class Sampling:
         """
         steps = as_steps("steps", self.steps)
         try:
-            with jax.ensure_compile_time_eval():
-                return respace(diffusion.process, steps)
+            return diffusion.respaced(steps)
         except ValueError as error:
             raise ValueError(str(error).replace("spec=", "steps=", 1)) from None
 
@@ -255,7 +255,9 @@ def sample_with(
             # With churn the network is asked at other timesteps than those of the respaced process.
             levels = process if sampling.churn is None else diffusion.process
             denoise = classifier_guided(levels, denoise, log_prob, sampling.classifier_scale, prediction=prediction)
-    short_moments = None if moments is None else moments[process.timestep_map]
+    short_moments = None
+    if moments is not None:
+        short_moments = moments[jnp.asarray(respaced_timesteps(diffusion.num_steps, as_steps("steps", sampling.steps)))]
     step = sampling.step(guide, short_moments, diffusion.process)
     return sample(
         process,

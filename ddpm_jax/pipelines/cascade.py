@@ -141,7 +141,8 @@ class Cascade(flax.struct.PyTreeNode):
             if image_size_of(self.classifier) != image_size_of(self.base):
                 sizes = {role: image_size_of(model) for role, model in self.models.items()}
                 raise ValueError("base and classifier are for images of different sizes: " + _listed(sizes))
-            processes = [(m.diffusion.schedule, m.diffusion.num_steps) for m in self.models.values()]
+            of_both = {"prediction": "eps", "variance": "fixed_small"}  # which do not belong to the process
+            processes = [model.diffusion.replace(**of_both) for model in self.models.values()]
             if processes[0] != processes[1]:
                 raise ValueError("base and classifier were trained with different noise processes")
         unknown = sorted(set(self.sampling) - set(diffusions))

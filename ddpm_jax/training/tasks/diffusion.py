@@ -20,7 +20,15 @@ from ddpm_jax.diffusion.importance import (
     loss_history,
     record_losses,
 )
-from ddpm_jax.diffusion.losses import Objective, Weighting, check_objective, denoising_loss, stratified_timesteps
+from ddpm_jax.diffusion.losses import (
+    Objective,
+    Weighting,
+    check_objective,
+    continuous_loss,
+    denoising_loss,
+    stratified_times,
+    stratified_timesteps,
+)
 from ddpm_jax.diffusion.samplers import analytic_moments, example_keys
 from ddpm_jax.diffusion.sampling import NO_NORM, Sampling, sample_with
 from ddpm_jax.parallel.placing import fetch
@@ -39,13 +47,13 @@ class DiffusionTask:
 
     Attributes:
         model: the network; called with the keyword arguments of its conditions, and train=True in the loss.
-        diffusion: the process, and what the network predicts.
+        diffusion: the process, and what the network predicts; of continuous time, training samples any time in it.
         x0: reads clean data from a prepared batch.
         conditions: what the network is conditioned on.
-        objective: "simple", "hybrid" or "vlb"; see `diffusion.losses`.
+        objective: "simple", "hybrid" or "vlb"; see `diffusion.losses`. In continuous time "vlb" is "likelihood".
         weighting: log_snr float32[B] -> weight float32[B] of the squared error, or None.
         vlb_weight: of the bound in the hybrid objective.
-        timesteps: how t is sampled: "uniform", "stratified" or "importance" (`diffusion.importance`).
+        timesteps: how t is sampled: "uniform", "stratified" or, of T timesteps, "importance" (`diffusion.importance`).
         sampling: of the previews of images, and of the embeddings that evaluations compare with the true ones
             (`tasks.health`); None makes none. In place of "analytic" they are by "ancestral", since the moments that
             it needs are estimated after training (`Training.moment_examples`).
@@ -77,6 +85,8 @@ class DiffusionTask:
             if getattr(self, name) not in options:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be one of {', '.join(map(repr, options))}")
         check_objective(self.objective, self.diffusion.variance, self.weighting)
+        if self.timesteps == "importance" and self.diffusion.continuous is not None:
+            raise ValueError("timesteps='importance' is of discrete time, and this diffusion is of continuous time")
         if self.sampling is not None:
             check_type("sampling", self.sampling, Sampling)
             self.sampling.checked().process(self.diffusion)
@@ -102,7 +112,8 @@ class DiffusionTask:
     def init(self, key: jax.Array, batch: Batch) -> Any:
         """Return new parameters."""
         x0 = self.clean(batch)
-        return self.model.init(key, x0, jnp.zeros(x0.shape[0], jnp.int32), **self._arguments(batch, x0, None))
+        t = jnp.zeros(x0.shape[0], jnp.int32) if self.diffusion.continuous is None else jnp.ones(x0.shape[0])
+        return self.model.init(key, x0, t, **self._arguments(batch, x0, None))
 
     def prepare(self, frozen: Any, batch: Batch) -> Batch:
         """Return the batch with what frozen networks compute from it."""
@@ -123,7 +134,7 @@ class DiffusionTask:
             raise ValueError(f"timesteps={self.timesteps!r} with {given}: importance sampling, and it alone, needs one")
         t = None
         if self.timesteps == "stratified":
-            t = stratified_timesteps(t_key, x0.shape[0], self.diffusion.num_steps)
+            t = self._spread_times(t_key, x0.shape[0])
         elif extra_state is not None:
             t, weight = importance_timesteps(t_key, x0.shape[0], extra_state)
         loss, metrics = self._denoising_loss(denoise, noise_key, x0, t)
@@ -136,7 +147,7 @@ class DiffusionTask:
         """Return the loss with complete conditions, without dropout, at timesteps spread over the process."""
         x0 = self.clean(batch)
         noise_key, t_key = named_keys(key, "noise", "timesteps")
-        t = stratified_timesteps(t_key, x0.shape[0], self.diffusion.num_steps)
+        t = self._spread_times(t_key, x0.shape[0])
         return self._denoising_loss(self.denoiser(params, self._arguments(batch, x0, None)), noise_key, x0, t)
 
     def moments(self, params: Any, batch: Batch, key: jax.Array) -> jax.Array:
@@ -145,7 +156,26 @@ class DiffusionTask:
         denoise, keys = self.denoiser(params, self._arguments(batch, x0, None)), example_keys(key, x0.shape[0])
         return analytic_moments(self.diffusion.process, denoise, keys, x0, prediction=self.diffusion.prediction)
 
+    def _spread_times(self, key: jax.Array, count: int) -> jax.Array:
+        """Return timesteps, or times, that are uniform each and spread evenly over the batch."""
+        schedule = self.diffusion.continuous
+        if schedule is None:
+            return stratified_timesteps(key, count, self.diffusion.num_steps)
+        return stratified_times(key, count, schedule)
+
     def _denoising_loss(self, denoise: Denoiser, key: jax.Array, x0: jax.Array, t: jax.Array | None) -> tuple:
+        schedule = self.diffusion.continuous
+        if schedule is not None:
+            return continuous_loss(
+                schedule,
+                lambda xt, t: denoise(xt, self.diffusion.network_time(t)),
+                key,
+                x0,
+                prediction=self.diffusion.prediction,
+                objective="likelihood" if self.objective == "vlb" else "simple",
+                weighting=self.weighting,
+                t=t,
+            )
         return denoising_loss(
             self.diffusion.process,
             denoise,
