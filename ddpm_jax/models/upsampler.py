@@ -1,10 +1,11 @@
-"""The unCLIP upsampler: an unconditional super-resolution U-Net without attention (DALL-E 2, 2.1; SR3)."""
+"""Upsamplers: unCLIP's super-resolution U-Net without attention (DALL-E 2, 2.1), and SR3's (Saharia et al. 2021)."""
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from ddpm_jax.models.layers import TimeEmbedding
+from ddpm_jax.models.ncsnpp import NCSNpp
 from ddpm_jax.models.unet import UNet
 
 
@@ -14,7 +15,7 @@ class Upsampler(nn.Module):
     Convolutions only, if the U-Net has no attention, so it may be trained on crops and run on whole images.
 
     Attributes:
-        unet: the U-Net.
+        unet: the U-Net; of the blocks of `NCSNpp` in SR3.
         noise_level_input: True embeds the level of the noise that was added to the low-resolution image, like a
             timestep, and adds it to the time embedding (conditioning augmentation: Ho et al. 2022, cascaded diffusion,
             section 4.2; Imagen, section 2.4).
@@ -22,7 +23,7 @@ class Upsampler(nn.Module):
             enlarging lacks, and begin as it. False in the published networks.
     """
 
-    unet: UNet
+    unet: UNet | NCSNpp
     noise_level_input: bool = False
     residual: bool = False
 

@@ -27,6 +27,7 @@ from ddpm_jax.models import (
     glide,
     inception,
     modified_resnet,
+    ncsnpp,
     noised_clip,
     prior,
     text_encoder,
@@ -209,6 +210,11 @@ def _super_unet(net: Any, shapes: Shapes, metadata: Mapping[str, Any]) -> _Input
     return _Inputs((image, _ints(1), image), options)
 
 
+def _ncsnpp(net: ncsnpp.NCSNpp, shapes: Shapes, metadata: Mapping[str, Any]) -> _Inputs:
+    size = _side(net, metadata)
+    return _Inputs((_floats(1, size, size, _channels(net, shapes)), _floats(1)))
+
+
 def _classifier(net: adm.Classifier, shapes: Shapes, metadata: Mapping[str, Any]) -> _Inputs:
     return _Inputs((_floats(1, net.image_size, net.image_size, _channels(net, shapes)), _ints(1)))
 
@@ -292,6 +298,7 @@ _INPUTS: dict[type[nn.Module], Callable[[Any, Shapes, Mapping[str, Any]], _Input
     glide.Glide: _glide,
     inception.Inception: lambda *_: _Inputs((_floats(1, 299, 299, 3),)),
     modified_resnet.ModifiedResNet: _image,
+    ncsnpp.NCSNpp: _ncsnpp,
     noised_clip.NoisedCLIP: _noised_clip,
     noised_clip.NoisedVisionTransformer: _noised_image,
     prior.DiffusionPrior: _prior,

@@ -29,6 +29,7 @@ from ddpm_jax.models import (
     glide,
     inception,
     modified_resnet,
+    ncsnpp,
     noised_clip,
     prior,
     text_encoder,
@@ -44,7 +45,8 @@ NETWORKS: dict[str, type[nn.Module]] = {
         adm.Classifier, adm.ClassUNet, adm.SuperUNet, autoencoder.Autoencoder,
         autoregressive_prior.AutoregressivePrior, embedding_codes.EmbeddingCodes, clip.CLIP, clip.VisionTransformer,
         embedding_norm.EmbeddingStatistics,
-        decoder.Decoder, glide.Glide, inception.Inception, modified_resnet.ModifiedResNet, noised_clip.NoisedCLIP,
+        decoder.Decoder, glide.Glide, inception.Inception, modified_resnet.ModifiedResNet, ncsnpp.NCSNpp,
+        noised_clip.NoisedCLIP,
         noised_clip.NoisedVisionTransformer, prior.DiffusionPrior, text_encoder.RecurrentTextEncoder,
         text_encoder.TextEncoder, unet.UNet, upsampler.Upsampler,
     )
@@ -52,7 +54,10 @@ NETWORKS: dict[str, type[nn.Module]] = {
 FUNCTIONS = {function.__name__: function for function in (transformer.gelu, transformer.quick_gelu)}
 # The classes of a field that is declared as any network.
 _MEMBERS = {"text_encoder": (text_encoder.TextEncoder, text_encoder.RecurrentTextEncoder)}
-_CHOICES = {"pool": adm.POOLS}
+_CHOICES = {
+    "pool": adm.POOLS, "combine": ncsnpp.COMBINERS, "embedding": ncsnpp.EMBEDDINGS, "input_pyramid": ncsnpp.PYRAMIDS,
+    "output_pyramid": ncsnpp.PYRAMIDS,
+}  # fmt: skip
 # The largest published values are far below: 48 layers, widths of 8192, 49408 tokens, 21841 classes.
 _LARGEST, _IDS, _LEVELS = 65_536, 10_000_000, 16
 _INTEGERS = {
@@ -75,6 +80,7 @@ _INTEGERS = {
 # Fields of model.json that had another name.
 _RENAMED = {"layout_channels": "cond_map_channels", "layout_heads": "cond_map_heads"}
 _NUMBERS = {"channel_mult": (1e-3, 1024.0), "dropout": (0.0, 1.0), "norm_eps": (1e-12, 1.0), "scale": (1e-6, 1e6)}
+_NUMBERS |= {"sigma_range": (1e-9, 1e9), "sigma_unit": (1e-6, 1e6)}
 
 
 def describe(network: nn.Module) -> dict[str, Any]:
