@@ -30,7 +30,7 @@ _TO = flags.DEFINE_enum(
 _SRC = flags.DEFINE_string("src", None, "File or directory to read.", flag_values=FLAGS)
 _OUT = flags.DEFINE_string("out", None, "Directory to create.", flag_values=FLAGS)
 _MODEL = flags.DEFINE_string(
-    "model", None, "Name of a released network; for guided, glide and clip.", flag_values=FLAGS
+    "model", None, "Name of a released network; for guided, glide, clip and score-sde.", flag_values=FLAGS
 )
 _HEAD = flags.DEFINE_list(
     "head_width",
@@ -59,7 +59,10 @@ _SIZE = flags.DEFINE_integer(
     flag_values=FLAGS,
 )  # fmt: skip
 _PART = flags.DEFINE_string(
-    "part", None, "Part of a training checkpoint, such as ema; the raw parameters by default.", flag_values=FLAGS
+    "part",
+    None,
+    "Part of a training checkpoint, such as ema; the raw parameters by default, of score-sde the averages.",
+    flag_values=FLAGS,
 )
 _DTYPE = flags.DEFINE_enum(
     "dtype", "float32", ["float32", "float16", "bfloat16"], "Data type of the parameters in --out.", flag_values=FLAGS

@@ -43,6 +43,7 @@ USED = {
     "karlo": {"prior_clip"},
     "stable-diffusion": set(),  # of a directory
     "guided": {"model", "part"},
+    "score-sde": {"model", "part"},
     "glide": {"model", "part"},
     "noised-clip": {"part"},
     "inception": {"part"},

@@ -27,7 +27,7 @@ from ddpm_jax.interop.diffusers_layout import (
     with_new_names,
 )
 from ddpm_jax.interop.field_kinds import ANY, FLAG, NUMBER, POSITIVE, SIDE, WHOLE, WHOLES, WORD, WORDS, Kind, optional
-from ddpm_jax.interop.table import ConvertError, Entry, Layout, conv, to_ours, to_reference
+from ddpm_jax.interop.table import SINES_FIRST, ConvertError, Entry, conv, to_ours, to_reference
 from ddpm_jax.interop.unet import walk
 from ddpm_jax.models.shapes import parameter_shapes
 from ddpm_jax.models.unet import UNet
@@ -235,7 +235,7 @@ def ddpm_table(model: UNet, flip_sin_to_cos: bool) -> list[Entry]:
     """Return the table of a network."""
     table = outer("", "")
     if not flip_sin_to_cos:
-        table = [e._replace(layout=_SINES_FIRST) if e.ours == "time/dense_0/kernel" else e for e in table]
+        table = [e._replace(layout=SINES_FIRST) if e.ours == "time/dense_0/kernel" else e for e in table]
     for block in walk(model, 0):
         here, there = block.ours, block_name(block, len(model.channel_mult) - 1)
         if block.kind == "attention":
@@ -252,12 +252,3 @@ def ddpm_shapes(model: UNet, channels: int = 3) -> Any:
     size = 2 ** (len(model.channel_mult) - 1)
     image, t = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((1, size, size, channels), (1,)))
     return parameter_shapes(model, image, t)["params"]
-
-
-def _swapped(kernel: np.ndarray) -> np.ndarray:
-    """Swap the halves of the rows; the last row of an odd number stays, which is that of a zero."""
-    half = len(kernel) // 2
-    return np.concatenate([kernel[half : 2 * half], kernel[:half], kernel[2 * half :]])
-
-
-_SINES_FIRST = Layout(lambda x: _swapped(x.T), lambda x: (_swapped(x).T,))

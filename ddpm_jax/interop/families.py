@@ -19,6 +19,7 @@ from ddpm_jax.interop import (
     karlo_original,
     latent_diffusion,
     noised_clip,
+    score_sde,
     stable_diffusion,
 )
 from ddpm_jax.interop.config_fields import check_sizes, check_width, clip_towers, head_width, tower_sizes
@@ -39,7 +40,8 @@ class Options(NamedTuple):
     """Options that a checkpoint does not contain, where they differ from the published values.
 
     Attributes:
-        model: name of a released network, for guided ("256x256_diffusion"), glide ("base") and clip ("ViT-H-14").
+        model: name of a released network, for guided ("256x256_diffusion"), glide ("base"), clip ("ViT-H-14") and
+            score-sde ("ve/cifar10_ncsnpp_continuous").
         head_width: of the text and the image tower of a CLIP; None takes the value of the model's name or of the
             config.json beside the file, else OpenAI's 64.
         activation: of a CLIP; None likewise, else OpenAI's quick_gelu.
@@ -47,7 +49,8 @@ class Options(NamedTuple):
             in the original one.
         prediction: "eps" or "v", of Stable Diffusion in one file.
         image_size: in pixels, of Stable Diffusion in one file.
-        part: of a training checkpoint, as `read_tensors` takes it ("ema"); None takes the raw parameters.
+        part: of a training checkpoint, as `read_tensors` takes it ("ema"); None takes the raw parameters, and of
+            score-sde the averages.
     """
 
     model: str | None = None
@@ -303,6 +306,17 @@ def _write_ddpm(converted: Converted, out: Path) -> None:
     _write_parts(out, {"unet" if metadata["in_parts"] else "": tensors})
 
 
+def _read_score_sde(source: Path, options: Options) -> Read:
+    file = _file(source)
+    converted, assumed = score_sde.read_score_sde(file, _named(options, score_sde.PUBLISHED), part=options.part)
+    return Read(converted, assumed, files_of(file))
+
+
+def _write_score_sde(converted: Converted, out: Path) -> None:
+    params, model, sigmas = converted.params["model"], converted.models["model"], converted.metadata["sigmas"]
+    write_tensors(out, "model", score_sde.export_score_sde(params, model, sigmas), whole=True)
+
+
 def _read_glide(source: Path, options: Options) -> Read:
     make, size = GLIDE_MODELS[_named(options, GLIDE_MODELS)]
     file, model = _file(source), make()
@@ -368,6 +382,7 @@ FAMILIES = {
     ),
     "guided": Family("a file of guided or improved diffusion", _read_guided, _write_guided, ("model", "part")),
     "ddpm": Family("a directory, diffusers' layout: a pipeline or its network alone", _read_ddpm, _write_ddpm),
+    "score-sde": Family("a file of score_sde_pytorch", _read_score_sde, _write_score_sde, ("model", "part")),
     "glide": Family("a file: base or upsampler, inpainting or not", _read_glide, _write_glide, ("model", "part")),
     "noised-clip": Family(
         "a directory with GLIDE's image-enc.pt and text-enc.pt", _read_noised_clip, _write_noised_clip, ("part",)

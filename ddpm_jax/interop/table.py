@@ -53,6 +53,16 @@ TRANSPOSED = Layout(lambda x: x.T, lambda x: (x.T,))  # a dense layer: [out, in]
 KERNEL = Layout(lambda x: x.transpose(2, 3, 1, 0), lambda x: (x.transpose(3, 2, 0, 1),))  # OIHW -> HWIO
 
 
+def _swapped(kernel: np.ndarray) -> np.ndarray:
+    """Swap the halves of the rows; the last row of an odd number stays, which is that of a zero."""
+    half = len(kernel) // 2
+    return np.concatenate([kernel[half : 2 * half], kernel[:half], kernel[2 * half :]])
+
+
+# The dense layer after the sinusoids of the time, where the sines come first; here the cosines do.
+SINES_FIRST = Layout(lambda x: _swapped(x.T), lambda x: (_swapped(x).T,))
+
+
 def concatenated(layout: Layout, count: int) -> Layout:
     """Return the layout of `count` tensors that are one parameter here, concatenated along the last axis."""
     return Layout(

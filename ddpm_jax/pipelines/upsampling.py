@@ -9,11 +9,12 @@ import numpy as np
 
 from ddpm_jax.diffusion.samplers import RecordedNoise
 from ddpm_jax.diffusion.samplers.noise import per_example_normal, transition_keys
-from ddpm_jax.diffusion.sampling import Sampling, sample_with
+from ddpm_jax.diffusion.sampling import Sampling, sample_with, sampling_from
 from ddpm_jax.diffusion.tiles import tiled_denoiser
 from ddpm_jax.pipelines.enlarging import Enlarging, split_rows, stops_of
 from ddpm_jax.pipelines.request import as_float
 from ddpm_jax.pipelines.stages import finite
+from ddpm_jax.storage.metadata import thaw
 from ddpm_jax.storage.model_directory import Model
 from ddpm_jax.types import Denoiser, Step
 
@@ -22,7 +23,12 @@ _NOISE = 2**20  # of the keys of an example: beyond the sampler's transitions
 
 
 def default_sampling(model: Model) -> Sampling:
-    """Return the default sampling options of a stage: `IMAGES`, or all timesteps if there are fewer than 250."""
+    """Return the default sampling options of a stage.
+
+    Those of its metadata, for a converted checkpoint; else `IMAGES`, or all timesteps if there are fewer than 250.
+    """
+    if "sampling" in model.metadata:
+        return sampling_from(thaw(model.metadata["sampling"]))
     return IMAGES.with_options(steps=min(IMAGES.steps, model.diffusion.num_steps))
 
 

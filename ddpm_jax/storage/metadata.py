@@ -8,6 +8,7 @@ from flax.core import FrozenDict
 
 from ddpm_jax.data.tokenizer import tokenizer_from_config
 from ddpm_jax.diffusion.diffusion import Diffusion
+from ddpm_jax.diffusion.sampling import sampling_from
 from ddpm_jax.errors import LoadError
 
 _DEPTH, _LARGEST, _CLASSES = 16, 65_536, 10_000_000
@@ -142,6 +143,15 @@ def _tokenizer(where: str, value: Any) -> None:
         raise LoadError(f"{where} is not a tokenizer of this version: {error}") from None
 
 
+def _sampling(where: str, value: Any) -> None:
+    if not isinstance(value, Mapping):
+        raise LoadError(f"{where}={value!r:.60} must be an object with the options of a sampler")
+    try:
+        sampling_from(value, name=where)
+    except (ValueError, TypeError) as error:
+        raise LoadError(str(error)) from None
+
+
 def _fingerprints(where: str, value: Any) -> None:
     if not isinstance(value, Mapping) or not all(isinstance(text, str) and len(text) == 64 for text in value.values()):
         raise LoadError(f"{where}={value!r:.60} must be an object of SHA-256 sums in hexadecimal digits")
@@ -159,6 +169,7 @@ _CHECKS: dict[str, Callable[[str, Any], None]] = {
     "low_resolution": _parts(size=integer(1, _LARGEST), noise_level_input=flag, sampling_noise_level=number(0, 1)),
     "needs": _fingerprints,
     "num_steps": integer(1, 100_000),
+    "sampling": _sampling,
     "timestep_scale": number(1e-6, 1e6),
     "tokenizer": _tokenizer,
 }
