@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ddpm_jax.checks import check_model, check_type, shown
+from ddpm_jax.checks import check_model, check_number, check_type, shown
 from ddpm_jax.diffusion.diffusion import Diffusion
 from ddpm_jax.diffusion.importance import (
     LossHistory,
@@ -57,6 +57,8 @@ class DiffusionTask:
         sampling: of the previews of images, and of the embeddings that evaluations compare with the true ones
             (`tasks.health`); None makes none. In place of "analytic" they are by "ancestral", since the moments that
             it needs are estimated after training (`Training.moment_examples`).
+        timestep_scale: the network receives timestep_scale * t; 1000 / T gives processes of any length timesteps of
+            one range, as the published networks of improved DDPM have them.
     """
 
     model: nn.Module
@@ -68,6 +70,7 @@ class DiffusionTask:
     vlb_weight: float = 1e-3
     timesteps: Timesteps = "uniform"
     sampling: Sampling | None = dataclasses.field(default=None, metadata={"describe": False})
+    timestep_scale: float = dataclasses.field(default=1.0, metadata={"describe": "unless default"})
 
     def __post_init__(self):
         check_model(self.model)
@@ -87,6 +90,7 @@ class DiffusionTask:
         check_objective(self.objective, self.diffusion.variance, self.weighting)
         if self.timesteps == "importance" and self.diffusion.continuous is not None:
             raise ValueError("timesteps='importance' is of discrete time, and this diffusion is of continuous time")
+        check_number("timestep_scale", self.timestep_scale, lambda scale: scale > 0, "must be positive")
         if self.sampling is not None:
             check_type("sampling", self.sampling, Sampling)
             self.sampling.checked().process(self.diffusion)
@@ -191,7 +195,8 @@ class DiffusionTask:
 
     def denoiser(self, params: Any, arguments: dict[str, jax.Array], **options: Any) -> Denoiser:
         """Close the network over its parameters and conditions."""
-        return lambda xt, t: self.model.apply(params, xt, t, **arguments, **options)
+        scale = self.timestep_scale
+        return lambda xt, t: self.model.apply(params, xt, t if scale == 1 else scale * t, **arguments, **options)
 
     def null_arguments(self, arguments: dict[str, jax.Array]) -> dict[str, jax.Array] | None:
         """Return the arguments with all conditions dropped, or None if the network has learned no null condition."""
@@ -243,6 +248,7 @@ class DiffusionTask:
     def metadata(self) -> dict[str, Any]:
         """Return what a pipeline has to know, plain data."""
         found = {"diffusion": dataclasses.asdict(self.diffusion), **self.x0.metadata()}
+        found |= {} if self.timestep_scale == 1 else {"timestep_scale": self.timestep_scale}
         found["conditions"] = [condition.name for condition in self.conditions]
         return found | {condition.name: condition.metadata() for condition in self.conditions}
 
