@@ -6,20 +6,37 @@
 The source needs labels (docs/data.md), such as class subfolders. Two stages: "base", the class-conditional model, and
 "classifier", the encoder half of its U-Net with one of the paper's pooling layers (classifier.pool: "attention",
 "adaptive", "spatial" or "spatial_v2"), trained on noised images. `sample` guides by the classifier's gradient with
---classifier_scale; the base is trained without a null class, as in the paper, unless drop_label > 0.
+--classifier_scale, by its variance in ancestral sampling and without noise by --sampler=ddim; the base is trained
+without a null class, as in the paper, unless drop_label > 0. `--stage classifier` trains the classifier alone, which
+`sample --classifier=DIR` combines with the model of any recipe that has the same image size and noise process.
 
 With upsampler.enabled a third stage, "upsampler", enlarges the images of the base by upsampler.factor, given their
 class (the paper's ADM-U). It is trained on whole images, whose small copies are blurred and noised only if
 upsampler.blur_rate and upsampler.noise are positive. The classifier guides the base alone.
 
-Variants, with the parameters of the base and the classifier (held to them by tests/test_configs.py):
+Variants, with the parameters of their networks (held to them by tests/recipes/test_sizes.py):
 
-    configs/adm.py            ImageNet 64 x 64: 296M and 65M, the published networks
-    configs/adm.py:256        ImageNet 256 x 256: the same two, and the upsampler from 64 x 64, 311.8M (paper: 312M)
-    configs/adm.py:small      32 x 32: 4.7M and 0.6M: trains on a laptop's CPU
-    configs/adm.py:smoke      two steps of tiny networks on generated arrays
+    configs/adm.py                ImageNet 64 x 64: 296M, classifier 65M
+    configs/adm.py:imagenet128    ImageNet 128 x 128: 422M, classifier 43M
+    configs/adm.py:imagenet256    ImageNet 256 x 256: 554M, classifier 54M
+    configs/adm.py:imagenet512    ImageNet 512 x 512: 559M, classifier 54M
+    configs/adm.py:lsun           a category of LSUN, 256 x 256, unconditional: 552M
+    configs/adm.py:256            the networks for 64 x 64, and the upsampler to 256 x 256: 312M
+    configs/adm.py:512            the networks for 128 x 128, and the upsampler to 512 x 512: 309M
+    configs/adm.py:small          32 x 32: 5.0M and 0.6M: trains on a laptop's CPU
+    configs/adm.py:smoke          two steps of tiny networks on generated arrays
 
-The full-size numbers are those of tables 11 and 12 of the paper.
+The full-size numbers are those of tables 11 and 12 of the paper; the upsampler to 512 x 512 is the released one, which
+has no attention at 8 x 8. Published FID, sFID, precision and recall, 250 steps:
+
+    64 x 64      2.07  4.29  0.74  0.63     without guidance
+    128 x 128    2.97  5.09  0.78  0.59     --classifier_scale 0.5; 5.91 without
+    256 x 256    4.59  5.25  0.82  0.52     --classifier_scale 1; 10.94 without; 3.94 by the variant 256
+    512 x 512    7.72  6.57  0.87  0.42     --classifier_scale 4; 23.24 without; 3.85 by the variant 512
+    LSUN         bedroom 1.90, horse 2.57, cat 5.57, 1000 steps
+
+Hardware and time: `python -m ddpm_jax.plan --config configs/adm.py --topology v5p:4x4x4` prints what a run takes;
+docs/performance.md has some. `small` takes about an hour on two cores.
 """
 
 import numpy as np
@@ -39,7 +56,8 @@ from ddpm_jax.pipelines.description import PipelineDescription
 from ddpm_jax.training import ClassifierTask, DiffusionTask, Images, Labels, LowResolution, Stage, Training
 from ddpm_jax.types import network_dtype
 
-VARIANTS = ("", "256", "small", "smoke")
+VARIANTS = ("", "imagenet128", "imagenet256", "imagenet512", "lsun", "256", "512", "small", "smoke")
+MULTIPLIERS = {64: (1, 2, 3, 4), 128: (1, 1, 2, 3, 4), 256: (1, 1, 2, 2, 4, 4), 512: (0.5, 1, 1, 2, 2, 4, 4)}
 
 
 def training(batch_size: int, num_steps: int, learning_rate: float, **overrides) -> dict:
@@ -75,12 +93,14 @@ def get_config(variant: str = "") -> ConfigDict:
     config.seed = 0
     config.data = {"path": "", "held_out": 0.05, "flip": True}
     config.image_size = 64
+    config.class_conditional = True
     config.diffusion = {"schedule": "cosine", "num_steps": 1000, "prediction": "eps", "variance": "learned_range"}
     config.base = {
         "unet": {
             "channels": 192,
             "channel_mult": (1, 2, 3, 4),
             "num_res_blocks": 3,
+            "heads": placeholder(int),
             "head_channels": 64,
             "dropout": 0.1,
             "patch": 1,
@@ -94,6 +114,7 @@ def get_config(variant: str = "") -> ConfigDict:
         "training": training(2048, 540_000, 3e-4),
     }
     config.classifier = {
+        "enabled": True,
         "channels": 128,
         "channel_mult": (1, 2, 3, 4),
         "num_res_blocks": 4,
@@ -105,9 +126,11 @@ def get_config(variant: str = "") -> ConfigDict:
         "groups": 32,
         "remat": True,
         "dtype": "bfloat16",
-        "training": training(1024, 300_000, 6e-4, weight_decay=0.2, preview_every=0),
+        "training": training(
+            1024, 300_000, 6e-4, weight_decay=0.2, decay="linear", final_fraction=0.0, preview_every=0
+        ),
     }
-    config.upsampler = published_upsampler() | {"enabled": variant == "256"}
+    config.upsampler = published_upsampler() | {"enabled": variant in ("256", "512")}
     config.sample = {
         "sampler": "ancestral",
         "steps": "250",
@@ -118,11 +141,42 @@ def get_config(variant: str = "") -> ConfigDict:
     config.progress = True
     config.cpu_devices = 2
     config.mesh = {"data": -1, "fsdp": 1, "tensor": 1}
+    if variant == "512":
+        larger(config, 128)
+        config.upsampler.unet.update(heads=placeholder(int), head_channels=64)
+        config.upsampler.attention_resolutions = (32, 16)
+        config.upsampler.training.num_steps = 1_050_000
+    elif variant == "lsun":
+        lsun(config)
+    elif variant.startswith("imagenet"):
+        larger(config, int(variant.removeprefix("imagenet")))
     if variant in ("small", "smoke"):
         small(config)
     if variant == "smoke":
         smoke(config)
     return config
+
+
+def larger(config: ConfigDict, size: int) -> None:
+    """Use the networks of ImageNet 128 x 128, 256 x 256 or 512 x 512."""
+    config.image_size = size
+    config.diffusion.schedule = "linear"
+    config.base.unet.update(channels=256, channel_mult=MULTIPLIERS[size], num_res_blocks=2, dropout=0.0)
+    config.base.unet.update({"heads": 4} if size == 128 else {})
+    steps = {128: 4_360_000, 256: 1_980_000, 512: 1_940_000}[size]
+    config.base.training.update(batch_size=256, num_steps=steps, learning_rate=1e-4)
+    config.classifier.update(channel_mult=MULTIPLIERS[size], num_res_blocks=2)
+    steps = 300_000 if size == 128 else 500_000
+    config.classifier.training.update(batch_size=256, num_steps=steps, learning_rate=3e-4, weight_decay=0.05)
+
+
+def lsun(config: ConfigDict) -> None:
+    """Use the unconditional network of LSUN, 500K steps as for bedrooms; 200K for cats and 250K for horses."""
+    larger(config, 256)
+    config.class_conditional = config.classifier.enabled = False
+    config.base.unet.dropout = 0.1
+    config.base.training.num_steps = 500_000
+    config.sample.steps = "1000"
 
 
 def published_upsampler() -> dict:
@@ -134,6 +188,7 @@ def published_upsampler() -> dict:
             "channel_mult": (1, 1, 2, 2, 4, 4),
             "num_res_blocks": 2,
             "heads": 4,
+            "head_channels": 64,
             "dropout": 0.0,
             "groups": 32,
             "remat": True,
@@ -151,90 +206,80 @@ def published_upsampler() -> dict:
 
 
 def stages(config: ConfigDict) -> tuple[Stage, ...]:
-    """Return the base, the classifier, and the upsampler if there is one."""
+    """Return the base, the classifier and the upsampler, those that there are."""
     train, held_out = sources(config)
     names = tuple(getattr(train, "class_names", None) or ())
-    if not names:
+    if (config.class_conditional or config.classifier.enabled) and not names:
         raise ValueError(f"data.path={config.data.path!r} has no labels, which a class-conditional model needs")
-    base, small_half, diffusion = config.base, config.classifier, Diffusion(**config.diffusion)
-    if small_half.pool not in POOLS:
-        raise ValueError(f"classifier.pool={small_half.pool!r} must be one of {', '.join(map(repr, POOLS))}")
     data = {"source": train, "eval_source": held_out}
     shared = data | {"transforms": transforms(config, config.image_size)}
-    unet = UNet(
+    found = [Stage(name="base", task=base(config, names), training=trained(config, config.base), **shared)]
+    if config.classifier.enabled:
+        task, own = classifier(config, names), trained(config, config.classifier)
+        found.append(Stage(name="classifier", task=task, training=own, **shared))
+    return (*found, *((upsampler(config, names, data),) if config.upsampler.enabled else ()))
+
+
+def base(config: ConfigDict, names: tuple[str, ...]) -> DiffusionTask:
+    """Return the task of the model of small images, class-conditional or not."""
+    fields, diffusion = config.base, Diffusion(**config.diffusion)
+    network = unet(fields, config.image_size, diffusion, "base.dtype")
+    conditions = ()
+    if config.class_conditional:
+        network = ClassUNet(network, len(names) + (fields.drop_label > 0))
+        conditions = (Labels(len(names), drop=fields.drop_label, names=names),)
+    return DiffusionTask(
+        model=network,
+        diffusion=diffusion,
+        x0=Images(config.image_size),
+        conditions=conditions,
+        objective=fields.objective,
+        sampling=sampling_from(config.sample, name="sample").with_options(classifier_scale=0.0),
+    )
+
+
+def classifier(config: ConfigDict, names: tuple[str, ...]) -> ClassifierTask:
+    """Return the task of the classifier of noised images."""
+    fields = dict(config.classifier)
+    if fields["pool"] not in POOLS:
+        raise ValueError(f"classifier.pool={fields['pool']!r} must be one of {', '.join(map(repr, POOLS))}")
+    noised, _, _ = (fields.pop(name) for name in ("noised", "enabled", "training"))
+    fields["dtype"] = network_dtype(fields["dtype"], name="classifier.dtype")
+    return ClassifierTask(
+        model=Classifier(num_classes=len(names), image_size=config.image_size, **fields),
+        diffusion=Diffusion(**config.diffusion),
+        x0=Images(config.image_size),
+        noised=noised,
+        names=names,
+    )
+
+
+def unet(fields: ConfigDict, size: int, diffusion: Diffusion, dtype_name: str) -> UNet:
+    """Return the U-Net of a part of the config."""
+    levels = len(fields.unet.channel_mult)
+    return UNet(
         out_channels=diffusion.channels(3),
         attention_resolutions=(),
-        attention_levels=attention_levels(
-            base.attention_resolutions, config.image_size // base.unet.patch, len(base.unet.channel_mult)
-        ),
-        dtype=network_dtype(base.dtype, name="base.dtype"),
-        **base.unet,
-    )
-    classifier = Classifier(
-        small_half.channels,
-        len(names),
-        config.image_size,
-        channel_mult=small_half.channel_mult,
-        num_res_blocks=small_half.num_res_blocks,
-        attention_resolutions=small_half.attention_resolutions,
-        head_channels=small_half.head_channels,
-        pool=small_half.pool,
-        dropout=small_half.dropout,
-        groups=small_half.groups,
-        remat=small_half.remat,
-        dtype=network_dtype(small_half.dtype, name="classifier.dtype"),
-    )
-    return (
-        Stage(
-            name="base",
-            task=DiffusionTask(
-                model=ClassUNet(unet, len(names) + (base.drop_label > 0)),
-                diffusion=diffusion,
-                x0=Images(config.image_size),
-                conditions=(Labels(len(names), drop=base.drop_label, names=names),),
-                objective=base.objective,
-                sampling=sampling_from(config.sample, name="sample").with_options(classifier_scale=0.0),
-            ),
-            training=trained(config, base),
-            **shared,
-        ),
-        Stage(
-            name="classifier",
-            task=ClassifierTask(
-                model=classifier,
-                diffusion=diffusion,
-                x0=Images(config.image_size),
-                noised=small_half.noised,
-                names=names,
-            ),
-            training=trained(config, small_half),
-            **shared,
-        ),
-        *((upsampler(config, names, data),) if config.upsampler.enabled else ()),
+        attention_levels=attention_levels(fields.attention_resolutions, size // fields.unet.get("patch", 1), levels),
+        dtype=network_dtype(fields.dtype, name=dtype_name),
+        **fields.unet,
     )
 
 
 def upsampler(config: ConfigDict, names: tuple[str, ...], data: dict) -> Stage:
     """Return the stage that enlarges the images of the base."""
     up, size = config.upsampler, config.image_size * config.upsampler.factor
-    diffusion = Diffusion(**up.diffusion)
-    unet = UNet(
-        out_channels=diffusion.channels(3),
-        attention_resolutions=(),
-        attention_levels=attention_levels(up.attention_resolutions, size, len(up.unet.channel_mult)),
-        dtype=network_dtype(up.dtype, name="upsampler.dtype"),
-        **up.unet,
-    )
+    diffusion, labels, classes = Diffusion(**up.diffusion), (), None
+    if config.class_conditional:
+        labels, classes = (Labels(len(names), drop=up.drop_label, names=names),), len(names) + (up.drop_label > 0)
+    low_resolution = LowResolution(config.image_size, up.factor, blur_rate=up.blur_rate, noise=up.noise)
     return Stage(
         name="upsampler",
         task=DiffusionTask(
-            model=SuperUNet(unet, len(names) + (up.drop_label > 0)),
+            model=SuperUNet(unet(up, size, diffusion, "upsampler.dtype"), classes),
             diffusion=diffusion,
             x0=Images(size),
-            conditions=(
-                LowResolution(config.image_size, up.factor, blur_rate=up.blur_rate, noise=up.noise),
-                Labels(len(names), drop=up.drop_label, names=names),
-            ),
+            conditions=(low_resolution, *labels),
             objective=up.objective,
             sampling=sampling_from(up.sample, name="upsampler.sample"),
         ),
@@ -247,7 +292,8 @@ def upsampler(config: ConfigDict, names: tuple[str, ...], data: dict) -> Stage:
 def transforms(config: ConfigDict, size: int) -> tuple:
     """Return what brings a record to an image of a size, and its label."""
     flip = (RandomFlip(),) if config.data.flip else ()
-    return (Select(("image", "label")), CenterCrop(size), *flip)
+    labels = ("label",) if config.class_conditional or config.classifier.enabled else ()
+    return (Select(("image", *labels)), CenterCrop(size), *flip)
 
 
 def trained(config: ConfigDict, part: ConfigDict) -> Training:
@@ -273,7 +319,7 @@ def sources(config: ConfigDict) -> tuple:
 
 def pipeline(config: ConfigDict) -> PipelineDescription:
     """Return how the stages are sampled together."""
-    models = {"base": "base", "classifier": "classifier"}
+    models = {"base": "base"} | ({"classifier": "classifier"} if config.classifier.enabled else {})
     sampling = {"base": sampling_from(config.sample, name="sample")}
     if config.upsampler.enabled:
         models["upsamplers"] = ["upsampler"]
