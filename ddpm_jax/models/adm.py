@@ -1,5 +1,6 @@
 """The class-conditional U-Net of ADM and the classifier that guides it (Dhariwal & Nichol 2021)."""
 
+import dataclasses
 from typing import Any
 
 import flax.linen as nn
@@ -46,14 +47,25 @@ class SuperUNet(nn.Module):
     Attributes:
         unet: the U-Net; its input has twice the channels of the image.
         num_classes: K > 0, or None for an unconditional network.
+        noise_level_input: True embeds the level of the noise that was added to the low-resolution image, like a
+            timestep, and adds it to the time embedding (conditioning augmentation: Ho et al. 2022, cascaded diffusion,
+            section 4.2). False in ADM.
     """
 
     unet: UNet
     num_classes: int | None = None
+    noise_level_input: bool = dataclasses.field(default=False, metadata={"describe": "unless default"})
 
     @nn.compact
     def __call__(
-        self, xt: jax.Array, t: jax.Array, low_res: jax.Array, y: jax.Array | None = None, *, train: bool = False
+        self,
+        xt: jax.Array,
+        t: jax.Array,
+        low_res: jax.Array,
+        y: jax.Array | None = None,
+        noise_level: jax.Array | None = None,
+        *,
+        train: bool = False,
     ) -> jax.Array:
         """Predict the process' output, float32[B, H, W, unet.out_channels].
 
@@ -62,18 +74,29 @@ class SuperUNet(nn.Module):
             t: float or int[B].
             low_res: float[B, h, w, C].
             y: int32[B] in [0, num_classes), if and only if the network has classes.
+            noise_level: float32[B] in [0, 1], if and only if the network has noise_level_input.
             train: True turns dropout on.
 
         Raises:
-            ValueError: if y is missing, or given to a network without classes.
+            ValueError: if y or noise_level is missing, or given to a network that does not take it.
         """
         low = jax.image.resize(low_res, (*xt.shape[:3], low_res.shape[-1]), "linear", antialias=False)
-        x, label = jnp.concatenate([xt, low.astype(xt.dtype)], axis=-1), None
+        x, emb = jnp.concatenate([xt, low.astype(xt.dtype)], axis=-1), None
         if (y is None) != (self.num_classes is None):
             raise ValueError(f"y is needed if, and only if, the network has classes; num_classes={self.num_classes}")
+        if (noise_level is not None) != self.noise_level_input:
+            raise ValueError(
+                f"noise_level is an input if, and only if, noise_level_input={self.noise_level_input} is True"
+            )
+        width = 4 * self.unet.channels
         if y is not None:
-            label = Embed(self.num_classes, 4 * self.unet.channels, dtype=self.unet.dtype, name="label")(y)
-        return self.unet(x, t, label, train=train)
+            emb = Embed(self.num_classes, width, dtype=self.unet.dtype, name="label")(y)
+        if noise_level is not None:
+            # Levels are in [0, 1], timesteps in [0, 1000).
+            embed = TimeEmbedding(self.unet.channels, width, self.unet.dtype, name="noise_level")
+            level = embed(1000.0 * noise_level)
+            emb = level if emb is None else emb + level
+        return self.unet(x, t, emb, train=train)
 
 
 class Classifier(nn.Module):
