@@ -171,5 +171,7 @@ _CHECKS: dict[str, Callable[[str, Any], None]] = {
     "num_steps": integer(1, 100_000),
     "sampling": _sampling,
     "timestep_scale": number(1e-6, 1e6),
+    "noised": flag,
     "tokenizer": _tokenizer,
+    "tokens": _parts(length=integer(1, _LARGEST), drop=number(0, 1), tokenizer=_tokenizer),
 }

@@ -3,6 +3,7 @@
 from ddpm_jax.training.stage import Stage, Training
 from ddpm_jax.training.tasks import (
     AutoregressiveTask,
+    BinomialTask,
     Captions,
     ClassifierTask,
     CodesTask,
@@ -13,11 +14,15 @@ from ddpm_jax.training.tasks import (
     Images,
     Labels,
     LowResolution,
+    NoisedContrastiveTask,
     StatisticsTask,
+    Tokens,
+    Vectors,
 )
 
 __all__ = [
     "AutoregressiveTask",
+    "BinomialTask",
     "Captions",
     "ClassifierTask",
     "CodesTask",
@@ -28,9 +33,12 @@ __all__ = [
     "Images",
     "Labels",
     "LowResolution",
+    "NoisedContrastiveTask",
     "Stage",
     "StatisticsTask",
+    "Tokens",
     "Training",
+    "Vectors",
     "train",
 ]
 

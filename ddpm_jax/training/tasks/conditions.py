@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ddpm_jax.checks import check_count, check_number
+from ddpm_jax.data.tokenizer import Tokenizer
 from ddpm_jax.diffusion.guidance import keep_mask
 from ddpm_jax.models.clip import CLIP, normalize
 from ddpm_jax.models.layers import downsample2
@@ -138,6 +139,41 @@ class Captions(_Condition):
     def metadata(self) -> dict[str, Any]:
         """Return what a pipeline has to know, plain data."""
         return {"length": self.length, "own_tokens": self.own_tokens, "drop": self.drop}
+
+
+@dataclasses.dataclass(frozen=True)
+class Tokens(_Condition):
+    """Captions as tokens, for a network with a text encoder of its own (GLIDE); arguments tokens and mask.
+
+    The batch has "tokens" int32[B, L] and "mask" bool[B, L]. A dropped caption is one of padding alone.
+
+    Attributes:
+        tokenizer: stored in model.json, since the network cannot be sampled without it.
+        length: L.
+        drop: rate at which captions are dropped.
+    """
+
+    tokenizer: Tokenizer
+    length: int
+    drop: float = 0.0
+    name = "tokens"
+
+    def __post_init__(self):
+        check_count("Tokens.length", self.length)
+        _check_rate("Tokens.drop", self.drop)
+
+    def __call__(self, batch: Batch, x0: jax.Array, key: jax.Array | None) -> Arguments:
+        """Return {"tokens": int32[B, L], "mask": bool[B, L]}."""
+        keep = _keep(key, "drop_text", self.drop, x0.shape[0])
+        return {"tokens": batch["tokens"], "mask": batch["mask"] & keep[:, None]}
+
+    def null(self, arguments: Arguments) -> Arguments | None:
+        """Return the arguments with every caption dropped."""
+        return arguments | {"mask": jnp.zeros_like(arguments["mask"])} if self.drop else None
+
+    def metadata(self) -> dict[str, Any]:
+        """Return what a pipeline has to know, plain data."""
+        return {"length": self.length, "drop": self.drop, "tokenizer": self.tokenizer.to_config()}
 
 
 @dataclasses.dataclass(frozen=True)

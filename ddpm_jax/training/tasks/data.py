@@ -84,6 +84,48 @@ class Images:
 
 
 @dataclasses.dataclass(frozen=True)
+class Vectors:
+    """Vectors of few entries, from "vector", float32[B, D], for data such as `data.toys`.
+
+    Attributes:
+        size: D.
+    """
+
+    size: int
+
+    def __post_init__(self):
+        check_count("Vectors.size", self.size)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of one example."""
+        return (self.size,)
+
+    def prepare(self, frozen: Any, batch: Batch) -> Batch:
+        """Return the batch as it is."""
+        del frozen
+        return batch
+
+    def __call__(self, batch: Batch, key: jax.Array | None = None) -> jax.Array:
+        """Return x0, float32[B, D].
+
+        Raises:
+            ValueError: if the vectors are not of this size, or no floats.
+        """
+        del key
+        found = batch["vector"]
+        if found.shape[1:] != self.shape or not jnp.issubdtype(found.dtype, jnp.floating):
+            raise ValueError(
+                f"vectors of the records must be float32[{self.size}], got {found.dtype}{list(found.shape[1:])}"
+            )
+        return found.astype(jnp.float32)
+
+    def metadata(self) -> dict[str, Any]:
+        """Return what a sampler has to know, plain data."""
+        return {"vector": {"size": self.size}}
+
+
+@dataclasses.dataclass(frozen=True)
 class Embeddings:
     """CLIP's embedding of the image, of unit length, times a scale or standardized (`models.embedding_norm`).
 
