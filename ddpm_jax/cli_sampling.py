@@ -20,9 +20,12 @@ _HELP = {
     "eta": "Noise of ddim, from 0 to 1.",
     "churn": "Noise of heun.",
     "snr": "Of the corrector of predictor_corrector.",
+    "variance_share": "Of ancestral: where the variance lies between its bounds, from 0 to 1.",
     "scale": "Scale of classifier-free guidance; 1 does not guide.",
     "rescale": "Rescaling of guidance, from 0 to 1.",
+    "variance_weighted": "Weight classifier-free guidance by the variance of the step; of ancestral.",
     "classifier_scale": "Scale of classifier guidance; 0 does not guide.",
+    "clip_scale": "Scale of guidance by a noised CLIP; 0 does not guide.",
     "threshold": "Bound of estimates of clean images; inf for no threshold at all.",
     "quantile": "Dynamic threshold: quantile of the estimates' sizes, up to 1; 0 for none.",
     "l2_clamp": "Bring estimates of embeddings to the norm of the training data; of a diffusion prior.",
@@ -73,7 +76,7 @@ def _define(flag_values: flags.FlagValues, name: str, option: str, help: str) ->
         flags.DEFINE_string(name, None, help, flag_values=flag_values)
     elif option in ("order", "corrector_steps", "tile", "overlap"):
         flags.DEFINE_integer(name, None, help, flag_values=flag_values)
-    elif option in ("sde", "l2_clamp", "truncated"):
+    elif option in ("sde", "l2_clamp", "truncated", "variance_weighted"):
         flags.DEFINE_bool(name, None, help, flag_values=flag_values)
     elif option == "threshold":
         flags.DEFINE_float(name, None, help, flag_values=flag_values)  # which may be inf

@@ -1,11 +1,13 @@
 """Sample images: `python -m ddpm_jax.sample --prompt "a small red star" --out grid.png [--workdir DIR]`.
 
 Without a workdir the small pipeline that the package carries is used. Captions are given as --prompt; a pipeline
-without captions takes --label, --num_images or both. Options of the sampler are for the main stage (the decoder of
-captioned pipelines, the base of the others); an option of any stage is --<stage>_<option>, such as --prior_steps=50,
---upsampler_sampler=dpm_solver or --decoder_scale=3; an autoregressive prior takes --prior_scale, --prior_temperature
-and --prior_top_p. What the prior predicts is clipped by --prior_threshold, or brought to the norm of the training data
-by --prior_l2_clamp. --embedding and --[no]use_text say what unCLIP's decoder is conditioned on: both, either, neither.
+without captions takes --label, --num_images or both. --classifier and --noised_clip add a model of another run that
+guides the base, by --classifier_scale and a label, or by --clip_scale and a prompt. Options of the sampler are for the
+main stage (the decoder of unCLIP, the base of a cascade); an option of any stage is --<stage>_<option>, such as
+--prior_steps=50, --upsampler_sampler=dpm_solver or --decoder_scale=3; an autoregressive prior takes --prior_scale,
+--prior_temperature and --prior_top_p. What the prior predicts is clipped by --prior_threshold, or brought to the norm
+of the training data by --prior_l2_clamp. --embedding and --[no]use_text say what unCLIP's decoder is conditioned on:
+both, either, neither.
 """
 
 from ddpm_jax import cli, cli_hosts, cli_sampling
@@ -34,6 +36,12 @@ _WORKDIR = flags.DEFINE_string(
     None,
     "Workdir of a training run, or directory of ddpm_jax.convert; the bundled pipeline if none.",
     flag_values=FLAGS,
+)
+_CLASSIFIER = flags.DEFINE_string(
+    "classifier", None, "Directory of a classifier of noised images, for --classifier_scale.", flag_values=FLAGS
+)
+_NOISED_CLIP = flags.DEFINE_string(
+    "noised_clip", None, "Directory of a noised CLIP, for --clip_scale and --prompt.", flag_values=FLAGS
 )
 _SEED = flags.DEFINE_integer(
     "seed", 0, "Seed of all random numbers.", lower_bound=0, upper_bound=cli.MAX_SEED, flag_values=FLAGS
@@ -74,7 +82,8 @@ def main() -> None:
     if not _OUT.value.lower().endswith(".png"):
         raise cli.UsageError(f"--out={_OUT.value} must end in .png")
     # Wrong flags are reported before the weights are loaded.
-    cli.check_exists(_WORKDIR.value, what="--workdir")
+    for flag in (_WORKDIR, _CLASSIFIER, _NOISED_CLIP):
+        cli.check_exists(flag.value, what=f"--{flag.name}")
     texts = [cli.as_utf8(prompt, what="--prompt") for prompt in _PROMPT.value or ()]
     cli.check_can_write(_OUT.value, what="--out")
     import jax
@@ -97,6 +106,7 @@ def main() -> None:
             pipeline = Cascade(base=pipeline).checked()
         except ValueError as error:
             raise cli.UsageError(f"--workdir={_WORKDIR.value} cannot be sampled alone: {error}") from error
+    pipeline = _guided(pipeline)
     given, captions = _request(pipeline, texts)
     if _CANDIDATES.value is not None and isinstance(pipeline, UnCLIP):
         pipeline = pipeline.replace(candidates=_CANDIDATES.value)
@@ -117,6 +127,30 @@ def main() -> None:
     cli.show(f"wrote {_OUT.value}: {len(images)} images of {height} x {width} pixels")
 
 
+def _guided(pipeline: Any) -> Any:
+    """Return the pipeline with the models of --classifier and --noised_clip."""
+    from ddpm_jax.pipelines import Cascade
+    from ddpm_jax.pipelines.directory import load
+    from ddpm_jax.storage.model_directory import Model
+
+    for role, flag in (("classifier", _CLASSIFIER), ("noised_clip", _NOISED_CLIP)):
+        if flag.value is None:
+            continue
+        if not isinstance(pipeline, Cascade):
+            raise cli.UsageError(f"--{role} is not used: it guides the base of a Cascade")
+        model = load(flag.value, ema=not _RAW.value)
+        if not isinstance(model, Model):
+            raise cli.UsageError(
+                f"--{role}={flag.value} holds a {type(model).__name__}; give the directory of one model, such as "
+                f"{flag.value}/{role}"
+            )
+        try:
+            pipeline = pipeline.replace(**{role: model}).checked()
+        except ValueError as error:
+            raise cli.UsageError(f"--{role}={flag.value}: {error}") from error
+    return pipeline
+
+
 def _request(pipeline: Any, prompts: list[str]) -> tuple[dict[str, Any], list[str]]:
     """Return what to generate, as arguments of `generate`, and a caption for each image."""
     from ddpm_jax.pipelines import Cascade
@@ -125,7 +159,8 @@ def _request(pipeline: Any, prompts: list[str]) -> tuple[dict[str, Any], list[st
     if not hasattr(pipeline, "generate"):
         name = type(getattr(pipeline, "network", pipeline)).__name__
         raise cli.UsageError(f"{where} holds the network {name} alone, which generates no images")
-    captioned = not isinstance(pipeline, Cascade)
+    of_cascade = isinstance(pipeline, Cascade)
+    captioned = not of_cascade or (pipeline.captioned and bool(prompts))
     wrong = ("label", "num_images") if captioned else ("prompt", "negative_prompt")
     for name in wrong:
         if FLAGS[name].value is not None:
@@ -135,6 +170,10 @@ def _request(pipeline: Any, prompts: list[str]) -> tuple[dict[str, Any], list[st
         if not prompts:
             raise cli.UsageError(f"--prompt is needed: {where} generates images of captions")
         captions = [prompt for prompt in prompts for _ in range(_COUNT.value)]
+        if of_cascade:
+            if _NEGATIVE.value:
+                raise cli.UsageError(f"--negative_prompt is not used: {where} is a Cascade, which has none")
+            return {"prompts": captions}, captions
         negative = _NEGATIVE.value and [cli.as_utf8(text, what="--negative_prompt") for text in _NEGATIVE.value]
         if negative and len(negative) > 1:
             if len(negative) != len(prompts):

@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 from PIL import Image
 from random_networks import fast_jit
-from tiny_pipelines import CLASSES, HIGH, LOW, base, cascade, classifier, other, upsampler
+from tiny_pipelines import CLASSES, HIGH, LOW, base, cascade, classifier, noised_clip, other, upsampler
 
 from ddpm_jax.diffusion.samplers import example_keys
 from ddpm_jax.diffusion.sampling import Sampling
 from ddpm_jax.evaluation import report
 from ddpm_jax.pipelines import Cascade, LoadError, load, save
 from ddpm_jax.pipelines import cascade as module
+from ddpm_jax.pipelines.captions import similarity, tokenized
 from ddpm_jax.pipelines.request import NotFiniteError
 from ddpm_jax.storage.metadata import freeze, thaw
 
@@ -85,6 +86,59 @@ def test_the_classifier_guides_to_the_label():
     assert rising[0] < rising[1] < rising[2], rising
     ancestral = pipeline.generate(8, labels="dog", batch_size=8, sampler="ancestral", classifier_scale=20.0)
     assert (ancestral != plain).any((1, 2, 3)).all()
+
+
+def test_a_noised_clip_guides_to_the_caption():
+    """The similarity that it finds at the end is larger the larger the scale is, on average."""
+    pipeline = cascade().replace(noised_clip=noised_clip()).checked()
+    prompt = "a red circle"
+    plain = pipeline.generate(8, batch_size=8)
+    np.testing.assert_array_equal(plain, cascade().generate(8, batch_size=8))
+    np.testing.assert_array_equal(plain, pipeline.generate(prompts=[prompt] * 8, batch_size=8))
+    log_prob = similarity(pipeline.noised_clip, tokenized(prompt, 8, None, pipeline.noised_clip))
+    of_images = jax.jit(lambda x: log_prob(x / 127.5 - 1.0, jnp.zeros(8, int)).mean())
+    rising = [of_images(plain.astype(np.float32))]
+    for scale in (2.0, 10.0):
+        guided = pipeline.generate(8, prompts=prompt, batch_size=8, clip_scale=scale)
+        rising.append(of_images(guided.astype(np.float32)))
+    assert rising[0] < rising[1] < rising[2], rising
+    with pytest.raises(ValueError, match="clip_scale=2.0 needs prompts, which the noised CLIP guides to"):
+        pipeline.generate(4, clip_scale=2.0)
+    with pytest.raises(ValueError, match="prompts must be one for each of 4 images, got 1"):
+        pipeline.generate(4, prompts=["a red circle"])
+
+
+def test_captions_are_a_condition_with_a_null():
+    pipeline = cascade("captions")
+    plain, red, blue = (pipeline.generate(2, prompts=p) for p in (None, "a red circle", "a blue circle"))
+    assert (red != blue).any() and (red != plain).any()
+    np.testing.assert_array_equal(pipeline.generate(2, prompts="a red circle", scale=0.0), plain)
+    assert (pipeline.generate(2, prompts="a red circle", scale=3.0) != red).any()
+    with pytest.raises(ValueError, match=r"prompts\[0\] = 'a zebra'"):
+        pipeline.generate(prompts=["a zebra"])
+
+
+@pytest.mark.parametrize(
+    ("role", "metadata", "message"),
+    [
+        ("classifier", {"noised": False}, "classifier was trained on clean images"),
+        (
+            "classifier",
+            {"diffusion": {"schedule": "linear", "num_steps": 1000}},
+            "base and classifier were trained with different noise processes: cosine in 1000 steps and linear in 1000",
+        ),
+        (
+            "noised_clip",
+            {"diffusion": {"schedule": "cosine", "num_steps": 500}},
+            "base and noised_clip were trained with different noise processes: cosine in 1000 steps and cosine in 500",
+        ),
+        ("noised_clip", {"image_size": 64}, "base has images of size 8, and noised_clip is for those of size 64"),
+    ],
+)
+def test_what_cannot_guide_a_base(role, metadata, message):
+    model = with_metadata({"classifier": classifier, "noised_clip": noised_clip}[role](), **metadata)
+    with pytest.raises(ValueError, match=message):
+        cascade().replace(**{role: model}).checked()
 
 
 def test_upsamplers_enlarge_the_image_of_the_stage_before():

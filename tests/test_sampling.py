@@ -250,6 +250,7 @@ CASES = {
 
 def test_every_sampler_takes_the_options_that_it_lists():
     values = {"eta": 0.4, "order": 1, "sde": True, "churn": 0.3, "corrector_steps": 2, "snr": 0.1}
+    values |= {"variance_share": 0.4, "variance_weighted": False}  # the second needs a scale of guidance
     for name, sampler in SAMPLERS.items():
         moments = MOMENTS if name == "analytic" else None
         for options in ({}, {option: values[option] for option in sampler.options}):
@@ -333,6 +334,7 @@ def test_a_scale_may_be_mapped_over():
     [
         (Sampling(scale=2.0), "scale=2.0 needs a network with a null condition, and this one has none"),
         (Sampling(classifier_scale=2.0), "classifier_scale=2.0 needs a classifier, and there is none"),
+        (Sampling(clip_scale=2.0), "clip_scale=2.0 needs a noised CLIP, and there is none"),
         (Sampling("analytic"), "sampler='analytic' needs the second moments of the network"),
     ],
 )
@@ -393,3 +395,48 @@ def test_classifier_guidance_tilts_a_gaussian(sampler):
         error = s / math.sqrt(2 * n)
         assert abs(found.mean() - (m + s**2 * a * scale)) < 4 * error + 0.01
         assert abs(found.std() / s - 1) < 0.04
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_guidance_by_a_null_condition_tilts_a_gaussian(weighted):
+    """Data N(m, s^2), of a class N(m + s^2 a, s^2) ~ exp(a x) N(m, s^2): guided by w they are N(m + s^2 a w, s^2)."""
+    m, s, a, w, n = 0.5, 0.6, 1.0, 2.0, 4000
+    diffusion = Diffusion("cosine", 400, prediction="x0")
+    alpha_bar = jnp.asarray(diffusion.process.alpha_bar)
+
+    def denoiser(mean):
+        def denoise(xt, t):
+            alpha, variance = jnp.sqrt(alpha_bar[t])[:, None], 1.0 - alpha_bar[t][:, None]
+            return (mean * variance + alpha * s**2 * xt) / (alpha**2 * s**2 + variance)
+
+        return denoise
+
+    how = Sampling("ancestral", 400, scale=w, variance_weighted=weighted)
+    run = lambda keys: sample_with(how, diffusion, denoiser(m + s**2 * a), keys, (2,), null=denoiser(m))
+    found = np.asarray(fast_jit(run)(example_keys(jax.random.key(0), n)), np.float64)
+    assert abs(found.mean() - (m + s**2 * a * w)) < 4 * s / math.sqrt(2 * n) + 0.01
+    assert abs(found.std() / s - 1) < 0.04
+
+
+def test_the_share_of_the_variance():
+    """At its ends it is that of fixed_small and fixed_large; the network's own is refused."""
+    run = lambda how, variance: sample_with(how, DIFFUSION.replace(variance=variance), network, KEYS, SHAPE)
+    for share, variance in ((0.0, "fixed_small"), (1.0, "fixed_large")):
+        shared = run(Sampling("ancestral", 5, variance_share=share), "fixed_small")
+        np.testing.assert_allclose(shared, run(Sampling("ancestral", 5), variance), rtol=1e-5, atol=1e-5)
+    refused(
+        "variance_share=0.5 is for networks without",
+        lambda: run(Sampling(steps=5, variance_share=0.5), "learned_range"),
+    )
+
+
+@pytest.mark.parametrize(
+    ("sampling", "message"),
+    [
+        (Sampling("ddim", scale=2.0, variance_weighted=True), "variance_weighted=True is no option of sampler='ddim'"),
+        (Sampling(variance_weighted=True), "variance_weighted=True needs scale, the scale of the guidance"),
+        (Sampling(scale=2.0, rescale=0.5, variance_weighted=True), "variance_weighted=True excludes rescale=0.5"),
+    ],
+)
+def test_what_cannot_be_weighted_by_the_variance(sampling, message):
+    refused(message, sampling.checked)

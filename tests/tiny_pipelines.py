@@ -12,6 +12,8 @@ from ddpm_jax.diffusion.sampling import Sampling
 from ddpm_jax.models.adm import Classifier, ClassUNet
 from ddpm_jax.models.clip import CLIP, VisionTransformer
 from ddpm_jax.models.decoder import Decoder
+from ddpm_jax.models.glide import Glide
+from ddpm_jax.models.noised_clip import NoisedCLIP, NoisedVisionTransformer
 from ddpm_jax.models.prior import DiffusionPrior
 from ddpm_jax.models.text_encoder import TextEncoder
 from ddpm_jax.models.transformer import quick_gelu
@@ -110,11 +112,17 @@ def unclip(upsamplers=1):
 
 @functools.cache
 def base(kind="unconditional"):
-    """A model of 8 pixels: "unconditional", "labels", or "guided", which has a null class too."""
+    """A model of 8 pixels: "unconditional", "labels", "guided", which has a null class too, or "captions"."""
     unet = UNet(32, 3, (1,), 1, patch=2, **FLAT)
     inputs = (zeros(1, LOW, LOW, 3), zeros(1, dtype=np.int32))
     if kind == "unconditional":
         return model(unet, inputs, image_metadata(LOW, diffusion=diffusion()))
+    if kind == "captions":
+        network = Glide(unet.clone(attention_levels=(0,), head_channels=16), WORDS, LENGTH, WIDTH, 1, 2)
+        tokens = {"length": LENGTH, "drop": 0.2, "tokenizer": TOKENIZER.to_config()}
+        metadata = image_metadata(LOW, ("tokens",), diffusion=diffusion(), tokens=tokens)
+        inputs += (zeros(1, LENGTH, dtype=np.int32), np.ones((1, LENGTH), bool))
+        return model(network, inputs, metadata)
     null = CLASSES if kind == "guided" else None
     metadata = image_metadata(LOW, ("labels",), diffusion=diffusion(), labels=labels(null))
     network = ClassUNet(unet, CLASSES + (null is not None))
@@ -130,6 +138,16 @@ def classifier():
     network = Classifier(32, CLASSES, LOW, (1,), 1, (LOW,), 32)
     inputs = (zeros(1, LOW, LOW, 3), zeros(1, dtype=np.int32))
     return model(network, inputs, {"diffusion": diffusion(), "image_size": LOW, "labels": labels()})
+
+
+@functools.cache
+def noised_clip():
+    network = NoisedCLIP(
+        NoisedVisionTransformer(LOW, 4, WIDTH, 1, 2), TextEncoder(WORDS, LENGTH, WIDTH, 1, 2), WIDTH, scale=10.0
+    )
+    inputs = (zeros(1, LOW, LOW, 3), zeros(1, dtype=np.int32), zeros(1, LENGTH, dtype=np.int32))
+    metadata = {"tokenizer": TOKENIZER.to_config(), "length": LENGTH, "image_size": LOW, "diffusion": diffusion()}
+    return model(network, (*inputs, np.ones((1, LENGTH), bool)), metadata)
 
 
 @functools.cache

@@ -17,6 +17,7 @@ from ddpm_jax.diffusion.guidance import (
     classifier_free,
     classifier_guided,
     dynamic_threshold,
+    implicit_gradient,
     log_prob_gradient,
 )
 from ddpm_jax.diffusion.process import GaussianProcess
@@ -28,9 +29,11 @@ _RANGES: dict[str, tuple[float, float]] = {
     "eta": (0.0, 1.0),
     "churn": (0.0, math.sqrt(2.0) - 1.0),
     "snr": (0.0, 1.0),
+    "variance_share": (0.0, 1.0),
     "scale": (0.0, 1e4),
     "rescale": (0.0, 1.0),
     "classifier_scale": (0.0, 1e4),
+    "clip_scale": (0.0, 1e4),
     "threshold": (0.0, 1e6),
     "quantile": (0.0, 1.0),
 }
@@ -41,10 +44,10 @@ NO_MOMENTS = (
 NO_NORM = "l2_clamp=True is for a diffusion prior, whose data are embeddings of one norm"
 _POSITIVE = ("snr", "threshold")
 _COUNTS = {"order": (1, 3), "corrector_steps": (0, 100)}
-_FLAGS = ("sde", "l2_clamp")
+_FLAGS = ("sde", "l2_clamp", "variance_weighted")
 # A number at which an option does nothing. There it is left out of the compiled program, which has one form without
 # the option and one with it, for every number.
-_NEUTRAL = {"eta": 0.0, "churn": 0.0, "scale": 1.0, "rescale": 0.0, "classifier_scale": 0.0}
+_NEUTRAL = {"eta": 0.0, "churn": 0.0, "scale": 1.0, "rescale": 0.0, "classifier_scale": 0.0, "clip_scale": 0.0}
 _NEUTRAL |= {"threshold": math.inf, "quantile": 0.0}
 
 
@@ -69,9 +72,16 @@ class Sampling:
         eta: noise of "ddim", in [0, 1]; None and 0 are deterministic, 1 is the distribution of ancestral sampling.
         churn: gamma of "heun" (EDM, algorithm 2), in [0, sqrt(2) - 1].
         snr: of the corrector of "predictor_corrector", in (0, 1]; 0.16 by default.
+        variance_share: of "ancestral" with a variance that is not learned: v in [0, 1] of Ho and Salimans 2022, by
+            which the logarithm of the variance lies between those of "fixed_small" and "fixed_large"; None takes the
+            variance of the `Diffusion`.
         scale: of classifier-free guidance, null + scale (cond - null); None and 1 do not guide.
         rescale: phi in [0, 1] of Lin et al. 2024, section 3.4.
+        variance_weighted: True weights classifier-free guidance by the variance of the step, which a network with
+            variance="learned_range" has learned for every channel of every pixel, see `guidance.implicit_gradient`; of
+            "ancestral", without `rescale`. Classifier and CLIP guidance are weighted so in "ancestral" in any case.
         classifier_scale: of classifier guidance (Dhariwal and Nichol 2021, algorithms 1 and 2).
+        clip_scale: of guidance by a noised CLIP (GLIDE, section 2.4).
         threshold: estimates of x0 are clipped to [-threshold, threshold], 1 for images. Infinity turns all thresholds
             off, also `quantile`.
         quantile: in [0, 1], dynamic thresholding (Imagen, section 2.3): estimates are clipped to that quantile of |x0|
@@ -88,9 +98,12 @@ class Sampling:
     eta: float | None = None
     churn: float | None = None
     snr: float | None = None
+    variance_share: float | None = None
     scale: float | None = None
     rescale: float | None = None
+    variance_weighted: bool = _static(False)
     classifier_scale: float | None = None
+    clip_scale: float | None = None
     threshold: float | None = None
     quantile: float | None = None
     l2_clamp: bool = _static(False)
@@ -121,7 +134,18 @@ class Sampling:
             found[name] = None if neutral else value
         if self.threshold is not None and found["threshold"] is None:
             found["quantile"] = None
+        if self.variance_weighted:
+            self._check_weighted(prefix)
+            found["variance_weighted"] = found["scale"] is not None
         return self.replace(**found)
+
+    def _check_weighted(self, prefix: str) -> None:
+        """Raise ValueError if guidance cannot be weighted by the variance of the step."""
+        name = f"{prefix}variance_weighted=True"
+        if self.scale is None:
+            raise ValueError(f"{name} needs {prefix}scale, the scale of the guidance that it weights")
+        if self.rescale is not None:
+            raise ValueError(f"{name} excludes {prefix}rescale={self.rescale}, which changes the guided prediction")
 
     def with_options(self, prefix: str = "", **options: Any) -> "Sampling":
         """Return a copy in which the options that are not None take the place of the fields, `checked`.
@@ -213,6 +237,7 @@ def sample_with(
     *,
     null: Denoiser | None = None,
     log_prob: Callable[[jax.Array, jax.Array], jax.Array] | None = None,
+    clip: Callable[[jax.Array, jax.Array], jax.Array] | None = None,
     moments: jax.Array | None = None,
     project: Callable[[jax.Array], jax.Array] | None = None,
     wrap_step: Callable[[Step], Step] | None = None,
@@ -228,6 +253,7 @@ def sample_with(
         shape: of one example.
         null: the network with its null condition, for `scale`.
         log_prob: (xt, t) -> float[B], the log-probability of the class that is wanted, for `classifier_scale`.
+        clip: (xt, t) -> float[B], the similarity to the caption that is wanted, for `clip_scale`.
         moments: float32[T] of the whole process, for "analytic".
         project: brings data to the norm of the training data, for `l2_clamp`.
         wrap_step: makes another step of the sampler's, such as `samplers.repaint_step`.
@@ -239,22 +265,11 @@ def sample_with(
     Raises:
         ValueError: if an option lacks what it needs, and as `samplers.sample`.
     """
-    process, guide = sampling.process(diffusion), None
-    if sampling.scale is not None:
-        if null is None:
-            raise ValueError(f"scale={sampling.scale} needs a network with a null condition, and this one has none")
-        rescale = 0.0 if sampling.rescale is None else sampling.rescale
-        denoise = classifier_free(denoise, null, sampling.scale, rescale=rescale)
-    if sampling.classifier_scale is not None:
-        if log_prob is None:
-            raise ValueError(f"classifier_scale={sampling.classifier_scale} needs a classifier, and there is none")
-        if sampling.sampler == "ancestral":
-            guide = lambda xt, t: sampling.classifier_scale * log_prob_gradient(log_prob, xt, t)
-        else:
-            prediction = diffusion.prediction
-            # With churn the network is asked at other timesteps than those of the respaced process.
-            levels = process if sampling.churn is None else diffusion.process
-            denoise = classifier_guided(levels, denoise, log_prob, sampling.classifier_scale, prediction=prediction)
+    process = sampling.process(diffusion)
+    denoise, guide = _guided(sampling, diffusion, process, denoise, null, log_prob, clip)
+    variance = diffusion.variance
+    if sampling.variance_share is not None:
+        denoise, variance = _with_variance(denoise, sampling.variance_share, variance), "learned_range"
     short_moments = None
     if moments is not None:
         short_moments = moments[jnp.asarray(respaced_timesteps(diffusion.num_steps, as_steps("steps", sampling.steps)))]
@@ -266,10 +281,56 @@ def sample_with(
         shape,
         step=step if wrap_step is None else wrap_step(step),
         prediction=diffusion.prediction,
-        variance=diffusion.variance,
+        variance=variance,
         x0_transform=sampling.x0_transform(project),
         **options,
     )
+
+
+def _guided(
+    sampling: Sampling,
+    diffusion: Diffusion,
+    process: GaussianProcess,
+    denoise: Denoiser,
+    null: Denoiser | None,
+    log_prob: Callable[[jax.Array, jax.Array], jax.Array] | None,
+    clip: Callable[[jax.Array, jax.Array], jax.Array] | None,
+) -> tuple[Denoiser, Callable[[jax.Array, jax.Array], jax.Array] | None]:
+    """Return the guided network, and the gradient that an ancestral step is guided by, if there is one."""
+    guides = []
+    if sampling.scale is not None:
+        if null is None:
+            raise ValueError(f"scale={sampling.scale} needs a network with a null condition, and this one has none")
+        if sampling.variance_weighted:
+            more = sampling.scale - 1.0
+            guides.append(implicit_gradient(process, denoise, null, more, prediction=diffusion.prediction))
+        else:
+            rescale = 0.0 if sampling.rescale is None else sampling.rescale
+            denoise = classifier_free(denoise, null, sampling.scale, rescale=rescale)
+    for option, gives, what in (("classifier_scale", log_prob, "classifier"), ("clip_scale", clip, "noised CLIP")):
+        if (scale := getattr(sampling, option)) is None:
+            continue
+        if gives is None:
+            raise ValueError(f"{option}={scale} needs a {what}, and there is none")
+        if sampling.sampler == "ancestral":
+            guides.append(lambda xt, t, gives=gives, scale=scale: scale * log_prob_gradient(gives, xt, t))
+        else:
+            # With churn the network is called at other timesteps than those of the respaced process.
+            levels = process if sampling.churn is None else diffusion.process
+            denoise = classifier_guided(levels, denoise, gives, scale, prediction=diffusion.prediction)
+    return denoise, (lambda xt, t: sum(each(xt, t) for each in guides)) if guides else None
+
+
+def _with_variance(denoise: Denoiser, share: float | jax.Array, variance: str) -> Denoiser:
+    """Return a network that gives the same variance, as a share of its range, everywhere; as "learned_range"."""
+    if variance == "learned_range":
+        raise ValueError(f"variance_share={share} is for networks without a variance, and this one has learned it")
+
+    def denoise_with(xt: jax.Array, t: jax.Array) -> jax.Array:
+        output = denoise(xt, t)
+        return jnp.concatenate([output, jnp.full_like(output, 2.0 * share - 1.0)], axis=-1)
+
+    return denoise_with
 
 
 def as_steps(name: str, value: Any) -> int | str | tuple[int, ...]:

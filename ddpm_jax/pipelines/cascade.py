@@ -1,11 +1,11 @@
-"""A cascade: images from noise or from class labels, enlarged by any number of upsamplers.
+"""A cascade: images from noise, class labels or captions, enlarged by any number of upsamplers.
 
 One model alone is DDPM (Ho et al. 2020); with a classifier it is guided diffusion (Dhariwal and Nichol 2021), with
-upsamplers cascaded diffusion (Ho et al. 2022) and SR3.
+upsamplers cascaded diffusion (Ho et al. 2022) and SR3, with captions and a noised CLIP GLIDE (Nichol et al. 2022).
 """
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import flax.struct
@@ -17,6 +17,15 @@ from jax.sharding import Mesh
 from ddpm_jax.diffusion.samplers import RecordedNoise
 from ddpm_jax.diffusion.samplers.noise import transition_keys
 from ddpm_jax.diffusion.sampling import Sampling, sample_with
+from ddpm_jax.pipelines.captions import (
+    Captions,
+    check_noised_clip,
+    check_same_process,
+    no_captions,
+    similarity,
+    token_metadata,
+    tokenized,
+)
 from ddpm_jax.pipelines.enlarging import (
     Pairs,
     checked_enlarging,
@@ -52,7 +61,7 @@ from ddpm_jax.pipelines.upsampling import (
 from ddpm_jax.storage.model_directory import Model
 from ddpm_jax.types import to_uint8
 
-_CONDITIONS = ("labels", "low_resolution")
+_CONDITIONS = ("labels", "tokens", "low_resolution")
 
 
 def _static(default: Any) -> Any:
@@ -65,10 +74,10 @@ class Cascade(flax.struct.PyTreeNode):
     `ddpm_jax.load` opens one, `ddpm_jax.pipelines.save` writes it.
 
     Attributes:
-        base: a network (xt, t) or (xt, t, y); its metadata has "diffusion", "image_size", and "labels" if it is
-            class-conditional.
+        base: a network (xt, t), (xt, t, y) or (xt, t, tokens, mask); its metadata has "diffusion", "image_size", and
+            "labels" if it is class-conditional, "tokens" if it has captions.
         upsamplers: any number of `Upsampler`s, smallest images first; metadata "diffusion", "image_size" and
-            "low_resolution", and "labels" if they are class-conditional.
+            "low_resolution", and "labels" or "tokens" like the base.
         classifier: a network (xt, t) -> logits of classes of noised images, for `classifier_scale`; or None.
         sampling: how each stage is sampled: "base", and each of the upsamplers by its name.
         noise_levels: of the noise that is added to the images that upsamplers enlarge, by their names; those of their
@@ -77,6 +86,7 @@ class Cascade(flax.struct.PyTreeNode):
             "upsampler_1", ... for several by default.
         batch_size: images at a time, unless `generate` is given another number.
         enlarging: tiles and truncation of upsamplers by their names, `enlarging.Enlarging`; whole images by default.
+        noised_clip: a `NoisedCLIP` of images of the base, for `clip_scale`; or None.
     """
 
     base: Model
@@ -87,6 +97,7 @@ class Cascade(flax.struct.PyTreeNode):
     names: tuple[str, ...] = _static(())
     batch_size: int = _static(16)
     enlarging: Pairs = _static(())
+    noised_clip: Model | None = None
 
     @property
     def image_size(self) -> int:
@@ -96,7 +107,17 @@ class Cascade(flax.struct.PyTreeNode):
     @property
     def models(self) -> dict[str, Model]:
         """The models but for the upsamplers, by role."""
-        return {"base": self.base} | ({} if self.classifier is None else {"classifier": self.classifier})
+        found = {"base": self.base, "classifier": self.classifier, "noised_clip": self.noised_clip}
+        return {role: model for role, model in found.items() if model is not None}
+
+    @property
+    def captioned(self) -> bool:
+        """Whether `generate` takes captions."""
+        return self.noised_clip is not None or token_metadata(self._diffusions) is not None
+
+    @property
+    def _diffusions(self) -> dict[str, Model]:
+        return {"base": self.base, **dict(zip(self.names or default_names(len(self.upsamplers)), self.upsamplers))}
 
     @property
     def options(self) -> dict[str, Any]:
@@ -121,7 +142,8 @@ class Cascade(flax.struct.PyTreeNode):
         """
         names = self.names or default_names(len(self.upsamplers))
         check_upsamplers(self.base, self.upsamplers, names, "base")
-        diffusions = {"base": self.base, **dict(zip(names, self.upsamplers))}
+        diffusions = self._diffusions
+        token_metadata(diffusions)
         for name, model in diffusions.items():
             odd = [condition for condition in model.metadata.get("conditions", ()) if condition not in _CONDITIONS]
             if odd:
@@ -136,15 +158,9 @@ class Cascade(flax.struct.PyTreeNode):
         if len(set(counts.values())) > 1:
             raise ValueError("the models have different numbers of classes: " + _listed(counts))
         if self.classifier is not None:
-            if "labels" not in self.classifier.metadata:
-                raise ValueError("the metadata of classifier lacks 'labels'")
-            if image_size_of(self.classifier) != image_size_of(self.base):
-                sizes = {role: image_size_of(model) for role, model in self.models.items()}
-                raise ValueError("base and classifier are for images of different sizes: " + _listed(sizes))
-            of_both = {"prediction": "eps", "variance": "fixed_small"}  # which do not belong to the process
-            processes = [model.diffusion.replace(**of_both) for model in self.models.values()]
-            if processes[0] != processes[1]:
-                raise ValueError("base and classifier were trained with different noise processes")
+            self._check_classifier(self.classifier)
+        if self.noised_clip is not None:
+            check_noised_clip(self.noised_clip, self.base)
         unknown = sorted(set(self.sampling) - set(diffusions))
         if unknown:
             raise ValueError(f"sampling has no stage {unknown[0]!r}; there are {', '.join(diffusions)}")
@@ -156,11 +172,22 @@ class Cascade(flax.struct.PyTreeNode):
         enlarging = checked_enlarging(names, self.enlarging)
         return self.replace(names=names, sampling=sampling, noise_levels=levels, enlarging=enlarging)
 
+    def _check_classifier(self, classifier: Model) -> None:
+        if "labels" not in classifier.metadata:
+            raise ValueError("the metadata of classifier lacks 'labels'")
+        if image_size_of(classifier) != image_size_of(self.base):
+            sizes = {role: image_size_of(model) for role, model in self.models.items() if role != "noised_clip"}
+            raise ValueError("base and classifier are for images of different sizes: " + _listed(sizes))
+        if not classifier.metadata.get("noised", True):
+            raise ValueError("classifier was trained on clean images (noised=False), and cannot guide noised ones")
+        check_same_process("classifier", classifier, self.base)
+
     def generate(
         self,
         num_images: int | None = None,
         *,
         labels: Any = None,
+        prompts: str | Iterable[str] | None = None,
         seed: int = 0,
         start: int = 0,
         low_res: bool = False,
@@ -176,10 +203,12 @@ class Cascade(flax.struct.PyTreeNode):
         thresholds, seeds and numbers of images run the same program.
 
         Args:
-            num_images: N; the number of labels by default, or 1.
+            num_images: N; the number of labels or prompts by default, or 1.
             labels: of a class-conditional model: one for each image, or one for all: the index of a class in
                 [0, num_classes), its name, or None for the null class. All are the null class by default, if there is
                 one.
+            prompts: captions, of a pipeline with a noised CLIP or a base that is conditioned on captions: one for each
+                image, or one for all; the null caption by default.
             seed: seed of all random numbers, in [0, 2**32).
             start: index of the first image. generate(1, start=2) is image 2 of generate(4).
             low_res: True returns the base's images, not upsampled.
@@ -199,17 +228,20 @@ class Cascade(flax.struct.PyTreeNode):
             NotFiniteError: if a network returned NaN or infinity.
         """
         pipeline = self.checked()
-        stages = {"base": self.base, **dict(zip(pipeline.names, self.upsamplers))}
+        stages = pipeline._diffusions
+        texts, num_images = pipeline._captions(prompts, num_images)
         labels, count = self._labels(labels, num_images)
+        texts = pipeline._null_captions(count) if texts is None else texts
         levels, options = noise_levels({name: stages[name] for name in pipeline.names}, pipeline.noise_levels, options)
         enlarging, options = enlarging_options(pipeline.names, dict(pipeline.enlarging), options)
         sampling = stage_samplings(
             pipeline.sampling,
             options,
             main="base",
-            arguments=("num_images", "labels"),
-            guided=[name for name, model in stages.items() if _null(model) is not None],
+            arguments=("num_images", "prompts" if pipeline.captioned else "labels"),
+            guided=[name for name, model in stages.items() if _can_drop(model)],
             classified=("base",) if self.classifier is not None else (),
+            clip_guided=("base",) if self.noised_clip is not None else (),
             measured=with_moments(stages),
         )
         for stage, chosen in sampling.items():
@@ -220,13 +252,15 @@ class Cascade(flax.struct.PyTreeNode):
                 f"classifier_scale={sampling['base'].classifier_scale} needs the label of every image, which the "
                 "classifier guides to"
             )
+        if sampling["base"].clip_scale is not None and texts.clip_tokens is None:
+            raise ValueError(f"clip_scale={sampling['base'].clip_scale} needs prompts, which the noised CLIP guides to")
         pipeline = pipeline.replace(sampling=sampling, noise_levels=levels, batch_size=0)
         pipeline = pipeline.replace(enlarging=() if low_res else enlarging)
         pipeline, place, unit = on_mesh(mesh, pipeline)
         program = in_context(mesh, _generate_low if low_res else _generate)
         return in_batches(
             functools.partial(call_fitting, program, pipeline, np.uint32(as_seed(seed))),
-            (image_indices(start, count), labels),
+            (image_indices(start, count), labels, *texts),
             batch_size=self.batch_size if batch_size is None else batch_size,
             stages=("base", *(() if low_res else pipeline.names)),
             report=report,
@@ -234,6 +268,22 @@ class Cascade(flax.struct.PyTreeNode):
             place=place,
             unit=unit,
         )
+
+    def _captions(self, prompts: Any, num_images: int | None) -> tuple[Captions | None, int | None]:
+        """Return the captions, and the number of images if it is known."""
+        if prompts is None:
+            return None, num_images
+        if not self.captioned:
+            raise ValueError(
+                "prompts is no argument of this pipeline, which generates images from num_images and labels"
+            )
+        count = None if num_images is None else as_int("num_images", num_images, least=1, most=MOST_IMAGES)
+        texts = tokenized(prompts, count, token_metadata(self._diffusions), self.noised_clip)
+        return texts, len(next(array for array in texts if array is not None))
+
+    def _null_captions(self, count: int) -> Captions:
+        own = token_metadata(self._diffusions)
+        return Captions() if own is None else no_captions(count, own)
 
     def _labels(self, labels: Any, num_images: int | None) -> tuple[np.ndarray | None, int]:
         """Return the labels, int32[N], -1 for the null class, or None; and N."""
@@ -244,7 +294,7 @@ class Cascade(flax.struct.PyTreeNode):
                 raise ValueError(f"labels={labels!r:.60}: no model of this pipeline has classes")
             return None, 1 if count is None else count
         found = as_labels(labels, known["num_classes"], known.get("names"), count)
-        for name, model in {"base": self.base, **dict(zip(self.names, self.upsamplers))}.items():
+        for name, model in self._diffusions.items():
             if "labels" in model.metadata.get("conditions", ()) and _null(model) is None and (found < 0).any():
                 raise ValueError(
                     f"labels is needed: {name} is class-conditional, and was trained without a null class; give one of "
@@ -253,13 +303,19 @@ class Cascade(flax.struct.PyTreeNode):
         return found, len(found)
 
     def sample_base(
-        self, keys: jax.Array | RecordedNoise, labels: jax.Array | None = None, *, stop: int | None = None
+        self,
+        keys: jax.Array | RecordedNoise,
+        labels: jax.Array | None = None,
+        *,
+        captions: Captions = Captions(),  # noqa: B008 (it is immutable)
+        stop: int | None = None,
     ) -> jax.Array:
         """Sample images of the base.
 
         Args:
             keys: [B].
             labels: int32[B], -1 for the null class.
+            captions: of the images.
             stop: steps after which the noisy images are returned; None makes all.
 
         Returns:
@@ -268,7 +324,10 @@ class Cascade(flax.struct.PyTreeNode):
         model, size, log_prob = self.base, image_size_of(self.base), None
         if self.classifier is not None and labels is not None:
             log_prob = lambda xt, t: _log_prob(self.classifier, xt, t, labels)  # noqa: E731
-        inputs, null = _label_inputs(model, labels)
+        clip = None
+        if self.noised_clip is not None and captions.clip_tokens is not None:
+            clip = similarity(self.noised_clip, captions)
+        inputs, null = _inputs(model, labels, captions)
         return sample_with(
             self.sampling["base"],
             model.diffusion,
@@ -277,6 +336,7 @@ class Cascade(flax.struct.PyTreeNode):
             (size, size, model.metadata.get("channels", 3)),
             null=None if null is None else denoiser(model, **null),
             log_prob=log_prob,
+            clip=clip,
             moments=model.moments,
             stop=stop,
         )
@@ -289,14 +349,25 @@ def _null(model: Model) -> int | None:
     return model.metadata.get("labels", {}).get("null")
 
 
-def _label_inputs(model: Model, labels: jax.Array | None) -> tuple[dict[str, Any], dict[str, Any] | None]:
-    """Return what a network is given for labels, and for the null class if it has one."""
-    if "labels" not in model.metadata.get("conditions", ()):
-        return {}, None
-    null = _null(model)
-    if null is None:
-        return {"y": labels}, None
-    return {"y": jnp.where(labels < 0, null, labels)}, {"y": jnp.full_like(labels, null)}
+def _can_drop(model: Model) -> bool:
+    """Return whether a network has learned to do without its labels and captions."""
+    conditions = model.metadata.get("conditions", ())
+    found = [_null(model) is not None] if "labels" in conditions else []
+    found += [bool(model.metadata["tokens"].get("drop"))] if "tokens" in conditions else []
+    return bool(found) and all(found)
+
+
+def _inputs(model: Model, labels: jax.Array | None, captions: Captions) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """Return what a network is given for labels and captions, and for null ones if it has learned them."""
+    conditions, given, dropped = model.metadata.get("conditions", ()), {}, {}
+    if "labels" in conditions and (null := _null(model)) is None:
+        given["y"] = dropped["y"] = labels
+    elif "labels" in conditions:
+        given["y"], dropped["y"] = jnp.where(labels < 0, null, labels), jnp.full_like(labels, null)
+    if "tokens" in conditions:
+        given |= {"tokens": captions.tokens, "mask": captions.mask}
+        dropped |= {"tokens": captions.tokens, "mask": jnp.zeros_like(captions.mask)}
+    return given, dropped if _can_drop(model) else None
 
 
 def _log_prob(classifier: Model, xt: jax.Array, t: jax.Array, labels: jax.Array) -> jax.Array:
@@ -310,7 +381,12 @@ def _listed(values: Mapping[str, Any]) -> str:
 
 
 def _run(
-    pipeline: Cascade, seed: jax.Array, index: jax.Array, labels: jax.Array | None, low_res: bool
+    pipeline: Cascade,
+    seed: jax.Array,
+    index: jax.Array,
+    labels: jax.Array | None,
+    captions: Captions,
+    low_res: bool,
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
     """Run all stages for one batch.
 
@@ -319,19 +395,23 @@ def _run(
     """
     keys = image_keys(seed, index)
     stop = None if low_res else stops_of(pipeline.enlarging)[0]
-    out = pipeline.sample_base(transition_keys(keys, 0), labels, stop=stop)
+    out = pipeline.sample_base(transition_keys(keys, 0), labels, captions=captions, stop=stop)
     finite_of = [finite(out)]
     if not low_res:
-        out, others = upsample_all(pipeline, out, keys, 1, lambda model: _label_inputs(model, labels))
+        out, others = upsample_all(pipeline, out, keys, 1, lambda model: _inputs(model, labels, captions))
         finite_of += others
     return to_uint8(out), tuple(finite_of)
 
 
 @jax.jit
-def _generate(pipeline: Cascade, seed: jax.Array, index: jax.Array, labels: jax.Array | None) -> tuple:
-    return _run(pipeline, seed, index, labels, low_res=False)
+def _generate(
+    pipeline: Cascade, seed: jax.Array, index: jax.Array, labels: jax.Array | None = None, *captions: Any
+) -> tuple:
+    return _run(pipeline, seed, index, labels, Captions(*captions), low_res=False)
 
 
 @jax.jit
-def _generate_low(pipeline: Cascade, seed: jax.Array, index: jax.Array, labels: jax.Array | None) -> tuple:
-    return _run(pipeline, seed, index, labels, low_res=True)
+def _generate_low(
+    pipeline: Cascade, seed: jax.Array, index: jax.Array, labels: jax.Array | None = None, *captions: Any
+) -> tuple:
+    return _run(pipeline, seed, index, labels, Captions(*captions), low_res=True)

@@ -20,7 +20,16 @@ from ddpm_jax.version import __version__
 FORMAT, PIPELINE_FILE = "ddpm_jax pipeline 1", "pipeline.json"
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,63}")
 _UPSAMPLERS = 16
-_ROLES = ("clip", "codes", "statistics", "prior", "decoder", "base", "classifier")  # which no upsampler has as its name
+_ROLES = (
+    "clip",
+    "codes",
+    "statistics",
+    "prior",
+    "decoder",
+    "base",
+    "classifier",
+    "noised_clip",
+)  # which no upsampler has as its name
 
 
 class Kind(NamedTuple):
@@ -62,7 +71,7 @@ KINDS = {
         ("clip", "codes", "statistics"),
         {"candidates": integer(1, 1000)} | _SHARED,
     ),
-    "Cascade": Kind(("base",), ("classifier",), ("classifier",), _SHARED),
+    "Cascade": Kind(("base",), ("classifier", "noised_clip"), ("classifier", "noised_clip"), _SHARED),
 }
 
 

@@ -14,6 +14,8 @@ import numpy as np
 from ddpm_jax.checks import shown
 from ddpm_jax.data.tokenizer import Tokenizer, tokenizer_from_config
 from ddpm_jax.errors import LoadError
+from ddpm_jax.models.adm import Classifier
+from ddpm_jax.models.noised_clip import NoisedCLIP
 from ddpm_jax.paths import as_path, local_path
 from ddpm_jax.pipelines.cascade import Cascade
 from ddpm_jax.pipelines.converted import PIPELINES, pipeline_of
@@ -77,6 +79,7 @@ def load(path: str | os.PathLike | None = None, *, ema: bool = True, network: nn
     if len(models) == 1:
         model = open_model(directory / models[0], ema=ema, network=network)
         alone = {"diffusion", "image_size"} <= set(model.metadata) and "low_resolution" not in model.metadata
+        alone = alone and not isinstance(model.network, (Classifier, NoisedCLIP))
         return Cascade(base=model).checked() if alone else model
     hint = f"; it holds the models {', '.join(models)}, each of which can be opened alone" if models else ""
     raise LoadError(f"{directory} holds neither a pipeline ({PIPELINE_FILE}) nor a model ({MODEL_FILE}){hint}")
@@ -90,13 +93,15 @@ def read_tokenizer(path: str | os.PathLike | None = None) -> Tokenizer | None:
     """
     directory = BUNDLED if path is None else as_path(path)
     if (directory / PIPELINE_FILE).is_file():
-        place = read_pipeline(directory).models.get("clip")
+        models = read_pipeline(directory).models
+        place = models.get("clip", models.get("noised_clip", models.get("base")))
         if place is None:
             return None
         directory = place_of(directory, place)
     if not (directory / MODEL_FILE).is_file():
         return None
-    config = read_description(directory)["metadata"].get("tokenizer")
+    metadata = read_description(directory)["metadata"]
+    config = metadata.get("tokenizer", metadata.get("tokens", {}).get("tokenizer"))
     return None if config is None else tokenizer_from_config(config)
 
 

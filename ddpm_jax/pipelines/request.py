@@ -138,6 +138,7 @@ def stage_samplings(
     arguments: Collection[str] = ("prompts", "negative_prompts"),
     guided: Collection[str] = (),
     classified: Collection[str] = (),
+    clip_guided: Collection[str] = (),
     measured: Collection[str] = (),
     normed: Collection[str] = (),
 ) -> dict[str, Any]:
@@ -151,6 +152,7 @@ def stage_samplings(
         arguments: the other arguments of the pipeline's `generate`, for messages; those of all pipelines are known.
         guided: the stages that have a null condition, for the options scale and rescale.
         classified: the stages that have a classifier, for the option classifier_scale.
+        clip_guided: the stages that have a noised CLIP, for the option clip_scale.
         measured: the stages whose second moments are known, for the sampler "analytic".
         normed: the stages whose data are embeddings of one norm, for the option l2_clamp.
 
@@ -176,7 +178,9 @@ def stage_samplings(
     for stage, given in found.items():
         prefix = "" if stage == main and plain else f"{stage}_"
         samplings[stage] = defaults[stage].with_options(prefix, **given)
-        _check_usable(samplings[stage], prefix, stage in guided, stage in classified, stage in measured)
+        lacking = {"classifier_scale": "a classifier"} if stage not in classified else {}
+        lacking |= {"clip_scale": "a noised CLIP"} if stage not in clip_guided else {}
+        _check_usable(samplings[stage], prefix, stage in guided, lacking, stage in measured)
         if getattr(samplings[stage], "l2_clamp", False) and stage not in normed:
             raise ValueError(f"{prefix}{NO_NORM}")
     return samplings
@@ -208,11 +212,9 @@ def _stage_and_field(name: str, stages: Mapping[str, Any], arguments: Collection
     )
 
 
-def _check_usable(sampling: Sampling, prefix: str, guided: bool, classified: bool, measured: bool) -> None:
-    """Raise ValueError if a stage is to be sampled by what a pipeline does not have."""
-    needs = {}
-    if not classified:
-        needs["classifier_scale"] = "a classifier"
+def _check_usable(sampling: Sampling, prefix: str, guided: bool, lacking: Mapping[str, str], measured: bool) -> None:
+    """Raise ValueError if a stage is to be sampled by what a pipeline does not have; lacking: option -> what."""
+    needs = dict(lacking)
     if not guided:
         needs |= dict.fromkeys(("scale", "rescale"), "a network with a null condition (drop above 0 in training)")
     for field, what in needs.items():

@@ -76,7 +76,8 @@ class NamedSampler(NamedTuple):
     Attributes:
         make: returns the step; it takes the options as keyword arguments, all with defaults. That of "ancestral" also
             takes ``guide``, that of "heun" ``process``, and that of "analytic" needs ``moments``.
-        options: the fields of `diffusion.sampling.Sampling` that apply to it.
+        options: the fields of `diffusion.sampling.Sampling` that apply to it; those of "ancestral" are not arguments of
+            make, but change what `diffusion.sampling.sample_with` gives it.
     """
 
     make: Callable[..., Step]
@@ -84,7 +85,7 @@ class NamedSampler(NamedTuple):
 
 
 SAMPLERS: dict[str, NamedSampler] = {
-    "ancestral": NamedSampler(ancestral_step),
+    "ancestral": NamedSampler(ancestral_step, ("variance_share", "variance_weighted")),
     "analytic": NamedSampler(analytic_step),
     "ddim": NamedSampler(ddim_step, ("eta",)),
     "deis": NamedSampler(deis_step, ("order",)),
