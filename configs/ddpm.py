@@ -7,7 +7,7 @@
 images are resized and cropped to `image_size`. With --config.class_conditional the labels of the source (class
 subfolders, for example) are a condition, and `sample` takes --label and --scale.
 
-Variants, with the parameters of the network (held to them by tests/test_configs.py):
+Variants, with the parameters of the network (held to them by tests/recipes/test_sizes.py):
 
     configs/ddpm.py           32 x 32, 35.7M: the published network for CIFAR-10
     configs/ddpm.py:256       256 x 256, 114M: the published network for LSUN and CelebA-HQ
