@@ -234,26 +234,9 @@ class Cascade(flax.struct.PyTreeNode):
         texts = pipeline._null_captions(count) if texts is None else texts
         levels, options = noise_levels({name: stages[name] for name in pipeline.names}, pipeline.noise_levels, options)
         enlarging, options = enlarging_options(pipeline.names, dict(pipeline.enlarging), options)
-        sampling = stage_samplings(
-            pipeline.sampling,
-            options,
-            main="base",
-            arguments=("num_images", "prompts" if pipeline.captioned else "labels"),
-            guided=[name for name, model in stages.items() if _can_drop(model)],
-            classified=("base",) if self.classifier is not None else (),
-            clip_guided=("base",) if self.noised_clip is not None else (),
-            measured=with_moments(stages),
-        )
-        for stage, chosen in sampling.items():
-            check_steps(f"{stage}_steps", chosen, stages[stage].diffusion)
+        sampling = pipeline._samplings(options)
         enlarging, levels = with_stops(enlarging, stages, sampling, levels)
-        if sampling["base"].classifier_scale is not None and (labels is None or (labels < 0).any()):
-            raise ValueError(
-                f"classifier_scale={sampling['base'].classifier_scale} needs the label of every image, which the "
-                "classifier guides to"
-            )
-        if sampling["base"].clip_scale is not None and texts.clip_tokens is None:
-            raise ValueError(f"clip_scale={sampling['base'].clip_scale} needs prompts, which the noised CLIP guides to")
+        _check_guides(sampling["base"], labels, texts)
         pipeline = pipeline.replace(sampling=sampling, noise_levels=levels, batch_size=0)
         pipeline = pipeline.replace(enlarging=() if low_res else enlarging)
         pipeline, place, unit = on_mesh(mesh, pipeline)
@@ -268,6 +251,23 @@ class Cascade(flax.struct.PyTreeNode):
             place=place,
             unit=unit,
         )
+
+    def _samplings(self, options: Mapping[str, Any]) -> dict[str, Sampling]:
+        """Return how each stage is sampled; options: those of a request that are not of enlarging."""
+        stages = self._diffusions
+        sampling = stage_samplings(
+            self.sampling,
+            options,
+            main="base",
+            arguments=("num_images", "prompts" if self.captioned else "labels"),
+            guided=[name for name, model in stages.items() if _can_drop(model)],
+            classified=("base",) if self.classifier is not None else (),
+            clip_guided=("base",) if self.noised_clip is not None else (),
+            measured=with_moments(stages),
+        )
+        for stage, chosen in sampling.items():
+            check_steps(f"{stage}_steps", chosen, stages[stage].diffusion)
+        return sampling
 
     def _captions(self, prompts: Any, num_images: int | None) -> tuple[Captions | None, int | None]:
         """Return the captions, and the number of images if it is known."""
@@ -340,6 +340,17 @@ class Cascade(flax.struct.PyTreeNode):
             moments=model.moments,
             stop=stop,
         )
+
+
+def _check_guides(sampling: Sampling, labels: np.ndarray | None, texts: Captions) -> None:
+    """Raise ValueError if the base is to be guided to labels or captions that are not given."""
+    if sampling.classifier_scale is not None and (labels is None or (labels < 0).any()):
+        raise ValueError(
+            f"classifier_scale={sampling.classifier_scale} needs the label of every image, which the classifier "
+            "guides to"
+        )
+    if sampling.clip_scale is not None and texts.clip_tokens is None:
+        raise ValueError(f"clip_scale={sampling.clip_scale} needs prompts, which the noised CLIP guides to")
 
 
 def _null(model: Model) -> int | None:
