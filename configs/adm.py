@@ -361,9 +361,9 @@ def smoke(config: ConfigDict) -> None:
     """Shrink everything so that training takes seconds."""
     config.data.update(path="noise", held_out=0.25)
     config.image_size = 16
-    config.base.unet.update(channels=32, num_res_blocks=1, head_channels=16)
-    config.base.attention_resolutions = (2,)
-    config.classifier.update(channel_mult=(1, 1), head_channels=16)
+    config.base.unet.update(channels=32, channel_mult=(1,), num_res_blocks=1, head_channels=16)
+    config.base.attention_resolutions = config.classifier.attention_resolutions = ()
+    config.classifier.update(channel_mult=(1,), head_channels=16)
     config.upsampler.enabled = True
     config.upsampler.unet.update(channels=32, channel_mult=(1,))
     config.sample.steps = config.upsampler.sample.steps = "2"

@@ -51,7 +51,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.evaluation = {"num_samples": 4096, "rounds": 64}
     config.training = {
         "seed": 0,
-        "batch_size": 512,
+        "batch_size": 128,
         "num_steps": 10_000,
         "learning_rate": 1e-3,
         "warmup_steps": 100,

@@ -235,7 +235,7 @@ def small(config: ConfigDict) -> None:
 
 def smoke(config: ConfigDict) -> None:
     """Shrink everything so that training takes seconds."""
-    config.base.update(image_size=16, attention_resolutions=(8,))
+    config.base.update(image_size=16, attention_resolutions=())
     config.base.unet.update(channels=32, channel_mult=(1,), num_res_blocks=1, head_channels=16)
     config.base.text.update(width=16, layers=1, heads=1)
     config.base.diffusion.num_steps = 8

@@ -47,4 +47,4 @@ def test_a_network_has_the_size_of_the_table(row):
 
 
 def test_every_system_has_a_row():
-    assert {name for name, *_ in ROWS} >= {"adm", "cascade", "ddpm", "diffusion2015", "glide", "iddpm"}
+    assert {name for name, *_ in ROWS} >= {"adm", "cascade", "cfg", "ddpm", "diffusion2015", "glide", "iddpm"}
