@@ -1,5 +1,7 @@
 """The classifier's task: cross-entropy on noised images against optax and numpy, and every pooling layer trained."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,9 +9,12 @@ import optax
 import pytest
 from random_networks import fast_jit, random_params
 
+from ddpm_jax.data.tokenizer import CompactTokenizer
 from ddpm_jax.diffusion.diffusion import Diffusion
 from ddpm_jax.models.adm import POOLS, Classifier
-from ddpm_jax.training.tasks import ClassifierTask, Images
+from ddpm_jax.models.noised_clip import NoisedCLIP, NoisedVisionTransformer
+from ddpm_jax.models.text_encoder import TextEncoder
+from ddpm_jax.training.tasks import ClassifierTask, Images, NoisedContrastiveTask
 
 B, K, SIZE = 400, 5, 4
 DIFFUSION = Diffusion("cosine", 50)
@@ -99,3 +104,41 @@ def test_what_a_pipeline_has_to_know():
     assert found["labels"] == {"num_classes": K, "null": None, "names": ["a", "b", "c", "d", "e"]}
     assert Diffusion(**found["diffusion"]) == DIFFUSION and found["noised"] is True and found["image_size"] == SIZE
     assert task.preview({}, make_batch(), KEY) is None
+
+
+def test_a_noised_clip_has_the_symmetric_cross_entropy_of_pairs():
+    """On images of the process' variance at uniform timesteps, against numpy in float64."""
+    network = NoisedCLIP(NoisedVisionTransformer(8, 4, 8, 1, 2, 50), TextEncoder(11, 5, 8, 1, 2), 6, scale=4.0)
+    task = NoisedContrastiveTask(model=network, diffusion=DIFFUSION, tokenizer=CompactTokenizer(("a", "b")))
+    rng, seen = np.random.default_rng(0), {}
+    batch = {"image": jnp.asarray(rng.integers(0, 256, (8, 8, 8, 3), np.uint8))}
+    batch |= {"tokens": jnp.asarray(rng.integers(1, 11, (8, 5)), jnp.int32), "mask": jnp.ones((8, 5), bool)}
+    params = random_params(task.init, KEY, batch)
+    clone = NoisedContrastiveTask(model=network, diffusion=DIFFUSION, tokenizer=task.tokenizer)
+
+    def apply(params, xt, t, *rest):
+        seen.update(xt=np.asarray(xt), t=np.asarray(t), z=network.apply(params, xt, t, *rest))
+        return seen["z"]
+
+    object.__setattr__(clone, "model", SimpleNamespace(apply=apply, scale=4.0))
+    loss, metrics = clone.loss(params, batch, KEY)
+    logits = 4.0 * np.asarray(seen["z"][0], np.float64) @ np.asarray(seen["z"][1], np.float64).T
+    log_softmax = lambda x: x - np.log(np.exp(x).sum(1, keepdims=True))
+    expected = -0.5 * (np.diag(log_softmax(logits)) + np.diag(log_softmax(logits.T)))
+    np.testing.assert_allclose(loss, expected, rtol=1e-4)
+    assert set(metrics) == {"image_to_text", "text_to_image"} and len(set(seen["t"])) > 3
+    x0, alpha = np.asarray(batch["image"], np.float64) / 127.5 - 1.0, np.asarray(PROCESS.alpha)[seen["t"]]
+    noise = (seen["xt"] - alpha[:, None, None, None] * x0) / np.asarray(PROCESS.sigma)[seen["t"]][:, None, None, None]
+    assert abs(noise.std() - 1.0) < 0.06
+
+
+@pytest.mark.parametrize("diffusion", [Diffusion("vp", 50), Diffusion("cosine", 50, time="log_snr")])
+def test_what_guides_by_its_gradient_is_trained_in_discrete_time(diffusion):
+    with pytest.raises(ValueError, match="is of continuous time; what guides by its gradient"):
+        ClassifierTask(model=Classifier(32, 2, 8), diffusion=diffusion, x0=Images(8))
+
+
+def test_a_noised_clip_has_as_many_timesteps_as_the_process():
+    network = NoisedCLIP(NoisedVisionTransformer(8, 4, 8, 1, 2, 1000), TextEncoder(11, 5, 8, 1, 2), 6)
+    with pytest.raises(ValueError, match="model.vision.num_steps=1000 must be the 50 steps of the diffusion"):
+        NoisedContrastiveTask(model=network, diffusion=DIFFUSION, tokenizer=CompactTokenizer(("a", "b")))

@@ -19,10 +19,20 @@ from test_tasks import (
     unet,
 )
 
+from ddpm_jax.data.tokenizer import CompactTokenizer
 from ddpm_jax.diffusion.sampling import Sampling
 from ddpm_jax.models.clip import CLIP, normalize
 from ddpm_jax.models.upsampler import Upsampler
-from ddpm_jax.training.tasks import Captions, DiffusionTask, Embeddings, ImageEmbedding, Images, Labels, LowResolution
+from ddpm_jax.training.tasks import (
+    Captions,
+    DiffusionTask,
+    Embeddings,
+    ImageEmbedding,
+    Images,
+    Labels,
+    LowResolution,
+    Tokens,
+)
 from ddpm_jax.training.tasks.keys import named_keys
 
 KEY = jax.random.key(3)
@@ -291,3 +301,19 @@ def test_a_condition_that_is_added_leaves_all_other_randomness_as_it_is():
             np.testing.assert_array_equal(options[name], seen[0][2][name])
         assert options["rngs"]["dropout"] == seen[0][2]["rngs"]["dropout"]
     np.testing.assert_array_equal(seen[1][2]["y"], seen[2][2]["y"])
+
+
+# ---- Captions as tokens ----------------------------------------------------------------------------------------------
+
+
+def test_dropped_tokens_are_padding_alone():
+    condition, batch = Tokens(CompactTokenizer(("a", "b")), L, drop=0.5), make_batch(400)
+    given = condition(batch, batch["image"], KEY)
+    np.testing.assert_array_equal(given["tokens"], batch["tokens"])
+    kept = np.asarray(given["mask"]).any(1)
+    np.testing.assert_array_equal(np.asarray(given["mask"])[kept], np.asarray(batch["mask"])[kept])
+    assert abs(kept.mean() - 0.5) < 4 * 0.5 / 20
+    complete = condition(batch, batch["image"], None)
+    np.testing.assert_array_equal(complete["mask"], batch["mask"])
+    assert not np.asarray(condition.null(complete)["mask"]).any()
+    assert Tokens(CompactTokenizer(("a", "b")), L).null(complete) is None

@@ -241,6 +241,17 @@ def test_dropout_is_on_in_training_and_the_conditions_arrive_where_they_belong()
     assert network.options["keep_image"].all() and network.options["keep_text"].all()
 
 
+def test_the_network_receives_scaled_timesteps():
+    plain, scaled = Recorder(), Recorder()
+    for network, options in ((plain, {}), (scaled, {"timestep_scale": 0.25})):
+        task = decoder_task(network, **options)
+        task.loss({}, make_batch(), jax.random.key(0))
+        assert task.metadata().get("timestep_scale") == options.get("timestep_scale")
+    np.testing.assert_allclose(scaled.t, 0.25 * plain.t)
+    with pytest.raises(ValueError, match="timestep_scale=0.0 must be positive"):
+        decoder_task(plain, timestep_scale=0.0)
+
+
 def test_timesteps_are_drawn_by_importance():
     """With a history that favours two steps almost only those are drawn, and the weights keep the mean over all."""
     network = Recorder()

@@ -18,6 +18,15 @@ from ddpm_jax.training.tasks.keys import named_keys
 Batch = dict[str, Any]
 
 
+def check_discrete(diffusion: Diffusion) -> None:
+    """Raise ValueError for a process of continuous time, in which no classifier and no noised CLIP is trained."""
+    if diffusion.continuous is not None:
+        raise ValueError(
+            f"diffusion={diffusion.schedule!r} with time={diffusion.time!r} is of continuous time; what guides by its "
+            "gradient is trained at the timesteps of a discrete process"
+        )
+
+
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
 class ClassifierTask:
     """Cross-entropy of the class of x_t, at a uniform timestep for every example.
@@ -42,6 +51,7 @@ class ClassifierTask:
         check_model(self.model)
         check_type("diffusion", self.diffusion, Diffusion)
         check_type("x0", self.x0, Images)
+        check_discrete(self.diffusion)
 
     def init(self, key: jax.Array, batch: Batch) -> Any:
         """Return new parameters."""

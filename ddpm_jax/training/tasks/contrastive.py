@@ -14,6 +14,7 @@ from ddpm_jax.diffusion.losses import contrastive_loss
 from ddpm_jax.diffusion.process import q_sample
 from ddpm_jax.models.clip import CLIP
 from ddpm_jax.models.noised_clip import NoisedCLIP
+from ddpm_jax.training.tasks.classifier import check_discrete
 from ddpm_jax.training.tasks.keys import named_keys
 from ddpm_jax.types import to_float
 
@@ -96,6 +97,7 @@ class NoisedContrastiveTask:
     def __post_init__(self):
         check_type("model", self.model, NoisedCLIP)
         check_type("diffusion", self.diffusion, Diffusion)
+        check_discrete(self.diffusion)
         if self.model.vision.num_steps != self.diffusion.num_steps:
             raise ValueError(
                 f"model.vision.num_steps={self.model.vision.num_steps} must be the {self.diffusion.num_steps} steps of "
