@@ -121,7 +121,6 @@ def test_captions_are_a_condition_with_a_null():
 @pytest.mark.parametrize(
     ("role", "metadata", "message"),
     [
-        ("classifier", {"noised": False}, "classifier was trained on clean images"),
         (
             "classifier",
             {"diffusion": {"schedule": "linear", "num_steps": 1000}},
@@ -139,6 +138,13 @@ def test_what_cannot_guide_a_base(role, metadata, message):
     model = with_metadata({"classifier": classifier, "noised_clip": noised_clip}[role](), **metadata)
     with pytest.raises(ValueError, match=message):
         cascade().replace(**{role: model}).checked()
+
+
+def test_a_classifier_of_clean_images_does_not_guide():
+    pipeline = cascade("labels").replace(classifier=with_metadata(classifier(), noised=False)).checked()
+    np.testing.assert_array_equal(pipeline.generate(4, labels=1), cascade("labels").generate(4, labels=1))
+    with pytest.raises(ValueError, match="classifier_scale=2.0 needs a classifier of noised images, and this one was"):
+        pipeline.generate(4, labels=1, classifier_scale=2.0)
 
 
 def test_upsamplers_enlarge_the_image_of_the_stage_before():

@@ -178,8 +178,6 @@ class Cascade(flax.struct.PyTreeNode):
         if image_size_of(classifier) != image_size_of(self.base):
             sizes = {role: image_size_of(model) for role, model in self.models.items() if role != "noised_clip"}
             raise ValueError("base and classifier are for images of different sizes: " + _listed(sizes))
-        if not classifier.metadata.get("noised", True):
-            raise ValueError("classifier was trained on clean images (noised=False), and cannot guide noised ones")
         check_same_process("classifier", classifier, self.base)
 
     def generate(
@@ -236,7 +234,7 @@ class Cascade(flax.struct.PyTreeNode):
         enlarging, options = enlarging_options(pipeline.names, dict(pipeline.enlarging), options)
         sampling = pipeline._samplings(options)
         enlarging, levels = with_stops(enlarging, stages, sampling, levels)
-        _check_guides(sampling["base"], labels, texts)
+        pipeline._check_guides(sampling["base"], labels, texts)
         pipeline = pipeline.replace(sampling=sampling, noise_levels=levels, batch_size=0)
         pipeline = pipeline.replace(enlarging=() if low_res else enlarging)
         pipeline, place, unit = on_mesh(mesh, pipeline)
@@ -268,6 +266,17 @@ class Cascade(flax.struct.PyTreeNode):
         for stage, chosen in sampling.items():
             check_steps(f"{stage}_steps", chosen, stages[stage].diffusion)
         return sampling
+
+    def _check_guides(self, sampling: Sampling, labels: np.ndarray | None, texts: Captions) -> None:
+        """Raise ValueError if the base is to be guided to what is not given, or by what cannot guide it."""
+        if sampling.classifier_scale is not None:
+            given = f"classifier_scale={sampling.classifier_scale}"
+            if labels is None or (labels < 0).any():
+                raise ValueError(f"{given} needs the label of every image, which the classifier guides to")
+            if not self.classifier.metadata.get("noised", True):
+                raise ValueError(f"{given} needs a classifier of noised images, and this one was trained on clean ones")
+        if sampling.clip_scale is not None and texts.clip_tokens is None:
+            raise ValueError(f"clip_scale={sampling.clip_scale} needs prompts, which the noised CLIP guides to")
 
     def _captions(self, prompts: Any, num_images: int | None) -> tuple[Captions | None, int | None]:
         """Return the captions, and the number of images if it is known."""
@@ -340,17 +349,6 @@ class Cascade(flax.struct.PyTreeNode):
             moments=model.moments,
             stop=stop,
         )
-
-
-def _check_guides(sampling: Sampling, labels: np.ndarray | None, texts: Captions) -> None:
-    """Raise ValueError if the base is to be guided to labels or captions that are not given."""
-    if sampling.classifier_scale is not None and (labels is None or (labels < 0).any()):
-        raise ValueError(
-            f"classifier_scale={sampling.classifier_scale} needs the label of every image, which the classifier "
-            "guides to"
-        )
-    if sampling.clip_scale is not None and texts.clip_tokens is None:
-        raise ValueError(f"clip_scale={sampling.clip_scale} needs prompts, which the noised CLIP guides to")
 
 
 def _null(model: Model) -> int | None:
