@@ -113,7 +113,7 @@ def test_a_noised_clip_has_the_symmetric_cross_entropy_of_pairs():
     rng, seen = np.random.default_rng(0), {}
     batch = {"image": jnp.asarray(rng.integers(0, 256, (8, 8, 8, 3), np.uint8))}
     batch |= {"tokens": jnp.asarray(rng.integers(1, 11, (8, 5)), jnp.int32), "mask": jnp.ones((8, 5), bool)}
-    params = random_params(task.init, KEY, batch)
+    params = random_params(task.init, batch)
     clone = NoisedContrastiveTask(model=network, diffusion=DIFFUSION, tokenizer=task.tokenizer)
 
     def apply(params, xt, t, *rest):

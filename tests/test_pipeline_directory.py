@@ -85,7 +85,7 @@ WRONG = [
     ("format", "ddpm_jax pipeline 9", "has the format 'ddpm_jax pipeline 9'"),
     ("version", -1, "version=-1 must be a version"),
     ("class", "os.system", "class='os.system' must be one of 'UnCLIP', 'Cascade'"),
-    ("class", "Cascade", "models has no part 'clip'; it has base, classifier, upsamplers"),
+    ("class", "Cascade", "models has no part 'clip'; it has base, classifier, noised_clip, upsamplers"),
     ("models", {"clip": "clip"}, "models lacks 'prior', which UnCLIP needs"),
     ("models.clip", 3, "models.clip=3 must be the directory of a model"),
     ("models.clip", "missing", "missing is not a model directory of this package"),

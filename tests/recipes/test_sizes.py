@@ -13,7 +13,7 @@ from ddpm_jax.parallel.mesh import make_mesh
 from ddpm_jax.training.abstract import AbstractStages
 
 ROOT = Path(__file__).parents[2]
-ROW = re.compile(r"^\| `(\w+)\.py:?(\w*)` \| (\w+) \| ([\d.]+)M \| (-|[\d.]+[MB]) \| (.*?) \|$", re.M)
+ROW = re.compile(r"^\| `(\w+)\.py:?(\w*)` \| (\w+) \| ([\d.]+)M \| (-|[\d.]+[MB]) \|(.*?)\|$", re.M)
 ROWS = {match[:3]: match[3:] for match in ROW.findall((ROOT / "docs" / "systems.md").read_text())}
 UNITS = {"M": 1e6, "B": 1e9}
 DATA = {"glide": "zeros:image=256x256,captions", "diffusion2015": None}
