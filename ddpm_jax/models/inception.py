@@ -139,7 +139,8 @@ class Inception(nn.Module):
     """The network. x: float32[B, 299, 299, 3] in [-1, 1], as `prepare` makes it.
 
     Returns a dictionary: "64", "192", "768" and "2048", the means over positions of as many features; "logits" and
-    "logits_unbiased" (without the bias, which the Inception Score of the original code leaves out), float32[B, 1008].
+    "logits_unbiased" (without the bias, which the Inception Score of the original code leaves out), float32[B, 1008];
+    and "spatial", float32[B, 17, 17, 7], the features of sFID.
     """
 
     @nn.compact
@@ -157,6 +158,8 @@ class Inception(nn.Module):
         x = Mixed("b", name="Mixed_6a")(x)
         for name, width in (("b", 128), ("c", 160), ("d", 160), ("e", 192)):
             x = Mixed("c", width, name=f"Mixed_6{name}")(x)
+            if name == "d":
+                found["spatial"] = x[..., :7]  # of branch1x1, which is mixed_6/conv of the TensorFlow graph
         found["768"] = mean(x)
         x = Mixed("e", name="Mixed_7b")(Mixed("d", name="Mixed_7a")(x))
         x = Mixed("e", pool="max", name="Mixed_7c")(x)

@@ -77,13 +77,22 @@ class ClipEmbedder(_Embedder):
         batch_size: images at a time; it is rounded up to a multiple of the devices.
         tokenizer: captions -> (tokens, mask); None gives no "z_text".
         is_public: whether it was trained as OpenAI's CLIP, on normalised pixels, and not here, on [-1, 1].
+
+    Attributes:
+        image_size: of the images that it embeds.
+        dimensions: D.
+        pixels: their range, in words.
+        reads_captions: whether it has a text tower and a tokenizer.
     """
 
     def __init__(self, network: CLIP, params: Any, batch_size: int, tokenizer: Callable | None, *, is_public: bool):
         super().__init__(params, batch_size)
         self.fingerprint = f"CLIP {tree_fingerprint(params)}"
         self._tokenizer, self._is_public = tokenizer, is_public
-        self._size = network.vision.image_size
+        self.reads_captions = tokenizer is not None
+        self._size = self.image_size = network.vision.image_size
+        self.dimensions = network.embed_dim
+        self.pixels = "pixels normalised as CLIP's" if is_public else "pixels in [-1, 1]"
         self._image = jax.jit(
             lambda params, images: (normalize(network.apply(params, images, method=CLIP.encode_image)),)
         )

@@ -1,0 +1,221 @@
+"""Sets of images that are measured, read batch by batch: of a data source, an .npz file, or sampled by a pipeline."""
+
+import os
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+
+from ddpm_jax.data.open_source import open_source
+from ddpm_jax.data.source import read_record
+from ddpm_jax.data.transforms import CenterCrop, as_image
+from ddpm_jax.evaluation.archives import RowReader, read_array, read_headers
+from ddpm_jax.parallel.mesh import make_local_mesh
+from ddpm_jax.pipelines.cascade import Cascade
+from ddpm_jax.types import Source
+
+IMAGES, LABELS = "arr_0", "arr_1"  # of .npz files, as guided-diffusion writes samples
+THREADS = 8  # that decode
+
+
+class ImageSet(Protocol):
+    """Images by index, of which batches are read.
+
+    Attributes:
+        name: of where they are from, for messages.
+        preprocessing: what was done to the images before features are computed, in words.
+        batch_size: images at a time, unless the caller says otherwise.
+    """
+
+    name: str
+    preprocessing: str
+    batch_size: int
+
+    def __len__(self) -> int: ...
+
+    def read(self, begin: int, end: int) -> dict[str, Any]:
+        """Return "image" uint8[n, H, W, 3] of images [begin, end), "caption" and "label", lists, where there are any.
+
+        Raises:
+            ValueError: if the images differ in size, or one is not an image; the message names it.
+        """
+        ...
+
+
+def open_images(spec: str | os.PathLike, *, size: int | None = None, at_most: int | None = None) -> ImageSet:
+    """Open the images of an .npz file ("arr_0", NHWC), or of any data source (`data.open_source`).
+
+    Args:
+        spec: a path or a name.
+        size: to which images are cropped and resized (`data.transforms.CenterCrop`); None leaves them as they are.
+        at_most: images to take, the first ones; None takes all.
+
+    Raises:
+        ValueError: if nothing is there that holds images.
+        ReadError: if an .npz file is damaged.
+    """
+    text = os.fspath(spec)
+    if text.endswith(".npz"):
+        return NpzImages(text, size=size, at_most=at_most)
+    return SourceImages(open_source(text), text, size=size, at_most=at_most)
+
+
+class _Sized:
+    """Brings images to one size, and refuses those that differ."""
+
+    batch_size = 64
+
+    def __init__(self, name: str, size: int | None):
+        self.name, self._crop, self._shape = name, None if size is None else CenterCrop(size), None
+        self.preprocessing = "as stored" if size is None else f"central square, resized to {size} as ADM does"
+
+    def _image(self, index: int, value: Any, key: Any = None) -> np.ndarray:
+        what = f"image {index} of {self.name}" + (f" ({key})" if key is not None else "")
+        try:
+            image = as_image(value)
+        except ValueError as error:
+            raise ValueError(f"{what} {error}") from None
+        image = image if self._crop is None else self._crop({"image": image})["image"]
+        if self._shape is None:
+            self._shape = image.shape
+        if image.shape != self._shape:
+            raise ValueError(
+                f"{what} has {image.shape[0]} x {image.shape[1]} pixels, and those before it {self._shape[0]} x "
+                f"{self._shape[1]}; --size=N brings all to N x N pixels"
+            )
+        return image
+
+
+class SourceImages(_Sized):
+    """Images of a data source, decoded by several threads.
+
+    Args:
+        source: its records have "image".
+        name: of it, for messages.
+        size, at_most: see `open_images`.
+    """
+
+    def __init__(
+        self, source: Source, name: str = "the source", *, size: int | None = None, at_most: int | None = None
+    ):
+        super().__init__(name, size)
+        self._source, self._count = source, len(source) if at_most is None else min(len(source), at_most)
+        if self._count:
+            first = read_record(source, 0)
+            if "image" not in first:
+                raise ValueError(f"the records of {name} have no image, only {', '.join(first)}")
+            self._image(0, first["image"], first.get("key"))  # the size that all others must have
+
+    def __len__(self) -> int:
+        return self._count
+
+    def read(self, begin: int, end: int) -> dict[str, Any]:
+        """Return the images of records [begin, end); see `ImageSet`."""
+
+        def one(index: int) -> dict[str, Any]:
+            record = read_record(self._source, index)
+            return {**record, "image": self._image(index, record["image"], record.get("key"))}
+
+        with ThreadPoolExecutor(THREADS) as pool:
+            records = list(pool.map(one, range(begin, end)))
+        found: dict[str, Any] = {"image": np.stack([record["image"] for record in records])}
+        for name in ("caption", "label"):
+            if all(name in record for record in records):
+                found[name] = [record[name] for record in records]
+        return found
+
+
+class NpzImages(_Sized):
+    """Images of an .npz file: "arr_0", uint8[N, H, W, C] or floats in [0, 1]; labels in "arr_1".
+
+    Args:
+        path: of the file.
+        size, at_most: see `open_images`.
+    """
+
+    def __init__(self, path: str | os.PathLike, *, size: int | None = None, at_most: int | None = None):
+        super().__init__(os.fspath(path), size)
+        self._images = RowReader(path, IMAGES)
+        if len(self._images.shape) != 4 or not 1 <= self._images.shape[-1] <= 4:
+            raise ValueError(f"{path}: {IMAGES} must be images [N, H, W, C], got the shape {self._images.shape}")
+        count = self._images.shape[0]
+        labels = read_headers(path).get(LABELS)
+        if labels is not None and (labels.shape != (count,) or labels.dtype.kind not in "iu"):
+            raise ValueError(f"{path}: {LABELS} must be {count} integers, got {labels.dtype}{list(labels.shape)}")
+        self._labels = None if labels is None else read_array(path, LABELS)
+        self._count = count if at_most is None else min(count, at_most)
+
+    def __len__(self) -> int:
+        return self._count
+
+    def read(self, begin: int, end: int) -> dict[str, Any]:
+        """Return the images of rows [begin, end); see `ImageSet`."""
+        rows = self._images.read(begin, end)
+        found: dict[str, Any] = {"image": np.stack([self._image(begin + i, row) for i, row in enumerate(rows)])}
+        return found if self._labels is None else found | {"label": self._labels[begin:end].tolist()}
+
+
+class SampledImages:
+    """Images that a pipeline samples while they are read; image i depends on the seed, i and its conditions alone.
+
+    Args:
+        pipeline: `Cascade`, `UnCLIP` or another whose `generate` takes prompts.
+        count: of the images.
+        captions: prompts, which are repeated in their order; of a pipeline that takes them.
+        labels: classes, which are repeated in their order; by default all in turn, if the pipeline has classes.
+        seed: of all random numbers.
+        batch_size: images at a time; the pipeline's by default.
+        options: of `generate`.
+
+    Raises:
+        ValueError: if the pipeline needs captions and there are none.
+    """
+
+    def __init__(
+        self,
+        pipeline: Any,
+        count: int,
+        *,
+        captions: Sequence[str] | None = None,
+        labels: Sequence[int] | None = None,
+        seed: int = 0,
+        batch_size: int | None = None,
+        **options: Any,
+    ):
+        self._pipeline, self._count, self._seed, self._options = pipeline, count, seed, options
+        self.name, self.preprocessing = f"samples of a {type(pipeline).__name__}", f"as sampled, seed {seed}"
+        self.batch_size = min(count, batch_size or getattr(pipeline, "batch_size", 16))
+        known = pipeline.labels if isinstance(pipeline, Cascade) else None
+        if isinstance(pipeline, Cascade):
+            self._captions, self._labels = None, labels
+            if labels is None and known is not None:
+                self._labels = list(range(known["num_classes"]))
+        elif not captions:
+            raise ValueError(f"a {type(pipeline).__name__} needs captions; give a reference with captions")
+        else:
+            self._captions, self._labels = captions, None
+
+    def __len__(self) -> int:
+        return self._count
+
+    def read(self, begin: int, end: int) -> dict[str, Any]:
+        """Sample images [begin, end); see `ImageSet`."""
+        rows = range(begin, end)
+        taken = lambda values: None if values is None else [values[i % len(values)] for i in rows]  # noqa: E731
+        captions, labels = taken(self._captions), taken(self._labels)
+        given: Mapping[str, Any] = {"prompts": captions} if captions is not None else {"num_images": end - begin}
+        given |= {} if labels is None else {"labels": labels}
+        mesh = make_local_mesh(self.batch_size)
+        how = {"seed": self._seed, "start": begin, "batch_size": self.batch_size, "mesh": mesh} | self._options
+        images = self._pipeline.generate(**given, **how)
+        images = np.repeat(images, 3, axis=-1) if images.shape[-1] == 1 else images
+        found: dict[str, Any] = {"image": images}
+        return found | ({"caption": captions} if captions else {}) | ({"label": labels} if labels else {})
+
+
+def share_of(count: int) -> range:
+    """Return the indices of the images that this host reads, of `count` that all hosts share."""
+    hosts, index = jax.process_count(), jax.process_index()
+    return range(index * count // hosts, (index + 1) * count // hosts)
