@@ -1,53 +1,100 @@
-"""Measure faithfulness: `python -m ddpm_jax.evaluate --workdir DIR [--num_captions 512] [--compare]`.
+"""Measure images and models: `python -m ddpm_jax.evaluate --samples images/ --reference data/ [--features ...]`.
 
-Prints how faithful images are to captions of captioned shapes, and writes faithfulness.json and samples.png into the
-workdir (or --out). With --compare it also answers "why a prior?": the same decoder given the caption alone, the
-text embedding, the prior's and the true image embedding, and what it shows where caption and image embedding disagree.
+Samples are a folder of images or another data source, an .npz file (arr_0, as guided-diffusion writes it), or sampled
+by the pipeline of a --workdir while they are measured. The reference is one of these, or an .npz file of statistics,
+which --write_statistics makes of any source. --metrics chooses among FID, sFID, Inception Score, KID, precision and
+recall ("fid,sfid,is,kid,pr"), "clip" (CLIP score and R-precision; needs --clip), "bits" and "exact" (bits per dimension
+of --reference under the model of --workdir: the variational bound, and by the probability-flow ODE) and "cas" (the
+accuracy on --test of a classifier that is trained on the samples). docs/evaluation.md says what each is.
+
+With --workdir or --out alone: how faithful an unCLIP is to captions of captioned shapes, and with --compare "why a
+prior?".
 """
 
-from ddpm_jax import cli
+from ddpm_jax import cli, cli_hosts, cli_sampling
 
 # isort: split
+import sys
+from pathlib import Path
+from typing import Any
+
 from absl import flags
 
 from ddpm_jax.paths import as_path
 
 FLAGS = flags.FlagValues()
-_WORKDIR = flags.DEFINE_string(
-    "workdir", None, "Workdir of a training run; the bundled pipeline if none.", flag_values=FLAGS
-)
-_OUT = flags.DEFINE_string(
-    "out", None, "Directory for the results; the workdir if it is one. Created if missing.", flag_values=FLAGS
-)
-_NUM = flags.DEFINE_integer("num_captions", 512, "Captions per row of the table.", lower_bound=1, flag_values=FLAGS)
-_SEED = flags.DEFINE_integer(
-    "seed",
-    1,
-    "Seed of captions and random numbers.",
-    lower_bound=0,
-    upper_bound=cli.MAX_SEED,
+
+
+def _string(name: str, default: str | None, help: str) -> flags.FlagHolder:
+    return flags.DEFINE_string(name, default, help, flag_values=FLAGS)
+
+
+def _integer(name: str, default: int | None, help: str, least: int = 1, most: int | None = None) -> flags.FlagHolder:
+    return flags.DEFINE_integer(name, default, help, lower_bound=least, upper_bound=most, flag_values=FLAGS)
+
+
+_WORKDIR = _string("workdir", None, "Workdir of a training run or converted pipeline; the bundled one if none.")
+_OUT = _string("out", None, "Directory for the results; the workdir if it is one. Created if missing.")
+_NUM = _integer("num_captions", 512, "Captions per row of the table of faithfulness.")
+_SEED = _integer("seed", 1, "Seed of captions and random numbers.", 0, cli.MAX_SEED)
+_COMPARE = flags.DEFINE_bool("compare", False, 'Also measure "why a prior?".', flag_values=FLAGS)
+
+_SAMPLES = _string("samples", None, "Images to measure: a folder, another data source, or .npz.")
+_REFERENCE = _string("reference", None, "Images they should be like, or an .npz file of their statistics.")
+_WRITE = _string("write_statistics", None, "File to write the statistics of --reference to (.npz).")
+_METRICS = flags.DEFINE_list("metrics", None, "fid, sfid, is, kid, pr, clip, bits, exact, cas.", flag_values=FLAGS)
+_FEATURES = _string("features", "random", "inception:FILE, clip:DIRECTORY, or random, which needs no file.")
+_RESIZE = flags.DEFINE_enum(
+    "inception_resize",
+    "tensorflow",
+    ["tensorflow", "half_pixel"],
+    "Resize of Inception: that of the original code and torch-fidelity, or pytorch-fid's.",
     flag_values=FLAGS,
 )
-_COMPARE = flags.DEFINE_bool("compare", False, 'Also measure "why a prior?".', flag_values=FLAGS)
+_SIZE = _integer("size", None, "Crop and resize images of sources to this many pixels a side.")
+_NUM_IMAGES = _integer("num_images", None, "Images to sample, or to take of --samples or, for bits, of --reference.")
+_BATCH = _integer("batch_size", None, "Images at a time.")
+_KEEP = _integer("keep_features", 50_000, "Images of a set whose features stay in memory.", 2)
+_BOOTSTRAP = _integer("bootstrap", 50, "Replicates of the confidence intervals; 0 for none.", 0)
+_NEIGHBOURS = _integer("neighbours", 3, "k of precision and recall.")
+_KID_SUBSETS = _integer("kid_subsets", 100, "Subsets of KID.")
+_KID_SIZE = _integer("kid_subset_size", 1000, "Images of each subset of KID.", 2)
+_CLIP = _string("clip", None, "Model directory of a CLIP, for CLIP score and R-precision.")
+_CANDIDATES = _integer("candidates", 100, "Captions among which R-precision looks for the right one.", 2)
+_LAYERS = _string("layers", None, 'Timesteps of "bits", as "100" or "ddim50"; all if none.')
+_PLOT = flags.DEFINE_bool("plot", False, "Draw rate against distortion (needs matplotlib).", flag_values=FLAGS)
+_TEST = _string("test", None, 'Real images with labels, on which "cas" tests its classifier.')
+_CAS_UPDATES = _integer("cas_updates", 1000, 'Training steps of the classifier of "cas".')
+_RAW = flags.DEFINE_bool("raw_weights", False, "Use raw instead of averaged weights of a workdir.", flag_values=FLAGS)
+cli_sampling.define_sampling_flags(FLAGS)
+
+_OF_SETS, _OF_MODELS = ("fid", "sfid", "is", "kid", "pr", "clip", "cas"), ("bits", "exact")
 
 
 def main() -> None:
     """Run the program."""
     cli.check_exists(_WORKDIR.value, what="--workdir")
+    if any(flag.value for flag in (_SAMPLES, _REFERENCE, _METRICS, _WRITE)):
+        _measure()
+    else:
+        _faithfulness()
+
+
+def _faithfulness() -> None:
     if _WORKDIR.value is None and not _OUT.value:
         raise cli.UsageError("--out is needed, a directory for the results")
     if _COMPARE.value and _NUM.value < 2:
         raise cli.UsageError(f"--num_captions={_NUM.value} must be at least 2 with --compare")
-    out = as_path(_OUT.value or _WORKDIR.value)
-    if _OUT.value or out.is_dir():
-        cli.check_can_write(out / "faithfulness.json", what="--out" if _OUT.value else "--workdir")
+    out = _checked_out("faithfulness.json")
     from ddpm_jax.evaluation import report
     from ddpm_jax.pipelines import UnCLIP, load
 
     cli.use_cpu_devices()
     pipeline = load(_WORKDIR.value)
     if not isinstance(pipeline, UnCLIP):
-        raise cli.UsageError(f"--workdir={_WORKDIR.value} holds no UnCLIP, and only that is measured on captions")
+        raise cli.UsageError(
+            f"--workdir={_WORKDIR.value} holds no UnCLIP, and only that is measured on captions; give --reference"
+        )
     out.mkdir(parents=True, exist_ok=True)
     kwargs = {"num_captions": _NUM.value, "seed": _SEED.value, "show": cli.show}
     report.write_faithfulness(pipeline, out, **kwargs)
@@ -55,5 +102,180 @@ def main() -> None:
         report.write_comparison(pipeline, out, **kwargs)
 
 
+def _checked_out(name: str) -> Path:
+    """Return the directory of the results, in which a file of this name can be written."""
+    out = as_path(_OUT.value or _WORKDIR.value)
+    if _OUT.value or out.is_dir():
+        cli.check_can_write(out / name, what="--out" if _OUT.value else "--workdir")
+    return out
+
+
+def _measure() -> None:
+    """Measure sets of images, or images under a model."""
+    metrics = _METRICS.value or ([] if _WRITE.value and not (_SAMPLES.value or _WORKDIR.value) else list(_OF_SETS[:5]))
+    _check_flags(metrics)
+    out = _checked_out("measures.json") if _OUT.value or _WORKDIR.value else None
+    if _WRITE.value:
+        cli.check_can_write(_WRITE.value, what="--write_statistics")
+    if _PLOT.value:
+        from ddpm_jax.extras import needs_extra
+
+        with needs_extra("examples"):
+            import matplotlib  # noqa: F401 (before anything is computed)
+    cli.use_cpu_devices()
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+    try:
+        of_sets = [name for name in metrics if name in _OF_SETS]
+        if of_sets or _WRITE.value:
+            _measure_sets(of_sets, out)
+        if set(metrics) & set(_OF_MODELS):
+            _measure_bits(metrics, out)
+    except ValueError as error:
+        raise cli.UsageError(str(error)) from error
+
+
+def _check_flags(metrics: list[str]) -> None:
+    """Raise UsageError for flags that do not fit each other."""
+    known = (*_OF_SETS, *_OF_MODELS)
+    unknown = [name for name in metrics if name not in known]
+    if unknown:
+        raise cli.UsageError(f"--metrics={','.join(metrics)}: {unknown[0]!r} must be one of {', '.join(known)}")
+    of_sets = [name for name in metrics if name in _OF_SETS]
+    if _SAMPLES.value and _WORKDIR.value and of_sets:
+        raise cli.UsageError("--samples and --workdir are both given; measure one of them")
+    if of_sets and not (_SAMPLES.value or _WORKDIR.value):
+        raise cli.UsageError("--samples or --workdir is needed, the images to measure")
+    if set(metrics) & set(_OF_MODELS) and not (_WORKDIR.value and _REFERENCE.value):
+        raise cli.UsageError("bits per dimension need --workdir, a model, and --reference, the images to measure it on")
+    if of_sets and not _REFERENCE.value and set(of_sets) & {"fid", "sfid", "kid", "pr"}:
+        raise cli.UsageError(f"--reference is needed for {of_sets[0]}")
+    for name, flag, what in (("clip", _CLIP, "a model directory with a CLIP"), ("cas", _TEST, "images with labels")):
+        if name in metrics and not flag.value:
+            raise cli.UsageError(f"--{flag.name} is needed for {name}, {what}")
+    if "cas" in metrics and not (_OUT.value or _WORKDIR.value):
+        raise cli.UsageError("--out is needed for cas, where its classifier is trained")
+    if _WRITE.value and not _REFERENCE.value:
+        raise cli.UsageError("--reference is needed, of which --write_statistics writes the statistics")
+
+
+def _measure_sets(metrics: list[str], out: Path | None) -> None:
+    from ddpm_jax.evaluation import sets
+    from ddpm_jax.evaluation.compare import METRICS, Options
+    from ddpm_jax.evaluation.features import open_extractor
+    from ddpm_jax.evaluation.summary import write_statistics
+
+    extractor = open_extractor(_FEATURES.value, resize=_RESIZE.value)
+    reading = sets.Reading(_SIZE.value, None, _KEEP.value, _BATCH.value, _SEED.value)
+    chosen, reference = [name for name in metrics if name in METRICS], None
+    images = _samples() if metrics else None
+    if _WRITE.value or set(chosen) - {"is"}:
+        needs = bool(set(chosen) & {"kid", "pr"})
+        reference = sets.open_reference(_REFERENCE.value, extractor, reading, needs_features=needs)
+    if _WRITE.value:
+        write_statistics(_WRITE.value, reference)
+        cli.show(f"wrote {_WRITE.value}: statistics of {reference.count} images of {reference.name}")
+    if images is None:
+        return
+    labelled = None
+    if "cas" in metrics:
+        from ddpm_jax.evaluation.accuracy import Labelled
+
+        labelled = Labelled(images.name)
+    options = Options(_NEIGHBOURS.value, _KID_SUBSETS.value, _KID_SIZE.value, _BOOTSTRAP.value, _SEED.value)
+    summary, measures, notes, first = sets.measure_samples(
+        images,
+        extractor,
+        reference,
+        reading,
+        metrics=chosen,
+        options=options,
+        clip=_CLIP.value if "clip" in metrics else None,
+        candidates=_CANDIDATES.value,
+        keep_grid=_WORKDIR.value is not None,
+        collect=(lambda batch: None) if labelled is None else labelled.add,
+    )
+    if labelled is not None:
+        measures.append(_accuracy(*labelled.arrays(), out))
+    if out is not None and _WORKDIR.value is not None:
+        sets.save_grid(out / "measured_samples.png", first)
+    sets.report(summary, reference, measures, notes, out, cli.show)
+
+
+def _samples() -> Any:
+    """Return the images to measure."""
+    from ddpm_jax.evaluation.images import SampledImages, open_images
+    from ddpm_jax.evaluation.sets import captions_of
+
+    if _SAMPLES.value:
+        return open_images(_SAMPLES.value, size=_SIZE.value, at_most=_NUM_IMAGES.value)
+    from ddpm_jax.pipelines import Cascade
+
+    pipeline, count = _pipeline(), _NUM_IMAGES.value or 10_000
+    captions = None
+    if not isinstance(pipeline, Cascade) and _REFERENCE.value:
+        captions = captions_of(_REFERENCE.value, count)
+    kwargs = cli_sampling.sampling_options(FLAGS)
+    return SampledImages(pipeline, count, captions=captions, seed=_SEED.value, batch_size=_BATCH.value, **kwargs)
+
+
+def _pipeline() -> Any:
+    """Return the pipeline of the workdir."""
+    from ddpm_jax.pipelines import Cascade, load
+    from ddpm_jax.storage.model_directory import Model
+
+    pipeline = load(_WORKDIR.value, ema=not _RAW.value)
+    if isinstance(pipeline, Model) and {"diffusion", "image_size", "conditions"} <= set(pipeline.metadata):
+        pipeline = Cascade(base=pipeline).checked()
+    if not hasattr(pipeline, "generate"):
+        raise cli.UsageError(f"--workdir={_WORKDIR.value} holds no pipeline that generates images")
+    return pipeline
+
+
+def _accuracy(images: Any, labels: Any, out: Path) -> Any:
+    """Return the classification accuracy score of labelled samples."""
+    from ddpm_jax.evaluation.accuracy import accuracy_score, read_labelled
+    from ddpm_jax.evaluation.images import open_images
+
+    test = read_labelled(open_images(_TEST.value, size=_SIZE.value))
+    how = {"num_steps": _CAS_UPDATES.value, "replicates": _BOOTSTRAP.value, "seed": _SEED.value}
+    return accuracy_score((images, labels), test, out / "accuracy", **how)
+
+
+def _measure_bits(metrics: list[str], out: Path) -> None:
+    """Measure bits per dimension of the reference."""
+    from ddpm_jax.evaluation import bits, sets
+    from ddpm_jax.evaluation.compare import Measure
+    from ddpm_jax.evaluation.images import open_images
+    from ddpm_jax.pipelines import Cascade
+    from ddpm_jax.progress import progress_bar
+    from ddpm_jax.storage.json_file import write_json
+
+    pipeline = _pipeline()
+    if not isinstance(pipeline, Cascade):
+        raise cli.UsageError(
+            f"--workdir={_WORKDIR.value} holds a {type(pipeline).__name__}; bits are of a base of images"
+        )
+    images = open_images(_REFERENCE.value, size=_SIZE.value, at_most=_NUM_IMAGES.value)
+    spread, measures, shown = {"replicates": _BOOTSTRAP.value, "seed": _SEED.value}, [], cli_hosts.is_first_host()
+    how = {"seed": _SEED.value, "batch_size": _BATCH.value}
+    if "bits" in metrics:
+        with progress_bar(len(images), description="bound", unit="image", shown=shown) as bar:
+            bound = bits.measure_bound(pipeline.base, images, layers=_LAYERS.value, update=bar.update, **how)
+        measures.append(bound.measure(**spread))
+        cli.show(bits.table(bound))
+        write_json(out / "elbo.json", bound.as_json())
+        if _PLOT.value and shown:
+            bits.save_plot(out / "elbo.png", bound)
+    if "exact" in metrics:
+        with progress_bar(len(images), description="exact", unit="image", shown=shown) as bar:
+            values, calls = bits.measure_exact(pipeline.base, images, update=bar.update, **how)
+        note = f"probability-flow ODE, {len(values)} images, {calls:.0f} network calls"
+        measures.append(Measure.of_means("bits per dimension (exact)", values, note=note, **spread))
+    about = [f"images: {images.name} ({images.preprocessing})"]
+    sets.report(None, None, measures, about, out, cli.show, name="bits.json")
+
+
 if __name__ == "__main__":
+    cli_sampling.define_stage_flags(FLAGS, sys.argv[1:])
     cli.run(main, FLAGS, distributed=True)
