@@ -162,6 +162,8 @@ def bootstrap_kernel(samples: np.ndarray, reference: np.ndarray, *, replicates: 
     Returns:
         float64[R], up to a constant.
     """
+    if not replicates:
+        return np.zeros(0)
     count = min(len(samples), MOST_PAIRS)
     x, y = samples[:count], reference[:MOST_PAIRS]
     counts = np.stack(list(resampled_counts(count, count, replicates, seed)), axis=1)

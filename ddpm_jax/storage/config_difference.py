@@ -6,7 +6,7 @@ from typing import Any
 
 # Fields of `Training` that change how a run is watched or stored, not what it computes; and its length.
 _WATCHED = ("log_every", "preview_every", "num_previews", "checkpoint_every", "max_to_keep", "tensorboard", "progress")
-_WATCHED += ("num_workers", "num_steps", "eval_every", "eval_batches", "moment_examples")
+_WATCHED += ("num_workers", "num_steps", "eval_every", "eval_batches", "evaluate_every", "moment_examples")
 # What follows a bad step; a run that was stopped by one may go on with another policy.
 _WATCHED += ("nonfinite", "spike", "spike_factor", "max_bad_steps")
 NOT_COMPARED = frozenset(f"training.{name}" for name in _WATCHED)

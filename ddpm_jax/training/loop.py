@@ -25,6 +25,7 @@ from ddpm_jax.parallel.sharding import Rule
 from ddpm_jax.paths import as_path
 from ddpm_jax.storage.checkpoint import CheckpointError, Checkpoints
 from ddpm_jax.storage.config_difference import NOT_COMPARED
+from ddpm_jax.training.best import with_measures
 from ddpm_jax.training.flops import count_flops
 from ddpm_jax.training.guard import MOST, NEW, STOP, Bad, Policy, read_window
 from ddpm_jax.training.programs import compile_update, make_parameter_gather, make_prepare
@@ -96,6 +97,8 @@ def fit(
     preview_every: int = 0,
     eval_every: int = 0,
     eval_batches: Callable[[], Iterable[Mapping[str, np.ndarray]]] | None = None,
+    evaluate_every: int = 0,
+    measure: Callable[[Any, int], dict[str, float]] | None = None,
     max_to_keep: int = 2,
     ignore: Collection[str] = NOT_COMPARED,
     items_per_step: int | None = None,
@@ -130,6 +133,8 @@ def fit(
       eval_every: in steps; 0 for never. The last step evaluates too.
       eval_batches: gives the held-out batches of an evaluation, the same each time. Their mean loss, by
         `task.eval_loss` if there is one, is logged as "eval_loss", and "eval_loss_ema" with the averaged parameters.
+      evaluate_every: in steps, a multiple of eval_every; 0 for never. The last step measures too.
+      measure: (averaged parameters, step) -> measures for the line of metrics.jsonl, see `training.best`.
       max_to_keep: how many checkpoints stay.
       ignore: fields of the config that may differ, see `Checkpoints.restore_latest`.
       items_per_step: images a step, for the rate; the leading axis of the batch by default.
@@ -184,6 +189,8 @@ def fit(
         evaluate = None
         if eval_every:
             evaluate = make_evaluate(task, mesh, prepare, eval_batches, gather, hosts.current(), frozen)
+        if evaluate_every:
+            evaluate = with_measures(evaluate, measure, evaluate_every, num_steps)
         examples = Examples(task, _prepare_example(run, example), mesh) if preview_every else None
         show = functools.partial(_show, run, report, evaluate, examples, preview_key)
         profile = stack.enter_context(contextlib.closing(Profile(profile_steps, as_path(workdir) / "profile")))
@@ -191,7 +198,7 @@ def fit(
         # ---- Steps: until the first of them there is nothing to save, and a signal ends the process as it may --------
         stack.enter_context(hosts.current().saving())
         report.begin()
-        every = _Every(num_steps, log_every, checkpoint_every, preview_every, eval_every)
+        every = _Every(num_steps, log_every, checkpoint_every, preview_every, eval_every or evaluate_every)
         meta = {"config": config, "version": version, "stage": name}
         steps = _Steps(
             run, loader, prepare, update, train_key, new_window, show, restore, report, profile, policy, every, meta

@@ -7,6 +7,7 @@ workdir/pipeline.json         how the stages are sampled together, if the caller
 """
 
 import contextlib
+import functools
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -24,7 +25,7 @@ from ddpm_jax.parallel import hosts
 from ddpm_jax.parallel.distributed import watch_hosts
 from ddpm_jax.parallel.mesh import AXES, batch_shards, make_mesh, process_shards
 from ddpm_jax.parallel.shared_directory import check_shared
-from ddpm_jax.paths import as_path
+from ddpm_jax.paths import as_path, local_path
 from ddpm_jax.storage.checkpoint import SUBDIRECTORY, Checkpoints, restore_params
 from ddpm_jax.storage.config_difference import flatten
 from ddpm_jax.storage.fingerprint import tree_fingerprint
@@ -33,6 +34,7 @@ from ddpm_jax.storage.lock import lock_workdir
 from ddpm_jax.storage.metadata import freeze
 from ddpm_jax.storage.model_directory import Model, place_of, write_description
 from ddpm_jax.training.abstract import AbstractStages
+from ddpm_jax.training.best import measure_and_keep
 from ddpm_jax.training.describe import describe
 from ddpm_jax.training.fitting import fit_sums
 from ddpm_jax.training.guard import Policy
@@ -47,7 +49,7 @@ from ddpm_jax.version import __version__
 
 EMBEDDINGS, HELD_OUT = "embeddings", "embeddings_held_out"
 _LOOP = ("num_steps", "seed", "ema_decay", "accumulate", "checkpoint_every", "log_every", "preview_every", "eval_every")
-_LOOP += ("max_to_keep", "tensorboard", "progress", "sam_rho")
+_LOOP += ("evaluate_every", "max_to_keep", "tensorboard", "progress", "sam_rho")
 
 
 def train(
@@ -273,6 +275,7 @@ class _Run:
                 abstract=self.abstract.state(stage),
                 eval_batches=None if eval_source is None else lambda: self._eval_batches(stage, eval_source),
                 items_per_step=training.batch_size,
+                measure=self._measure(stage, needs),
                 policy=Policy(*(getattr(training, name) for name in Policy._fields)),
                 profile_steps=profile_steps,
                 **options,
@@ -290,6 +293,14 @@ class _Run:
                 step=training.num_steps,
                 progress=training.progress,
             )
+
+    def _measure(self, stage: Stage, needs: Mapping[str, str]) -> Any:
+        """Return what measures samples of the averaged parameters of a stage, and keeps the best."""
+        if not stage.training.evaluate_every:
+            return None
+        metadata = stage.task.metadata() | ({"needs": dict(needs)} if needs else {})
+        directory = local_path(self.workdir / stage.name)
+        return functools.partial(measure_and_keep, stage.evaluate, stage.task.model, metadata, directory)
 
     def _fit(self, stage: Stage, source: Source, models: Mapping[str, Model], description: Mapping[str, Any]) -> None:
         """Fit a stage in closed form, or find it finished."""

@@ -42,6 +42,8 @@ class Training:
         num_previews: examples in a preview.
         eval_every: steps between evaluations of the loss on held-out records (`Stage.eval_source`), 0 for none.
         eval_batches: batches of an evaluation.
+        evaluate_every: steps between measurements of samples by `Stage.evaluate`, 0 for none; a multiple of eval_every.
+            The last step measures too, and the best averaged parameters stay in `<stage>/best/`.
         moment_examples: records on which a diffusion stage estimates, after its last step, the second moments that the
             sampler "analytic" needs, 0 for none; a few hundred give them to about 1 %. A finished stage estimates
             them when it is raised.
@@ -80,6 +82,7 @@ class Training:
     num_previews: int = 16
     eval_every: int = 0
     eval_batches: int = 4
+    evaluate_every: int = dataclasses.field(default=0, metadata={"describe": "unless default"})
     moment_examples: int = 0
     nonfinite: str = "stop"
     spike: str = "stop"
@@ -109,8 +112,9 @@ class Training:
             ),
             1,
         ) | dict.fromkeys(
-            ("warmup_steps", "preview_every", "num_previews", "eval_every", "moment_examples", "num_workers"), 0
+            ("warmup_steps", "preview_every", "num_previews", "eval_every", "evaluate_every", "moment_examples"), 0
         )
+        leasts["num_workers"] = 0
         for name in (*leasts, "seed"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int):
@@ -137,6 +141,8 @@ class Training:
             raise ValueError(f"spike_factor={self.spike_factor} must be more than 1")
         if self.sam_rho is not None and self.sam_rho <= 0:
             raise ValueError(f"sam_rho={self.sam_rho} must be positive; None is without it")
+        if self.eval_every and self.evaluate_every % self.eval_every:
+            raise ValueError(f"evaluate_every={self.evaluate_every} must be a multiple of eval_every={self.eval_every}")
         if self.batch_size % self.accumulate:
             raise ValueError(f"batch_size={self.batch_size} must be a multiple of accumulate={self.accumulate}")
 
@@ -154,6 +160,7 @@ class Stage:
         needs: role -> the name of an earlier stage, or the path of a model directory. Their models are given to
             `task.prepare`, and to a source that computes something from them (`training.embeddings.Embedded`).
         eval_source: held-out records for `training.eval_every`.
+        evaluate: measures samples for `training.evaluate_every`, as `evaluation.during_training.SampleQuality`.
         examples_per_record: examples that one record holds, e.g. a group of hard negatives.
         sharding_rules: which parameters are split over the devices in another way than by default, for a mesh with the
             axes "fsdp" or "tensor"; see `parallel.sharding.parameter_specs`.
@@ -166,6 +173,7 @@ class Stage:
     transforms: Sequence[Transform] = ()
     needs: Mapping[str, str] = dataclasses.field(default_factory=dict)
     eval_source: Source | None = None
+    evaluate: Any = None
     examples_per_record: int = 1
     sharding_rules: Sequence[Rule] = ()
 
@@ -189,6 +197,11 @@ class Stage:
             raise ValueError(f"stage {self.name}: {error}") from None
         if self.training.eval_every and self.eval_source is None:
             raise ValueError(f"stage {self.name}: eval_every={self.training.eval_every} needs an eval_source")
+        if self.training.evaluate_every and not (callable(self.evaluate) and hasattr(self.evaluate, "metric")):
+            raise ValueError(
+                f"stage {self.name}: evaluate_every={self.training.evaluate_every} needs evaluate, an object such as "
+                f"SampleQuality(...), got {shown(self.evaluate)}"
+            )
         if self.training.moment_examples and not hasattr(self.task, "moments"):
             raise ValueError(
                 f"stage {self.name}: moment_examples={self.training.moment_examples} is for a DiffusionTask, whose "
