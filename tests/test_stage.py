@@ -29,7 +29,7 @@ def refused(message, make):
 
 
 POSITIVE = ("batch_size", "num_steps", "accumulate", "checkpoint_every", "max_to_keep", "log_every", "eval_batches")
-COUNTS = ("warmup_steps", "preview_every", "num_previews", "eval_every", "num_workers")
+COUNTS = ("warmup_steps", "preview_every", "num_previews", "eval_every", "evaluate_every", "num_workers")
 NUMBERS = ("learning_rate", "final_fraction", "weight_decay", "b1", "b2", "eps", "ema_decay")
 
 
@@ -69,6 +69,7 @@ def test_numbers_are_needed(name):
         ({"ema_decay": -0.1}, "ema_decay=-0.1 must be in [0, 1)"),
         ({"accumulate": 3}, "batch_size=16 must be a multiple of accumulate=3"),
         ({"eval_every": 5}, "eval_every=5 needs an eval_source"),
+        ({"evaluate_every": 5}, "evaluate_every=5 needs evaluate, an object such as SampleQuality(...), got None"),
     ],
 )
 def test_other_ranges_of_training(fields, message):

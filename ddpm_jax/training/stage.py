@@ -112,9 +112,17 @@ class Training:
             ),
             1,
         ) | dict.fromkeys(
-            ("warmup_steps", "preview_every", "num_previews", "eval_every", "evaluate_every", "moment_examples"), 0
+            (
+                "warmup_steps",
+                "preview_every",
+                "num_previews",
+                "eval_every",
+                "evaluate_every",
+                "moment_examples",
+                "num_workers",
+            ),
+            0,
         )
-        leasts["num_workers"] = 0
         for name in (*leasts, "seed"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int):
