@@ -24,7 +24,8 @@ def test_every_feature_equals_the_reference():
     params = load_inception(reference | counters)
     with jax.default_matmul_precision("highest"):
         found = fast_jit(lambda params: Inception().apply({"params": params}, prepare(IMAGES)))(params)
-    assert set(found) == set(FEATURES)
+    assert set(found) == {*FEATURES, "spatial"}
+    np.testing.assert_allclose(found["spatial"], REFERENCE["spatial"].transpose(0, 2, 3, 1), atol=2e-5)
     for name in FEATURES:
         theirs = REFERENCE[f"out/{name}"]
         assert theirs.std(0).mean() > 0.01 * np.abs(theirs).mean()  # between images: the features are alive

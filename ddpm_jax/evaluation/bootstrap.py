@@ -22,6 +22,13 @@ def resampled_counts(size: int, count: int, replicates: int, seed: int) -> Itera
         yield rng.multinomial(count, np.full(size, 1.0 / size)).astype(np.float64)
 
 
+def random_part(features: np.ndarray, most: int, seed: int) -> np.ndarray:
+    """Return at most this number of rows, chosen at random; all of them if there are no more."""
+    if len(features) <= most:
+        return features
+    return features[np.random.default_rng([seed, 0x70]).choice(len(features), most, replace=False)]
+
+
 def interval(value: float, replicates: np.ndarray, *, least: float = -np.inf, most: float = np.inf) -> Interval | None:
     """Return value +- 1.96 standard deviations of its replicates, cut to [least, most]; None of fewer than two.
 

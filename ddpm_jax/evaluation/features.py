@@ -15,6 +15,7 @@ from ddpm_jax.models.inception import SIZE, Inception, prepare
 from ddpm_jax.parallel.mesh import data_sharding, make_local_mesh, replicated
 from ddpm_jax.storage.embedder import ClipEmbedder, open_embedder
 from ddpm_jax.storage.fingerprint import tree_fingerprint
+from ddpm_jax.storage.model_directory import is_model_directory, open_model
 from ddpm_jax.storage.tensor_file import read_tensors
 
 POOL, SPATIAL, LOGITS = "pool", "spatial", "logits"
@@ -65,7 +66,8 @@ def open_extractor(spec: str, *, resize: Literal["tensorflow", "half_pixel"] = "
     Args:
         spec: one of
 
-            - "inception:FILE", FID's network from a file of its weights (`interop.inception`)
+            - "inception:FILE", FID's network from a file of its weights (`interop.inception`), or from a directory that
+              `ddpm_jax.convert --from inception` made of it
             - "clip:DIRECTORY", the image embeddings of a CLIP in a model directory (`storage.embedder`)
             - "random", a fixed network with random weights (`random_extractor`), which needs no file
         resize: of "inception": "tensorflow", as the original code, torch-fidelity and guided-diffusion's evaluator have
@@ -81,8 +83,18 @@ def open_extractor(spec: str, *, resize: Literal["tensorflow", "half_pixel"] = "
     if kind == "clip" and place:
         return ClipFeatures(place)
     if kind == "inception" and place:
-        return inception_extractor(load_inception(read_tensors(os.path.expanduser(place))), resize)
+        return inception_extractor(_inception_params(os.path.expanduser(place)), resize)
     raise ValueError(f"features={spec} must be inception:FILE, clip:DIRECTORY or random")
+
+
+def _inception_params(path: str) -> Any:
+    """Return the parameters of a file, or of the directory that `ddpm_jax.convert` made of one."""
+    if not is_model_directory(path):
+        return load_inception(read_tensors(path))
+    model = open_model(path)
+    if not isinstance(model.network, Inception):
+        raise ValueError(f"features=inception:{path} holds a {type(model.network).__name__}, and not Inception")
+    return model.params["params"]
 
 
 class NetworkFeatures:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from ddpm_jax.evaluation.bootstrap import resampled_counts
+from ddpm_jax.evaluation.bootstrap import random_part, resampled_counts
 from ddpm_jax.parallel.mesh import data_sharding, make_local_mesh, replicated
 
 ROWS, COLUMNS = 1024, 8192  # of the distances that are in memory at a time: 32 MB
@@ -164,8 +164,8 @@ def bootstrap_kernel(samples: np.ndarray, reference: np.ndarray, *, replicates: 
     """
     if not replicates:
         return np.zeros(0)
-    count = min(len(samples), MOST_PAIRS)
-    x, y = samples[:count], reference[:MOST_PAIRS]
+    x, y = random_part(samples, MOST_PAIRS, seed), random_part(reference, MOST_PAIRS, seed)
+    count = len(x)
     counts = np.stack(list(resampled_counts(count, count, replicates, seed)), axis=1)
     own, cross, step = np.zeros(replicates), np.zeros(replicates), 512
     for begin in range(0, count, step):

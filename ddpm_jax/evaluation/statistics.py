@@ -6,7 +6,9 @@ FID is the Frechet distance between Gaussians that have the means and covariance
 
 import numpy as np
 
-from ddpm_jax.evaluation.bootstrap import resampled_counts
+from ddpm_jax.evaluation.bootstrap import random_part, resampled_counts
+
+MOST = 10_000  # images of the bootstrap, in float64
 
 
 class Moments:
@@ -114,7 +116,7 @@ def bootstrap_frechet(
     """Return Frechet distances of resampled features to a fixed Gaussian.
 
     Args:
-        features: float[n, D], all of the set or a random part of it.
+        features: float[n, D], all of the set or a random part of it; at most `MOST` of them are used.
         mean, covariance: float[D] and [D, D], of the reference.
         count: vectors that each replicate draws, the size of the set.
         replicates: R.
@@ -123,6 +125,7 @@ def bootstrap_frechet(
     Returns:
         float64[R].
     """
+    features = random_part(features, MOST, seed)
     centre = features.mean(0, dtype=np.float64)
     x, factor = features - centre, root(covariance)
     squares, projected, found = np.square(x).sum(1), x @ factor, []
@@ -183,7 +186,7 @@ class ClassScores:
 
 def bootstrap_score(logits: np.ndarray, *, count: int, replicates: int, seed: int) -> np.ndarray:
     """Return Inception Scores of resampled images, each of one part; arguments as in `bootstrap_frechet`."""
-    log_p = log_softmax(logits)
+    log_p = log_softmax(random_part(logits, MOST, seed))
     p = np.exp(log_p)
     entropies, found = (p * log_p).sum(1), []
     for counts in resampled_counts(len(p), count, replicates, seed):

@@ -41,6 +41,8 @@ def main() -> None:
     model.load_state_dict({k: torch.from_numpy(a) for k, a in random_weights(shapes).items()}, strict=False)
     x = torch.randint(0, 256, (3, 3, 40, 52), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
     x[1] = (torch.arange(40)[:, None] * 4 + torch.arange(52)[None]).byte()
+    spatial = []  # of sFID: mixed_6/conv of the TensorFlow graph
+    model.Mixed_6d.branch1x1.register_forward_hook(lambda module, given, output: spatial.append(output[:, :7]))
     out = dict(zip(NAMES, model.eval()(x), strict=True))
     for name, features in out.items():
         print(
@@ -54,6 +56,7 @@ def main() -> None:
     half = torch.nn.functional.interpolate(x.float(), (299, 299), mode="bilinear", align_corners=False)
     arrays = {f"out/{name}": features.numpy() for name, features in out.items()}
     arrays |= {"half_pixel": half[:, :, ::23, ::23].numpy(), "images": x.numpy(), "shapes": json.dumps(shapes)}
+    arrays["spatial"] = spatial[0].numpy()
     resized = module.interpolate_bilinear_2d_like_tensorflow1x(x.float(), size=(299, 299), align_corners=False)
     np.savez_compressed(OUT, tensorflow=resized[:, :, ::23, ::23].numpy(), **arrays)
     print(OUT.name, OUT.stat().st_size)
