@@ -125,14 +125,11 @@ def _measure() -> None:
     cli.use_cpu_devices()
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
-    try:
-        of_sets = [name for name in metrics if name in _OF_SETS]
-        if of_sets or _WRITE.value:
-            _measure_sets(of_sets, out)
-        if set(metrics) & set(_OF_MODELS):
-            _measure_bits(metrics, out)
-    except ValueError as error:
-        raise cli.UsageError(str(error)) from error
+    of_sets = [name for name in metrics if name in _OF_SETS]
+    if of_sets or _WRITE.value:
+        _measure_sets(of_sets, out)
+    if set(metrics) & set(_OF_MODELS):
+        _measure_bits(metrics, out)
 
 
 def _check_flags(metrics: list[str]) -> None:
@@ -213,7 +210,7 @@ def _samples() -> Any:
 
     pipeline, count = _pipeline(), _NUM_IMAGES.value or 10_000
     captions = None
-    if not isinstance(pipeline, Cascade) and _REFERENCE.value:
+    if _REFERENCE.value and getattr(pipeline, "captioned", not isinstance(pipeline, Cascade)):
         captions = captions_of(_REFERENCE.value, count)
     kwargs = cli_sampling.sampling_options(FLAGS)
     return SampledImages(pipeline, count, captions=captions, seed=_SEED.value, batch_size=_BATCH.value, **kwargs)

@@ -1,18 +1,17 @@
 """Measures of samples during training, and the best parameters, which stay as a model directory."""
 
-import json
+import types
 
 import jax
 import numpy as np
 import pytest
 import tiny_pipelines
-from toy_training import run
 
 import ddpm_jax
 from ddpm_jax.data.arrays import ArraySource
 from ddpm_jax.diffusion.sampling import Sampling
 from ddpm_jax.evaluation.during_training import SampleQuality
-from ddpm_jax.training.best import measure_and_keep, read_best
+from ddpm_jax.training.best import measure_and_keep, read_best, with_measures
 from ddpm_jax.training.stage import Training
 
 
@@ -26,18 +25,15 @@ class Scripted:
         return {"fid": next(self._values), "recall": 0.5}
 
 
-def test_measures_stand_in_the_log_and_come_again_after_a_stop(tmp_path):
-    measured = []
-
-    def measure(params, step):
-        measured.append(step)
-        return {"eval_fid": float(step)}
-
-    run(tmp_path, num_steps=10, evaluate_every=4, measure=measure)
-    run(tmp_path, num_steps=12, evaluate_every=4, measure=measure)
-    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert {row["step"]: row["eval_fid"] for row in rows if "eval_fid" in row} == {4: 4.0, 8: 8.0, 10: 10.0, 12: 12.0}
-    assert measured == [4, 8, 10, 12]
+def test_when_samples_are_measured():
+    state = lambda step: types.SimpleNamespace(step=np.int32(step), ema_params=step)  # noqa: E731
+    evaluate = lambda state, key: None if state.step == 8 else {"eval_loss": 1.0}  # noqa: E731
+    both = with_measures(evaluate, lambda params, step: {"eval_fid": float(params + step)}, 4, 10)
+    assert both(state(2), None) == {"eval_loss": 1.0}
+    assert both(state(4), None) == {"eval_loss": 1.0, "eval_fid": 8.0}
+    assert both(state(8), None) is None  # the hosts stop
+    assert both(state(10), None) == {"eval_loss": 1.0, "eval_fid": 20.0}
+    assert with_measures(None, lambda params, step: {"eval_fid": 0.0}, 4, 10)(state(4), None) == {"eval_fid": 0.0}
 
 
 @pytest.mark.parametrize("higher,best", [(False, 2), (True, 4)])

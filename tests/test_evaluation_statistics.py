@@ -128,8 +128,8 @@ def test_intervals_have_the_spread_of_new_samples():
     draw = lambda: (rng.standard_normal((size, 3)) ** 3 @ mix).astype(np.float32)  # noqa: E731
     mean, covariance = np.full(3, 0.5), np.eye(3)
     reference = rng.standard_normal((size, 3)).astype(np.float32)
-    sets = [draw() for _ in range(60)]
-    how = {"replicates": 100, "seed": 0}
+    sets = [draw() for _ in range(40)]
+    how = {"replicates": 60, "seed": 0}
 
     def fid(x):
         return frechet_distance(x.mean(0), np.cov(x, rowvar=False), mean, covariance)

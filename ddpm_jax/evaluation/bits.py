@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ddpm_jax.diffusion.continuous import Schedule, from_log_snr
+from ddpm_jax.diffusion.diffusion import Diffusion
 from ddpm_jax.diffusion.guidance import static_threshold
 from ddpm_jax.diffusion.likelihood import bits_per_dimension, dequantize, ode_log_likelihood, variational_bound
 from ddpm_jax.diffusion.process import GaussianProcess, respace
@@ -120,12 +121,13 @@ def measure_exact(
     Returns:
         Bits per dimension of each image, float64[N], and the mean number of network calls.
     """
-    diffusion, schedule = model.diffusion, between_steps(model.diffusion.process)
+    diffusion = model.diffusion
+    schedule, network_time = _continuous(diffusion)
 
     def exact(model: Model, x: jax.Array, inputs: dict[str, jax.Array], keys: jax.Array) -> dict[str, jax.Array]:
         noise, probes = (jax.vmap(jax.random.fold_in, (0, None))(keys, n) for n in (0, 1))
         channels = x.shape[-1]
-        predict = lambda x, t, given=None: denoiser(model, **(given or {}))(x, t)[..., :channels]
+        predict = lambda x, t, given=None: denoiser(model, **(given or {}))(x, network_time(t))[..., :channels]
         options = {"prediction": diffusion.prediction, "rtol": tolerance, "atol": tolerance, "cond": inputs or None}
         log_p, calls = ode_log_likelihood(schedule, predict, probes, dequantize(noise, x), **options)
         return {"bits": bits_per_dimension(log_p, x[0].size), "calls": calls}
@@ -133,6 +135,17 @@ def measure_exact(
     found = _of_all_images(jax.jit(exact), model, images, seed, batch_size, update)
     _check_finite(found["bits"])
     return found["bits"], float(found["calls"].mean())
+
+
+def _continuous(diffusion: Diffusion) -> tuple[Schedule, Callable[[jax.Array], jax.Array]]:
+    """Return the process in continuous time, and what the network receives at its times."""
+    own = getattr(diffusion, "continuous", None)  # where training is in continuous time
+    if own is not None and float(own.sigma(jnp.float32(own.t_min))) > 0.0:
+        return own, diffusion.network_time
+    process = diffusion.process
+    steps = jnp.arange(process.num_steps, dtype=jnp.float32)
+    received = jnp.asarray(process.timestep_map, jnp.float32)
+    return between_steps(process), lambda t: jnp.interp(t, steps, received)
 
 
 def between_steps(process: GaussianProcess) -> Schedule:

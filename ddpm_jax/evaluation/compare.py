@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from ddpm_jax.evaluation.bootstrap import Interval, bootstrap_means, interval
-from ddpm_jax.evaluation.features import LOGITS, POOL, SPATIAL
+from ddpm_jax.evaluation.features import LOGITS, POOL, SPATIAL, Identity
 from ddpm_jax.evaluation.neighbours import bootstrap_kernel, kernel_distances, precision_recall
 from ddpm_jax.evaluation.statistics import bootstrap_frechet, bootstrap_score, frechet_distance
 from ddpm_jax.evaluation.summary import Summary
@@ -30,6 +30,13 @@ class Measure:
     value: float
     interval: Interval | None = None
     note: str = ""
+
+    def named(self, identity: Identity | None) -> "Measure":
+        """Return the measure with the name of its features in the note, unless they are Inception's, as usual."""
+        if identity is None or identity.name == "inception":
+            return self
+        note = f"{identity.name} features" + (f", {self.note}" if self.note else "")
+        return dataclasses.replace(self, note=note)
 
     @classmethod
     def of_means(
@@ -80,7 +87,7 @@ def compare(
             notes.append(f"{metric} is not measured: {missing}")
             continue
         measures += _MEASURE[metric](samples, reference, options)
-    return measures, notes
+    return [each.named(samples.identity) for each in measures], notes
 
 
 def warnings_about(samples: Summary, reference: Summary | None, metrics: Sequence[str]) -> list[str]:

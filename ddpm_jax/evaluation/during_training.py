@@ -55,6 +55,10 @@ class SampleQuality:
         """Whether a larger value of `metric` is better."""
         return self.metric in ("inception_score", "precision", "recall")
 
+    def check(self) -> None:
+        """Open the features and summarize the reference; raise ValueError or LoadError if that is not possible."""
+        assert self._reference
+
     def __call__(self, model: Model) -> Mapping[str, float]:
         """Return the measures of a model's samples by name."""
         extractor, reference = self._reference

@@ -1,7 +1,7 @@
 """Sets of images that are measured, read batch by batch: of a data source, an .npz file, or sampled by a pipeline."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
@@ -188,14 +188,10 @@ class SampledImages:
         self.name, self.preprocessing = f"samples of a {type(pipeline).__name__}", f"as sampled, seed {seed}"
         self.batch_size = min(count, batch_size or getattr(pipeline, "batch_size", 16))
         known = pipeline.labels if isinstance(pipeline, Cascade) else None
-        if isinstance(pipeline, Cascade):
-            self._captions, self._labels = None, labels
-            if labels is None and known is not None:
-                self._labels = list(range(known["num_classes"]))
-        elif not captions:
+        if not isinstance(pipeline, Cascade) and not captions:
             raise ValueError(f"a {type(pipeline).__name__} needs captions; give a reference with captions")
-        else:
-            self._captions, self._labels = captions, None
+        self._captions = captions or None
+        self._labels = list(range(known["num_classes"])) if labels is None and known is not None else labels
 
     def __len__(self) -> int:
         return self._count
@@ -205,7 +201,7 @@ class SampledImages:
         rows = range(begin, end)
         taken = lambda values: None if values is None else [values[i % len(values)] for i in rows]  # noqa: E731
         captions, labels = taken(self._captions), taken(self._labels)
-        given: Mapping[str, Any] = {"prompts": captions} if captions is not None else {"num_images": end - begin}
+        given: dict[str, Any] = {"num_images": end - begin} if captions is None else {"prompts": captions}
         given |= {} if labels is None else {"labels": labels}
         mesh = make_local_mesh(self.batch_size)
         how = {"seed": self._seed, "start": begin, "batch_size": self.batch_size, "mesh": mesh} | self._options

@@ -34,6 +34,10 @@ class Evaluation(Protocol):
     metric: str
     higher_is_better: bool
 
+    def check(self) -> None:
+        """Raise ValueError or LoadError, before anything is trained, if nothing can be measured."""
+        ...
+
     def __call__(self, model: Model) -> Mapping[str, float]:
         """Return measures by name; all hosts call it, with the whole model, and get the same."""
         ...

@@ -219,6 +219,9 @@ class _Run:
         """Raise an error for what would stop a stage only after those before it have been trained."""
         self.abstract.check(stage)
         self._compare(stage)
+        if stage.training.evaluate_every:
+            local_path(self.workdir)  # where the best model is written
+            stage.evaluate.check()
 
     def agree(self, chosen: Sequence[Stage]) -> None:
         """Raise ClusterError on all hosts if one has another idea of the devices, a stage or its records."""

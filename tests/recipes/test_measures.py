@@ -1,0 +1,157 @@
+"""Measures that train or solve an ODE, and an evaluation that two hosts share; too slow for the default run."""
+
+import json
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny_pipelines
+from commands import as_command
+from several_hosts import HostRun
+from toy_training import run
+
+import ddpm_jax
+from ddpm_jax.data.arrays import ArraySource
+from ddpm_jax.data.shapes.scenes import ShapesSource
+from ddpm_jax.diffusion.diffusion import Diffusion
+from ddpm_jax.diffusion.likelihood import ode_log_likelihood
+from ddpm_jax.diffusion.samplers import example_keys
+from ddpm_jax.diffusion.sampling import Sampling
+from ddpm_jax.evaluation.accuracy import accuracy_score
+from ddpm_jax.evaluation.bits import between_steps, measure_exact
+from ddpm_jax.evaluation.during_training import SampleQuality
+from ddpm_jax.evaluation.images import SourceImages
+from ddpm_jax.models.unet import UNet
+from ddpm_jax.pipelines import save
+from ddpm_jax.training import DiffusionTask, Images, Stage, Training, train
+from ddpm_jax.training.best import read_best
+
+RNG = np.random.RandomState(0)
+
+
+def squares(count, size=16, bright=200):
+    """Images with a square in one of two corners, and which."""
+    labels = RNG.randint(0, 2, count).astype(np.int32)
+    images = RNG.randint(0, 60, (count, size, size, 3), dtype=np.uint8)
+    for image, label in zip(images, labels):
+        place = slice(0, size // 2) if label else slice(size // 2, size)
+        image[place, place] = bright
+    return images, labels
+
+
+def test_a_classifier_learns_from_good_samples_alone(tmp_path):
+    test = squares(100)
+    how = {"num_steps": 60, "batch_size": 32, "replicates": 20}
+    good = accuracy_score(squares(200), test, tmp_path / "good", **how)
+    images, labels = squares(200)
+    bad = accuracy_score((images, 1 - labels), test, tmp_path / "bad", **how)
+    assert good.value > 0.95 and bad.value < 0.05
+    assert good.interval.low <= good.value <= good.interval.high
+    with pytest.raises(ValueError, match=r"label 5 of image 0 of the test images must be in \[0, 2\)"):
+        accuracy_score(squares(20), (test[0][:1], np.array([5])), tmp_path / "none", **how)
+
+
+def test_the_exact_likelihood_of_a_model():
+    """Image i depends on the seed and i alone; more tolerance changes little."""
+    images = RNG.randint(0, 256, (3, 8, 8, 3), dtype=np.uint8)
+    records = SourceImages([{"image": image, "label": i} for i, image in enumerate(images)])
+    model = tiny_pipelines.base("guided")
+    bits, calls = measure_exact(model, records, seed=3, batch_size=2, tolerance=1e-3)
+    again, more = measure_exact(model, records, seed=3, batch_size=3, tolerance=1e-4)
+    assert np.isfinite(bits).all() and calls < more
+    np.testing.assert_allclose(bits, again, rtol=0.02)
+
+
+def evaluate(*flags):
+    with as_command("evaluate", *map(str, flags)) as command:
+        command()
+
+
+def test_captions_and_accuracy_of_a_workdir(tmp_path):
+    save(tiny_pipelines.unclip(0), tmp_path / "run")
+    source = ShapesSource(0, 8, length=20)
+    folder = tmp_path / "data"
+    folder.mkdir()
+    from PIL import Image
+
+    for number in range(len(source)):
+        Image.fromarray(source[number]["image"]).save(folder / f"{number:02d}.png")
+        (folder / f"{number:02d}.txt").write_text(source[number]["caption"])
+    flags = ["--workdir", tmp_path / "run", "--reference", folder, "--num_images", "8", "--metrics", "fid,clip"]
+    evaluate(*flags, "--clip", tmp_path / "run" / "clip", "--bootstrap", "2", "--prior_steps", "1", "--steps", "1")
+    found = json.loads((tmp_path / "run" / "measures.json").read_text())["measures"]
+    assert set(found) == {"FID", "CLIP score", "R-precision"}
+    assert 0 <= found["CLIP score"]["value"] <= 100
+
+
+def test_two_hosts_measure_what_one_does(tmp_path):
+    names = ["samples.npz", "reference.npz"]
+    for name, count in zip(names, (25, 30)):
+        np.savez(tmp_path / name, RNG.randint(0, 256, (count, 8, 8, 3), dtype=np.uint8))
+    files = dict(zip(("--samples", "--reference"), (tmp_path / name for name in names)))
+    flags = [each for pair in files.items() for each in pair] + ["--bootstrap", "3", "--kid_subset_size", "20"]
+    found = []
+    for hosts in (1, 2):
+        out = tmp_path / f"out{hosts}"
+        with HostRun([*flags, "--out", out], hosts=hosts, command="evaluate") as processes:
+            for status, printed, err in processes.finish():
+                assert status == 0, err
+                print(printed, file=sys.stderr)
+        found.append(json.loads((out / "measures.json").read_text())["measures"])
+    for name, measure in found[0].items():
+        assert found[1][name]["value"] == pytest.approx(measure["value"], rel=1e-6), name
+
+
+def test_the_likelihood_of_gaussian_data():
+    """Data N(0, s^2) have x_t ~ N(0, alpha^2 s^2 + sigma^2), so that the ODE's likelihood is that at the first step."""
+    process, s = Diffusion("cosine", 50).process, 0.5
+    schedule = between_steps(process)
+
+    def eps(xt, t):
+        alpha, sigma = (each(t[0]) for each in (schedule.alpha, schedule.sigma))
+        return sigma * xt / (alpha**2 * s**2 + sigma**2)
+
+    x0 = jnp.asarray(RNG.standard_normal((3, 4)), jnp.float32)
+    log_p, _ = ode_log_likelihood(schedule, eps, example_keys(jax.random.key(0), 3), x0, probe="exact")
+    variance = float(process.alpha[0] ** 2 * s**2 + process.sigma[0] ** 2)
+    wanted = -0.5 * np.square(x0).sum(1) / variance - 2 * np.log(2 * np.pi * variance)
+    end = float(process.alpha[-1] ** 2 * s**2 + process.sigma[-1] ** 2)
+    assert abs(end - 1) < 1e-3  # what the prior N(0, 1) takes for 1
+    np.testing.assert_allclose(log_p, wanted, rtol=2e-3)
+
+
+def test_measures_stand_in_the_log_and_come_again_after_a_stop(tmp_path):
+    measured = []
+
+    def measure(params, step):
+        measured.append(step)
+        return {"eval_fid": float(step)}
+
+    run(tmp_path, num_steps=10, evaluate_every=4, measure=measure)
+    run(tmp_path, num_steps=12, evaluate_every=4, measure=measure)
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert {row["step"]: row["eval_fid"] for row in rows if "eval_fid" in row} == {4: 4.0, 8: 8.0, 10: 10.0, 12: 12.0}
+    assert measured == [4, 8, 10, 12]
+
+
+def test_a_stage_keeps_its_best_model(tmp_path):
+    images = RNG.randint(0, 256, (24, 8, 8, 3), dtype=np.uint8)
+    unet = UNet(16, 3, (1,), 1, (), head_channels=8, groups=4)
+    sampling = Sampling("ddim", 2, threshold=1.0)
+    quality = SampleQuality(reference=ArraySource(images), num_images=8, batch_size=8, sampling=sampling)
+    stage = Stage(
+        name="base",
+        task=DiffusionTask(model=unet, diffusion=Diffusion("cosine", 10), x0=Images(8)),
+        source=ArraySource(images),
+        training=Training(batch_size=8, num_steps=4, learning_rate=1e-3, preview_every=0, evaluate_every=2),
+        evaluate=quality,
+    )
+    train(stage, tmp_path / "run")
+    best = read_best(tmp_path / "run" / "base")
+    rows = [json.loads(line) for line in (tmp_path / "run" / "base" / "metrics.jsonl").read_text().splitlines()]
+    values = {row["step"]: row["eval_fid"] for row in rows if "eval_fid" in row}
+    assert set(values) == {2, 4} and best["value"] == min(values.values()) == values[best["step"]]
+    model = ddpm_jax.load(tmp_path / "run" / "base" / "best" / str(best["step"]))
+    assert quality(model)["fid"] == pytest.approx(best["value"], rel=1e-6)
