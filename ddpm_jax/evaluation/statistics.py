@@ -9,23 +9,29 @@ import numpy as np
 from ddpm_jax.evaluation.bootstrap import random_part, resampled_counts
 
 MOST = 10_000  # images of the bootstrap, in float64
+FLUSH = 1024  # vectors of an update of moments
 
 
 class Moments:
     """Mean and covariance of vectors that come in batches, merged as Chan et al. (1983) do.
 
+    Vectors wait until there are `FLUSH` of them, since an update of the covariance costs the same for any number.
+
     Args:
         dimensions: D.
-
-    Attributes:
-        count: vectors so far.
-        mean: float64[D].
-        scatter: float64[D, D], the sum of outer products of the deviations from the mean.
     """
 
     def __init__(self, dimensions: int):
-        self.count = 0
-        self.mean, self.scatter = np.zeros(dimensions), np.zeros((dimensions, dimensions))
+        self._count, self._waiting = 0, 0
+        self._mean, self._scatter = np.zeros(dimensions), np.zeros((dimensions, dimensions))
+        self._batches: list[np.ndarray] = []
+
+    @classmethod
+    def of(cls, count: int, mean: np.ndarray, scatter: np.ndarray) -> "Moments":
+        """Return the moments of `count` vectors with a mean, float64[D], and a scatter, float64[D, D]."""
+        found = cls(0)
+        found._count, found._mean, found._scatter = count, mean, scatter
+        return found
 
     def add(self, features: np.ndarray) -> None:
         """Add vectors, float[B, D].
@@ -33,28 +39,53 @@ class Moments:
         Raises:
             ValueError: if they have another size, or are not finite.
         """
-        features = np.asarray(features, np.float64)
-        if features.ndim != 2 or features.shape[1] != len(self.mean):
-            raise ValueError(f"features must have shape [B, {len(self.mean)}], got {features.shape}")
-        if not len(features):
-            return
-        mean = features.mean(0)
-        if not np.isfinite(mean).all():
+        features = np.asarray(features)
+        if features.ndim != 2 or features.shape[1] != len(self._mean):
+            raise ValueError(f"features must have shape [B, {len(self._mean)}], got {features.shape}")
+        if not np.isfinite(features).all():
             raise ValueError("features have values that are not finite (NaN or infinity)")
-        centred = features - mean
-        self._add(len(features), mean, centred.T @ centred)
+        self._batches.append(features)
+        self._waiting += len(features)
+        if self._waiting >= FLUSH:
+            self._flush()
 
     def merge(self, other: "Moments") -> None:
         """Add the vectors of another object."""
-        if other.count:
-            self._add(other.count, other.mean, other.scatter)
+        self._flush()
+        self._merge(other.count, other.mean, other.scatter)
 
-    def _add(self, count: int, mean: np.ndarray, scatter: np.ndarray) -> None:
-        total, step = self.count + count, mean - self.mean
-        self.scatter += scatter
-        self.scatter += np.outer(step, step * (self.count * count / total))
-        self.mean = self.mean + step * (count / total)
-        self.count = total
+    def _flush(self) -> None:
+        if self._waiting:
+            waiting = np.concatenate(self._batches).astype(np.float64)
+            self._batches, self._waiting = [], 0
+            mean = waiting.mean(0)
+            waiting -= mean
+            self._merge(len(waiting), mean, waiting.T @ waiting)
+
+    def _merge(self, count: int, mean: np.ndarray, scatter: np.ndarray) -> None:
+        total = self._count + count
+        if count:
+            step = mean - self._mean
+            self._scatter = self._scatter + scatter + np.outer(step, step * (self._count * count / total))
+            self._mean = self._mean + step * (count / total)
+            self._count = total
+
+    @property
+    def count(self) -> int:
+        """The number of vectors."""
+        return self._count + self._waiting
+
+    @property
+    def mean(self) -> np.ndarray:
+        """The mean, float64[D]."""
+        self._flush()
+        return self._mean
+
+    @property
+    def scatter(self) -> np.ndarray:
+        """The sum of outer products of the deviations from the mean, float64[D, D]."""
+        self._flush()
+        return self._scatter
 
     @property
     def covariance(self) -> np.ndarray:

@@ -136,10 +136,7 @@ def _of_all_hosts(own: Summary) -> Summary:
     for name, each in own.moments.items():
         total = Moments(len(each.mean))
         for part in parts:
-            other = Moments(len(each.mean))
-            other.count, other.mean = int(part[f"{name}/count"]), part[f"{name}/mean"]
-            other.scatter = part[f"{name}/scatter"]
-            total.merge(other)
+            total.merge(Moments.of(int(part[f"{name}/count"]), part[f"{name}/mean"], part[f"{name}/scatter"]))
         own.moments[name] = total
     for name in names:
         setattr(own.scores, name, sum(part[f"scores/{name}"] for part in parts))
@@ -250,13 +247,11 @@ def read_statistics(path: str | os.PathLike, extractor: Extractor) -> Summary:
 
 
 def _moments(path: str | os.PathLike, mean: str, covariance: str, count: int | None) -> Moments:
-    found = Moments(0)
-    found.count = count or 2  # the file's covariance is what counts
-    found.mean = np.asarray(read_array(path, mean), np.float64)
-    found.scatter = np.asarray(read_array(path, covariance), np.float64) * (found.count - 1)
-    if not (np.isfinite(found.mean).all() and np.isfinite(found.scatter).all()):
+    arrays = [np.asarray(read_array(path, name), np.float64) for name in (mean, covariance)]
+    if not all(np.isfinite(array).all() for array in arrays):
         raise LoadError(f"{path}: {mean} or {covariance} has values that are not finite (NaN or infinity)")
-    return found
+    count = count or 2  # only the covariance of a file counts
+    return Moments.of(count, arrays[0], arrays[1] * (count - 1))
 
 
 def _read_about(path: str | os.PathLike) -> dict[str, Any]:

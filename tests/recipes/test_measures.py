@@ -42,8 +42,8 @@ def squares(count, size=16, bright=200):
 
 
 def test_a_classifier_learns_from_good_samples_alone(tmp_path):
-    test = squares(100)
-    how = {"num_steps": 60, "batch_size": 32, "replicates": 20}
+    test = squares(60)
+    how = {"num_steps": 40, "batch_size": 32, "replicates": 20}
     good = accuracy_score(squares(200), test, tmp_path / "good", **how)
     images, labels = squares(200)
     bad = accuracy_score((images, 1 - labels), test, tmp_path / "bad", **how)
@@ -54,14 +54,14 @@ def test_a_classifier_learns_from_good_samples_alone(tmp_path):
 
 
 def test_the_exact_likelihood_of_a_model():
-    """Image i depends on the seed and i alone; more tolerance changes little."""
+    """Image i depends on the seed and i alone."""
     images = RNG.randint(0, 256, (3, 8, 8, 3), dtype=np.uint8)
     records = SourceImages([{"image": image, "label": i} for i, image in enumerate(images)])
     model = tiny_pipelines.base("guided")
-    bits, calls = measure_exact(model, records, seed=3, batch_size=2, tolerance=1e-3)
-    again, more = measure_exact(model, records, seed=3, batch_size=3, tolerance=1e-4)
-    assert np.isfinite(bits).all() and calls < more
-    np.testing.assert_allclose(bits, again, rtol=0.02)
+    bits, calls = measure_exact(model, records, seed=3, batch_size=2, tolerance=1e-2)
+    again, _ = measure_exact(model, records, seed=3, batch_size=1, tolerance=1e-2)
+    assert np.isfinite(bits).all() and calls > 6
+    np.testing.assert_allclose(bits, again, rtol=1e-3)
 
 
 def evaluate(*flags):
@@ -71,7 +71,7 @@ def evaluate(*flags):
 
 def test_captions_and_accuracy_of_a_workdir(tmp_path):
     save(tiny_pipelines.unclip(0), tmp_path / "run")
-    source = ShapesSource(0, 8, length=20)
+    source = ShapesSource(0, 16, length=20)
     folder = tmp_path / "data"
     folder.mkdir()
     from PIL import Image
