@@ -15,6 +15,9 @@ _FLOATS = ("learning_rate", "final_fraction", "weight_decay", "b1", "b2", "eps",
 _FLOATS += ("ema_decay", "spike_factor", "sam_rho")
 _OPTIONAL = ("clip_norm", "muon_learning_rate", "spike_factor", "sam_rho")
 _ACTIONS = ("stop", "skip", "roll_back")
+_POSITIVE = ("batch_size", "num_steps", "accumulate", "checkpoint_every", "max_to_keep", "log_every", "eval_batches")
+_COUNTS = ("warmup_steps", "preview_every", "num_previews", "eval_every", "evaluate_every", "moment_examples")
+_LEASTS = dict.fromkeys((*_POSITIVE, "max_bad_steps"), 1) | dict.fromkeys((*_COUNTS, "num_workers"), 0)
 
 Transform = Any
 """A callable record -> record, or an object with `random_map(record, rng)`; see `data.transforms`."""
@@ -99,38 +102,14 @@ class Training:
 
     def check(self) -> None:
         """Raise ValueError for a field out of its range; a `Stage` calls it."""
-        leasts = dict.fromkeys(
-            (
-                "batch_size",
-                "num_steps",
-                "accumulate",
-                "checkpoint_every",
-                "max_to_keep",
-                "log_every",
-                "eval_batches",
-                "max_bad_steps",
-            ),
-            1,
-        ) | dict.fromkeys(
-            (
-                "warmup_steps",
-                "preview_every",
-                "num_previews",
-                "eval_every",
-                "evaluate_every",
-                "moment_examples",
-                "num_workers",
-            ),
-            0,
-        )
-        for name in (*leasts, "seed"):
+        for name in (*_LEASTS, "seed"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int):
                 raise ValueError(f"{name}={value!r} must be an integer")
             if value > 10**9 and name != "seed":
                 raise ValueError(f"{name}={shown(value)} must be at most {10**9}")
-            if value < leasts.get(name, value):
-                raise ValueError(f"{name}={shown(value)} must be at least {leasts[name]}")
+            if value < _LEASTS.get(name, value):
+                raise ValueError(f"{name}={shown(value)} must be at least {_LEASTS[name]}")
         for name in _FLOATS:
             value = getattr(self, name)
             if value is None and name in _OPTIONAL:
