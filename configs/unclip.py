@@ -6,7 +6,7 @@
 records if `ddpm_jax.prepare --embed` put them there. With `data.held_out_path`, other such records, the priors are
 evaluated as they train (docs/prior.md). `--config.priors` is "diffusion", "autoregressive" or "both".
 
-Variants, whose parameters are in docs/unclip.md with their sources (held to them by tests/test_configs.py):
+Variants, whose parameters are in docs/unclip.md with their sources (held to them by tests/recipes/test_unclip.py):
 
     configs/unclip.py           the paper's, for a TPU pod: the state of the decoder's training alone is 57 GB, and the
                                 batches are the paper's; docs/performance.md has planned days
