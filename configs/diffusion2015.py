@@ -4,8 +4,8 @@
     python -m ddpm_jax.train --config configs/diffusion2015.py:heartbeat --workdir runs/heartbeat
 
 The first is a Gaussian diffusion of points of the plane, the second a binomial diffusion of sequences of 20 bits with a
-one in every fifth place (`diffusion.binomial`). Both train in minutes on two cores (16 on busy ones); then `evaluate` prints what they
-have learned. The data are computed, so nothing has to be fetched.
+one in every fifth place (`diffusion.binomial`). Both train in minutes on two cores (16 on busy ones); then `evaluate`
+prints what they have learned. The data are computed, so nothing has to be fetched.
 
 Variants, with the parameters of the network (held to them by tests/recipes/test_sizes.py):
 
