@@ -210,7 +210,7 @@ def _samples() -> Any:
 
     pipeline, count = _pipeline(), _NUM_IMAGES.value or 10_000
     captions = None
-    if _REFERENCE.value and getattr(pipeline, "captioned", not isinstance(pipeline, Cascade)):
+    if _REFERENCE.value and (not isinstance(pipeline, Cascade) or pipeline.captioned):
         captions = captions_of(_REFERENCE.value, count)
     kwargs = cli_sampling.sampling_options(FLAGS)
     return SampledImages(pipeline, count, captions=captions, seed=_SEED.value, batch_size=_BATCH.value, **kwargs)

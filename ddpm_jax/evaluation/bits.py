@@ -139,7 +139,7 @@ def measure_exact(
 
 def _continuous(diffusion: Diffusion) -> tuple[Schedule, Callable[[jax.Array], jax.Array]]:
     """Return the process in continuous time, and what the network receives at its times."""
-    own = getattr(diffusion, "continuous", None)  # where training is in continuous time
+    own = diffusion.continuous  # where training is in continuous time
     if own is not None and float(own.sigma(jnp.float32(own.t_min))) > 0.0:
         return own, diffusion.network_time
     process = diffusion.process
