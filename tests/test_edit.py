@@ -146,7 +146,7 @@ def test_an_image_does_not_depend_on_its_batch(pipelines, latents):
         edit.decode(pipeline, latent, **{"eta": 0.5} | options, **WHOLE)
     assert inversion._decode._cache_size() == before  # other numbers run the same program
     with pytest.raises(NotFiniteError, match=r"the decoder returned values .* for latent\[1\]: "):
-        edit.decode(pipeline, latent.replace(z_image=latent.z_image * np.array([[1], [np.nan], [1]])), eta=0.5, **WHOLE)
+        edit.decode(pipeline, latent.replace(z_image=latent.z_image * np.array([[1], [3e38], [1]])), eta=0.5, **WHOLE)
 
 
 # ---- Several images of each ------------------------------------------------------------------------------------------
@@ -280,6 +280,8 @@ def test_outpainting(pipelines):
 def test_wrong_arguments(pipelines, latents):
     pipeline, latent, other = pipelines["unclip"], latents["unclip"], pipelines["karlo"]
     encode, decode, one, mask = edit.encode, edit.decode, images(1), np.ones((40, 47), bool)
+    pca = edit.fit_pca(latent.z_image)
+    narrow = edit.fit_pca(latent.z_image[:, :4])
     for wrong, message in (
         (lambda: encode(cascade(), one), "by an UnCLIP or a Karlo, got a Cascade, which has no image embed"),
         (lambda: encode(other.replace(image=None), one), "this Karlo has no image encoder"),
@@ -299,6 +301,31 @@ def test_wrong_arguments(pipelines, latents):
         (lambda: decode(pipeline, latent, eta=2.0), r"eta=2.0 must be in \[0, 1\]"),
         (lambda: decode(pipeline, latent, stepps=2), "there is no option 'stepps'"),
         (lambda: decode(pipeline, latent, noise_index=[0]), "noise_index must be 3 integers"),
+        (lambda: decode(pipeline, latent.replace(z_image=np.nan * latent.z_image)), r"latent.z_image\[0\] holds NaN"),
+        (lambda: decode(pipeline, latent.replace(x_T=np.inf * latent.x_T)), r"latent.x_T\[0\] holds NaN or infinity"),
+        (
+            lambda: edit.interpolate(pipeline, latent, None),
+            "second must be a BipartiteLatent, as encode returns it, got a",
+        ),
+        (
+            lambda: edit.interpolate(pipeline, latent, latent.replace(z_image=-latent.z_image)),
+            r"first.z_image\[0\] and second.z_image are opposite",
+        ),
+        (lambda: edit.variations(pipeline, None), "latent must be a BipartiteLatent, as encode returns it, got a None"),
+        (lambda: edit.text_diff(pipeline, None, *CAPTIONS), "latent must be a BipartiteLatent"),
+        (lambda: edit.recaption(pipeline, None, CAPTIONS), "latent must be a BipartiteLatent"),
+        (lambda: edit.text_diff(pipeline, latent, *CAPTIONS, thetas=["a"]), r"thetas=\['a'\] must be numbers in"),
+        (lambda: edit.reconstruct(pipeline, latent, None, [2]), "pca=None must be a Pca, as fit_pca and pca_of return"),
+        (lambda: edit.reconstruct(pipeline, latent, pca, 2), "dims=2 must be a sequence of numbers of components"),
+        (lambda: edit.reconstruct(pipeline, latent, pca, []), r"dims=\[\] must be a sequence of numbers"),
+        (
+            lambda: edit.reconstruct(pipeline, latent, narrow, [1]),
+            r"z_image must be float32\[N, 4\], got shape \(3, 16\)",
+        ),
+        (
+            lambda: edit.label_probabilities(pipeline, np.ones((1, 4)), CAPTIONS),
+            r"z_image must be float32\[N, 16\], got",
+        ),
         (lambda: edit.variations(pipeline, latent, count=0), "count=0 must be at least 1"),
         (lambda: edit.interpolate(pipeline, latent, latent.take([0])), "as many first as second latents, got 3 and"),
         (lambda: edit.interpolate(pipeline, latent, latent, weights=[2.0]), r"weights must be numbers in \[0, 1\]"),

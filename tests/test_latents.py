@@ -87,8 +87,19 @@ def test_a_turn_is_by_its_angle():
     np.testing.assert_array_equal(perturbed(z[:2], 20.0, jax.random.key(3)), found[1][:2])
     towards = normal(4, 1, 16)
     assert (angle(perturbed(z, 30.0, towards=towards), towards) < angle(z, towards)).all()
-    with pytest.raises(ValueError, match="needs a key or towards, and only one of them"):
-        perturbed(z, 20.0)
+    np.testing.assert_allclose(perturbed(z, 0.0, towards=z), z, rtol=1e-6)
+    for wrong, message in (
+        (lambda: perturbed(z, 20.0), "needs a key or towards, and only one of them"),
+        (lambda: perturbed(z, 60.0, towards=z), r"towards is parallel to z_image\[0\]"),
+        (lambda: perturbed(z, 60.0, towards=-3.0 * z), r"towards is parallel to z_image\[0\]"),
+        (lambda: perturbed(z, 400.0, jax.random.key(0)), r"degrees=400.0 must be in \[0, 180\]"),
+        (lambda: perturbed(z, np.nan, jax.random.key(0)), r"degrees=nan must be in \[0, 180\]"),
+        (lambda: perturbed(z[0], 20.0, jax.random.key(0)), r"z_image must be float32\[N, D\], got shape \(16,\)"),
+        (lambda: perturbed(z, 20.0, towards=towards[:, :4]), r"towards must be float32\[N, 16\], got shape \(1, 4\)"),
+        (lambda: perturbed("z", 20.0, towards=towards), "z_image='z' must be embeddings"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            wrong()
 
 
 def test_principal_components():
@@ -108,6 +119,10 @@ def test_principal_components():
         truncated(z, pca, 7)
     with pytest.raises(ValueError, match=r"at least two embeddings \[N, D\], got shape \(1, 6\)"):
         fit_pca(z[:1])
+    with pytest.raises(ValueError, match=r"z_image\[2\] holds NaN or infinity"):
+        fit_pca(np.where(np.arange(40)[:, None] == 2, np.nan, z))
+    with pytest.raises(ValueError, match=r"z_image must be float32\[N, 6\], got shape \(40, 5\)"):
+        truncated(z[:, :5], pca, 3)
 
 
 def test_components_of_codes():

@@ -186,7 +186,7 @@ def decode(
         NotFiniteError: if a network returned NaN or infinity.
     """
     decoding = decoding_of(pipeline)
-    latent = _checked_latent(decoding, latent)
+    latent = checked_latent(decoding, latent)
     own = None if latent.x_T is None else Sampling("ddim", latent.steps)
     count = len(latent)
     negative = decoding.negative(negative_prompts, count)
@@ -312,21 +312,28 @@ def _indices(values: Any, count: int) -> np.ndarray:
     return found.astype(np.int32)
 
 
-def _checked_latent(decoding: Decoding, latent: Any) -> BipartiteLatent:
-    """Return a latent as arrays of numpy, if it is one of this pipeline."""
+def checked_latent(decoding: Decoding, latent: Any, name: str = "latent") -> BipartiteLatent:
+    """Return a latent as arrays of numpy, if it is one of this pipeline; name: of the argument."""
     if not isinstance(latent, BipartiteLatent):
-        raise ValueError(f"latent must be a BipartiteLatent, as encode returns it, got a {type(latent).__name__}")
+        raise ValueError(f"{name} must be a BipartiteLatent, as encode returns it, got a {type(latent).__name__}")
     z, size = np.asarray(latent.z_image, np.float32), decoding.image_size
     if z.ndim != 2 or not len(z) or z.shape[1] != decoding.embed_dim:
         raise ValueError(f"z_image must be float32[N, {decoding.embed_dim}] for this pipeline, got shape {z.shape}")
+    _check_known(f"{name}.z_image", z)
     if latent.x_T is None:
         return BipartiteLatent(z)
     xt, wanted = np.asarray(latent.x_T, np.float32), (len(z), size, size, decoding.channels)
     if xt.shape != wanted:
         raise ValueError(f"x_T must be float32{list(wanted)} for this pipeline, got shape {xt.shape}")
+    _check_known(f"{name}.x_T", xt)
     if latent.steps is None:
         raise ValueError("a latent with x_T needs the steps with which it was found")
     return BipartiteLatent(z, xt, latent.steps)
+
+
+def _check_known(name: str, values: np.ndarray) -> None:
+    if not (known := np.isfinite(values).reshape(len(values), -1).all(1)).all():
+        raise ValueError(f"{name}[{int(np.argmin(known))}] holds NaN or infinity")
 
 
 # ---- Compiled programs -----------------------------------------------------------------------------------------------

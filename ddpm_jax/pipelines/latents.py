@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ddpm_jax.checks import check_number, is_known, shown
 from ddpm_jax.diffusion.sampling import as_steps
 from ddpm_jax.errors import LoadError
 from ddpm_jax.extras import needs_extra
@@ -22,6 +23,7 @@ from ddpm_jax.storage.tensor_file import ReadError, read_tensors
 
 FORMAT = "ddpm_jax latents 1"
 _TINY = 1e-12
+_PARALLEL = 1e-4  # of the norm: below it, the part at right angles is mostly rounding errors
 
 
 class BipartiteLatent(flax.struct.PyTreeNode):
@@ -96,6 +98,23 @@ def load_latents(path: str | os.PathLike) -> BipartiteLatent:
 # ---- Arithmetic ------------------------------------------------------------------------------------------------------
 
 
+def as_embeddings(name: str, value: Any, size: int | None = None) -> jax.Array:
+    """Return embeddings as float32[N, D].
+
+    Raises:
+        ValueError: if they are no finite numbers of this shape, or D is not `size`. Traced numbers pass.
+    """
+    try:
+        found = jnp.asarray(value, jnp.float32)
+    except (TypeError, ValueError):
+        raise ValueError(f"{name}={shown(value)} must be embeddings, float32[N, {size or 'D'}]") from None
+    if found.ndim != 2 or not len(found) or found.shape[1] != (size or found.shape[1]):
+        raise ValueError(f"{name} must be float32[N, {size or 'D'}], got shape {found.shape}")
+    if is_known(found) and not (finite := np.isfinite(np.asarray(found)).all(1)).all():
+        raise ValueError(f"{name}[{int(np.argmin(finite))}] holds NaN or infinity")
+    return found
+
+
 def slerp(first: Any, second: Any, weight: Any) -> jax.Array:
     """Interpolate on the sphere: directions along the great circle, norms linearly.
 
@@ -142,21 +161,34 @@ def perturbed(z_image: Any, degrees: float, key: jax.Array | None = None, *, tow
         float32[N, D], at exactly this angle to z.
 
     Raises:
-        ValueError: if there is not one of key and towards.
+        ValueError: if there is not one of key and towards, degrees is out of its range, or towards is parallel to z.
     """
     if (key is None) == (towards is None):
         raise ValueError("perturbed needs a key or towards, and only one of them")
-    z = jnp.asarray(z_image, jnp.float32)
-    if towards is None:
+    degrees = check_number("degrees", degrees, lambda v: (v >= 0) & (v <= 180), "must be in [0, 180]")
+    z = as_embeddings("z_image", z_image)
+    if towards is not None:
+        towards = as_embeddings("towards", towards, z.shape[1])
+        if len(towards) not in (1, len(z)):
+            raise ValueError(f"towards must have 1 or {len(z)} rows, one for each embedding, got {len(towards)}")
+    else:
         keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.arange(len(z)))
         towards = jax.vmap(lambda k: jax.random.normal(k, z.shape[1:], z.dtype))(keys)
     length = jnp.linalg.norm(z, axis=1, keepdims=True)
     unit = z / jnp.maximum(length, _TINY)
-    direction = jnp.broadcast_to(jnp.asarray(towards, jnp.float32), z.shape)
-    direction = direction - jnp.sum(direction * unit, axis=1, keepdims=True) * unit
+    direction = jnp.broadcast_to(towards, z.shape)
     direction = direction / jnp.maximum(jnp.linalg.norm(direction, axis=1, keepdims=True), _TINY)
-    angle = np.deg2rad(degrees)
-    return length * (np.cos(angle) * unit + np.sin(angle) * direction)
+    across = direction - jnp.sum(direction * unit, axis=1, keepdims=True) * unit
+    sine = jnp.linalg.norm(across, axis=1, keepdims=True)
+    if is_known(degrees, sine) and 0 < degrees < 180 and (sine < _PARALLEL).any():
+        row = int(jnp.argmax(sine[:, 0] < _PARALLEL))
+        raise ValueError(
+            f"towards is parallel to z_image[{row}] (or one of them is zero), which has no direction to turn"
+        )
+    across = across - jnp.sum(across * unit, axis=1, keepdims=True) * unit  # what rounding left
+    across = across / jnp.maximum(jnp.linalg.norm(across, axis=1, keepdims=True), _TINY)
+    angle = jnp.deg2rad(degrees)
+    return length * (jnp.cos(angle) * unit + jnp.sin(angle) * across)
 
 
 def text_difference(z_image: Any, z_source: Any, z_target: Any, theta: Any) -> jax.Array:
@@ -177,7 +209,7 @@ def text_difference(z_image: Any, z_source: Any, z_target: Any, theta: Any) -> j
     Raises:
         ValueError: if the captions have the same embedding.
     """
-    z = jnp.asarray(z_image, jnp.float32)
+    z = as_embeddings("z_image", z_image)
     difference = np.asarray(z_target, np.float64) - np.asarray(z_source, np.float64)
     length = np.linalg.norm(difference)
     if not length > 1e-6:
@@ -213,8 +245,8 @@ def fit_pca(z_image: Any) -> Pca:
     Raises:
         ValueError: if there are fewer than two embeddings.
     """
-    z = np.asarray(z_image, np.float64)
-    if z.ndim != 2 or len(z) < 2:
+    z = np.asarray(as_embeddings("z_image", z_image), np.float64)
+    if len(z) < 2:
         raise ValueError(f"principal components need at least two embeddings [N, D], got shape {z.shape}")
     mean = z.mean(0)
     components = np.linalg.svd(z - mean, full_matrices=False)[2].T[:, : min(len(z) - 1, z.shape[1])]
@@ -232,12 +264,14 @@ def truncated(z_image: Any, pca: Pca, dims: int) -> jax.Array:
         dims: number of components, in [0, K]; 0 gives the mean.
 
     Raises:
-        ValueError: if there are not as many components.
+        ValueError: if there are not as many components, or they are of embeddings of another size.
     """
-    known = pca.components.shape[1]
+    if not isinstance(pca, Pca):
+        raise ValueError(f"pca={shown(pca)} must be a Pca, as fit_pca and pca_of return it")
+    size, known = pca.components.shape
     if not isinstance(dims, (int, np.integer)) or not 0 <= dims <= known:
         raise ValueError(f"dims={dims!r} must be an integer in [0, {known}], the number of principal components")
-    z, part = jnp.asarray(z_image, jnp.float32), jnp.asarray(pca.components)[:, :dims]
+    z, part = as_embeddings("z_image", z_image, size), jnp.asarray(pca.components)[:, :dims]
     centred = z - jnp.asarray(pca.mean)[None]
     kept = jnp.asarray(pca.mean)[None] + jnp.matmul(
         jnp.matmul(centred, part, precision="highest"), part.T, precision="highest"

@@ -12,11 +12,13 @@ from typing import Any, Literal
 
 import numpy as np
 
+from ddpm_jax.checks import shown
 from ddpm_jax.pipelines.decoding import decoding_of
 from ddpm_jax.pipelines.inpainting import inpaint, outpaint
 from ddpm_jax.pipelines.inversion import (
     as_captions,
     check_options,
+    checked_latent,
     decode,
     embed_images,
     embed_texts,
@@ -26,6 +28,7 @@ from ddpm_jax.pipelines.inversion import (
 from ddpm_jax.pipelines.latents import (
     BipartiteLatent,
     Pca,
+    as_embeddings,
     fit_pca,
     load_latents,
     perturbed,
@@ -82,6 +85,7 @@ def variations(
     Returns:
         uint8[N, K, H, H, 3].
     """
+    latent = checked_latent(decoding_of(pipeline), latent)
     count = as_int("count", count, least=1, most=MOST_IMAGES)
     eta = 1.0 if eta is None and latent.x_T is not None else eta
     index = image_indices(start, len(latent))[:, None] * count + np.arange(count, dtype=np.int64)
@@ -117,6 +121,9 @@ def interpolate(
     Raises:
         ValueError: if an argument does not fit, and as `decode`.
     """
+    first, second = (
+        checked_latent(decoding_of(pipeline), latent, name) for name, latent in (("first", first), ("second", second))
+    )
     if len(first) != len(second):
         raise ValueError(f"there must be as many first as second latents, got {len(first)} and {len(second)}")
     weights = (
@@ -131,10 +138,9 @@ def interpolate(
         raise ValueError("noise='slerp' needs the x_T of both latents, which encode finds")
     if noise == "slerp" and first.steps != second.steps:
         raise ValueError(f"both latents must have the same steps, got {first.steps!r} and {second.steps!r}")
-    along = lambda a, b: _interleaved([slerp(a, b, weight) for weight in weights])  # noqa: E731
-    latent = BipartiteLatent(along(first.z_image, second.z_image))
+    latent = BipartiteLatent(_along("z_image", first.z_image, second.z_image, weights))
     if noise == "slerp":
-        latent = BipartiteLatent(latent.z_image, along(first.x_T, second.x_T), first.steps)
+        latent = BipartiteLatent(latent.z_image, _along("x_T", first.x_T, second.x_T, weights), first.steps)
     return _several(pipeline, latent, _shared_noise(start, len(first), len(weights)), **options)
 
 
@@ -165,9 +171,11 @@ def text_diff(
     Raises:
         ValueError: if both captions have the same embedding, and as `decode`.
     """
+    latent = checked_latent(decoding_of(pipeline), latent)
     thetas = _shares("thetas", thetas)
     before, after = embed_texts(pipeline, [source, target])
     z_image = _interleaved([text_difference(latent.z_image, before, after, theta) for theta in thetas])
+    _check_directions(z_image, len(thetas), "latent.z_image", "the difference of the captions")
     return _with_embeddings(pipeline, latent, z_image, len(thetas), start, options)
 
 
@@ -188,6 +196,9 @@ def reconstruct(
     Returns:
         uint8[N, K, H, H, 3].
     """
+    latent = checked_latent(decoding_of(pipeline), latent)
+    if not isinstance(dims, Sequence | np.ndarray) or isinstance(dims, str) or not np.size(dims):
+        raise ValueError(f"dims={shown(dims)} must be a sequence of numbers of components, such as [4, 16]")
     z_image = _interleaved([truncated(latent.z_image, pca, number) for number in dims])
     return _with_embeddings(pipeline, latent, z_image, len(dims), start, options)
 
@@ -208,7 +219,7 @@ def recaption(
     Returns:
         uint8[N, K, H, H, 3].
     """
-    prompts = as_prompts(prompts)
+    latent, prompts = checked_latent(decoding_of(pipeline), latent), as_prompts(prompts)
     rows = np.repeat(np.arange(len(latent)), len(prompts))
     index = _shared_noise(start, len(latent), len(prompts))
     images = decode(
@@ -236,15 +247,32 @@ def label_probabilities(pipeline: Any, z_image: Any, captions: Iterable[str]) ->
     CLIP's logits, takes OpenAI's, 100.
     """
     decoding = decoding_of(pipeline)
-    z = np.asarray(z_image, np.float64)
+    z = np.asarray(as_embeddings("z_image", z_image, decoding.embed_dim), np.float64)
     cosines = z @ embed_texts(pipeline, captions).T / np.linalg.norm(z, axis=1, keepdims=True)
     logits = decoding.logit_scale * cosines
     weights = np.exp(logits - logits.max(1, keepdims=True))
     return (weights / weights.sum(1, keepdims=True)).astype(np.float32)
 
 
+def _along(name: str, first: np.ndarray, second: np.ndarray, weights: Sequence[float]) -> np.ndarray:
+    """Interpolate with K weights between N pairs, [N * K, ...]."""
+    found = _interleaved([slerp(first, second, weight) for weight in weights])
+    _check_directions(found, len(weights), f"first.{name}", f"second.{name}")
+    return found
+
+
+def _check_directions(found: np.ndarray, of_each: int, first: str, second: str) -> None:
+    """Raise ValueError if interpolations between finite ends are not finite, as between opposite ones."""
+    if (bad := np.flatnonzero(~np.isfinite(found).reshape(len(found), -1).all(1))).size:
+        row = bad[0] // of_each
+        raise ValueError(f"{first}[{row}] and {second} are opposite, so that there is no shortest path between them")
+
+
 def _shares(name: str, values: Any) -> list[float]:
-    found = np.asarray(values, np.float64)
+    try:
+        found = np.asarray(values, np.float64)
+    except (TypeError, ValueError):
+        raise ValueError(f"{name}={shown(values)} must be numbers in [0, 1]") from None
     if found.ndim != 1 or not len(found) or not ((found >= 0) & (found <= 1)).all():
         raise ValueError(f"{name} must be numbers in [0, 1], got {values!r:.60}")
     return found.tolist()
