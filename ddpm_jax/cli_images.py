@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from ddpm_jax import cli
+from ddpm_jax.errors import counted
 
 
 def image_parts(path: str, *, what: str, size: int = 256) -> Iterator[tuple[list[np.ndarray], list[str]]]:
@@ -28,6 +29,17 @@ def image_parts(path: str, *, what: str, size: int = 256) -> Iterator[tuple[list
             records = [folder[index] for index in range(start, min(start + size, len(folder)))]
             yield [record["image"] for record in records], [record["key"] for record in records]
     except (RecordError, ValueError) as error:
+        raise cli.UsageError(f"{what}={path}: {error}") from error
+
+
+def count_images(path: str, *, what: str) -> int:
+    """Return the number of images of a file or a folder, without reading them; raises as `image_parts`."""
+    from ddpm_jax.data.image_folder import ImageFolder
+
+    cli.check_exists(path, what=what)
+    try:
+        return len(ImageFolder(path, captions=None, labels=False)) if Path(path).is_dir() else 1
+    except ValueError as error:
         raise cli.UsageError(f"{what}={path}: {error}") from error
 
 
@@ -72,5 +84,5 @@ def write_rows(
     if out_dir is not None:
         for row, column in np.ndindex(*images.shape[:2]):
             image_grid.save_png(f"{out_dir}/{row:03d}_{column:03d}.png", images[row, column])
-    count = images.shape[0] * images.shape[1]
-    cli.show(f"wrote {out}: {count} images of {images.shape[2]} x {images.shape[3]} pixels")
+    count = counted(images.shape[0] * images.shape[1], "image")
+    cli.show(f"wrote {out}: {count} of {images.shape[2]} x {images.shape[3]} pixels")

@@ -57,6 +57,13 @@ def sampling_options(flag_values: flags.FlagValues, *, without: Collection[str] 
     return {name: flag_values[name].value for name in names if flag_values[name].value is not None}
 
 
+def refuse_stages(flag_values: flags.FlagValues, stages: Collection[str], where: str) -> None:
+    """Raise UsageError for a flag that was given for one of some stages, which are not run `where`."""
+    for name in sampling_options(flag_values):
+        if name not in OPTIONS and name.startswith(tuple(f"{stage}_" for stage in stages)):
+            raise cli.UsageError(f"--{name} is not used {where}")
+
+
 def check_captions(captions: Sequence[str], tokenizer: Any, *, what: str) -> None:
     """Raise UsageError, naming the flag `what`, for the first caption that the tokenizer refuses; it may be None."""
     for number, caption in enumerate(captions, 1):

@@ -29,7 +29,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from absl import flags
 
+from ddpm_jax.errors import counted, one_for_each
+
 FLAGS = flags.FlagValues()
+_MOST_IMAGES = 2**31 - 1  # indices of images are int32
 _PLACES = ("center", "left", "right", "top", "bottom", "top left", "top right", "bottom left", "bottom right")
 
 
@@ -111,6 +114,7 @@ class _Run:
         from ddpm_jax.parallel.mesh import make_local_mesh
         from ddpm_jax.progress import progress_bar
 
+        self._bars.close()  # that of the computation before
         bar = self._bars.enter_context(progress_bar(count * rounds, description=description, unit="image"))
         own = getattr(self.pipeline, "batch_size", None)
         batch_size = min(own, count) if _BATCH.value is None and own else _BATCH.value
@@ -125,13 +129,42 @@ class _Run:
         options = cli_sampling.sampling_options(FLAGS, without=("eta",))
         return self.shared(count, rounds=rounds) | how | options
 
-    def check(self, inverts: bool) -> None:
-        """Refuse wrong options before anything is computed."""
+    def check(self, inverts: bool, count: int) -> None:
+        """Refuse wrong options for `count` images before anything is computed."""
+        of_each = (_COUNT.value or 4) if self.name == "variations" else 1
+        if _START.value > (most := _MOST_IMAGES // of_each - count):
+            raise cli.UsageError(f"--start={_START.value} must be at most {most}")
         if self.name == "reconstruct" and _PCA.value is None and getattr(self.pipeline, "codes", None) is None:
             raise cli.UsageError("--pca is needed, a folder of images to fit components to: this pipeline has no codes")
         options = cli_sampling.sampling_options(FLAGS, without=("eta",))
         eta = {"eta": _numbers(_ETA)[-1]} if _ETA.value else {}
-        _library().check_options(self.pipeline, inverts, **eta, **options)
+        filled = COMMANDS[self.name].fills and _PROMPT.value and _EMBEDDING.value in (None, "prior")
+        unused = [] if filled else ["prior"]
+        unused += getattr(self.pipeline, "names", ("upsampler",)) if _LOW_RES.value else []
+        cli_sampling.refuse_stages(FLAGS, unused, f"by {self.name}" + (" with --low_res" if _LOW_RES.value else ""))
+        guided = _library().check_options(self.pipeline, inverts, **eta, **options, negative_prompts=_texts(_NEGATIVE))
+        if _NEGATIVE.value and not guided and "prior" in unused:
+            raise cli.UsageError(
+                "--negative_prompt is of guidance, and nothing is guided; add --scale, such as --scale=2"
+            )
+        self.captions(count - (self.name == "interpolate"), prompts=self.name != "caption")
+        if self.name == "reconstruct":
+            self._check_components()
+        if self.name == "text_diff":
+            source, target = _library().decoding_of(self.pipeline).words(_texts(_SOURCE) + _texts(_TARGET)).tokens
+            if (source == target).all():
+                raise cli.UsageError("--source and --target are the same caption, so that there is no difference")
+
+    def _check_components(self) -> None:
+        if _PCA.value is None:
+            known = _library().pca_of(self.pipeline).components.shape[1]
+        else:
+            found = cli_images.count_images(_PCA.value, what="--pca")
+            if found < 2:
+                raise cli.UsageError(f"--pca={_PCA.value} has one image, and principal components need at least two")
+            known = min(found - 1, _library().decoding_of(self.pipeline).embed_dim)
+        if _DIMS.value and max(_DIMS.value) > known:
+            raise cli.UsageError(f"--dims={max(_DIMS.value)} must be at most {known}, the number of components")
 
     def filling(self, count: int) -> dict[str, Any]:
         """Return the arguments of inpainting `count` images."""
@@ -145,9 +178,8 @@ class _Run:
         for flag, wanted in ((_PROMPT, prompts), (_NEGATIVE, negative)):
             if wanted and flag.value:
                 if len(flag.value) not in (1, count):
-                    raise cli.UsageError(
-                        f"--{flag.name} is given {len(flag.value)} times; give one, or one for each of {count} images"
-                    )
+                    wanted = one_for_each(count, "caption", "image")
+                    raise cli.UsageError(f"--{flag.name} is given {len(flag.value)} times; give {wanted}")
                 found[f"{flag.name}s"] = _texts(flag)
         return found
 
@@ -213,7 +245,7 @@ def _fitted(run: _Run, folder: str) -> Any:
 
 def _caption(run: _Run, latent: Any) -> tuple[np.ndarray, list[str]]:
     prompts = _texts(_PROMPT)
-    how = run.sampling(len(latent) * len(prompts)) | run.captions(1, prompts=False)
+    how = run.sampling(len(latent) * len(prompts)) | run.captions(len(latent), prompts=False)
     return _library().recaption(run.pipeline, latent, prompts, **how), prompts
 
 
@@ -254,6 +286,7 @@ class _Command(NamedTuple):
         inverts: whether it takes x_T from inversion unless --noise says otherwise.
         of_latents: whether it takes latents and no images.
         needs: flags that must be given, and what they are.
+        fills: whether it fills in what is unknown, for which the prior may be sampled.
     """
 
     run: Callable[[_Run, Any], tuple[np.ndarray, list[str]]] | None
@@ -261,6 +294,7 @@ class _Command(NamedTuple):
     inverts: bool = True
     of_latents: bool = True
     needs: tuple[tuple[str, ...], str] = ((), "")
+    fills: bool = False
 
 
 _SOURCES = ("source", "target"), "two captions"
@@ -276,8 +310,8 @@ COMMANDS = {
     "text_diff": _Command(_text_diff, (*_OF_LATENTS, "source", "target", "theta"), needs=_SOURCES),
     "reconstruct": _Command(_reconstruct, (*_OF_LATENTS, "dims", "pca"), inverts=False),
     "caption": _Command(_caption, _OF_LATENTS, inverts=False, needs=(("prompt",), "a caption; it may be repeated")),
-    "inpaint": _Command(_inpaint, (*_FILLED, "mask"), of_latents=False, needs=_MASKS),
-    "outpaint": _Command(_outpaint, (*_FILLED, "extent", "place"), of_latents=False),
+    "inpaint": _Command(_inpaint, (*_FILLED, "mask"), of_latents=False, needs=_MASKS, fills=True),
+    "outpaint": _Command(_outpaint, (*_FILLED, "extent", "place"), of_latents=False, fills=True),
     "probe": _Command(_probe, (*_OF_LATENTS, "label", "degrees"), inverts=False),
 }
 
@@ -306,9 +340,10 @@ def main(name: str) -> None:
     with contextlib.ExitStack() as bars:
         try:
             run = _Run(name, pipeline, bars)
-            inverts = command.inverts if _NOISE.value is None else _NOISE.value == "inverted"
-            run.check(inverts and command.of_latents)
-            latent = _latent_of(run, inverts, images) if command.of_latents else None
+            inverts = _inverts(command)
+            stored = _stored_latent(inverts)
+            run.check(inverts and command.of_latents, len(images) if stored is None else len(stored))
+            latent = run.latents(images, inverts) if command.of_latents and stored is None else stored
             made = None if command.run is None else command.run(run, images if latent is None else latent)
         except NotFiniteError:
             raise
@@ -316,15 +351,19 @@ def main(name: str) -> None:
             raise cli.UsageError(str(error)) from error
     if made is None:
         _library().save_latents(latent, _OUT.value)
-        cli.show(f"wrote {_OUT.value}: the latents of {len(latent)} images")
+        cli.show(f"wrote {_OUT.value}: the latents of {counted(len(latent), 'image')}")
     else:
         cli_images.write_rows(_OUT.value, *made, inputs=images, names=names, out_dir=_OUT_DIR.value)
 
 
-def _latent_of(run: _Run, inverts: bool, images: list[np.ndarray]) -> Any:
-    """Return the latents of the file or of the images, with x_T or without."""
+def _inverts(command: _Command) -> bool:
+    return command.inverts if _NOISE.value is None else _NOISE.value == "inverted"
+
+
+def _stored_latent(inverts: bool) -> Any:
+    """Return the latents of --latent, with x_T or without; None if images are given."""
     if _LATENT.value is None:
-        return run.latents(images, inverts)
+        return None
     latent = _library().load_latents(_LATENT.value)
     if inverts and latent.x_T is None:
         raise cli.UsageError(f"--latent={_LATENT.value} has no x_T; --noise=random does without")
@@ -341,6 +380,12 @@ def _check_flags(name: str, command: _Command) -> None:
     if any(FLAGS[flag].value in (None, []) for flag in needed):
         verb = "are" if len(needed) > 1 else "is"
         raise cli.UsageError(f"{' and '.join(f'--{flag}' for flag in needed)} {verb} needed, {what}")
+    if name == "encode":
+        for option in cli_sampling.sampling_options(FLAGS):
+            if option not in ("steps", "decoder_steps"):
+                raise cli.UsageError(f"--{option} is not used by encode, whose inversion has --steps alone")
+    if FLAGS["iterations"].present and (_LATENT.value is not None or not _inverts(command)):
+        raise cli.UsageError("--iterations is not used: no image is inverted")
     if name != "variations" and len(_ETA.value or ()) > 1:
         raise cli.UsageError(f"--eta is given {len(_ETA.value)} times; only variations takes several")
     for flag, most in ((_ETA, 1.0), (_THETA, 1.0), (_DEGREES, 180.0)):

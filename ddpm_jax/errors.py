@@ -22,3 +22,13 @@ class LoadError(RuntimeError):
 
 class ReadError(LoadError):
     """A file of weights, or a directory that holds some, cannot be read."""
+
+
+def counted(count: int, noun: str) -> str:
+    """Return a number with its noun, "1 image" or "2 images"."""
+    return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
+def one_for_each(count: int, what: str, noun: str) -> str:
+    """Return what an argument must hold, such as "one caption or one for each of 3 images"; `what` is the caption."""
+    return f"one {what}" + ("" if count == 1 else f" or one for each of {count} {noun}s")

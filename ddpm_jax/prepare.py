@@ -14,6 +14,8 @@ from typing import Any
 
 from absl import flags
 
+from ddpm_jax.errors import counted
+
 FLAGS = flags.FlagValues()
 _SOURCE = flags.DEFINE_string(
     "source",
@@ -182,7 +184,7 @@ def _cores() -> int:
 
 def _show(summary: Any) -> None:
     size = f"{summary.bytes / 1e6:.4g} MB"
-    done = f"{summary.records} images in {summary.shards} shards, {size}"
+    done = f"{counted(summary.records, 'image')} in {counted(summary.shards, 'shard')}, {size}"
     if summary.complete:
         cli.show(f"wrote {_OUT.value}: {done}")
     else:

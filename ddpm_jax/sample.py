@@ -20,6 +20,8 @@ from typing import Any
 import numpy as np
 from absl import flags
 
+from ddpm_jax.errors import counted
+
 FLAGS = flags.FlagValues()
 _PROMPT = flags.DEFINE_multi_string("prompt", None, "Caption of an image; may be repeated.", flag_values=FLAGS)
 _NEGATIVE = flags.DEFINE_multi_string(
@@ -124,7 +126,7 @@ def main() -> None:
     if cli_hosts.is_first_host():
         image_grid.save_png(_OUT.value, grid)
     height, width = images.shape[1:3]
-    cli.show(f"wrote {_OUT.value}: {len(images)} images of {height} x {width} pixels")
+    cli.show(f"wrote {_OUT.value}: {counted(len(images), 'image')} of {height} x {width} pixels")
 
 
 def _guided(pipeline: Any) -> Any:
@@ -210,9 +212,22 @@ def _how(pipeline: Any, count: int) -> dict[str, Any]:
         if not isinstance(pipeline, UnCLIP):
             raise cli.UsageError(f"--{name} is not used: it is for unCLIP, and this is a {type(pipeline).__name__}")
         kwargs |= {} if name == "candidates" else {name: FLAGS[name].value}
+    _check_used(pipeline)
     if _BATCH.value is not None:
         kwargs["batch_size"] = _BATCH.value
     return kwargs | cli_sampling.sampling_options(FLAGS)
+
+
+def _check_used(pipeline: Any) -> None:
+    """Refuse flags of stages that are not run."""
+    unused = list(getattr(pipeline, "names", ())) if _LOW_RES.value else []
+    if unused:
+        cli_sampling.refuse_stages(FLAGS, unused, "with --low_res")
+    if _EMBEDDING.value not in (None, "prior"):
+        where = f"with --embedding={_EMBEDDING.value}"
+        cli_sampling.refuse_stages(FLAGS, ["prior"], where)
+        if _CANDIDATES.value is not None:
+            raise cli.UsageError(f"--candidates is not used {where}")
 
 
 def _shown(images: np.ndarray) -> np.ndarray:

@@ -126,7 +126,7 @@ def test_stable_diffusion_draws_by_the_command(tmp_path, capsys):
     assert isinstance(ours, StableDiffusion) and (ours.prediction, ours.image_size) == ("eps", 16)
     drawn = start("sample", "--prompt=a cat", f"--workdir={tmp_path / 'ours'}", f"--out={tmp_path / 'cat.png'}")
     status, out, err = finish(drawn)
-    assert status == 0 and "1 images of 16 x 16 pixels" in out, err
+    assert status == 0 and "1 image of 16 x 16 pixels" in out, err
     assert np.asarray(Image.open(tmp_path / "cat.png")).std() > 1
     run(capsys, to="stable-diffusion", src=tmp_path / "ours", out=tmp_path / "back")
     for part in ("vae", "unet"):

@@ -14,7 +14,7 @@ from tiny_pipelines import HIGH, LOW, cascade, unclip
 
 from ddpm_jax.data.transforms import resize_center_crop
 from ddpm_jax.interop.karlo import read_karlo
-from ddpm_jax.pipelines import directory, inpainting, inversion, karlo, save
+from ddpm_jax.pipelines import directory, inversion, karlo, save
 from ddpm_jax.pipelines import manipulation as edit
 from ddpm_jax.pipelines import unclip as unclip_pipeline
 from ddpm_jax.pipelines.latents import BipartiteLatent, load_latents
@@ -238,35 +238,6 @@ def test_inpainting_keeps_what_is_known_and_reads_nothing_else(pipelines):
     assert (by_image[0] != by_image[1]).any()
 
 
-def test_masks_mean_the_same_in_every_form():
-    """From half of white on a pixel is kept, as in the masks of the command: JPEG does not write exact zeros."""
-    wanted = np.array([[True, False, True, False]] * 2)
-    grey = np.array([[255, 127, 128, 0]] * 2, np.uint8)
-    rgb = np.stack([grey, grey, grey], axis=-1)
-    for given in (wanted, wanted.astype(int), wanted.astype(np.uint8), grey, rgb, grey / 255.0, Image.fromarray(grey)):
-        (found,) = inpainting._as_masks(given, [rgb])
-        np.testing.assert_array_equal(found, wanted)
-    assert len(inpainting._as_masks([wanted.astype(int), grey], [rgb, rgb])) == 2
-
-
-def test_the_known_part_is_at_one_place_in_all_stages(pipelines, monkeypatch):
-    """Of all upsamplers it is the enlarged one of the decoder; rounded for each size it was not."""
-    seen = {}
-    monkeypatch.setattr(
-        inpainting,
-        "_fill",
-        lambda pipeline, images, squares, kept, *rest, **options: seen.update(
-            {size: kept(size)[0, ..., 0] & (squares(size)[0] == 200).all(-1) for size in (LOW, HIGH, 5 * LOW)}
-        ),
-    )
-    white = np.full((1, 9, 9, 3), 200, np.uint8)
-    for extent, place in ((0.3, "center"), (0.45, "center"), (0.7, "bottom right"), (0.62, (0.3, 0.8))):
-        edit.outpaint(pipelines["unclip"], white, extent=extent, place=place)
-        for size, found in seen.items():
-            assert 0 < seen[LOW].sum() < LOW**2
-            np.testing.assert_array_equal(found, np.kron(seen[LOW], np.ones((size // LOW,) * 2, bool)))
-
-
 def test_outpainting(pipelines):
     pipeline, known = pipelines["unclip"], resize_center_crop(images(1), HIGH // 2)
     found = edit.outpaint(pipeline, images(1), extent=0.5, place="top right", resample=2, **WHOLE)
@@ -363,6 +334,7 @@ def run(call, place, tmp_path):
         given += ["--image", place / image] if image else []
         status, said, err = call("edit", command, *given, *flags)
         assert status == 0, err
+        assert err.splitlines()[-1].startswith("edit: 100%")  # the progress of what was done first ends first
         return said, np.asarray(Image.open(tmp_path / "out.png"))
 
     return run
@@ -413,7 +385,7 @@ def test_commands_of_embeddings(run, place):
     for command, flags in {
         "variations": ["--noise=random", "--count=2"],
         "reconstruct": pca,
-        "caption": ["--prompt", CAPTIONS[0], "--prompt", CAPTIONS[1]],
+        "caption": ["--prompt", CAPTIONS[0], "--prompt", CAPTIONS[1], "--negative_prompt", "a ring"],
         "probe": [*labels, "--degrees=0", "--degrees=60"],
     }.items():
         said, grid = run(command, *flags)
@@ -425,10 +397,10 @@ def test_commands_of_embeddings(run, place):
 def test_inpaint_and_outpaint(run, place):
     said, grid = run("inpaint", "--mask", place / "mask.png", "--resample=2")
     given, found = cells(grid, HIGH)[0]
-    assert "1 images" in said and np.abs(given[:, :7].astype(int) - found[:, :7]).max() <= 1
+    assert "out.png: 1 image of" in said and np.abs(given[:, :7].astype(int) - found[:, :7]).max() <= 1
     assert far(given[:, 10:], found[:, 10:])
     said, _ = run("outpaint", "--extent=0.5", "--place", "top left", "--resample=2")
-    assert "1 images" in said
+    assert "1 image of" in said
 
 
 @pytest.mark.parametrize(
@@ -453,6 +425,46 @@ def test_inpaint_and_outpaint(run, place):
         (["text_diff", "--image={place}/images", "--out={out}", "--source="], ["--source and --target are needed"]),
         (["interpolate", "--image={place}/mask.png", "--out={out}"], ["interpolate needs at least two images"]),
         (["caption", "--image={place}/images", "--out={out}"], ["--prompt is needed, a caption"]),
+        (["encode", "--image={place}/images", "--out={file}", "--scale=3"], ["--scale is not used by encode, whose"]),
+        (
+            ["encode", "--image={place}/images", "--out={file}", "--upsampler_steps=9"],
+            ["--upsampler_steps is not used"],
+        ),
+        (["encode", "--image={place}/images", "--out={file}", "--steps=1"], ["steps=1 is one timestep, and inversion"]),
+        (["probe", "--image={place}/images", "--out={out}", "--iterations=2"], ["--iterations is not used: no image"]),
+        (
+            ["decode", "--image={place}/images", "--out={out}", "--prior_steps=7"],
+            ["--prior_steps is not used by decode"],
+        ),
+        (
+            ["decode", "--image={place}/images", "--out={out}", "--low_res", "--upsampler_steps=7"],
+            ["--upsampler_steps is not used by decode with --low_res"],
+        ),
+        (
+            ["decode", "--image={place}/images", "--out={out}", "--negative_prompt=a ring"],
+            ["and nothing is guided; add"],
+        ),
+        (
+            ["decode", "--image={place}/images", "--out={out}", "--scale=2", *["--negative_prompt=a ring"] * 3],
+            ["--negative_prompt is given 3 times; give one caption or one for each of 2 images"],
+        ),
+        (
+            ["variations", "--image={place}/images", "--out={out}", "--start=2147483646"],
+            ["--start=2147483646 must be at most 536870909"],  # so that all of 4 * (start + 2) are below 2**31
+        ),
+        (["decode", "--image={place}/images", "--out={out}", "--start=99999999999"], ["must be at most 2147483645"]),
+        (
+            ["text_diff", "--image={place}/images", "--out={out}", "--source=a red circle", "--target=a red circle"],
+            ["--source and --target are the same caption"],
+        ),
+        (
+            ["reconstruct", "--image={place}/images", "--out={out}", "--pca={place}/images", "--dims=2"],
+            ["--dims=2 must be at most 1, the number of components"],
+        ),
+        (
+            ["reconstruct", "--image={place}/images", "--out={out}", "--pca={place}/mask.png"],
+            ["--pca={place}/mask.png has one image, and principal components need at least two"],
+        ),
         (["inpaint", "--image={place}/images", "--out={out}"], ["--mask is needed, an image that is white where"]),
         (
             ["reconstruct", "--image={place}/images", "--out={out}"],
@@ -461,8 +473,9 @@ def test_inpaint_and_outpaint(run, place):
     ],
 )
 def test_errors(call, place, tmp_path, flags, parts):
-    words = [flag.format(place=place, out=tmp_path / "out.png") for flag in flags]
+    words = [flag.format(place=place, out=tmp_path / "out.png", file=tmp_path / "a.safetensors") for flag in flags]
+    parts = [part.format(place=place) for part in parts]
     if "--workdir" not in " ".join(words):
         words += ["--workdir", str(place / "unclip"), "--batch_size=1"]
-    assert_one_sentence(call("edit", *words), 2, *parts)
+    assert_one_sentence(call("edit", *words), 2, *parts)  # and no progress: nothing was computed
     assert not (tmp_path / "out.png").exists()

@@ -476,7 +476,7 @@ def test_samplers_can_be_chosen_for_every_stage():
         (
             ["a red circle"],
             {"negative_prompts": ["a", "a"]},
-            "must be one caption or one for each of 1 prompts, got 2",
+            "must be one caption, got 2",
         ),
         (["a red circle"], {"negative_prompts": "a catt"}, "negative_prompts[0] = 'a catt': the word"),
     ],

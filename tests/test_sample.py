@@ -54,7 +54,7 @@ def test_labels_and_numbers(call, places, tmp_path):
     _, alone = sampled(call, ddpm / "base", tmp_path / "e.png", "--start=2", "--seed=4", "--sampler=ddim", "--steps=2")
     np.testing.assert_array_equal(alone, one)
     said, low = sampled(call, classes, tmp_path / "f.png", "--label=dog", "--low_res", "--threshold=inf")
-    assert f"1 images of {LOW} x {LOW}" in said
+    assert f"1 image of {LOW} x {LOW}" in said
     said, _ = sampled(call, classes, tmp_path / "d.png", "--label=dog", "--num_images=3", "--up_16_sampler=ancestral")
     assert "3 images" in said
 

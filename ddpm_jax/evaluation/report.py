@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 from ddpm_jax.data import image_grid
+from ddpm_jax.errors import counted
 from ddpm_jax.evaluation import faithfulness, measure
 from ddpm_jax.pipelines.cascade import Cascade
 from ddpm_jax.pipelines.sharing import generate_on_all_hosts
@@ -100,7 +101,7 @@ def write_samples(
     images = np.repeat(images, 3, axis=-1) if images.shape[-1] == 1 else images
     image_grid.save_png(directory / "samples.png", image_grid.grid(images, captions))
     if show is not None:
-        show(f"wrote {directory / 'samples.png'}: {num_images} images")
+        show(f"wrote {directory / 'samples.png'}: {counted(num_images, 'image')}")
 
 
 def save_disagreement(path: Path, followed: dict[str, Any], *, count: int = 8) -> None:

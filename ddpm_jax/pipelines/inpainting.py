@@ -9,6 +9,7 @@ from jax.sharding import Mesh
 
 from ddpm_jax.checks import shown
 from ddpm_jax.data.transforms import all_true_center_crop, as_images, resize_center_crop
+from ddpm_jax.errors import one_for_each
 from ddpm_jax.extras import needs_extra
 from ddpm_jax.pipelines.decoding import Decoding, decoding_of
 from ddpm_jax.pipelines.inversion import as_captions, decoded, embed_images
@@ -207,7 +208,7 @@ def _as_masks(masks: Any, images: list[np.ndarray]) -> list[np.ndarray]:
     except ValueError as error:
         raise ValueError(str(error).replace("images", "keep_masks", 1)) from None
     if len(found) not in (1, len(images)):
-        raise ValueError(f"keep_masks must be one or one for each of {len(images)} images, got {len(found)}")
+        raise ValueError(f"keep_masks must be {one_for_each(len(images), 'mask', 'image')}, got {len(found)}")
     found *= len(images) if len(found) == 1 else 1
     for number, (mask, image) in enumerate(zip(found, images)):
         if mask.shape != image.shape[:2]:

@@ -17,6 +17,7 @@ from ddpm_jax.diffusion.samplers import invert, repaint_step
 from ddpm_jax.diffusion.samplers.noise import transition_keys
 from ddpm_jax.diffusion.sampling import Sampling, as_steps
 from ddpm_jax.diffusion.schedules import respaced_timesteps
+from ddpm_jax.errors import one_for_each
 from ddpm_jax.pipelines.decoding import Decoding, Words, decoding_of
 from ddpm_jax.pipelines.latents import BipartiteLatent
 from ddpm_jax.pipelines.request import (
@@ -208,12 +209,16 @@ def decode(
 
 def check_options(
     pipeline: Any, inverted: bool, *, negative_prompts: Sequence[str] | None = None, **options: Any
-) -> None:
-    """Raise ValueError for options of the stages that `decode` would refuse, with x_T if `inverted` is true."""
+) -> bool:
+    """Raise ValueError for options of the stages that `decode` would refuse, with x_T if `inverted` is true.
+
+    Returns:
+        Whether the decoder is guided.
+    """
     decoding = decoding_of(pipeline)
     own = Sampling("ddim", min(STEPS, decoding.diffusion.num_steps)) if inverted else None
     negative = None if not negative_prompts else decoding.negative(negative_prompts, len(negative_prompts))
-    decoding.configured(own, options, negative)
+    return decoding.configured(own, options, negative).sampling.scale is not None
 
 
 def decoded(
@@ -289,7 +294,7 @@ def as_captions(name: str, captions: Any, count: int) -> list[str]:
         return [captions or ""] * count
     found = as_prompts(captions)
     if len(found) not in (1, count):
-        raise ValueError(f"{name} must be one caption or one for each of {count} images, got {len(found)}")
+        raise ValueError(f"{name} must be {one_for_each(count, 'caption', 'image')}, got {len(found)}")
     return found * (count if len(found) == 1 else 1)
 
 

@@ -88,7 +88,8 @@ def variations(
     latent = checked_latent(decoding_of(pipeline), latent)
     count = as_int("count", count, least=1, most=MOST_IMAGES)
     eta = 1.0 if eta is None and latent.x_T is not None else eta
-    index = image_indices(start, len(latent))[:, None] * count + np.arange(count, dtype=np.int64)
+    start = as_int("start", start, least=0, most=MOST_IMAGES // count - len(latent))
+    index = np.arange(start, start + len(latent), dtype=np.int64)[:, None] * count + np.arange(count)
     rows = np.repeat(np.arange(len(latent)), count)
     return _several(pipeline, latent.take(rows), index, **({} if eta is None else {"eta": eta}), **options)
 
@@ -220,12 +221,9 @@ def recaption(
         uint8[N, K, H, H, 3].
     """
     latent, prompts = checked_latent(decoding_of(pipeline), latent), as_prompts(prompts)
-    rows = np.repeat(np.arange(len(latent)), len(prompts))
     index = _shared_noise(start, len(latent), len(prompts))
-    images = decode(
-        pipeline, latent.take(rows), prompts=prompts * len(latent), noise_index=index.reshape(-1), **options
-    )
-    return images.reshape(*index.shape, *images.shape[1:])
+    latent = latent.take(np.repeat(np.arange(len(latent)), len(prompts)))
+    return _several(pipeline, latent, index, of_each=prompts, **options)
 
 
 def pca_of(pipeline: Any) -> Pca:
@@ -304,15 +302,27 @@ def _several(
     *,
     prompts: Any = None,
     negative_prompts: Any = None,
+    of_each: Sequence[str] | None = None,
     **options: Any,
 ) -> np.ndarray:
-    """Decode K images for each of N; captions are one for all, or one for each of N. index: int[N, K]."""
-    count, of_each = index.shape
+    """Decode K images for each of N.
+
+    Args:
+        pipeline: as for `decode`.
+        latent: of the N * K images.
+        index: int[N, K], of the noise.
+        prompts: one for all, or one for each of N.
+        negative_prompts: the same.
+        of_each: K captions of each of N, in place of prompts.
+        options: of `decode`.
+    """
+    count, number = index.shape
     each = lambda name, given: (  # noqa: E731
         given
         if given is None or isinstance(given, str)
-        else [text for text in as_captions(name, given, count) for _ in range(of_each)]
+        else [text for text in as_captions(name, given, count) for _ in range(number)]
     )
-    captions = {"prompts": each("prompts", prompts), "negative_prompts": each("negative_prompts", negative_prompts)}
+    captions = {"prompts": each("prompts", prompts) if of_each is None else list(of_each) * count}
+    captions["negative_prompts"] = each("negative_prompts", negative_prompts)
     images = decode(pipeline, latent, noise_index=index.reshape(-1), **captions, **options)
-    return images.reshape(count, of_each, *images.shape[1:])
+    return images.reshape(count, number, *images.shape[1:])

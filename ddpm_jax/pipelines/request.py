@@ -23,6 +23,7 @@ from ddpm_jax.diffusion.process import GaussianProcess, respace
 from ddpm_jax.diffusion.sampling import NO_MOMENTS, NO_NORM, Sampling, as_steps
 from ddpm_jax.diffusion.schedules import respaced_timesteps
 from ddpm_jax.diffusion.tokens import TokenSampling
+from ddpm_jax.errors import one_for_each
 from ddpm_jax.parallel.mesh import batch_axes, batch_shards, data_sharding, replicated
 
 Steps = int | str | Sequence[int]
@@ -374,7 +375,7 @@ def negative_tokens(
         if not isinstance(text, str):
             raise ValueError(f"negative_prompts[{number}] must be a string, got {text!r}")
     if len(texts) not in (1, count):
-        raise ValueError(f"negative_prompts must be one caption or one for each of {count} prompts, got {len(texts)}")
+        raise ValueError(f"negative_prompts must be {one_for_each(count, 'caption', 'prompt')}, got {len(texts)}")
     encoded = tokenize(tokenizer, texts, length, name="negative_prompts", allow_empty=True)
     tokens, mask = (np.broadcast_to(array, (count, length)) for array in encoded)
     return tokens, mask
@@ -401,7 +402,7 @@ def as_labels(labels: Any, num_classes: int, names: Sequence[str] | None, count:
     found = [_label(f"labels[{i}]" if not one else "labels", x, num_classes, names) for i, x in enumerate(given)]
     found *= count if one and count is not None else 1
     if count is not None and len(found) != count:
-        raise ValueError(f"labels must be one for each of {count} images, got {len(found)}")
+        raise ValueError(f"labels must be {one_for_each(count, 'label', 'image')}, got {len(found)}")
     return np.array(found, np.int32)
 
 
