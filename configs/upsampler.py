@@ -101,8 +101,8 @@ def stages(config: ConfigDict) -> tuple[Stage, ...]:
     c = config
     if c.degradation not in DEGRADATIONS:
         raise ValueError(f"degradation={c.degradation!r} must be one of {', '.join(map(repr, DEGRADATIONS))}")
-    if c.image_size % c.factor or c.crop % c.factor:
-        raise ValueError(f"factor={c.factor} must divide image_size={c.image_size} and crop={c.crop}")
+    if c.factor < 2 or c.image_size % c.factor or c.crop % c.factor:
+        raise ValueError(f"factor={c.factor} must be at least 2 and divide image_size={c.image_size} and crop={c.crop}")
     if c.residual and c.diffusion.prediction != "x0":
         raise ValueError(f"residual=True needs diffusion.prediction='x0', got {c.diffusion.prediction!r}")
     train, held_out = sources(c)

@@ -1,5 +1,7 @@
 """BSR degradation: each operation against its closed form, and what the whole keeps of an image."""
 
+import math
+
 import numpy as np
 import pytest
 from scipy.ndimage import convolve
@@ -154,6 +156,10 @@ def test_the_original_model_degrades_more_than_the_milder_one():
         ({"factor": 1}, "factor=1 must be at least 2"),
         ({"factor": 2.0}, "factor=2.0 must be an integer"),
         ({"blurs": -1}, "blurs=-1 must be a number of blurs"),
+        *[
+            ({"blur_width": width}, f"blur_width={width} must be a finite number, at least 0")
+            for width in (-1.0, math.inf, math.nan)
+        ],
         ({"jpeg_rate": 1.5}, "jpeg_rate=1.5 must lie between 0 and 1"),
         ({"noise": (2, 1)}, r"noise=\(2, 1\) must be two whole numbers, the first not larger"),
         ({"quality": (0, 50)}, r"quality=\(0, 50\) must be two whole numbers, .* in \[1, 100\]"),

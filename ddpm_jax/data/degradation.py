@@ -76,7 +76,9 @@ class DegradeBSR:
             raise ValueError(f"factor={self.factor} must be at least 2")
         if not isinstance(self.blurs, int) or self.blurs < 0:
             raise ValueError(f"blurs={self.blurs} must be a number of blurs, at least 0")
-        check_number("blur_width", self.blur_width, lambda width: width >= 0, "must not be negative")
+        check_number(
+            "blur_width", self.blur_width, lambda width: 0 <= width < np.inf, "must be a finite number, at least 0"
+        )
         for name in ("resize_rate", "jpeg_rate", "half_rate"):
             check_number(name, getattr(self, name), lambda rate: 0 <= rate <= 1, "must lie between 0 and 1")
         for name, least, most in (("kernel", 1, 99), ("noise", 0, 255), ("quality", 1, 100)):
