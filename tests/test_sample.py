@@ -88,6 +88,21 @@ def test_labels_and_numbers(call, places, tmp_path):
         ("unclip", ["--prompt", A_WORD, "--upsampler_scale=2"], ["upsampler_scale=2.0 needs a network with a null"]),
         ("unclip", ["--prompt", A_WORD, "--decoder_scale=2", "--scale=2"], ["are the same option; give one of them"]),
         ("unclip", ["--prompt", A_WORD, "--l2_clamp"], ["l2_clamp=True is for a diffusion prior"]),
+        (
+            "unclip",
+            ["--prompt", A_WORD, "--embedding=none", "--candidates=4"],
+            ["--candidates is not used with --embedding=none"],
+        ),
+        (
+            "unclip",
+            ["--prompt", A_WORD, "--embedding=text", "--prior_steps=7"],
+            ["--prior_steps is not used with --emb"],
+        ),
+        (
+            "unclip",
+            ["--prompt", A_WORD, "--low_res", "--upsampler_steps=7"],
+            ["--upsampler_steps is not used with --low"],
+        ),
         ("ddpm", ["--embedding=text"], ["--embedding is not used: it is for unCLIP, and this is a Cascade"]),
         ("clip", ["--prompt", A_WORD], ["holds the network CLIP alone, which generates no images"]),
         ("model", ["--num_images=2"], ["cannot be sampled alone: base is an upsampler"]),
