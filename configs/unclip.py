@@ -59,6 +59,7 @@ from ddpm_jax.models.transformer import gelu, quick_gelu
 from ddpm_jax.models.unet import UNet, attention_levels
 from ddpm_jax.models.upsampler import Upsampler
 from ddpm_jax.pipelines.description import PipelineDescription
+from ddpm_jax.pipelines.enlarging import Enlarging, check_tile
 from ddpm_jax.training import (
     AutoregressiveTask,
     Captions,
@@ -227,6 +228,8 @@ def published_sampling() -> dict:
 def stages(config: ConfigDict) -> tuple[Stage, ...]:
     """Return the stages."""
     c, tokenizer = config, ClipTokenizer()
+    if any(name not in UPSAMPLERS for name in c.upsamplers):
+        raise ValueError(f"upsamplers={tuple(c.upsamplers)} must be some of {', '.join(map(repr, UPSAMPLERS))}")
     text, vocab_size, shared = Tokenize(tokenizer, c.text.length), tokenizer.vocab_size, precision(c)
 
     def trained(part: ConfigDict) -> Training:
@@ -425,6 +428,9 @@ def pipeline(config: ConfigDict) -> PipelineDescription:
         prior, models = by_diffusion, {"prior": "prior", **statistics}
     tiled = sample.tile and "up_1024" in upsamplers
     enlarging = {"enlarging": {"up_1024": {"tile": sample.tile}}} if tiled else {}
+    if tiled:
+        c, network = config.up_1024, upsampler_task(config, "up_1024").model
+        check_tile("sample.", Enlarging(tile=sample.tile), network, c.image_size // c.low_size)
     others = {name: sampling_from(sample[name], name=f"sample.{name}") for name in ("decoder", *upsamplers)}
     return PipelineDescription(
         "UnCLIP",

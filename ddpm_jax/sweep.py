@@ -58,7 +58,7 @@ def main() -> None:
         import matplotlib  # noqa: F401 (before anything is computed)
     from ddpm_jax.evaluation import upsampling
     from ddpm_jax.pipelines import load
-    from ddpm_jax.pipelines.enlarging import Enlarging
+    from ddpm_jax.pipelines.enlarging import Enlarging, check_tile
     from ddpm_jax.progress import progress_bar
 
     cli.use_cpu_devices()
@@ -69,6 +69,9 @@ def main() -> None:
             raise ValueError("--generated needs a pipeline, and --workdir is an upsampler alone")
         levels = _levels(model)
         size, low_size = model.metadata["image_size"], model.metadata["low_resolution"]["size"]
+        check_tile("--", Enlarging(tile=_TILE.value), model.network, size // low_size)
+        if _GENERATED.value:
+            _check_described(pipeline)
         kwargs = {"count": _NUM.value, "seed": _SEED.value}
         low, high = upsampling.read_pairs(_source(size), size, low_size, degradation=_DEGRADATION.value, **kwargs)
         with progress_bar(len(levels) * _NUM.value, description="restore", unit="image", shown=True) as bar:
@@ -110,7 +113,7 @@ def _levels(model: Any) -> list[float]:
     except ValueError:
         raise ValueError(f"--levels={','.join(_LEVELS.value)} must be numbers separated by commas") from None
     if not levels or not all(0 <= level <= most for level in levels):
-        raise ValueError(f"--levels={','.join(_LEVELS.value)} must lie in [0, {most}], the levels of training")
+        raise ValueError(f"--levels={','.join(_LEVELS.value)} must lie in [0, {most:g}], the levels of training")
     return levels
 
 
@@ -119,6 +122,20 @@ def _source(size: int, split: str = "train") -> Any:
     from ddpm_jax.data.shapes.scenes import ShapesSource
 
     return ShapesSource(_SEED.value, size, split) if _DATA.value == "shapes" else open_source(_DATA.value)
+
+
+def _check_described(pipeline: Any) -> None:
+    """Raise ValueError if the images lack what the pipeline generates images from."""
+    from ddpm_jax.pipelines import Cascade
+
+    entry = ("label" if pipeline.labels else None) if isinstance(pipeline, Cascade) else "caption"
+    source, count = _source(pipeline.image_size), _NUM.value
+    lacking = (number for number in range(min(count, len(source))) if entry not in source[number])
+    if entry is not None and (number := next(lacking, None)) is not None:
+        raise ValueError(
+            f"--generated needs a {entry} for each image, from which the pipeline generates images, and image {number} "
+            f"of --data={_DATA.value} has none"
+        )
 
 
 def _generated(pipeline: Any, name: str, sampling: Any, levels: list[float]) -> dict[str, list[dict[str, Any]]]:

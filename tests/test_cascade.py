@@ -234,7 +234,7 @@ def test_numbers_may_be_traced_and_counts_say_that_they_may_not():
         ("unconditional", (1,), {"order": 2}, "order=2 is no option of sampler='ddim'"),
         ("labels", (1,), {}, "labels is needed: base is class-conditional, and was trained without a null class"),
         ("labels", (), {"labels": []}, "labels must hold at least one label"),
-        ("labels", (3,), {"labels": [0, 1]}, "labels must be one for each of 3 images, got 2"),
+        ("labels", (3,), {"labels": [0, 1]}, "labels must be one label or one for each of 3 images, got 2"),
         ("labels", (1,), {"labels": CLASSES}, "labels=3 must be the index of a class, in [0, 3), or its name"),
         ("labels", (), {"labels": [0, -1]}, "labels[1]=-1 must be the index of a class"),
         ("labels", (), {"labels": [True]}, "labels[0]=True must be the index of a class"),

@@ -78,6 +78,19 @@ def test_class_conditions_need_labels(folder):
         FILES["ddpm"].stages(config)
 
 
+def test_fields_of_unclip_that_cannot_be_are_refused(folder):
+    config = make_config("unclip", "smoke", folder)
+    config.sample.tile = 31
+    with pytest.raises(
+        ValueError, match="sample.tile=31 must be a multiple of 2 pixels, so that tiles fit the network"
+    ):
+        FILES["unclip"].pipeline(config)
+    with config.unlocked():
+        config.upsamplers = ("up_256", "foo")
+    with pytest.raises(ValueError, match=r"upsamplers=\('up_256', 'foo'\) must be some of 'up_256', 'up_1024'"):
+        FILES["unclip"].stages(config)
+
+
 def test_both_priors_of_shapes_can_be_trained_and_evaluated(tmp_path):
     config = FILES["shapes"].get_config("smoke")
     config.priors, config.prior.embed_norm, config.sample.prior.l2_clamp = "both", "standardize", True

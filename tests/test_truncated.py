@@ -126,7 +126,8 @@ def test_options_are_stored_with_the_pipeline(tmp_path):
         ({"up_tile": 0}, "up_tile=0 must be at least 1"),
         ({"up_tile": 8, "up_overlap": 8}, "up_overlap=8 must be below up_tile=8"),
         ({"up_overlap": 8}, "up_overlap=8 must be below up_tile=None"),
-        ({"up_tile": 7}, "tile=7 must be a multiple of 4 pixels"),
+        ({"up_tile": 7}, "up_tile=7 must be a multiple of 4 pixels"),
+        ({"up_tile": 8, "up_overlap": 2}, "up_overlap=2 must be a multiple of 4 pixels"),
         ({"base_tile": 8}, "there is no option 'base_tile'"),
     ],
 )
@@ -142,4 +143,6 @@ def test_upsamplers_that_cannot_be_given_noisy_images():
         stops(0.001, steps=2, noise=0.001)
     with pytest.raises(ValueError, match="enlarging has no upsampler 'down'; there are up"):
         pipeline(enlarging={"down": Enlarging(tile=8)})
+    with pytest.raises(ValueError, match="up_tile=30 must be a multiple of 4 pixels, so that tiles fit the network"):
+        pipeline(enlarging={"up": Enlarging(tile=30)})
     assert diffusion()["schedule"] == "cosine" and LOW == 8  # which the numbers above are of

@@ -1,5 +1,6 @@
 """configs/upsampler.py and `ddpm_jax.sweep`: sizes, a smoke run, and the measures."""
 
+import functools
 import json
 import math
 import re
@@ -9,9 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from commands import assert_one_sentence
 from PIL import Image
 from random_networks import fast_jit, normal
 
+from ddpm_jax import pipelines
 from ddpm_jax.cli import load_recipe
 from ddpm_jax.data.arrays import ArraySource
 from ddpm_jax.data.shapes.scenes import ShapesSource
@@ -153,3 +156,25 @@ def test_smoke_trains_and_is_swept(tmp_path, call):
     status, _, err = call("sweep", *flags, "--generated", "--levels", "0")
     assert status == 2 and "--generated needs a pipeline" in err
     assert call("sweep", "--out", tmp_path / "other")[0] == 2
+    status, _, err = call("sweep", *flags, "--tile", "30")
+    assert status == 2 and "--tile=30 must be a multiple of" in err
+
+
+def test_what_a_sweep_of_the_bundled_pipeline_lacks_is_said_before_anything_is_restored(tmp_path, call, monkeypatch):
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(pipelines, "load", functools.cache(pipelines.load))
+    Image.fromarray(np.zeros((64, 64, 3), np.uint8)).save(tmp_path / "a.png")
+    flags = ["--out", tmp_path / "sweep", "--num_images", "1"]
+    result = call("sweep", *flags, "--data", tmp_path, "--generated")
+    assert_one_sentence(result, 2, "--generated needs a caption for each image", "image 0 of --data=", "has none")
+    # Trained by configs/shapes.py with noise of at most 0.05.
+    result = call("sweep", *flags, "--data", "shapes", "--levels", "0,0.1")
+    assert_one_sentence(result, 2, "--levels=0,0.1 must lie in [0, 0.05], the levels of training")
+    assert not (tmp_path / "sweep").exists()
+
+
+def test_a_factor_of_zero_is_refused():
+    config = RECIPE.get_config("smoke")
+    config.factor = 0
+    with pytest.raises(ValueError, match="factor=0 must be at least 2 and divide image_size="):
+        RECIPE.stages(config)

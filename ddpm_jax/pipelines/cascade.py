@@ -169,7 +169,7 @@ class Cascade(flax.struct.PyTreeNode):
         for stage, model in diffusions.items():
             check_steps(f"{stage}_steps", sampling[stage], model.diffusion)
         levels, _ = noise_levels(dict(zip(names, self.upsamplers)), self.noise_levels, {})
-        enlarging = checked_enlarging(names, self.enlarging)
+        enlarging = checked_enlarging(names, self.enlarging, (self.base, *self.upsamplers))
         return self.replace(names=names, sampling=sampling, noise_levels=levels, enlarging=enlarging)
 
     def _check_classifier(self, classifier: Model) -> None:

@@ -1,7 +1,7 @@
 """Options of upsamplers besides their samplers: tiles, and low-resolution images that are left noisy (truncated)."""
 
 import dataclasses
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -38,12 +38,13 @@ class Enlarging:
     stop: int | None = None
 
 
-def checked_enlarging(names: Collection[str], given: Any) -> Pairs:
+def checked_enlarging(names: Collection[str], given: Any, models: Sequence[Model] | None = None) -> Pairs:
     """Return how each upsampler is run, for all names in their order.
 
     Args:
         names: of the upsamplers.
         given: name -> `Enlarging` or a mapping of its fields, or pairs of them; whole images for what is absent.
+        models: the stage before the upsamplers, and the upsamplers, whose networks tiles must fit; None checks no tile.
 
     Raises:
         ValueError: if a name or a field is unknown, or a field is of another type or out of its range.
@@ -53,7 +54,36 @@ def checked_enlarging(names: Collection[str], given: Any) -> Pairs:
         if name not in names:
             raise ValueError(f"enlarging has no upsampler {name!r}; there are {', '.join(names) or 'none'}")
         options |= {f"{name}_{field}": value for field, value in own.items()}
-    return tuple(enlarging_options(names, {}, options)[0].items())
+    found = tuple(enlarging_options(names, {}, options)[0].items())
+    for before, model, (name, own) in zip(models or (), (models or ())[1:], found):
+        _check_tiles(name, own, before, model)
+    return found
+
+
+def tile_unit(network: Any, factor: int) -> int:
+    """Return of what number of pixels tiles of an upsampler must be multiples.
+
+    network: its U-Net downsamples the pixels that it sees; one without a U-Net does not. factor: of enlarging.
+    """
+    unet = getattr(network, "unet", None)
+    return int(np.lcm(1 if unet is None else unet.patch * 2 ** (len(unet.channel_mult) - 1), factor))
+
+
+def check_tile(prefix: str, own: Enlarging, network: Any, factor: int) -> None:
+    """Raise ValueError, with the prefix before the option's name, if tiles do not fit a network; see `tile_unit`."""
+    unit = tile_unit(network, factor)
+    for field in ("tile", "overlap"):
+        value = getattr(own, field)
+        if own.tile is not None and value is not None and value % unit:
+            raise ValueError(
+                f"{prefix}{field}={value} must be a multiple of {unit} pixels, so that tiles fit the network"
+            )
+
+
+def _check_tiles(name: str, own: Enlarging, before: Model, model: Model) -> None:
+    sizes = [stage.metadata.get("image_size") for stage in (model, before)]
+    if own.tile is not None and all(sizes):
+        check_tile(f"{name}_", own, model.network, sizes[0] // sizes[1])
 
 
 def stored_enlarging(pairs: Pairs) -> dict[str, dict[str, Any]]:
@@ -126,6 +156,7 @@ def with_stops(
     found, levels, order = {}, dict(levels), list(stages)
     for before, name in zip(order, order[1:]):
         own = enlarging.get(name, Enlarging())
+        _check_tiles(name, own, stages[before], stages[name])
         if own.truncated:
             low = stages[name].metadata.get("low_resolution", {})
             if not (low.get("variance_preserving", False) and low.get("noise_level_input", False)):

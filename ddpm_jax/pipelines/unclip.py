@@ -164,7 +164,9 @@ class UnCLIP(flax.struct.PyTreeNode):
         sampling = {stage: self.sampling.get(stage, own).checked(f"{stage}_") for stage, own in default.items()}
         levels, _ = noise_levels(dict(zip(names, self.upsamplers)), self.noise_levels, {})
         pipeline = self.replace(tokenizer=tokenizer, sampling=sampling, noise_levels=levels, names=names)
-        pipeline = pipeline.replace(enlarging=checked_enlarging(names, self.enlarging))
+        pipeline = pipeline.replace(
+            enlarging=checked_enlarging(names, self.enlarging, (self.decoder, *self.upsamplers))
+        )
         for stage, model in pipeline.diffusions().items():
             check_steps(f"{stage}_steps", sampling[stage], model.diffusion)
         return pipeline

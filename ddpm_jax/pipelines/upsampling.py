@@ -5,13 +5,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from ddpm_jax.diffusion.samplers import RecordedNoise
 from ddpm_jax.diffusion.samplers.noise import per_example_normal, transition_keys
 from ddpm_jax.diffusion.sampling import Sampling, sample_with, sampling_from
 from ddpm_jax.diffusion.tiles import tiled_denoiser
-from ddpm_jax.pipelines.enlarging import Enlarging, split_rows, stops_of
+from ddpm_jax.pipelines.enlarging import Enlarging, split_rows, stops_of, tile_unit
 from ddpm_jax.pipelines.request import as_float
 from ddpm_jax.pipelines.stages import finite
 from ddpm_jax.storage.metadata import thaw
@@ -167,11 +166,9 @@ def _denoiser_of_size(model: Model, enlarging: Enlarging, inputs: Mapping[str, A
         whole = denoiser(model, **inputs)
         return lambda xt, t: split_rows(whole(split_rows(xt), t))
     others, overlap = dict(inputs), enlarging.overlap
-    low_res, unet = others.pop("low_res"), getattr(model.network, "unet", None)
-    unit = 1 if unet is None else unet.patch * 2 ** (len(unet.channel_mult) - 1)
-    if overlap is None:
-        step = int(np.lcm(unit, image_size_of(model) // low_res.shape[1]))
-        overlap = enlarging.tile // (4 * step) * step
+    low_res = others.pop("low_res")
+    unit = tile_unit(model.network, image_size_of(model) // low_res.shape[1])
+    overlap = enlarging.tile // (4 * unit) * unit if overlap is None else overlap
     network = lambda xt, t, low_res: denoiser(model, low_res=low_res, **others)(xt, t)  # noqa: E731
     return tiled_denoiser(network, {"low_res": low_res}, tile=enlarging.tile, overlap=overlap, unit=unit)
 
