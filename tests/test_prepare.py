@@ -425,7 +425,7 @@ def test_the_command_reports(call, folder, tmp_path):
     status, out, _ = call("prepare", *flags, "--max_skipped", 9)
     assert status == 0
     lines = out.splitlines()
-    assert lines[0].startswith(f"wrote {tmp_path / 'out'}: 13 images in 1 shards, ")
+    assert lines[0].startswith(f"wrote {tmp_path / 'out'}: 13 images in 1 shard, ")
     assert lines[1].startswith("skipped 9: 3 unreadable, 1 too small, 3 no caption, 2 duplicate; ")
     assert lines[2].startswith("not used: 1 files")
     status, out, _ = call("prepare", *flags)

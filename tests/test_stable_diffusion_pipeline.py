@@ -189,7 +189,7 @@ WRONG += [("prompts", "a", "prompts must be a sequence of at least one caption, 
 WRONG += [("prompts", [], "prompts must hold at least one caption"), ("prompts", 3, "prompts must be a sequence")]
 WRONG += [("prompts", ["a", 3], r"prompts\[1\] must be a string, got 3")]
 WRONG += [("prompts", ["a", "a zz"], r"prompts\[1\] = 'a zz': the word \"zz\" is not in the vocabulary")]
-WRONG += [("negative_prompts", ["b", "c"], "negative_prompts must be one caption or one for each of 1 prompts, got 2")]
+WRONG += [("negative_prompts", ["b", "c"], "negative_prompts must be one caption, got 2")]
 WRONG += [("negative_prompts", "zz", r"negative_prompts\[0\] = 'zz': the word")]
 WRONG += [("negative_prompts", 3, "negative_prompts must be a caption or a sequence of captions, got 3")]
 
