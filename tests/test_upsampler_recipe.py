@@ -68,7 +68,7 @@ def test_what_cannot_be(tmp_path):
     with pytest.raises(ValueError, match="degradation='jpeg' must be one of 'none', 'blur', 'bsr'"):
         RECIPE.stages(config)
     config.update(degradation="bsr", crop=18)
-    with pytest.raises(ValueError, match="factor=4 must divide image_size=32 and crop=18"):
+    with pytest.raises(ValueError, match="factor=4 must be at least 2 and divide image_size=32 and crop=18"):
         RECIPE.stages(config)
     config.update(crop=16)
     config.diffusion.prediction = "eps"
