@@ -55,7 +55,7 @@ def test_a_classifier_learns_from_good_samples_alone(tmp_path):
 
 def test_the_exact_likelihood_of_a_model():
     """Image i depends on the seed and i alone."""
-    images = RNG.randint(0, 256, (3, 8, 8, 3), dtype=np.uint8)
+    images = np.random.RandomState(0).randint(0, 256, (3, 8, 8, 3), dtype=np.uint8)
     records = SourceImages([{"image": image, "label": i} for i, image in enumerate(images)])
     model = tiny_pipelines.base("guided")
     bits, calls = measure_exact(model, records, seed=3, batch_size=2, tolerance=1e-3)
