@@ -58,10 +58,10 @@ def test_the_exact_likelihood_of_a_model():
     images = np.random.RandomState(0).randint(0, 256, (3, 8, 8, 3), dtype=np.uint8)
     records = SourceImages([{"image": image, "label": i} for i, image in enumerate(images)])
     model = tiny_pipelines.base("guided")
-    bits, calls = measure_exact(model, records, seed=3, batch_size=2, tolerance=1e-3)
-    again, _ = measure_exact(model, records, seed=3, batch_size=1, tolerance=1e-3)
+    bits, calls = measure_exact(model, records, seed=3, batch_size=2, tolerance=1e-4)
+    again, _ = measure_exact(model, records, seed=3, batch_size=1, tolerance=1e-4)
     assert np.isfinite(bits).all() and calls > 6
-    # The solver takes other steps, which changes these by a hundredth; the three images differ by a tenth.
+    # The solver takes other steps, which changes these by less than a hundredth; the images differ by a tenth.
     np.testing.assert_allclose(bits, again, rtol=0.03)
     assert abs(bits[1] / bits[[0, 2]] - 1).min() > 0.06
 
