@@ -24,7 +24,7 @@ def r_precision(
 ) -> np.ndarray:
     """Find for which images their own caption is the nearest of `candidates`, the others at random.
 
-    The others are captions of the set that differ from the image's own; fewer if the set has not so many.
+    The others are captions of the set that differ from the image's own; fewer if the set is smaller.
 
     Args:
         z_image, z_text: unit embeddings, float[N, D].

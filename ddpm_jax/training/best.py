@@ -46,7 +46,7 @@ class Evaluation(Protocol):
 def with_measures(
     evaluate: Evaluate | None, measure: Callable[[Any, int], dict[str, float]], every: int, num_steps: int
 ) -> Evaluate:
-    """Return an evaluation that also measures samples, every so many steps and after the last.
+    """Return an evaluation that also measures samples, every `evaluate_every` steps and after the last.
 
     Args:
         evaluate: of the loss on held-out records, or None.
