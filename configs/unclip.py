@@ -162,10 +162,7 @@ def published_priors(config: ConfigDict) -> None:
     fitted = training(4096, 256, 0.0, warmup_steps=0)
     encoder = {"width": 2048, "layers": 0, "heads": 32}  # without layers priors read the hidden states of CLIP's tower
     config.priors = "diffusion"  # or "autoregressive", or "both", of which the pipeline then has the diffusion prior
-    config.prior = {
-        "width": 2048,
-        "layers": 24,
-        "heads": 32,
+    config.prior = {"width": 2048, "layers": 24, "heads": 32} | {
         "text_encoder": encoder,
         "embed_norm": "scale",  # or "standardize", by the stage "statistics"
         "embed_scale": 17.2,
@@ -176,10 +173,7 @@ def published_priors(config: ConfigDict) -> None:
     config.statistics = {"training": fitted}
     config.codes = {"dims": 319, "buckets": 1024, "dot_buckets": 256, "training": fitted}
     own = {"weight_decay": 4e-2, "b2": 0.91, "eps": 1e-10, "ema_decay": 0.999}
-    config.ar_prior = {
-        "width": 1664,
-        "layers": 24,
-        "heads": 26,
+    config.ar_prior = {"width": 1664, "layers": 24, "heads": 26} | {
         "text_encoder": encoder,
         "drop_text": 0.1,
         "training": training(4096, 1_000_000, 1.6e-4, eval_every=5_000, **own),

@@ -23,9 +23,9 @@ from ddpm_jax.storage import checkpoint as checkpoint_module
 from ddpm_jax.storage.checkpoint import (
     CheckpointError,
     Checkpoints,
-    checksum,
     restore_params,
 )
+from ddpm_jax.storage.checksum import checksum
 from ddpm_jax.storage.config_difference import config_differences
 from ddpm_jax.storage.lock import WorkdirInUse, lock_workdir
 from ddpm_jax.training.state import TrainState, abstract_state
@@ -323,7 +323,7 @@ def test_checksum_of_small_and_large_arrays_is_one_sum(monkeypatch):
     with jax.enable_x64(True):
         wide = [*tree, np.array([[1.5, 2.0**-40]]), np.arange(5, dtype=np.int64) << 33, np.arange(3, dtype=np.float16)]
         value = checksum(wide)
-        monkeypatch.setattr("ddpm_jax.storage.checkpoint._SMALL", -1)
+        monkeypatch.setattr("ddpm_jax.storage.checksum._SMALL", -1)
         assert checksum(jax.tree.map(jnp.asarray, wide)) == value
 
 
