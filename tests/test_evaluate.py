@@ -17,7 +17,7 @@ from ddpm_jax.evaluation.archives import RowReader, read_array, write_rows
 from ddpm_jax.evaluation.captions import clip_scores, r_precision
 from ddpm_jax.evaluation.compare import compare
 from ddpm_jax.evaluation.features import POOL, Identity, random_extractor
-from ddpm_jax.evaluation.images import SampledImages, SourceImages
+from ddpm_jax.evaluation.images import SampledImages, SourceImages, open_images
 from ddpm_jax.evaluation.summary import read_statistics, summarize, write_statistics
 from ddpm_jax.pipelines import save
 
@@ -133,6 +133,15 @@ def test_statistics_of_other_features_are_refused(sets, tmp_path):
     np.savez(tmp_path / "public.npz", mu=np.zeros(2048), sigma=np.eye(2048))
     with pytest.raises(RuntimeError, match=r"shapes \(2048,\) and \(2048, 2048\).* another extractor"):
         read_statistics(tmp_path / "public.npz", other)
+
+
+def test_a_part_of_a_set_is_evenly_spaced(sets):
+    """Files are often in the order of classes."""
+    for name in ("folder", "ones.npz"):
+        part = open_images(sets / name, at_most=3)
+        found = np.concatenate([part.read(0, 2)["image"], part.read(2, 3)["image"]])
+        np.testing.assert_array_equal(found, ONES[[0, 13, 26]])
+        assert len(open_images(sets / name, at_most=100)) == COUNT
 
 
 def test_a_summary_is_the_same_in_any_batches_and_keeps_a_part():

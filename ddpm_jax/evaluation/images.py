@@ -50,7 +50,7 @@ def open_images(spec: str | os.PathLike, *, size: int | None = None, at_most: in
     Args:
         spec: a path or a name.
         size: to which images are cropped and resized (`data.transforms.CenterCrop`); None leaves them as they are.
-        at_most: images to take, the first ones; None takes all.
+        at_most: images to take, evenly spaced, because folders are often in the order of classes; None takes all.
 
     Raises:
         ValueError: if nothing is there that holds images.
@@ -101,25 +101,25 @@ class SourceImages(_Sized):
         self, source: Source, name: str = "the source", *, size: int | None = None, at_most: int | None = None
     ):
         super().__init__(name, size)
-        self._source, self._count = source, len(source) if at_most is None else min(len(source), at_most)
-        if self._count:
+        self._source, self._rows = source, _evenly_spaced(len(source), at_most)
+        if len(self._rows):
             first = read_record(source, 0)
             if "image" not in first:
                 raise ValueError(f"the records of {name} have no image, only {', '.join(first)}")
             self._image(0, first["image"], first.get("key"))  # the size that all others must have
 
     def __len__(self) -> int:
-        return self._count
+        return len(self._rows)
 
     def read(self, begin: int, end: int) -> dict[str, Any]:
-        """Return the images of records [begin, end); see `ImageSet`."""
+        """Return the images [begin, end); see `ImageSet`."""
 
         def one(index: int) -> dict[str, Any]:
             record = read_record(self._source, index)
             return {**record, "image": self._image(index, record["image"], record.get("key"))}
 
         with ThreadPoolExecutor(THREADS) as pool:
-            records = list(pool.map(one, range(begin, end)))
+            records = list(pool.map(one, self._rows[begin:end].tolist()))
         found: dict[str, Any] = {"image": np.stack([record["image"] for record in records])}
         for name in ("caption", "label"):
             if all(name in record for record in records):
@@ -145,16 +145,17 @@ class NpzImages(_Sized):
         if labels is not None and (labels.shape != (count,) or labels.dtype.kind not in "iu"):
             raise ValueError(f"{path}: {LABELS} must be {count} integers, got {labels.dtype}{list(labels.shape)}")
         self._labels = None if labels is None else read_array(path, LABELS)
-        self._count = count if at_most is None else min(count, at_most)
+        self._rows = _evenly_spaced(count, at_most)
 
     def __len__(self) -> int:
-        return self._count
+        return len(self._rows)
 
     def read(self, begin: int, end: int) -> dict[str, Any]:
-        """Return the images of rows [begin, end); see `ImageSet`."""
-        rows = self._images.read(begin, end)
-        found: dict[str, Any] = {"image": np.stack([self._image(begin + i, row) for i, row in enumerate(rows)])}
-        return found if self._labels is None else found | {"label": self._labels[begin:end].tolist()}
+        """Return the images [begin, end); see `ImageSet`."""
+        rows = self._rows[begin:end]
+        images = [self._image(row, self._images.read(row, row + 1)[0]) for row in rows.tolist()]
+        found: dict[str, Any] = {"image": np.stack(images)}
+        return found if self._labels is None else found | {"label": self._labels[rows].tolist()}
 
 
 class SampledImages:
@@ -209,6 +210,12 @@ class SampledImages:
         images = np.repeat(images, 3, axis=-1) if images.shape[-1] == 1 else images
         found: dict[str, Any] = {"image": images}
         return found | ({"caption": captions} if captions else {}) | ({"label": labels} if labels else {})
+
+
+def _evenly_spaced(count: int, at_most: int | None) -> np.ndarray:
+    """Return the indices of up to `at_most` of `count` images, evenly spaced, int[N]."""
+    taken = count if at_most is None else min(count, at_most)
+    return np.arange(taken) * count // max(taken, 1)
 
 
 def share_of(count: int) -> range:

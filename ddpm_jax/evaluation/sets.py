@@ -31,7 +31,7 @@ class Reading:
 
     Attributes:
         size: to which images are cropped and resized; None leaves them as they are.
-        at_most: images of a set, the first ones; None takes all.
+        at_most: images of a set, evenly spaced; None takes all.
         keep: images of which features are kept.
         batch_size: images at a time; what suits the set by default.
         seed: of the choice of images that are kept.
