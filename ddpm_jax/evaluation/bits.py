@@ -244,7 +244,7 @@ def table(bound: Bound, rows: int = 12) -> str:
     lines = ["| t | rate (bits/dim) | L_t (bits/dim) | distortion (RMSE of 255) |", "| ---: | ---: | ---: | ---: |"]
     for i in (number - 1 for number in chosen):
         numbers = (f"{bound.rate[i]:.5f}", f"{bound.terms[i]:.6f}", f"{bound.distortion[i]:.3f}")
-        lines.append(f"| {bound.timesteps[i]} | {' | '.join(numbers)} |")
+        lines.append(f"| {bound.timesteps[i]:.6g} | {' | '.join(numbers)} |")
     return "\n".join(lines)
 
 
