@@ -24,6 +24,7 @@ Variants, with the parameters of their networks (held to them by tests/recipes/t
     configs/adm.py:256            the networks for 64 x 64, and the upsampler to 256 x 256: 312M
     configs/adm.py:512            the networks for 128 x 128, and the upsampler to 512 x 512: 309M
     configs/adm.py:small          32 x 32: 5.0M and 0.6M: trains on a laptop's CPU
+    configs/adm.py:digits         16 x 16: 0.3M and 0.1M: minutes on a CPU, docs/laptop.md
     configs/adm.py:smoke          two steps of tiny networks on generated arrays
 
 The full-size numbers are those of tables 11 and 12 of the paper; the upsampler to 512 x 512 is the released one, which
@@ -56,7 +57,7 @@ from ddpm_jax.pipelines.description import PipelineDescription
 from ddpm_jax.training import ClassifierTask, DiffusionTask, Images, Labels, LowResolution, Stage, Training
 from ddpm_jax.types import network_dtype
 
-VARIANTS = ("", "imagenet128", "imagenet256", "imagenet512", "lsun", "256", "512", "small", "smoke")
+VARIANTS = ("", "imagenet128", "imagenet256", "imagenet512", "lsun", "256", "512", "small", "digits", "smoke")
 MULTIPLIERS = {64: (1, 2, 3, 4), 128: (1, 1, 2, 3, 4), 256: (1, 1, 2, 2, 4, 4), 512: (0.5, 1, 1, 2, 2, 4, 4)}
 
 
@@ -150,8 +151,10 @@ def get_config(variant: str = "") -> ConfigDict:
         lsun(config)
     elif variant.startswith("imagenet"):
         larger(config, int(variant.removeprefix("imagenet")))
-    if variant in ("small", "smoke"):
+    if variant in ("small", "digits", "smoke"):
         small(config)
+    if variant == "digits":
+        digits(config)
     if variant == "smoke":
         smoke(config)
     return config
@@ -355,6 +358,16 @@ def small(config: ConfigDict) -> None:
     config.upsampler.training.update(batch_size=32, num_steps=6_000, preview_every=1_000, **faster)
     config.sample.update(sampler="ddim", steps="50")
     config.upsampler.sample.update(sampler="ddim", steps="25")
+
+
+def digits(config: ConfigDict) -> None:
+    """Use smaller networks for images of 16 x 16, which are not mirrored, and fewer steps."""
+    config.data.flip, config.image_size, config.cpu_devices = False, 16, 1
+    config.base.attention_resolutions = (8,)
+    config.base.unet.update(channels=16, channel_mult=(1, 2), num_res_blocks=1, head_channels=16, patch=1, groups=8)
+    config.base.training.update(num_steps=1_000, ema_decay=0.99, preview_every=0)
+    config.classifier.update(channels=16, channel_mult=(1, 2), head_channels=16, groups=8)
+    config.classifier.training.update(batch_size=32, num_steps=500, ema_decay=0.99)
 
 
 def smoke(config: ConfigDict) -> None:

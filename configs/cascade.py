@@ -18,6 +18,7 @@ Variants, with the parameters of their networks (held to them by tests/recipes/t
 
     configs/cascade.py          ImageNet, 64 -> 128 -> 256: 296M, 238M and 313M
     configs/cascade.py:small    16 -> 32: 5.0M and 4.6M: trains on a laptop's CPU
+    configs/cascade.py:digits   12 -> 24: 0.3M and 0.5M: minutes on a CPU, docs/laptop.md
     configs/cascade.py:smoke    two steps of tiny networks on generated arrays
 
 Published: FID 1.48 (64 x 64), 3.52 (128 x 128) and 4.88 (256 x 256), Inception Score 67.95 and 128.8, classification
@@ -50,7 +51,7 @@ from ddpm_jax.pipelines.description import PipelineDescription
 from ddpm_jax.training import DiffusionTask, Images, Labels, LowResolution, Stage, Training
 from ddpm_jax.types import network_dtype
 
-VARIANTS = ("", "small", "smoke")
+VARIANTS = ("", "small", "digits", "smoke")
 
 
 def training(batch_size: int, num_steps: int, learning_rate: float) -> dict:
@@ -121,8 +122,10 @@ def get_config(variant: str = "") -> ConfigDict:
     config.progress = True
     config.cpu_devices = 2
     config.mesh = {"data": -1, "fsdp": 1, "tensor": 1}
-    if variant in ("small", "smoke"):
+    if variant in ("small", "digits", "smoke"):
         small(config)
+    if variant == "digits":
+        digits(config)
     if variant == "smoke":
         smoke(config)
     return config
@@ -246,6 +249,19 @@ def small(config: ConfigDict) -> None:
         own.training.update(batch_size=32, num_steps=6_000, learning_rate=2e-3, warmup_steps=100, decay="cosine")
         own.training.update(final_fraction=0.02, optimizer="muon", muon_learning_rate=6e-3, ema_decay=0.998)
         own.training.update(clip_norm=1.0, checkpoint_every=500, log_every=50, preview_every=1_000, eval_every=500)
+
+
+def digits(config: ConfigDict) -> None:
+    """Use smaller networks from 12 x 12 to 24 x 24 pixels, which are not mirrored, and fewer steps."""
+    config.data.flip, config.cpu_devices, config.upsamplers = False, 1, ("up_24",)
+    config.up_24 = config.up_32
+    del config.up_32
+    config.base.update(image_size=12, attention_resolutions=(6,))
+    config.up_24.image_size = 24
+    for own in (config.base, config.up_24):
+        own.unet.update(channels=16, channel_mult=(1, 2), num_res_blocks=1, head_channels=16, patch=1, groups=8)
+        own.training.update(num_steps=1_000, ema_decay=0.99, preview_every=0)
+    config.up_24.unet.update(channels=24, patch=2)
 
 
 def smoke(config: ConfigDict) -> None:

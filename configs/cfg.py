@@ -13,6 +13,7 @@ Variants, with the parameters of the network (held to them by tests/recipes/test
     configs/cfg.py                ImageNet 64 x 64: 296M, v = 0.3
     configs/cfg.py:imagenet128    ImageNet 128 x 128: 422M, v = 0.2
     configs/cfg.py:small          32 x 32: 5.0M: trains on a laptop's CPU
+    configs/cfg.py:digits         16 x 16: 0.3M: minutes on a CPU, docs/laptop.md
     configs/cfg.py:smoke          two steps of a tiny network on generated arrays
 
 Architectures and optimization are those of ADM (Dhariwal and Nichol 2021), without learned variances; the lengths of
@@ -42,7 +43,7 @@ from ddpm_jax.pipelines.description import PipelineDescription
 from ddpm_jax.training import DiffusionTask, Images, Labels, Stage, Training
 from ddpm_jax.types import network_dtype
 
-VARIANTS = ("", "imagenet128", "small", "smoke")
+VARIANTS = ("", "imagenet128", "small", "digits", "smoke")
 
 
 def get_config(variant: str = "") -> ConfigDict:
@@ -98,8 +99,10 @@ def get_config(variant: str = "") -> ConfigDict:
         config.unet.update(channels=256, channel_mult=(1, 1, 2, 3, 4), num_res_blocks=2, heads=4, dropout=0.0)
         config.sample.update(scale=1.3, variance_share=0.2)
         config.training.update(batch_size=256, num_steps=2_700_000, learning_rate=1e-4)
-    if variant in ("small", "smoke"):
+    if variant in ("small", "digits", "smoke"):
         small(config)
+    if variant == "digits":
+        digits(config)
     if variant == "smoke":
         smoke(config)
     return config
@@ -179,6 +182,14 @@ def small(config: ConfigDict) -> None:
     config.training.update(batch_size=32, num_steps=6_000, learning_rate=2e-3, warmup_steps=100, decay="cosine")
     config.training.update(final_fraction=0.02, optimizer="muon", muon_learning_rate=6e-3, ema_decay=0.998)
     config.training.update(clip_norm=1.0, checkpoint_every=500, log_every=50, preview_every=1_000, eval_every=500)
+
+
+def digits(config: ConfigDict) -> None:
+    """Use a smaller network for images of 16 x 16, which are not mirrored, and fewer steps."""
+    config.data.flip, config.image_size, config.attention_resolutions, config.cpu_devices = False, 16, (8,), 1
+    config.unet.update(channels=16, channel_mult=(1, 2), num_res_blocks=1, head_channels=16, patch=1, groups=8)
+    config.sample.scale = 1.0
+    config.training.update(num_steps=1_000, ema_decay=0.99, preview_every=0)
 
 
 def smoke(config: ConfigDict) -> None:

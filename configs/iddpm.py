@@ -17,6 +17,7 @@ Variants, with the parameters of their networks (held to them by tests/recipes/t
     configs/iddpm.py:imagenet64_cond    ImageNet 64 x 64, class-conditional: 273M ("270M")
     configs/iddpm.py:256                the same, and the upsampler to 256 x 256: 280M
     configs/iddpm.py:small              32 x 32: 4.7M: trains on a laptop's CPU
+    configs/iddpm.py:digits             16 x 16: 0.2M: minutes on a CPU, docs/laptop.md
     configs/iddpm.py:smoke              two steps of tiny networks on generated shapes
 
 Bits per dimension and FID of the paper, after 500K steps on CIFAR-10 and 200K on ImageNet 64 x 64 (its tables 1, 2):
@@ -53,7 +54,7 @@ from ddpm_jax.pipelines.description import PipelineDescription
 from ddpm_jax.training import DiffusionTask, Images, Labels, LowResolution, Stage, Training
 from ddpm_jax.types import network_dtype
 
-VARIANTS = ("", "imagenet64", "imagenet64_cond", "256", "small", "smoke")
+VARIANTS = ("", "imagenet64", "imagenet64_cond", "256", "small", "digits", "smoke")
 
 
 def training(batch_size: int, num_steps: int, learning_rate: float) -> dict:
@@ -142,8 +143,10 @@ def get_config(variant: str = "") -> ConfigDict:
         config.update(vlb_weight=1 / 4000, timestep_scale=1.0)
         config.upsampler.enabled = variant == "256"
         config.upsampler.unet.remat = True
-    if variant in ("small", "smoke"):
+    if variant in ("small", "digits", "smoke"):
         small(config)
+    if variant == "digits":
+        digits(config)
     if variant == "smoke":
         smoke(config)
     return config
@@ -277,6 +280,13 @@ def small(config: ConfigDict) -> None:
     config.upsampler.diffusion.num_steps = 1000
     config.upsampler.training.update(**faster)
     config.upsampler.sample.steps = "50"
+
+
+def digits(config: ConfigDict) -> None:
+    """Use a smaller network for images of 16 x 16, which are not mirrored, and fewer steps."""
+    config.data.flip, config.image_size, config.attention_resolutions, config.cpu_devices = False, 16, (8,), 1
+    config.unet.update(channels=16, channel_mult=(1, 2), num_res_blocks=1, head_channels=16, patch=1, groups=8)
+    config.training.update(num_steps=1_500, ema_decay=0.99, preview_every=0)
 
 
 def smoke(config: ConfigDict) -> None:

@@ -24,6 +24,9 @@ FID, Inception Score, FID of the ODE sampler and bits per dimension that the aut
     configs/score_sde.py:small            VE, NCSN++: 1.7M: trains on a laptop's CPU
     configs/score_sde.py:small_vp         VP, DDPM++: 1.7M: trains on a laptop's CPU
     configs/score_sde.py:small_sub_vp     sub-VP, DDPM++: 1.7M: trains on a laptop's CPU
+    configs/score_sde.py:digits           VE, NCSN++, 16 x 16: 0.2M: minutes on a CPU, docs/laptop.md
+    configs/score_sde.py:digits_vp        VP, DDPM++, 16 x 16: 0.2M
+    configs/score_sde.py:digits_sub_vp    sub-VP, DDPM++, 16 x 16: 0.2M
     configs/score_sde.py:smoke            two steps of a tiny network on generated shapes
 
 Numbers of the published variants are those of the authors' configs (score_sde_pytorch, configs/): batch 128, Adam,
@@ -52,7 +55,8 @@ from ddpm_jax.training import DiffusionTask, Images, Stage, Training
 from ddpm_jax.types import network_dtype
 
 PUBLISHED = ("", "ve_deep", "vp", "vp_deep", "vp_ncsnpp", "sub_vp", "sub_vp_deep", "sub_vp_ncsnpp")
-VARIANTS = (*PUBLISHED, "small", "small_vp", "small_sub_vp", "smoke")
+SMALL = ("small", "small_vp", "small_sub_vp", "digits", "digits_vp", "digits_sub_vp")
+VARIANTS = (*PUBLISHED, *SMALL, "smoke")
 
 
 def get_config(variant: str = "") -> ConfigDict:
@@ -127,8 +131,10 @@ def get_config(variant: str = "") -> ConfigDict:
     config.mesh = {"data": -1, "fsdp": 1, "tensor": 1}
     if "vp" in variant:
         preserving(config, variant)
-    if variant.startswith("small") or variant == "smoke":
+    if variant in (*SMALL, "smoke"):
         small(config)
+    if variant.startswith("digits"):
+        digits(config)
     if variant == "smoke":
         smoke(config)
     return config
@@ -225,6 +231,13 @@ def small(config: ConfigDict) -> None:
         preview_every=1_000,
         eval_every=500,
     )
+
+
+def digits(config: ConfigDict) -> None:
+    """Use a smaller network for images of 16 x 16, which are not mirrored, and fewer steps."""
+    config.data.flip, config.image_size, config.cpu_devices = False, 16, 1
+    config.network.update(channel_mult=(1, 2), num_res_blocks=1)
+    config.training.update(num_steps=1_000, ema_decay=0.99, preview_every=0)
 
 
 def smoke(config: ConfigDict) -> None:

@@ -47,4 +47,5 @@ def test_a_network_has_the_size_of_the_table(row):
 
 
 def test_every_system_has_a_row():
-    assert {name for name, *_ in ROWS} >= {"adm", "cascade", "cfg", "ddpm", "diffusion2015", "glide", "iddpm"}
+    systems = {"adm", "cascade", "cfg", "ddpm", "diffusion2015", "glide", "iddpm", "score_sde", "sr3"}
+    assert {name for name, *_ in ROWS} >= systems
