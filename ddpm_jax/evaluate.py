@@ -62,6 +62,7 @@ _KID_SIZE = _integer("kid_subset_size", 1000, "Images of each subset of KID.", 2
 _CLIP = _string("clip", None, "Model directory of a CLIP, for CLIP score and R-precision.")
 _CANDIDATES = _integer("candidates", 100, "Captions among which R-precision looks for the right one.", 2)
 _LAYERS = _string("layers", None, 'Timesteps of "bits", as "100" or "ddim50"; all if none.')
+_TOLERANCE = cli.define_finite("tolerance", 1e-5, 'Of the solver of "exact".', flag_values=FLAGS, lower_bound=1e-8)
 _PLOT = flags.DEFINE_bool("plot", False, "Draw rate against distortion (needs matplotlib).", flag_values=FLAGS)
 _TEST = _string("test", None, 'Real images with labels, on which "cas" tests its classifier.')
 _CAS_UPDATES = _integer("cas_updates", 1000, 'Training steps of the classifier of "cas".')
@@ -266,8 +267,9 @@ def _measure_bits(metrics: list[str], out: Path) -> None:
             bits.save_plot(out / "elbo.png", bound)
     if "exact" in metrics:
         with progress_bar(len(images), description="exact", unit="image", shown=shown) as bar:
-            values, calls = bits.measure_exact(pipeline.base, images, update=bar.update, **how)
-        note = f"probability-flow ODE, {len(values)} images, {calls:.0f} network calls"
+            solved = {"tolerance": _TOLERANCE.value, "update": bar.update}
+            values, calls = bits.measure_exact(pipeline.base, images, **solved, **how)
+        note = f"probability-flow ODE, tolerance {_TOLERANCE.value:g}, {len(values)} images, {calls:.0f} network calls"
         measures.append(Measure.of_means("bits per dimension (exact)", values, note=note, **spread))
     about = [f"images: {images.name} ({images.preprocessing})"]
     sets.report(None, None, measures, about, out, cli.show, name="bits.json")
