@@ -15,7 +15,7 @@ from ddpm_jax.diffusion.samplers import example_keys
 from ddpm_jax.evaluation import bits
 from ddpm_jax.evaluation.archives import RowReader, read_array, write_rows
 from ddpm_jax.evaluation.captions import clip_scores, r_precision
-from ddpm_jax.evaluation.compare import compare
+from ddpm_jax.evaluation.compare import Measure, compare
 from ddpm_jax.evaluation.features import POOL, Identity, random_extractor
 from ddpm_jax.evaluation.images import SampledImages, SourceImages, open_images
 from ddpm_jax.evaluation.summary import read_statistics, summarize, write_statistics
@@ -221,3 +221,11 @@ def test_the_process_between_its_steps():
     middle = np.asarray(jax.vmap(schedule.log_snr)(t[:-1] + 0.5))
     values = 2 * (np.log(np.asarray(process.alpha, np.float64)) - np.log(np.asarray(process.sigma, np.float64)))
     assert ((middle < values[:-1]) & (middle > values[1:])).all()
+
+
+def test_a_mean_difference_has_an_interval_on_both_sides_of_zero():
+    differences = np.array([-2.0, -1.0, 1.0, 2.0] * 25)
+    found = Measure.of_means("difference", differences, replicates=200, seed=0, least=-np.inf)
+    # 1.96 standard errors of 100 numbers of variance 2.5: 0.31; of 200 replicates their spread is known to 5 %
+    assert found.value == 0.0 and found.interval == pytest.approx((-0.31, 0.31), rel=0.2)
+    assert Measure.of_means("bits", differences, replicates=200, seed=0).interval[0] == 0.0

@@ -40,12 +40,20 @@ class Measure:
 
     @classmethod
     def of_means(
-        cls, name: str, values: np.ndarray, *, replicates: int, seed: int, note: str = "", most: float = np.inf
+        cls,
+        name: str,
+        values: np.ndarray,
+        *,
+        replicates: int,
+        seed: int,
+        note: str = "",
+        least: float = 0.0,
+        most: float = np.inf,
     ) -> "Measure":
-        """Return the mean of numbers >= 0, one for each image, with its interval."""
+        """Return the mean of numbers in [least, most], one for each image, with its interval."""
         value = float(np.mean(values))
         spread = bootstrap_means(values, replicates=replicates, seed=seed)
-        return cls(name, value, interval(value, spread, least=0.0, most=most), note)
+        return cls(name, value, interval(value, spread, least=least, most=most), note)
 
 
 @dataclasses.dataclass(frozen=True)
