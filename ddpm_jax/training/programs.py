@@ -83,8 +83,9 @@ def lower_update(
       (lowered, empty): `update(state, window, batch, key) -> (state, window, done)`, which donates its first two
       arguments; `done` is an array that is ready when the step is. `empty` is the window at its beginning.
     """
-    step_fn = jax.jit(on_mesh(step_fn, mesh), inline=True)  # traced once, here
-    _, metrics = jax.eval_shape(step_fn, state, batch, key)
+    step_fn = jax.jit(on_mesh(step_fn, mesh), inline=True)
+    # Traced once, here: the update calls it with the same types.
+    _, metrics = jax.eval_shape(step_fn, state, batch, key, jax.ShapeDtypeStruct((), jnp.float32))
     place, split = replicated(mesh), data_sharding(mesh)
     parts = jax.tree.map(lambda leaf: leaf.sharding, state)
     jitted = jax.jit(
