@@ -349,6 +349,19 @@ def test_frozen_networks_run_before_the_step_and_outside_of_it(tmp_path):
     assert read_metrics(tmp_path)[-1]["target"] == pytest.approx(3.0)
 
 
+def test_the_loss_is_traced_for_the_step_and_for_its_operations(tmp_path):
+    """Tracing a deep network takes seconds before the first step."""
+    traces = []
+
+    class Counted(ToyTask):
+        def loss(self, *arguments):
+            traces.append(arguments)
+            return super().loss(*arguments)
+
+    run(tmp_path, task=Counted())
+    assert len(traces) == 2
+
+
 def test_accumulation_in_the_loop_counts_all_operations(tmp_path):
     run(tmp_path, num_steps=2, accumulate=2)
     row = read_metrics(tmp_path)[-1]

@@ -218,7 +218,9 @@ def test_negative_prompts_have_no_influence_where_captions_were_always_dropped()
     """Without a caption the networks' outputs do not depend on it, see test_tasks.py and test_models.py."""
     text = unclip.Text(np.ones((2, 4)), np.ones((2, 3, 4)), np.ones((2, 3), bool))
     spy = lambda drop: SimpleNamespace(
-        network=SimpleNamespace(text_encoder=None), metadata={"caption": {"drop": drop}}, apply=lambda *given: given
+        network=SimpleNamespace(text_encoder=None),
+        metadata={"caption": {"drop": drop}},
+        apply_traced=lambda *given: given,
     )
     negative, seen = (text, np.ones((2, 3), np.int32), np.array([True, False])), []
     for drop, expected in ((1.0, [False, False]), (0.1, [True, False])):

@@ -28,6 +28,7 @@ from ddpm_jax.models.clip import CLIP
 from ddpm_jax.models.decoder import Decoder
 from ddpm_jax.models.embedding_norm import EmbeddingNorm
 from ddpm_jax.models.prior import DiffusionPrior
+from ddpm_jax.models.traced import apply_traced
 from ddpm_jax.models.upsampler import Upsampler
 from ddpm_jax.pipelines.request import (
     as_prompts,
@@ -170,7 +171,7 @@ class Karlo(flax.struct.PyTreeNode):
 
         def network(text: Text) -> Callable[..., jax.Array]:
             params = {"params": self.params["prior"]}
-            return lambda zt, t: self.prior.apply(params, zt, t, text.z, text.hidden, text.mask)
+            return lambda zt, t: apply_traced(self.prior, params, zt, t, text.z, text.hidden, text.mask)
 
         norm = EmbeddingNorm.standardizing(*self.statistics)
         z = sample_with(
@@ -218,7 +219,7 @@ class Karlo(flax.struct.PyTreeNode):
         params, z = {"params": self.params["decoder"]}, _scaled(z_image)
 
         def network(text: Text, keep: jax.Array) -> Denoiser:
-            return lambda xt, t: self.decoder.apply(params, xt, t, z, text.z, text.hidden, text.mask, keep)
+            return lambda xt, t: apply_traced(self.decoder, params, xt, t, z, text.z, text.hidden, text.mask, keep)
 
         keep = jnp.ones(len(z_image), bool) if keep_image is None else keep_image
         return network(text, keep), network(null, jnp.zeros(len(z_image), bool))
@@ -236,7 +237,8 @@ class Karlo(flax.struct.PyTreeNode):
         keys: [B], or `RecordedNoise`. wrap_step: of `sample_with`. options: fields of `Sampling` in place of those of
         the pipeline's.
         """
-        network = lambda name, xt, t: self.upsampler.apply({"params": self.params[name]}, xt, t, images)  # noqa: E731
+        params = {name: {"params": self.params[name]} for name in ("first", "last")}
+        network = lambda name, xt, t: apply_traced(self.upsampler, params[name], xt, t, images)  # noqa: E731
         larger = sample_with(
             self.sampling["upsampler"].with_options("upsampler_", **options),
             DIFFUSION["upsampler"],

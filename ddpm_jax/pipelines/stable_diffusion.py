@@ -25,6 +25,7 @@ from ddpm_jax.interop.latent_diffusion import read_stable_diffusion_file
 from ddpm_jax.interop.stable_diffusion import process_of, read_stable_diffusion, sampling_of
 from ddpm_jax.models.autoencoder import Autoencoder
 from ddpm_jax.models.text_encoder import TextEncoder
+from ddpm_jax.models.traced import apply_traced
 from ddpm_jax.models.unet import UNet
 from ddpm_jax.pipelines.request import (
     as_prompts,
@@ -129,7 +130,7 @@ class StableDiffusion(flax.struct.PyTreeNode):
         """
         sampling = self.sampling.with_options(**options)
         params, shape = {"params": self.params["unet"]}, (self.latent_size,) * 2 + (self.autoencoder.latent_channels,)
-        network = lambda context: lambda xt, t: self.unet.apply(params, xt, t, None, context)  # noqa: E731
+        network = lambda context: lambda xt, t: apply_traced(self.unet, params, xt, t, None, context)  # noqa: E731
         denoise, step = network(text), sampling.step()
         if sampling.scale is not None:
             rescale = 0.0 if sampling.rescale is None else sampling.rescale

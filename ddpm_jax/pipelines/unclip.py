@@ -324,7 +324,7 @@ class UnCLIP(flax.struct.PyTreeNode):
         """Return number -> one candidate for each caption, by the diffusion prior."""
         model, norm = self.prior, embedding_norm(self.prior, self.statistics)
         condition = lambda text, tokens, keep: (  # noqa: E731
-            lambda zt, t: model.apply(zt, t, text.z, _read_by(model, text, tokens), text.mask, keep)
+            lambda zt, t: model.apply_traced(zt, t, text.z, _read_by(model, text, tokens), text.mask, keep)
         )
         null = condition(text, tokens, jnp.zeros_like(keep_text)) if negative is None else condition(*negative)
 
@@ -409,7 +409,7 @@ class UnCLIP(flax.struct.PyTreeNode):
         keep_image = kept_in_training(model, "image_embedding", keep_image, len(tokens))
         keep_text = kept_in_training(model, "caption", keep_text, len(tokens))
         condition = lambda text, tokens, keep_image, keep_text: (  # noqa: E731
-            lambda xt, t: model.apply(
+            lambda xt, t: model.apply_traced(
                 xt, t, z_image, text.z, _read_by(model, text, tokens), text.mask, keep_image, keep_text
             )
         )

@@ -104,7 +104,7 @@ def noise_levels(
 def denoiser(model: Model, **inputs: Any) -> Denoiser:
     """Close a network over its conditions; improved diffusion's are given timesteps times a scale."""
     scale = model.metadata.get("timestep_scale", 1.0)
-    return lambda xt, t: model.apply(xt, t if scale == 1.0 else scale * t, **inputs)
+    return lambda xt, t: model.apply_traced(xt, t if scale == 1.0 else scale * t, **inputs)
 
 
 def upsample(

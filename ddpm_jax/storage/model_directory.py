@@ -30,6 +30,7 @@ from ddpm_jax.checks import check_model, shown
 from ddpm_jax.diffusion.diffusion import Diffusion
 from ddpm_jax.errors import LoadError, ReadError
 from ddpm_jax.extras import needs_extra
+from ddpm_jax.models.traced import apply_traced
 from ddpm_jax.paths import as_path, is_remote, local_path
 from ddpm_jax.storage.json_file import read_json, write_json
 from ddpm_jax.storage.metadata import check_metadata, diffusion_from, freeze, thaw
@@ -68,6 +69,10 @@ class Model(flax.struct.PyTreeNode):
     def apply(self, *args: Any, **options: Any) -> Any:
         """Return `network.apply(params, *args, **options)`."""
         return self.network.apply(self.params, *args, **options)
+
+    def apply_traced(self, *args: Any, **inputs: Any) -> Any:
+        """Return `apply(*args, **inputs)`, traced once for arrays of the same shapes (see `models.traced`)."""
+        return apply_traced(self.network, self.params, *args, **inputs)
 
     @property
     def diffusion(self) -> Diffusion:
