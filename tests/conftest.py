@@ -8,6 +8,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("GLIBC_TUNABLES", "")  # programs that tests run in this process must not restart themselves
 # Compiling takes most of the time of the tests, and of the programs that they start; what it makes runs once or twice.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "true")
+os.environ.setdefault("FLAX_PROFILE", "false")  # names of modules in profiles, which make tracing slower
 
 import jax
 import jaxlib

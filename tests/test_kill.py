@@ -18,7 +18,7 @@ from ddpm_jax.storage.checkpoint import ARRAYS, Checkpoints
 from ddpm_jax.training.metrics import read_metrics
 
 KILLS = int(os.environ.get("DDPM_JAX_KILLS", "0"))
-STEPS, EVERY = 45, 15
+STEPS, EVERY = 36, 12
 
 
 def command(workdir, *flags):
