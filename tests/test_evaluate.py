@@ -193,7 +193,7 @@ def test_the_bound_of_a_set_is_that_of_its_images():
     model = tiny_pipelines.base("guided")
     images = SourceImages([{"image": image, "label": i % 3} for i, image in enumerate(ONES[:6])], "ones")
     bound = bits.measure_bound(model, images, layers=4, seed=5, batch_size=4)
-    process = bits.respace(model.diffusion.process, 4)
+    process = model.diffusion.respaced(4)
     labels = jnp.arange(6) % 3
     x0, clip = jnp.asarray(ONES[:6], jnp.float32) / 127.5 - 1.0, lambda x0: jnp.clip(x0, -1.0, 1.0)
     denoise = lambda xt, t: model.apply(xt, t, y=labels)  # noqa: E731

@@ -18,7 +18,7 @@ from ddpm_jax.diffusion.continuous import Schedule, from_log_snr
 from ddpm_jax.diffusion.diffusion import Diffusion
 from ddpm_jax.diffusion.guidance import static_threshold
 from ddpm_jax.diffusion.likelihood import bits_per_dimension, dequantize, ode_log_likelihood, variational_bound
-from ddpm_jax.diffusion.process import GaussianProcess, respace
+from ddpm_jax.diffusion.process import GaussianProcess
 from ddpm_jax.evaluation.compare import Measure
 from ddpm_jax.evaluation.images import ImageSet, share_of
 from ddpm_jax.evaluation.summary import gather_arrays
@@ -89,7 +89,7 @@ def measure_bound(
         FloatingPointError: if the network returns NaN or infinity.
     """
     diffusion = model.diffusion
-    process = diffusion.process if layers is None else respace(diffusion.process, layers)
+    process = diffusion.process if layers is None else diffusion.respaced(layers)
     how = {"prediction": diffusion.prediction, "variance": diffusion.variance, "x0_transform": static_threshold(1.0)}
 
     def bound(model: Model, x: jax.Array, inputs: dict[str, jax.Array], keys: jax.Array) -> dict[str, jax.Array]:
