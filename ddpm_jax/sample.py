@@ -185,7 +185,7 @@ def _request(pipeline: Any, prompts: list[str]) -> tuple[dict[str, Any], list[st
                 )
             negative = [text for text in negative for _ in range(_COUNT.value)]
         return {"prompts": captions, "negative_prompts": negative or None}, captions
-    labels = [int(text) if re.fullmatch(r"\d{1,9}", text) else text for text in _LABEL.value or ()]
+    labels = [int(text) if re.fullmatch(r"-?\d{1,9}", text) else text for text in _LABEL.value or ()]
     if len(labels) == 1 and _NUM_IMAGES.value is not None:
         labels *= _NUM_IMAGES.value
     labels = [label for label in labels for _ in range(_COUNT.value)]

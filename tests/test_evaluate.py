@@ -205,7 +205,7 @@ def test_the_bound_of_a_set_is_that_of_its_images():
     np.testing.assert_array_equal(bound.timesteps, [0, 333, 666, 999])
     assert "| 999 |" in bits.table(bound)
     wrong = SourceImages([{"image": image, "label": 3} for image in ONES[:2]], "ones")
-    with pytest.raises(ValueError, match=r"labels\[0\]=3 must be the index of a class, in \[0, 3\)"):
+    with pytest.raises(ValueError, match=r"label 3 of measured image 0 of ones must be in \[0, 3\)"):
         bits.measure_bound(model, wrong, layers=2)
     large = SourceImages([{"image": np.zeros((16, 16, 3), np.uint8)}] * 2, "large")
     with pytest.raises(ValueError, match="8 x 8 pixels, and large has 16 x 16; --size=8"):

@@ -76,6 +76,7 @@ def test_labels_and_numbers(call, places, tmp_path):
         ("ddpm", ["--num_images=0"], ["--num_images=0: 0 is not a positive integer"]),
         ("ddpm", ["--stepps=3"], ["Unknown command line flag 'stepps'"]),
         ("labels", [], ["labels is needed: base is class-conditional"]),
+        ("labels", ["--label=-2"], ["labels[0]=-2 must be the index of a class, in [0, 3)"]),
         ("labels", ["--label=dgo"], ["labels[0]='dgo' is none of the 3 classes; did you mean 'dog'?"]),
         ("labels", ["--label=3"], ["labels[0]=3 must be the index of a class, in [0, 3), or its name"]),
         ("labels", ["--label=1", "--label=2", "--num_images=4"], ["--num_images is for one --label"]),

@@ -20,12 +20,12 @@ from ddpm_jax.diffusion.guidance import static_threshold
 from ddpm_jax.diffusion.likelihood import bits_per_dimension, dequantize, ode_log_likelihood, variational_bound
 from ddpm_jax.diffusion.process import GaussianProcess
 from ddpm_jax.evaluation.compare import Measure
-from ddpm_jax.evaluation.images import ImageSet, share_of
+from ddpm_jax.evaluation.images import ImageSet, class_labels, share_of
 from ddpm_jax.evaluation.summary import gather_arrays
 from ddpm_jax.extras import needs_extra
 from ddpm_jax.parallel import hosts
 from ddpm_jax.parallel.mesh import data_sharding, make_local_mesh, replicated
-from ddpm_jax.pipelines.request import as_labels, image_keys
+from ddpm_jax.pipelines.request import image_keys
 from ddpm_jax.pipelines.upsampling import denoiser, image_size_of
 from ddpm_jax.storage.model_directory import Model
 from ddpm_jax.types import to_float
@@ -192,7 +192,7 @@ def _of_all_images(
         batch = images.read(begin, end)
         rows = np.minimum(np.arange(size), end - begin - 1)
         index = (begin + rows).astype(np.int32)
-        x, inputs = _inputs(model, batch, images.name)
+        x, inputs = _inputs(model, batch, images.name, begin)
         x, inputs, index = jax.device_put(
             (x[rows], {k: v[rows] for k, v in inputs.items()}, index), data_sharding(mesh)
         )
@@ -204,7 +204,7 @@ def _of_all_images(
     return {name: np.concatenate([part[name] for part in gathered]) for name in joined}
 
 
-def _inputs(model: Model, batch: dict[str, Any], name: str) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+def _inputs(model: Model, batch: dict[str, Any], name: str, begin: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """Return the images and the conditions of a batch, as the network takes them."""
     size, channels = image_size_of(model), model.metadata.get("channels", 3)
     image, conditions = batch["image"], tuple(model.metadata.get("conditions", ()))
@@ -223,7 +223,7 @@ def _inputs(model: Model, batch: dict[str, Any], name: str) -> tuple[np.ndarray,
         raise ValueError(f"the model is class-conditional without a null class, and {name} has no labels")
     if "label" not in batch:
         return image[..., :channels], {"y": np.full(len(image), known["null"], np.int32)}
-    return image[..., :channels], {"y": as_labels(batch["label"], known["num_classes"], None, None)}
+    return image[..., :channels], {"y": class_labels(batch, known["num_classes"], begin, name)}
 
 
 def _check_finite(values: np.ndarray) -> None:

@@ -116,7 +116,7 @@ def warnings_about(samples: Summary, reference: Summary | None, metrics: Sequenc
         found.append(
             f"{reference.name} does not name its features; they are taken to be those of the same weights and resize"
         )
-    return found
+    return list(dict.fromkeys(found))
 
 
 def _missing(metric: str, samples: Summary, reference: Summary | None) -> str | None:

@@ -218,6 +218,28 @@ def _evenly_spaced(count: int, at_most: int | None) -> np.ndarray:
     return np.arange(taken) * count // max(taken, 1)
 
 
+def class_labels(batch: dict[str, Any], num_classes: int, begin: int, name: str) -> np.ndarray:
+    """Return the labels of a batch that a set has read, int32[n].
+
+    Args:
+        batch: with "label".
+        num_classes: K.
+        begin: index of its first image.
+        name: of the set.
+
+    Raises:
+        ValueError: if a label is not in [0, K); the message names the image, by its number among those of the set.
+    """
+    labels = np.asarray(batch["label"])
+    wrong = np.flatnonzero((labels < 0) | (labels >= num_classes))
+    if len(wrong):
+        raise ValueError(
+            f"label {labels[wrong[0]]} of measured image {begin + wrong[0]} of {name} must be in [0, {num_classes}), "
+            f"the classes of the model"
+        )
+    return labels.astype(np.int32)
+
+
 def share_of(count: int) -> range:
     """Return the indices of the images that this host reads, of `count` that all hosts share."""
     hosts, index = jax.process_count(), jax.process_index()
