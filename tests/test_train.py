@@ -386,6 +386,17 @@ def test_records_of_different_entries_are_refused(tmp_path):
     refused(ValueError, message, lambda: run(make_stage(source=Some()), tmp_path / "run"))
 
 
+def test_a_label_that_is_no_class_is_refused(tmp_path):
+    classifier = ClassifierTask(
+        model=Classifier(8, 3, SIZE, (1,), 1, (), 8, pool="adaptive", groups=4),
+        diffusion=Diffusion("cosine", 20),
+        x0=Images(SIZE),
+    )
+    source = ArraySource(make_images(), labels=np.arange(N) % 4)
+    message = ("stage own: label 3 of a record must be in [0, 3), the classes of the network",)
+    refused(ValueError, message, lambda: run(make_stage(classifier, source=source), tmp_path / "run"))
+
+
 # ---- Directories -----------------------------------------------------------------------------------------------------
 
 

@@ -18,16 +18,28 @@ def _without_text(record: dict) -> dict:
 
 
 class LikeFirst:
-    """Leave out text, and raise ValueError for a record that cannot be in one batch with the first."""
+    """Leave out text, and raise ValueError for a record that cannot be in one batch with the first.
 
-    def __init__(self, stage: str, first: dict):
-        self._stage, self._shapes = stage, self._shapes_of(_without_text(first))
+    Or whose label is not a class of the stage's network, which would train it on NaN.
+    """
+
+    def __init__(self, stage: Stage, first: dict):
+        self._stage, self._shapes = stage.name, self._shapes_of(_without_text(first))
+        metadata = getattr(stage.task, "metadata", None)
+        labels = None if metadata is None else metadata().get("labels")
+        self._num_classes = None if labels is None else labels["num_classes"]
 
     def __call__(self, record: dict) -> dict:
         record = _without_text(record)
         shapes = self._shapes_of(record)
         if shapes != self._shapes:
             raise ValueError(_unequal(self._stage, self._shapes, shapes))
+        label = record.get("label", 0)
+        if self._num_classes is not None and not 0 <= label < self._num_classes:
+            raise ValueError(
+                f"stage {self._stage}: label {label} of a record must be in [0, {self._num_classes}), the classes of "
+                "the network"
+            )
         return record
 
     @staticmethod
@@ -88,7 +100,7 @@ def random_records(stage: Stage, source: Source, count: int) -> SomeRecords:
 
 def stack_records(stage: Stage, records: Sequence[dict]) -> dict[str, np.ndarray]:
     """Return a batch of records; raise ValueError for one that is not like the first."""
-    check = LikeFirst(stage.name, records[0])
+    check = LikeFirst(stage, records[0])
     records = [check(record) for record in records]
     return {name: np.stack([record[name] for record in records]) for name in records[0]}
 

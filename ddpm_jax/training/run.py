@@ -352,7 +352,7 @@ class _Run:
             source,
             batch_size=stage.training.batch_size // stage.examples_per_record,
             seed=stage.training.seed,
-            transforms=(*stage.transforms, LikeFirst(stage.name, first)),
+            transforms=(*stage.transforms, LikeFirst(stage, first)),
             shard_index=process_shards(self.mesh),
             shard_count=batch_shards(self.mesh),
             **({"num_workers": stage.training.num_workers} | options),
