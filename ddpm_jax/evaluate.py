@@ -1,11 +1,12 @@
 """Measure images and models: `python -m ddpm_jax.evaluate --samples images/ --reference data/ [--features ...]`.
 
 Samples are a folder of images or another data source, an .npz file (arr_0, as guided-diffusion writes it), or sampled
-by the pipeline of a --workdir while they are measured. The reference is one of these, or an .npz file of statistics,
-which --write_statistics makes of any source. --metrics chooses among FID, sFID, Inception Score, KID, precision and
-recall ("fid,sfid,is,kid,pr"), "clip" (CLIP score and R-precision; needs --clip), "bits" and "exact" (bits per dimension
-of --reference under the model of --workdir: the variational bound, and by the probability-flow ODE) and "cas" (the
-accuracy on --test of a classifier that is trained on the samples). docs/evaluation.md says what each is.
+by the pipeline of a --workdir while they are measured; of an upsampler alone, enlarged from the reference's images.
+The reference is one of these, or an .npz file of statistics, which --write_statistics makes of any source. --metrics
+chooses among FID, sFID, Inception Score, KID, precision and recall ("fid,sfid,is,kid,pr"), "clip" (CLIP score and
+R-precision; needs --clip), "bits" and "exact" (bits per dimension of --reference under the model of --workdir: the
+variational bound, and by the probability-flow ODE) and "cas" (the accuracy on --test of a classifier that is trained on
+the samples). docs/evaluation.md says what each is.
 
 With --workdir or --out alone: how faithful an unCLIP is to captions of captioned shapes, and with --compare "why a
 prior?".
@@ -208,25 +209,35 @@ def _samples() -> Any:
 
     if _SAMPLES.value:
         return open_images(_SAMPLES.value, size=_SIZE.value, at_most=_NUM_IMAGES.value)
+    from ddpm_jax.evaluation.enlarged import EnlargedImages, is_upsampler
     from ddpm_jax.pipelines import Cascade
 
-    pipeline, count = _pipeline(), _NUM_IMAGES.value or 10_000
-    captions = None
+    pipeline, kwargs = _pipeline(), cli_sampling.sampling_options(FLAGS)
+    kwargs |= {"seed": _SEED.value, "batch_size": _BATCH.value}
+    if is_upsampler(pipeline):
+        if not _REFERENCE.value:
+            raise cli.UsageError(
+                f"--workdir={_WORKDIR.value} holds an upsampler; --reference is needed, whose images it enlarges"
+            )
+        originals = open_images(_REFERENCE.value, size=_SIZE.value, at_most=_NUM_IMAGES.value)
+        return EnlargedImages(pipeline, originals, **kwargs)
+    captions, count = None, _NUM_IMAGES.value or 10_000
     if _REFERENCE.value and (not isinstance(pipeline, Cascade) or pipeline.captioned):
         captions = captions_of(_REFERENCE.value, count)
-    kwargs = cli_sampling.sampling_options(FLAGS)
-    return SampledImages(pipeline, count, captions=captions, seed=_SEED.value, batch_size=_BATCH.value, **kwargs)
+    return SampledImages(pipeline, count, captions=captions, **kwargs)
 
 
 def _pipeline() -> Any:
-    """Return the pipeline of the workdir."""
+    """Return the pipeline of the workdir, or the upsampler that it holds alone."""
+    from ddpm_jax.evaluation.enlarged import is_upsampler
     from ddpm_jax.pipelines import Cascade, load
     from ddpm_jax.storage.model_directory import Model
 
     pipeline = load(_WORKDIR.value, ema=not _RAW.value)
-    if isinstance(pipeline, Model) and {"diffusion", "image_size", "conditions"} <= set(pipeline.metadata):
+    alone = isinstance(pipeline, Model) and not is_upsampler(pipeline)
+    if alone and {"diffusion", "image_size", "conditions"} <= set(pipeline.metadata):
         pipeline = Cascade(base=pipeline).checked()
-    if not hasattr(pipeline, "generate"):
+    if not (hasattr(pipeline, "generate") or is_upsampler(pipeline)):
         raise cli.UsageError(f"--workdir={_WORKDIR.value} holds no pipeline that generates images")
     return pipeline
 

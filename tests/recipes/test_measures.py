@@ -22,9 +22,12 @@ from ddpm_jax.diffusion.sampling import Sampling
 from ddpm_jax.evaluation.accuracy import accuracy_score
 from ddpm_jax.evaluation.bits import between_steps, measure_exact
 from ddpm_jax.evaluation.during_training import SampleQuality
+from ddpm_jax.evaluation.enlarged import EnlargedImages
 from ddpm_jax.evaluation.images import SourceImages
+from ddpm_jax.evaluation.upsampling import read_pairs, restore
 from ddpm_jax.models.unet import UNet
 from ddpm_jax.pipelines import save
+from ddpm_jax.pipelines.upsampling import default_sampling
 from ddpm_jax.training import DiffusionTask, Images, Stage, Training, train
 from ddpm_jax.training.best import read_best
 
@@ -86,6 +89,21 @@ def test_captions_and_accuracy_of_a_workdir(tmp_path):
     found = json.loads((tmp_path / "run" / "measures.json").read_text())["measures"]
     assert set(found) == {"FID", "CLIP score", "R-precision"}
     assert 0 <= found["CLIP score"]["value"] <= 100
+
+
+def test_what_an_upsampler_alone_enlarges():
+    """The images of `upsampling.restore`, in any batches."""
+    records = [{"image": image} for image in RNG.randint(0, 256, (3, 16, 16, 3), dtype=np.uint8)]
+    model, originals = tiny_pipelines.upsampler(), SourceImages(records, "records")
+    low, _ = read_pairs(records, 16, 8, count=3)
+    wanted = restore(model, default_sampling(model).with_options(steps=2), low, seed=3)
+    for batch_size in (3, 1):
+        found = EnlargedImages(model, originals, seed=3, batch_size=batch_size, steps=2).read(0, 3)["image"]
+        assert np.abs(found.astype(int) - wanted).max() <= 1  # rounding
+    with pytest.raises(ValueError, match="returns images of 16 x 16 pixels, and records has 8 x 8; --size=16"):
+        EnlargedImages(model, SourceImages([{"image": records[0]["image"][:8, :8]}], "records"), steps=2).read(0, 1)
+    with pytest.raises(ValueError, match="upsampler_tile is no option of an upsampler alone"):
+        EnlargedImages(model, originals, upsampler_tile=8)
 
 
 def test_two_hosts_measure_what_one_does(tmp_path):
