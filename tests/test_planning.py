@@ -17,6 +17,7 @@ from ddpm_jax.data.open_source import open_source
 from ddpm_jax.data.transforms import Select
 from ddpm_jax.diffusion.diffusion import Diffusion
 from ddpm_jax.diffusion.sampling import Sampling
+from ddpm_jax.models.ncsnpp import NCSNpp
 from ddpm_jax.models.transformer import Transformer
 from ddpm_jax.models.unet import UNet
 from ddpm_jax.parallel.chips import find_chip
@@ -185,6 +186,16 @@ def test_equal_blocks_of_a_network_are_found():
     assert by_name["down_0_0"].key() == by_name["down_0_1"].key() != by_name["down_1_0"].key()
     assert by_name["down_1_0"].key() == by_name["mid_1"].key()
     assert by_name["down_0_0"].remat is True
+
+
+def test_the_blocks_of_ncsnpp_are_found():
+    """Two levels of one block in the encoder and two in the decoder, one between levels each way, two in the middle."""
+    network = NCSNpp(8, channel_mult=(1, 1), num_res_blocks=1, attention_levels=())
+    x, t = jax.ShapeDtypeStruct((2, 8, 8, 3), jnp.float32), jax.ShapeDtypeStruct((2,), jnp.float32)
+    params = jax.eval_shape(network.init, jax.random.key(0), x, t)
+    calls = find_blocks(lambda params, x, t: network.apply(params, x, t), (params, x, t))
+    kinds = [type(call.module).__name__ for call in calls]
+    assert kinds.count("ResBlockPP") == 2 + 4 + 2 + 2 and kinds.count("AttentionBlock") == 1 and len(kinds) == 11
 
 
 def test_the_costs_of_blocks_are_added_up(monkeypatch):

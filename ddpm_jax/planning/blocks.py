@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh, SingleDeviceSharding
 
 from ddpm_jax.models.layers import AttentionBlock, Resample, ResBlock, rematerialized_function
+from ddpm_jax.models.ncsnpp import ResBlockPP
 from ddpm_jax.models.spatial_transformer import SpatialTransformer
 from ddpm_jax.models.transformer import Block, Transformer
 from ddpm_jax.parallel.chips import Chip
@@ -25,7 +26,7 @@ from ddpm_jax.parallel.mesh import on_mesh
 from ddpm_jax.planning.measure import Cost, measure
 from ddpm_jax.training.flops import count_flops
 
-_BLOCKS = (ResBlock, AttentionBlock, Resample, SpatialTransformer, Block)
+_BLOCKS = (ResBlock, ResBlockPP, AttentionBlock, Resample, SpatialTransformer, Block)
 UPDATE_BYTES = 44
 """Bytes that AdamW, the average and the two norms read and write for a parameter, in float32: the gradient and the
 parameter three times each, and the average and both moments twice each, less one write."""
