@@ -2,13 +2,15 @@
 
     python -m ddpm_jax.train --config configs/sr3.py:small --config.data.path=my_images --workdir runs/sr3
     python -m ddpm_jax.sweep --workdir runs/sr3/upsampler --data my_images --sampler ancestral --steps 50 --out sweep
+    python -m ddpm_jax.evaluate --workdir runs/sr3 --reference my_images --size 64 --num_images 1000 --steps 50
 
 `data.path` is images in any of the forms of docs/data.md; the low-resolution images are averages, half of them blurred
 with --config.blur_rate=0.5. The network is a U-Net of BigGAN's residual blocks with skip connections over sqrt(2); its
 input is the noised image and the low-resolution image, enlarged bicubically. Training samples gamma = alpha_bar
 uniformly between the levels of neighbouring steps of T = 2000 (section 2.4), so that any number of steps can be
-sampled: the paper takes at most 100. `ddpm_jax.sweep` measures held-out images; in a cascade the model is an upsampler
-like others (docs/upsamplers.md).
+sampled: the paper takes at most 100. `ddpm_jax.sweep` measures PSNR on held-out images, `ddpm_jax.evaluate` FID and the
+like of images that were averaged down and enlarged; in a cascade the model is an upsampler like others
+(docs/upsamplers.md).
 
 Variants, with the parameters of the network (held to them by tests/recipes/test_score_sde.py) and of the paper's table
 A.1:
