@@ -51,6 +51,7 @@ from ddpm_jax.data.transforms import CenterCrop, RandomFlip, Select
 from ddpm_jax.diffusion.diffusion import Diffusion
 from ddpm_jax.diffusion.sampling import sampling_from
 from ddpm_jax.evaluation import report
+from ddpm_jax.evaluation.during_training import evaluate_fields, measured
 from ddpm_jax.models.adm import POOLS, Classifier, ClassUNet, SuperUNet
 from ddpm_jax.models.unet import UNet, attention_levels
 from ddpm_jax.pipelines.description import PipelineDescription
@@ -140,6 +141,7 @@ def get_config(variant: str = "") -> ConfigDict:
     }
     config.tensorboard = False
     config.progress = True
+    config.evaluate = evaluate_fields()
     config.cpu_devices = 2
     config.mesh = {"data": -1, "fsdp": 1, "tensor": 1}
     if variant == "512":
@@ -216,7 +218,8 @@ def stages(config: ConfigDict) -> tuple[Stage, ...]:
         raise ValueError(f"data.path={config.data.path!r} has no labels, which a class-conditional model needs")
     data = {"source": train, "eval_source": held_out}
     shared = data | {"transforms": transforms(config, config.image_size)}
-    found = [Stage(name="base", task=base(config, names), training=trained(config, config.base), **shared)]
+    first = Stage(name="base", task=base(config, names), training=trained(config, config.base), **shared)
+    found = [measured(first, config.evaluate)]
     if config.classifier.enabled:
         task, own = classifier(config, names), trained(config, config.classifier)
         found.append(Stage(name="classifier", task=task, training=own, **shared))

@@ -45,6 +45,7 @@ from ddpm_jax.data.transforms import CenterCrop, RandomFlip, Select
 from ddpm_jax.diffusion.diffusion import Diffusion
 from ddpm_jax.diffusion.sampling import sampling_from
 from ddpm_jax.evaluation import report
+from ddpm_jax.evaluation.during_training import evaluate_fields, measured
 from ddpm_jax.models.adm import ClassUNet, SuperUNet
 from ddpm_jax.models.unet import UNet, attention_levels
 from ddpm_jax.pipelines.description import PipelineDescription
@@ -120,6 +121,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.sweep = {"noise_levels": (0.0, 0.05, 0.1, 0.2, 0.3)}
     config.tensorboard = False
     config.progress = True
+    config.evaluate = evaluate_fields()
     config.cpu_devices = 2
     config.mesh = {"data": -1, "fsdp": 1, "tensor": 1}
     if variant in ("small", "digits", "smoke"):
@@ -141,7 +143,7 @@ def stages(config: ConfigDict) -> tuple[Stage, ...]:
     for name in ("base", *config.upsamplers):
         found.append(stage(config, name, low, names, source))
         low = config[name].image_size
-    return tuple(found)
+    return (measured(found[0], config.evaluate), *found[1:])
 
 
 def stage(config: ConfigDict, name: str, low: int | None, names: tuple[str, ...], source: tuple) -> Stage:

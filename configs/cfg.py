@@ -37,6 +37,7 @@ from ddpm_jax.data.transforms import CenterCrop, RandomFlip, Select
 from ddpm_jax.diffusion.diffusion import Diffusion
 from ddpm_jax.diffusion.sampling import sampling_from
 from ddpm_jax.evaluation import report
+from ddpm_jax.evaluation.during_training import evaluate_fields, measured
 from ddpm_jax.models.adm import ClassUNet
 from ddpm_jax.models.unet import UNet, attention_levels
 from ddpm_jax.pipelines.description import PipelineDescription
@@ -92,6 +93,7 @@ def get_config(variant: str = "") -> ConfigDict:
         "tensorboard": False,
         "progress": True,
     }
+    config.evaluate = evaluate_fields()
     config.cpu_devices = 2
     config.mesh = {"data": -1, "fsdp": 1, "tensor": 1}
     if variant == "imagenet128":
@@ -125,23 +127,22 @@ def stages(config: ConfigDict) -> tuple[Stage, ...]:
         **config.unet,
     )
     flip = (RandomFlip(),) if config.data.flip else ()
-    return (
-        Stage(
-            name="base",
-            task=DiffusionTask(
-                model=ClassUNet(unet, len(names) + (config.drop_label > 0)),
-                diffusion=Diffusion(**config.diffusion),
-                x0=Images(config.image_size),
-                conditions=(Labels(len(names), drop=config.drop_label, names=names),),
-                sampling=sampling_from(config.sample, name="sample"),
-                timestep_scale=1000.0,  # u is in [0, 1], and the network's sinusoids are for timesteps in [0, 1000)
-            ),
-            source=train,
-            eval_source=held_out,
-            transforms=(Select(("image", "label")), CenterCrop(config.image_size), *flip),
-            training=Training(**config.training),
+    stage = Stage(
+        name="base",
+        task=DiffusionTask(
+            model=ClassUNet(unet, len(names) + (config.drop_label > 0)),
+            diffusion=Diffusion(**config.diffusion),
+            x0=Images(config.image_size),
+            conditions=(Labels(len(names), drop=config.drop_label, names=names),),
+            sampling=sampling_from(config.sample, name="sample"),
+            timestep_scale=1000.0,  # u is in [0, 1], and the network's sinusoids are for timesteps in [0, 1000)
         ),
+        source=train,
+        eval_source=held_out,
+        transforms=(Select(("image", "label")), CenterCrop(config.image_size), *flip),
+        training=Training(**config.training),
     )
+    return (measured(stage, config.evaluate),)
 
 
 def sources(config: ConfigDict) -> tuple:

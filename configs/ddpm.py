@@ -29,6 +29,7 @@ from ddpm_jax.data.transforms import CenterCrop, RandomFlip, Select
 from ddpm_jax.diffusion.diffusion import Diffusion
 from ddpm_jax.diffusion.sampling import sampling_from
 from ddpm_jax.evaluation import report
+from ddpm_jax.evaluation.during_training import evaluate_fields, measured
 from ddpm_jax.models.adm import ClassUNet
 from ddpm_jax.models.unet import UNet, attention_levels
 from ddpm_jax.pipelines.description import PipelineDescription
@@ -93,6 +94,7 @@ def get_config(variant: str = "") -> ConfigDict:
         "tensorboard": False,
         "progress": True,
     }
+    config.evaluate = evaluate_fields()
     config.cpu_devices = 2
     config.mesh = {"data": -1, "fsdp": 1, "tensor": 1}
     if variant == "256":
@@ -116,23 +118,22 @@ def stages(config: ConfigDict) -> tuple[Stage, ...]:
             raise ValueError(f"class_conditional=True needs labels, which {config.data.path} has not")
         conditions = (Labels(len(names), drop=config.drop_label, names=tuple(names)),)
         network = ClassUNet(network, len(names) + (config.drop_label > 0))
-    return (
-        Stage(
-            name="base",
-            task=DiffusionTask(
-                model=network,
-                diffusion=Diffusion(**config.diffusion),
-                x0=Images(config.image_size),
-                conditions=conditions,
-                objective=config.objective,
-                sampling=sampling_from(config.sample, name="sample").with_options(steps=config.preview_steps),
-            ),
-            source=train,
-            transforms=transforms(config),
-            training=Training(**config.training),
-            eval_source=held_out,
+    stage = Stage(
+        name="base",
+        task=DiffusionTask(
+            model=network,
+            diffusion=Diffusion(**config.diffusion),
+            x0=Images(config.image_size),
+            conditions=conditions,
+            objective=config.objective,
+            sampling=sampling_from(config.sample, name="sample").with_options(steps=config.preview_steps),
         ),
+        source=train,
+        transforms=transforms(config),
+        training=Training(**config.training),
+        eval_source=held_out,
     )
+    return (measured(stage, config.evaluate),)
 
 
 def sources(config: ConfigDict) -> tuple:

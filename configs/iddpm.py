@@ -48,6 +48,7 @@ from ddpm_jax.data.transforms import CenterCrop, RandomFlip, Select
 from ddpm_jax.diffusion.diffusion import Diffusion
 from ddpm_jax.diffusion.sampling import sampling_from
 from ddpm_jax.evaluation import report
+from ddpm_jax.evaluation.during_training import evaluate_fields, measured
 from ddpm_jax.models.adm import ClassUNet, SuperUNet
 from ddpm_jax.models.unet import UNet, attention_levels
 from ddpm_jax.pipelines.description import PipelineDescription
@@ -130,6 +131,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.sample = {"sampler": "ancestral", "steps": "250", "threshold": 1.0}
     config.tensorboard = False
     config.progress = True
+    config.evaluate = evaluate_fields()
     config.cpu_devices = 2
     config.mesh = {"data": -1, "fsdp": 1, "tensor": 1}
     if variant in ("imagenet64", "imagenet64_cond", "256"):
@@ -175,6 +177,7 @@ def stages(config: ConfigDict) -> tuple[Stage, ...]:
         transforms=transforms(c, c.image_size),
         **data(c, c, source),
     )
+    base = measured(base, c.evaluate)
     if not c.upsampler.enabled:
         return (base,)
     size, process = c.image_size * c.upsampler.factor, diffusion(c, c.upsampler.diffusion)

@@ -48,6 +48,7 @@ from ddpm_jax.diffusion.diffusion import Diffusion
 from ddpm_jax.diffusion.losses import inverse_snr
 from ddpm_jax.diffusion.sampling import sampling_from
 from ddpm_jax.evaluation import report
+from ddpm_jax.evaluation.during_training import evaluate_fields, measured
 from ddpm_jax.models.ncsnpp import NCSNpp
 from ddpm_jax.models.unet import attention_levels
 from ddpm_jax.pipelines.description import PipelineDescription
@@ -127,6 +128,7 @@ def get_config(variant: str = "") -> ConfigDict:
         "tensorboard": False,
         "progress": True,
     }
+    config.evaluate = evaluate_fields()
     config.cpu_devices = 2
     config.mesh = {"data": -1, "fsdp": 1, "tensor": 1}
     if "vp" in variant:
@@ -162,24 +164,23 @@ def stages(config: ConfigDict) -> tuple[Stage, ...]:
     )
     flip = (RandomFlip(),) if config.data.flip else ()
     score = diffusion.prediction == "score" and config.objective == "simple"
-    return (
-        Stage(
-            name="base",
-            task=DiffusionTask(
-                model=network,
-                diffusion=diffusion,
-                x0=Images(config.image_size),
-                objective=config.objective,
-                weighting=inverse_snr if score else None,
-                timesteps=config.timesteps,
-                sampling=sampling_from(config.preview, name="preview"),
-            ),
-            source=train,
-            transforms=(Select(("image",)), CenterCrop(config.image_size), *flip),
-            training=Training(**config.training),
-            eval_source=held_out,
+    stage = Stage(
+        name="base",
+        task=DiffusionTask(
+            model=network,
+            diffusion=diffusion,
+            x0=Images(config.image_size),
+            objective=config.objective,
+            weighting=inverse_snr if score else None,
+            timesteps=config.timesteps,
+            sampling=sampling_from(config.preview, name="preview"),
         ),
+        source=train,
+        transforms=(Select(("image",)), CenterCrop(config.image_size), *flip),
+        training=Training(**config.training),
+        eval_source=held_out,
     )
+    return (measured(stage, config.evaluate),)
 
 
 def sources(config: ConfigDict) -> tuple:

@@ -1,6 +1,7 @@
 """Measures of samples during training, and the best parameters, which stay as a model directory."""
 
 import types
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -8,11 +9,17 @@ import pytest
 import tiny_pipelines
 
 import ddpm_jax
+from ddpm_jax import cli
 from ddpm_jax.data.arrays import ArraySource
 from ddpm_jax.diffusion.sampling import Sampling
 from ddpm_jax.evaluation.during_training import SampleQuality
+from ddpm_jax.evaluation.features import random_extractor
+from ddpm_jax.evaluation.statistics import Moments
+from ddpm_jax.evaluation.summary import Summary, write_statistics
 from ddpm_jax.training.best import measure_and_keep, read_best, with_measures
 from ddpm_jax.training.stage import Training
+
+CONFIGS = Path(__file__).parents[1] / "configs"
 
 
 class Scripted:
@@ -63,6 +70,62 @@ def test_samples_of_a_model_are_measured():
     assert quality(tiny_pipelines.base("labels")) == found
     with pytest.raises(ValueError, match="metrics=.* must be of fid, sfid"):
         SampleQuality(reference=ArraySource(images), metrics=("psnr",))
+
+
+IMAGES = np.zeros((4, 8, 8, 3), np.uint8)
+
+
+@pytest.mark.parametrize(
+    "options,message",
+    [
+        ({"metric": "FID"}, r"metric='FID' must be a measure of metrics=\('fid',\): fid"),
+        ({"metric": "kid"}, r"metric='kid' must be a measure of metrics=\('fid',\): fid"),
+        ({"metrics": ("is", "pr"), "metric": "is"}, "must be a measure of .*: inception_score, precision, recall"),
+        ({"metrics": "fid"}, "metrics='fid' must be of fid, sfid"),
+        ({"num_images": 1}, "num_images=1 must be at least 2"),
+        ({"batch_size": 0}, "batch_size=0 must be at least 1"),
+        ({"sampling": Sampling("analytic")}, "the sampler 'analytic'"),
+    ],
+)
+def test_settings_of_a_measurement(options, message):
+    with pytest.raises(ValueError, match=message):
+        SampleQuality(reference=ArraySource(IMAGES), **options)
+
+
+def test_what_cannot_be_measured_is_refused_before_training(tmp_path):
+    base = tiny_pipelines.base()
+    score = SampleQuality(reference=ArraySource(IMAGES), metrics=("is",), metric="inception_score")
+    with pytest.raises(ValueError, match="is cannot be measured: the features random have no classes"):
+        score.check(base)
+    file = tmp_path / "statistics.npz"
+    summary = Summary("none", random_extractor().identity, "", 4, {"pool": Moments(128)})
+    summary.moments["pool"].add(np.eye(4, 128))
+    write_statistics(file, summary)
+    kernel = SampleQuality(reference=str(file), metrics=("fid", "kid"))
+    with pytest.raises(ValueError, match="kid cannot be measured: .* not the features of its images"):
+        kernel.check(base)
+    SampleQuality(reference=str(file)).check(base)
+    with pytest.raises(ValueError, match="base is an upsampler"):
+        score.check(tiny_pipelines.upsampler())
+
+
+RECIPES = ["adm", "cascade", "cfg", "ddpm", "iddpm", "score_sde"]
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_command_line_of_a_recipe_sets_the_measurement(name):
+    recipe = cli.load_recipe(f"{CONFIGS}/{name}.py")
+    config = recipe.get_config("smoke")
+    assert not recipe.stages(config)[0].training.evaluate_every
+    config.evaluate.update(every=4, metrics="fid, pr", metric="recall", num_images=20)
+    stage, *others = recipe.stages(config)
+    assert stage.training.evaluate_every == 4 and not any(other.training.evaluate_every for other in others)
+    quality = stage.evaluate
+    assert (quality.metrics, quality.metric, quality.num_images) == (("fid", "pr"), "recall", 20)
+    assert quality.higher_is_better and quality.reference is stage.source and quality.size == stage.task.x0.size
+    config.evaluate.num_images = 1
+    with pytest.raises(ValueError, match="evaluate: num_images=1 must be at least 2"):
+        recipe.stages(config)
 
 
 def test_what_evaluate_every_needs():

@@ -90,7 +90,7 @@ def compare(
     """
     measures, notes, options = [], warnings_about(samples, reference, metrics), options or Options()
     for metric in metrics:
-        missing = _missing(metric, samples, reference)
+        missing = why_missing(metric, samples, reference)
         if missing is not None:
             notes.append(f"{metric} is not measured: {missing}")
             continue
@@ -119,7 +119,7 @@ def warnings_about(samples: Summary, reference: Summary | None, metrics: Sequenc
     return list(dict.fromkeys(found))
 
 
-def _missing(metric: str, samples: Summary, reference: Summary | None) -> str | None:
+def why_missing(metric: str, samples: Summary, reference: Summary | None) -> str | None:
     """Return why a metric cannot be computed, or None."""
     name = samples.identity.name if samples.identity is not None else "these"
     if metric == "is":

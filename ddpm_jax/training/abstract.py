@@ -60,12 +60,14 @@ class AbstractStages:
         found = {}
         for role, needed in stage.needs.items():
             if needed in self.stages:
-                other = self.stages[needed]
-                params = self.state(other).params
-                found[role] = Model(params, other.task.model, freeze(other.task.metadata()))
+                found[role] = self.model(self.stages[needed])
             else:
                 found[role] = self.open(needed)
         return found
+
+    def model(self, stage: Stage) -> Model:
+        """Return the model that a stage trains, with shapes as parameters."""
+        return Model(self.state(stage).params, stage.task.model, freeze(stage.task.metadata()))
 
     def batch(self, stage: Stage, *, evaluated: bool = False) -> Any:
         """Return the shapes of a prepared micro-batch, by the first record of the source or of the held-out one."""

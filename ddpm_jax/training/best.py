@@ -34,8 +34,8 @@ class Evaluation(Protocol):
     metric: str
     higher_is_better: bool
 
-    def check(self) -> None:
-        """Raise ValueError or LoadError, before anything is trained, if nothing can be measured."""
+    def check(self, model: Model) -> None:
+        """Raise ValueError or LoadError, before anything is trained, if a model with such shapes cannot be measured."""
         ...
 
     def __call__(self, model: Model) -> Mapping[str, float]:

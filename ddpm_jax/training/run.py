@@ -221,7 +221,14 @@ class _Run:
         self._compare(stage)
         if stage.training.evaluate_every:
             local_path(self.workdir)  # where the best model is written
-            stage.evaluate.check()
+            self._check_evaluation(stage)
+
+    def _check_evaluation(self, stage: Stage) -> None:
+        """Raise ValueError or LoadError if the samples of a stage cannot be measured."""
+        try:
+            stage.evaluate.check(self.abstract.model(stage))
+        except ValueError as error:
+            raise ValueError(f"samples of stage {stage.name} cannot be measured: {error}") from None
 
     def agree(self, chosen: Sequence[Stage]) -> None:
         """Raise ClusterError on all hosts if one has another idea of the devices, a stage or its records."""
