@@ -177,11 +177,15 @@ def _measure_sets(metrics: list[str], out: Path | None) -> None:
         cli.show(f"wrote {_WRITE.value}: statistics of {reference.count} images of {reference.name}")
     if images is None:
         return
-    labelled = None
+    labelled, test = None, None
     if "cas" in metrics:
-        from ddpm_jax.evaluation.accuracy import Labelled
+        from ddpm_jax.evaluation.accuracy import Labelled, match_classes, read_labelled
+        from ddpm_jax.evaluation.images import open_images
 
-        labelled = Labelled(images.name)
+        labelled, test = Labelled(images.name), open_images(_TEST.value, size=_SIZE.value)
+        tested = read_labelled(test)  # before the samples, which take long
+        if images.classes is not None:
+            match_classes(tested[1][:0], images.classes, tested[1], test.classes, test.name)
     options = Options(_NEIGHBOURS.value, _KID_SUBSETS.value, _KID_SIZE.value, _BOOTSTRAP.value, _SEED.value)
     summary, measures, notes, first = sets.measure_samples(
         images,
@@ -195,11 +199,13 @@ def _measure_sets(metrics: list[str], out: Path | None) -> None:
         keep_grid=_WORKDIR.value is not None,
         collect=(lambda batch: None) if labelled is None else labelled.add,
     )
-    if labelled is not None:
-        measures.append(_accuracy(*labelled.arrays(), out))
     if out is not None and _WORKDIR.value is not None:
         sets.save_grid(out / "measured_samples.png", first)
-    sets.report(summary, reference, measures, notes, out, cli.show)
+    if measures or labelled is None:
+        sets.report(summary, reference, measures, notes, out, cli.show)
+    if labelled is not None:
+        measures.append(_accuracy(labelled.arrays(), images, tested, test, out))
+        sets.report(summary, reference, measures, notes, out, cli.show)
 
 
 def _samples() -> Any:
@@ -242,14 +248,13 @@ def _pipeline() -> Any:
     return pipeline
 
 
-def _accuracy(images: Any, labels: Any, out: Path) -> Any:
+def _accuracy(samples: Any, images: Any, tested: Any, test: Any, out: Path) -> Any:
     """Return the classification accuracy score of labelled samples."""
-    from ddpm_jax.evaluation.accuracy import accuracy_score, read_labelled
-    from ddpm_jax.evaluation.images import open_images
+    from ddpm_jax.evaluation.accuracy import accuracy_score, match_classes
 
-    test = read_labelled(open_images(_TEST.value, size=_SIZE.value))
+    labels, num_classes = match_classes(samples[1], images.classes, tested[1], test.classes, test.name)
     how = {"num_steps": _CAS_UPDATES.value, "replicates": _BOOTSTRAP.value, "seed": _SEED.value}
-    return accuracy_score((images, labels), test, out / "accuracy", **how)
+    return accuracy_score(samples, (tested[0], labels), out / "accuracy", num_classes=num_classes, **how)
 
 
 def _measure_bits(metrics: list[str], out: Path) -> None:

@@ -13,13 +13,15 @@ from ddpm_jax.diffusion.diffusion import Diffusion
 from ddpm_jax.diffusion.likelihood import variational_bound
 from ddpm_jax.diffusion.samplers import example_keys
 from ddpm_jax.evaluation import bits
+from ddpm_jax.evaluation.accuracy import match_classes
 from ddpm_jax.evaluation.archives import RowReader, read_array, write_rows
 from ddpm_jax.evaluation.captions import clip_scores, r_precision
 from ddpm_jax.evaluation.compare import Measure, compare
 from ddpm_jax.evaluation.features import POOL, Identity, random_extractor
-from ddpm_jax.evaluation.images import SampledImages, SourceImages, open_images
+from ddpm_jax.evaluation.images import SampledImages, SourceImages, class_labels, open_images
 from ddpm_jax.evaluation.summary import read_statistics, summarize, write_statistics
 from ddpm_jax.pipelines import save
+from ddpm_jax.storage.metadata import freeze
 
 SIZE, COUNT = 8, 40
 RNG = np.random.RandomState(0)
@@ -229,3 +231,36 @@ def test_a_mean_difference_has_an_interval_on_both_sides_of_zero():
     # 1.96 standard errors of 100 numbers of variance 2.5: 0.31; of 200 replicates their spread is known to 5 %
     assert found.value == 0.0 and found.interval == pytest.approx((-0.31, 0.31), rel=0.2)
     assert Measure.of_means("bits", differences, replicates=200, seed=0).interval[0] == 0.0
+
+
+# ---- Classes ---------------------------------------------------------------------------------------------------------
+
+
+def test_classes_are_matched_by_name():
+    known = {"num_classes": 3, "names": ("a", "b", "c")}
+    own = {"num_classes": 2, "names": ("b", "c")}
+    np.testing.assert_array_equal(class_labels([0, 1, 0], own, known, "D"), [1, 2, 1])
+    np.testing.assert_array_equal(class_labels([0, 2], None, known, "D"), [0, 2])
+    np.testing.assert_array_equal(class_labels([0, 2], known, {"num_classes": 3, "names": None}, "D"), [0, 2])
+    with pytest.raises(ValueError, match="class 'd' of measured image 5 of D is not one of the 3 classes of the"):
+        class_labels([0, 1], {"num_classes": 2, "names": ("c", "d")}, known, "D", begin=4)
+    with pytest.raises(ValueError, match="D has 2 classes with names, and the model 3 without names"):
+        class_labels([0], own, {"num_classes": 3, "names": None}, "D")
+    labels, count = match_classes(np.array([0, 1]), known, np.array([0, 1]), own, "T")
+    assert labels.tolist() == [1, 2] and count == 3
+    labels, count = match_classes(np.array([0, 1]), None, np.array([0, 2]), known, "T")
+    assert labels.tolist() == [0, 2] and count == 3  # of samples without names of classes, the last one without any
+    with pytest.raises(ValueError, match="T has 2 classes with names, and the samples 3"):
+        match_classes(np.array([0, 2]), None, np.array([0, 1]), own, "T")
+
+
+def test_the_bound_is_of_the_class_with_the_same_name(tmp_path):
+    model = tiny_pipelines.base("guided")
+    labels = {"num_classes": 3, "null": None, "names": ("a", "b", "c")}
+    model = model.replace(metadata=freeze({**model.metadata, "labels": labels}))
+    for name in ("b", "c"):
+        (tmp_path / name).mkdir()
+        Image.fromarray(ONES[0]).save(tmp_path / name / "0.png")
+    images = open_images(tmp_path)
+    _, inputs = bits._inputs(model, images.read(0, 2), images, 0)
+    np.testing.assert_array_equal(inputs["y"], [1, 2])

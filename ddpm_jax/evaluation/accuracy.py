@@ -5,6 +5,8 @@ The published numbers train a ResNet-50 on ImageNet; here it is a small network 
 models on one data set.
 """
 
+import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ import numpy as np
 from ddpm_jax.data.arrays import ArraySource
 from ddpm_jax.diffusion.diffusion import Diffusion
 from ddpm_jax.evaluation.compare import Measure
-from ddpm_jax.evaluation.images import ImageSet, share_of
+from ddpm_jax.evaluation.images import ImageSet, class_labels, share_of
 from ddpm_jax.evaluation.summary import gather_arrays
 from ddpm_jax.models.adm import Classifier
 from ddpm_jax.storage.checkpoint import restore_params
@@ -63,6 +65,31 @@ def read_labelled(images: ImageSet) -> tuple[np.ndarray, np.ndarray]:
     return found.arrays()
 
 
+def match_classes(
+    train_on: np.ndarray,
+    classes: Mapping[str, Any] | None,
+    test_on: np.ndarray,
+    test_classes: Mapping[str, Any] | None,
+    name: str,
+) -> tuple[np.ndarray, int]:
+    """Return test labels as those of the samples, int32[N], and the number of classes.
+
+    Args:
+        train_on: labels of the samples.
+        classes: of the samples (`images.ImageSet`), or None where only the labels are known.
+        test_on: labels of the test images.
+        test_classes: of the test images, or None.
+        name: of the test images, for messages.
+
+    Raises:
+        ValueError: if a test label is none of the samples' classes, or they cannot be matched (`images.class_labels`).
+    """
+    if classes is None:
+        most = int(train_on.max()) + 1
+        classes = {"num_classes": most if test_classes is None else max(most, test_classes["num_classes"])}
+    return class_labels(test_on, test_classes, classes, name, owner="samples"), classes["num_classes"]
+
+
 def check_labels(labels: Any, num_classes: int | None, name: str) -> None:
     """Raise ValueError for the first label outside of [0, num_classes)."""
     for number, label in enumerate(labels):
@@ -76,6 +103,7 @@ def accuracy_score(
     test_on: tuple[np.ndarray, np.ndarray],
     directory: Path,
     *,
+    num_classes: int | None = None,
     name: str = "classification accuracy score",
     num_steps: int = 1000,
     batch_size: int = 64,
@@ -87,7 +115,9 @@ def accuracy_score(
     Args:
         train_on: uint8[N, H, W, 3] and int32[N], samples and the classes that they were sampled for.
         test_on: real images of the same size and their classes.
-        directory: of the classifier's training run, which the same call resumes.
+        directory: of the classifier's training run, which is in a subdirectory named after a hash of the samples and
+            of the training, so that the same call resumes it, and another one trains its own.
+        num_classes: of both; by default the samples' largest label says it.
         name: of the measure.
         num_steps, batch_size: of the training.
         replicates: of the bootstrap over test images.
@@ -97,12 +127,13 @@ def accuracy_score(
         ValueError: if the images are not square and of one size, or a test label is none of the classes.
     """
     images, labels = train_on
-    classes, size = int(labels.max()) + 1, images.shape[1]
+    classes, size = num_classes or int(labels.max()) + 1, images.shape[1]
     if images.shape[1:] != test_on[0].shape[1:] or images.shape[1] != images.shape[2]:
         raise ValueError(
             f"samples of {images.shape[1]} x {images.shape[2]} pixels and test images of {test_on[0].shape[1]} x "
             f"{test_on[0].shape[2]} must be square and of one size; --size=N brings all to N x N pixels"
         )
+    check_labels(labels, classes, "the samples")
     check_labels(test_on[1], classes, "the test images")
     network = Classifier(CHANNELS, classes, size, _levels(size), 1, pool="adaptive", attention_levels=(), groups=8)
     task = ClassifierTask(model=network, diffusion=_CLEAN, x0=Images(size), noised=False)
@@ -120,11 +151,20 @@ def accuracy_score(
         preview_every=0,
         seed=seed,
     )
+    directory = directory / _hash(images, labels, classes, num_steps, training.batch_size, seed)
     train(Stage(name="classifier", task=task, source=ArraySource(images, labels=labels), training=training), directory)
     params, _ = restore_params(directory / "classifier", step=num_steps)
     right = _right(network, params, *test_on)
     note = f"{num_steps} steps on {len(images)} images, tested on {len(right)}"
     return Measure.of_means(name, right, replicates=replicates, seed=seed, note=note, most=1.0)
+
+
+def _hash(images: np.ndarray, labels: np.ndarray, *numbers: int) -> str:
+    """Return twelve hexadecimal digits that differ from call to call, unless samples and numbers are the same."""
+    found = hashlib.sha256(repr((images.shape, *numbers)).encode())
+    for array in (images, labels):
+        found.update(np.ascontiguousarray(array).data)
+    return found.hexdigest()[:12]
 
 
 def _levels(size: int) -> tuple[int, ...]:

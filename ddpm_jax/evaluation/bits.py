@@ -192,7 +192,7 @@ def _of_all_images(
         batch = images.read(begin, end)
         rows = np.minimum(np.arange(size), end - begin - 1)
         index = (begin + rows).astype(np.int32)
-        x, inputs = _inputs(model, batch, images.name, begin)
+        x, inputs = _inputs(model, batch, images, begin)
         x, inputs, index = jax.device_put(
             (x[rows], {k: v[rows] for k, v in inputs.items()}, index), data_sharding(mesh)
         )
@@ -204,10 +204,12 @@ def _of_all_images(
     return {name: np.concatenate([part[name] for part in gathered]) for name in joined}
 
 
-def _inputs(model: Model, batch: dict[str, Any], name: str, begin: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+def _inputs(
+    model: Model, batch: dict[str, Any], images: ImageSet, begin: int
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """Return the images and the conditions of a batch, as the network takes them."""
     size, channels = image_size_of(model), model.metadata.get("channels", 3)
-    image, conditions = batch["image"], tuple(model.metadata.get("conditions", ()))
+    image, conditions, name = batch["image"], tuple(model.metadata.get("conditions", ())), images.name
     if image.shape[1:3] != (size, size):
         raise ValueError(
             f"the model is of images of {size} x {size} pixels, and {name} has {image.shape[1]} x {image.shape[2]}; "
@@ -223,7 +225,7 @@ def _inputs(model: Model, batch: dict[str, Any], name: str, begin: int) -> tuple
         raise ValueError(f"the model is class-conditional without a null class, and {name} has no labels")
     if "label" not in batch:
         return image[..., :channels], {"y": np.full(len(image), known["null"], np.int32)}
-    return image[..., :channels], {"y": class_labels(batch, known["num_classes"], begin, name)}
+    return image[..., :channels], {"y": class_labels(batch["label"], images.classes, known, name, begin=begin)}
 
 
 def _check_finite(values: np.ndarray) -> None:

@@ -83,6 +83,7 @@ class EnlargedImages:
         self._shrink = AverageDown(self._size // low)
         self.batch_size = min(max(len(originals), 1), batch_size or 16)
         self._model, self._place, self._unit = on_mesh(make_local_mesh(self.batch_size), model)
+        self.classes = originals.classes
         self.name = f"{originals.name}, enlarged from {low} x {low}"
         self.preprocessing = f"{originals.preprocessing}, averages enlarged with seed {seed}"
 
@@ -116,7 +117,8 @@ class EnlargedImages:
         if self._known is None:
             return None
         if "label" in batch:
-            return class_labels(batch, self._known["num_classes"], begin, self._originals.name)
+            how = {"name": self._originals.name, "begin": begin}
+            return class_labels(batch["label"], self._originals.classes, self._known, **how)
         if self._null is None:
             raise ValueError(
                 f"the upsampler is class-conditional without a null class, and {self._originals.name} has no labels"

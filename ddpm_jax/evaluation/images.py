@@ -1,7 +1,7 @@
 """Sets of images that are measured, read batch by batch: of a data source, an .npz file, or sampled by a pipeline."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
@@ -27,11 +27,13 @@ class ImageSet(Protocol):
         name: of where they are from, for messages.
         preprocessing: what was done to the images before features are computed, in words.
         batch_size: images at a time, unless the caller says otherwise.
+        classes: "num_classes" and "names" (or None) of the labels; None where this is not known.
     """
 
     name: str
     preprocessing: str
     batch_size: int
+    classes: Mapping[str, Any] | None
 
     def __len__(self) -> int: ...
 
@@ -66,6 +68,7 @@ class _Sized:
     """Brings images to one size, and refuses those that differ."""
 
     batch_size = 64
+    classes: Mapping[str, Any] | None = None
 
     def __init__(self, name: str, size: int | None):
         self.name, self._crop, self._shape = name, None if size is None else CenterCrop(size), None
@@ -102,6 +105,9 @@ class SourceImages(_Sized):
     ):
         super().__init__(name, size)
         self._source, self._rows = source, _evenly_spaced(len(source), at_most)
+        names = getattr(source, "class_names", None)
+        if names is not None:
+            self.classes = {"num_classes": len(names), "names": tuple(names)}
         if len(self._rows):
             first = read_record(source, 0)
             if "image" not in first:
@@ -188,7 +194,7 @@ class SampledImages:
         self._pipeline, self._count, self._seed, self._options = pipeline, count, seed, options
         self.name, self.preprocessing = f"samples of a {type(pipeline).__name__}", f"as sampled, seed {seed}"
         self.batch_size = min(count, batch_size or getattr(pipeline, "batch_size", 16))
-        known = pipeline.labels if isinstance(pipeline, Cascade) else None
+        self.classes = known = pipeline.labels if isinstance(pipeline, Cascade) else None
         if not isinstance(pipeline, Cascade) and not captions:
             raise ValueError(f"a {type(pipeline).__name__} needs captions; give a reference with captions")
         self._captions = captions or None
@@ -218,26 +224,53 @@ def _evenly_spaced(count: int, at_most: int | None) -> np.ndarray:
     return np.arange(taken) * count // max(taken, 1)
 
 
-def class_labels(batch: dict[str, Any], num_classes: int, begin: int, name: str) -> np.ndarray:
-    """Return the labels of a batch that a set has read, int32[n].
+def class_labels(
+    labels: Sequence[int] | np.ndarray,
+    classes: Mapping[str, Any] | None,
+    known: Mapping[str, Any],
+    name: str,
+    *,
+    begin: int = 0,
+    owner: str = "model",
+) -> np.ndarray:
+    """Return labels as those of a model, int32[n]: matched by the names of classes where both have names.
 
     Args:
-        batch: with "label".
-        num_classes: K.
-        begin: index of its first image.
+        labels: of images of a set.
+        classes: of the set, see `ImageSet`.
+        known: "num_classes" and "names" (or None) of the model.
         name: of the set.
+        begin: index of the first image.
+        owner: what has the classes `known`, for messages.
 
     Raises:
-        ValueError: if a label is not in [0, K); the message names the image, by its number among those of the set.
+        ValueError: if a label is none of the classes; the message names the image, by its number among those of the
+            set. Also if the set has names, the model has none, and they differ in their number.
     """
-    labels = np.asarray(batch["label"])
-    wrong = np.flatnonzero((labels < 0) | (labels >= num_classes))
+    labels, count = np.asarray(labels), known["num_classes"]
+    names, known_names = (None if each is None else each.get("names") for each in (classes, known))
+    if names is not None and known_names is None and len(names) != count:
+        raise ValueError(
+            f"{name} has {len(names)} classes with names, and the {owner} {count} without names, so that they cannot "
+            f"be matched; make the labels those of the {owner}, for instance as {LABELS} of an .npz file"
+        )
+    if names is None or known_names is None or tuple(names) == tuple(known_names):
+        wrong = np.flatnonzero((labels < 0) | (labels >= count))
+        if len(wrong):
+            raise ValueError(
+                f"label {labels[wrong[0]]} of measured image {begin + wrong[0]} of {name} must be in [0, {count}), "
+                f"the classes of the {owner}"
+            )
+        return labels.astype(np.int32)
+    once = {each: index for index, each in enumerate(known_names) if list(known_names).count(each) == 1}
+    found = np.array([once.get(names[label], -1) for label in labels], np.int32)
+    wrong = np.flatnonzero(found < 0)
     if len(wrong):
         raise ValueError(
-            f"label {labels[wrong[0]]} of measured image {begin + wrong[0]} of {name} must be in [0, {num_classes}), "
-            f"the classes of the model"
+            f"the class {names[labels[wrong[0]]]!r} of measured image {begin + wrong[0]} of {name} is not one of the "
+            f"{count} classes of the {owner}, {', '.join(known_names[:8])}{', ...' if count > 8 else ''}"
         )
-    return labels.astype(np.int32)
+    return found
 
 
 def share_of(count: int) -> range:
