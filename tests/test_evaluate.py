@@ -212,6 +212,8 @@ def test_the_bound_of_a_set_is_that_of_its_images():
     large = SourceImages([{"image": np.zeros((16, 16, 3), np.uint8)}] * 2, "large")
     with pytest.raises(ValueError, match="8 x 8 pixels, and large has 16 x 16; --size=8"):
         bits.measure_bound(model, large, layers=2)
+    with pytest.raises(ValueError, match=r"tolerance=0.001 must be in \(0, 1e-4\]"):
+        bits.measure_exact(model, images, tolerance=1e-3)
 
 
 def test_the_process_between_its_steps():
