@@ -17,11 +17,13 @@ from ddpm_jax import cli, cli_hosts, cli_sampling
 # isort: split
 import math
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from absl import flags
 
+from ddpm_jax.errors import counted
 from ddpm_jax.paths import as_path
 
 FLAGS = flags.FlagValues()
@@ -54,7 +56,7 @@ _RESIZE = flags.DEFINE_enum(
     flag_values=FLAGS,
 )
 _SIZE = _integer("size", None, "Crop and resize images of sources to this many pixels a side.")
-_NUM_IMAGES = _integer("num_images", None, "Images to sample, or to take of --samples or, for bits, of --reference.")
+_NUM_IMAGES = _integer("num_images", None, "Images to sample, or to take: of --samples, else of --reference.")
 _BATCH = _integer("batch_size", None, "Images at a time.")
 _KEEP = _integer("keep_features", 50_000, "Images of a set whose features stay in memory.", 2)
 _BOOTSTRAP = _integer("bootstrap", 50, "Replicates of the confidence intervals; 0 for none.", 0)
@@ -72,6 +74,20 @@ _RAW = flags.DEFINE_bool("raw_weights", False, "Use raw instead of averaged weig
 cli_sampling.define_sampling_flags(FLAGS)
 
 _OF_SETS, _OF_MODELS = ("fid", "sfid", "is", "kid", "pr", "clip", "cas"), ("bits", "exact")
+_COMPARISONS = {"fid", "sfid", "kid", "pr"}  # with a reference
+_OF_METRIC = {
+    "neighbours": "pr",
+    "kid_subsets": "kid",
+    "kid_subset_size": "kid",
+    "clip": "clip",
+    "candidates": "clip",
+    "layers": "bits",
+    "plot": "bits",
+    "tolerance": "exact",
+    "test": "cas",
+    "cas_updates": "cas",
+}
+_OF_SOURCES = ("features", "inception_resize", "size", "num_images", "batch_size", "keep_features", "bootstrap")
 
 
 def main() -> None:
@@ -88,6 +104,8 @@ def _faithfulness() -> None:
         raise cli.UsageError("--out is needed, a directory for the results")
     if _COMPARE.value and _NUM.value < 2:
         raise cli.UsageError(f"--num_captions={_NUM.value} must be at least 2 with --compare")
+    _refuse((*_OF_METRIC, *_OF_SOURCES, "raw_weights"), "without --samples, --reference or --metrics")
+    _refuse(cli_sampling.sampling_options(FLAGS), "without --samples, --reference or --metrics")
     out = _checked_out("faithfulness.json")
     from ddpm_jax.evaluation import report
     from ddpm_jax.pipelines import UnCLIP, load
@@ -115,7 +133,8 @@ def _checked_out(name: str) -> Path:
 
 def _measure() -> None:
     """Measure sets of images, or images under a model."""
-    metrics = _METRICS.value or ([] if _WRITE.value and not (_SAMPLES.value or _WORKDIR.value) else list(_OF_SETS[:5]))
+    default = [] if _WRITE.value and not (_SAMPLES.value or _WORKDIR.value) else _OF_SETS[:5]
+    metrics = list(dict.fromkeys(_METRICS.value or default))
     _check_flags(metrics)
     out = _checked_out("measures.json") if _OUT.value or _WORKDIR.value else None
     if _WRITE.value:
@@ -128,11 +147,19 @@ def _measure() -> None:
     cli.use_cpu_devices()
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
-    of_sets = [name for name in metrics if name in _OF_SETS]
+    of_sets, of_models = ([name for name in metrics if name in each] for each in (_OF_SETS, _OF_MODELS))
+    pipeline = _pipeline(bits=bool(of_models)) if _WORKDIR.value and metrics else None
     if of_sets or _WRITE.value:
-        _measure_sets(of_sets, out)
-    if set(metrics) & set(_OF_MODELS):
-        _measure_bits(metrics, out)
+        _measure_sets(of_sets, pipeline, out)
+    if of_models:
+        _measure_bits(of_models, pipeline.base, out)
+
+
+def _refuse(names: Iterable[str], where: str) -> None:
+    """Raise UsageError for the first of these flags that was given."""
+    for name in names:
+        if FLAGS[name].present:
+            raise cli.UsageError(f"--{name} is not used {where}")
 
 
 def _check_flags(metrics: list[str]) -> None:
@@ -146,46 +173,48 @@ def _check_flags(metrics: list[str]) -> None:
         raise cli.UsageError("--samples and --workdir are both given; measure one of them")
     if of_sets and not (_SAMPLES.value or _WORKDIR.value):
         raise cli.UsageError("--samples or --workdir is needed, the images to measure")
+    if not of_sets and metrics:
+        _refuse(["samples"], "by bits per dimension, which are of --reference")
     if set(metrics) & set(_OF_MODELS) and not (_WORKDIR.value and _REFERENCE.value):
         raise cli.UsageError("bits per dimension need --workdir, a model, and --reference, the images to measure it on")
-    if of_sets and not _REFERENCE.value and set(of_sets) & {"fid", "sfid", "kid", "pr"}:
+    if of_sets and not _REFERENCE.value and set(of_sets) & _COMPARISONS:
         raise cli.UsageError(f"--reference is needed for {of_sets[0]}")
     for name, flag, what in (("clip", _CLIP, "a model directory with a CLIP"), ("cas", _TEST, "images with labels")):
         if name in metrics and not flag.value:
             raise cli.UsageError(f"--{flag.name} is needed for {name}, {what}")
+    for name, metric in _OF_METRIC.items():
+        if metric not in metrics:
+            _refuse([name], f"by --metrics={','.join(metrics)}, only by {metric}" if metrics else f"without {metric}")
+    _refuse(["num_captions", "compare"], "with --samples, --reference or --metrics")
+    if not (of_sets and _WORKDIR.value):
+        where = "where images are not sampled" if metrics else "where nothing is measured"
+        _refuse(cli_sampling.sampling_options(FLAGS), where)
+        _refuse(() if _WORKDIR.value else ["raw_weights"], where)
+    if _SAMPLES.value and not (_WRITE.value or set(metrics) & _COMPARISONS):
+        _refuse(["reference"], f"by --metrics={','.join(metrics)}")
     if "cas" in metrics and not (_OUT.value or _WORKDIR.value):
         raise cli.UsageError("--out is needed for cas, where its classifier is trained")
     if _WRITE.value and not _REFERENCE.value:
         raise cli.UsageError("--reference is needed, of which --write_statistics writes the statistics")
+    if _WRITE.value and not _WRITE.value.endswith(".npz"):
+        raise cli.UsageError(f"--write_statistics={_WRITE.value} must end in .npz")
 
 
-def _measure_sets(metrics: list[str], out: Path | None) -> None:
+def _measure_sets(metrics: list[str], pipeline: Any, out: Path | None) -> None:
     from ddpm_jax.evaluation import sets
     from ddpm_jax.evaluation.compare import METRICS, Options
     from ddpm_jax.evaluation.features import open_extractor
-    from ddpm_jax.evaluation.summary import write_statistics
 
     extractor = open_extractor(_FEATURES.value, resize=_RESIZE.value)
-    reading = sets.Reading(_SIZE.value, None, _KEEP.value, _BATCH.value, _SEED.value)
-    chosen, reference = [name for name in metrics if name in METRICS], None
-    images = _samples() if metrics else None
-    if _WRITE.value or set(chosen) - {"is"}:
-        needs = bool(set(chosen) & {"kid", "pr"})
-        reference = sets.open_reference(_REFERENCE.value, extractor, reading, needs_features=needs)
-    if _WRITE.value:
-        write_statistics(_WRITE.value, reference)
-        cli.show(f"wrote {_WRITE.value}: statistics of {reference.count} images of {reference.name}")
+    chosen = [name for name in metrics if name in METRICS]
+    asked = chosen if _METRICS.value else []  # of the default ones, what is not possible is left out, with a note
+    sets.check_possible(asked, extractor)
+    images = _samples(pipeline, metrics) if metrics else None
+    labelled, tested = _open_test(images) if "cas" in metrics else (None, None)
+    reading = sets.Reading(_SIZE.value, None if metrics else _NUM_IMAGES.value, _KEEP.value, _BATCH.value, _SEED.value)
+    reference = _reference(chosen, asked, extractor, reading) if _WRITE.value or set(chosen) - {"is"} else None
     if images is None:
         return
-    labelled, test = None, None
-    if "cas" in metrics:
-        from ddpm_jax.evaluation.accuracy import Labelled, match_classes, read_labelled
-        from ddpm_jax.evaluation.images import open_images
-
-        labelled, test = Labelled(images.name), open_images(_TEST.value, size=_SIZE.value)
-        tested = read_labelled(test)  # before the samples, which take long
-        if images.classes is not None:
-            match_classes(tested[1][:0], images.classes, tested[1], test.classes, test.name)
     options = Options(_NEIGHBOURS.value, _KID_SUBSETS.value, _KID_SIZE.value, _BOOTSTRAP.value, _SEED.value)
     summary, measures, notes, first = sets.measure_samples(
         images,
@@ -204,11 +233,28 @@ def _measure_sets(metrics: list[str], out: Path | None) -> None:
     if measures or labelled is None:
         sets.report(summary, reference, measures, notes, out, cli.show)
     if labelled is not None:
-        measures.append(_accuracy(labelled.arrays(), images, tested, test, out))
+        measures.append(_accuracy(labelled.arrays(), images, tested, out))
         sets.report(summary, reference, measures, notes, out, cli.show)
 
 
-def _samples() -> Any:
+def _reference(chosen: list[str], asked: list[str], extractor: Any, reading: Any) -> Any:
+    """Return the summary of the reference, which is written where that is wanted."""
+    from ddpm_jax.evaluation import sets
+    from ddpm_jax.evaluation.compare import describe
+    from ddpm_jax.evaluation.summary import has_statistics, write_statistics
+
+    if reading.at_most is not None and has_statistics(_REFERENCE.value):
+        _refuse(["num_images"], f"where --reference={_REFERENCE.value} holds statistics")
+    needs = bool(set(chosen) & {"kid", "pr"})
+    reference = sets.open_reference(_REFERENCE.value, extractor, reading, needs_features=needs)
+    if _WRITE.value:
+        write_statistics(_WRITE.value, reference)
+        cli.show(f"wrote {_WRITE.value}, statistics of the {describe('reference', reference)}")
+    sets.check_possible(asked, extractor, reference)
+    return reference
+
+
+def _samples(pipeline: Any, metrics: list[str]) -> Any:
     """Return the images to measure."""
     from ddpm_jax.evaluation.images import SampledImages, open_images
     from ddpm_jax.evaluation.sets import captions_of
@@ -218,8 +264,7 @@ def _samples() -> Any:
     from ddpm_jax.evaluation.enlarged import EnlargedImages, is_upsampler
     from ddpm_jax.pipelines import Cascade
 
-    pipeline, kwargs = _pipeline(), cli_sampling.sampling_options(FLAGS)
-    kwargs |= {"seed": _SEED.value, "batch_size": _BATCH.value}
+    kwargs = cli_sampling.sampling_options(FLAGS) | {"seed": _SEED.value, "batch_size": _BATCH.value}
     if is_upsampler(pipeline):
         if not _REFERENCE.value:
             raise cli.UsageError(
@@ -230,11 +275,15 @@ def _samples() -> Any:
     captions, count = None, _NUM_IMAGES.value or 10_000
     if _REFERENCE.value and (not isinstance(pipeline, Cascade) or pipeline.captioned):
         captions = captions_of(_REFERENCE.value, count)
+    used = captions or _WRITE.value or set(metrics) & _COMPARISONS or set(_METRICS.value or ()) & set(_OF_MODELS)
+    if not used:
+        _refuse(["reference"], f"by --metrics={','.join(metrics)}")
     return SampledImages(pipeline, count, captions=captions, **kwargs)
 
 
-def _pipeline() -> Any:
-    """Return the pipeline of the workdir, or the upsampler that it holds alone."""
+def _pipeline(*, bits: bool) -> Any:
+    """Return the pipeline of the workdir, or the upsampler that it holds alone; bits: whether these are measured."""
+    from ddpm_jax.evaluation.bits import check_layers
     from ddpm_jax.evaluation.enlarged import is_upsampler
     from ddpm_jax.pipelines import Cascade, load
     from ddpm_jax.storage.model_directory import Model
@@ -245,38 +294,51 @@ def _pipeline() -> Any:
         pipeline = Cascade(base=pipeline).checked()
     if not (hasattr(pipeline, "generate") or is_upsampler(pipeline)):
         raise cli.UsageError(f"--workdir={_WORKDIR.value} holds no pipeline that generates images")
+    if bits and not isinstance(pipeline, Cascade):
+        raise cli.UsageError(
+            f"--workdir={_WORKDIR.value} holds a {type(pipeline).__name__}; bits are of a base of images"
+        )
+    if bits:
+        check_layers(pipeline.base.diffusion, _LAYERS.value, name="--layers")
     return pipeline
 
 
-def _accuracy(samples: Any, images: Any, tested: Any, test: Any, out: Path) -> Any:
+def _open_test(images: Any) -> tuple[Any, Any]:
+    """Return what collects labelled samples, and images, labels and their set of --test, before anything is sampled."""
+    from ddpm_jax.evaluation.accuracy import Labelled, match_classes, read_labelled
+    from ddpm_jax.evaluation.images import open_images
+
+    test = open_images(_TEST.value, size=_SIZE.value)
+    tested = read_labelled(test)
+    if images.classes is not None:
+        match_classes(tested[1][:0], images.classes, tested[1], test.classes, test.name)
+    return Labelled(images.name), (*tested, test)
+
+
+def _accuracy(samples: Any, images: Any, tested: Any, out: Path) -> Any:
     """Return the classification accuracy score of labelled samples."""
     from ddpm_jax.evaluation.accuracy import accuracy_score, match_classes
 
+    test = tested[2]
     labels, num_classes = match_classes(samples[1], images.classes, tested[1], test.classes, test.name)
     how = {"num_steps": _CAS_UPDATES.value, "replicates": _BOOTSTRAP.value, "seed": _SEED.value}
     return accuracy_score(samples, (tested[0], labels), out / "accuracy", num_classes=num_classes, **how)
 
 
-def _measure_bits(metrics: list[str], out: Path) -> None:
+def _measure_bits(metrics: list[str], model: Any, out: Path) -> None:
     """Measure bits per dimension of the reference."""
     from ddpm_jax.evaluation import bits, sets
     from ddpm_jax.evaluation.compare import Measure
     from ddpm_jax.evaluation.images import open_images
-    from ddpm_jax.pipelines import Cascade
     from ddpm_jax.progress import progress_bar
     from ddpm_jax.storage.json_file import write_json
 
-    pipeline = _pipeline()
-    if not isinstance(pipeline, Cascade):
-        raise cli.UsageError(
-            f"--workdir={_WORKDIR.value} holds a {type(pipeline).__name__}; bits are of a base of images"
-        )
     images = open_images(_REFERENCE.value, size=_SIZE.value, at_most=_NUM_IMAGES.value)
     spread, measures, shown = {"replicates": _BOOTSTRAP.value, "seed": _SEED.value}, [], cli_hosts.is_first_host()
     how = {"seed": _SEED.value, "batch_size": _BATCH.value}
     if "bits" in metrics:
         with progress_bar(len(images), description="bound", unit="image", shown=shown) as bar:
-            bound = bits.measure_bound(pipeline.base, images, layers=_LAYERS.value, update=bar.update, **how)
+            bound = bits.measure_bound(model, images, layers=_LAYERS.value, update=bar.update, **how)
         measures.append(bound.measure(**spread))
         cli.show(bits.table(bound))
         write_json(out / "elbo.json", bound.as_json())
@@ -285,8 +347,9 @@ def _measure_bits(metrics: list[str], out: Path) -> None:
     if "exact" in metrics:
         with progress_bar(len(images), description="exact", unit="image", shown=shown) as bar:
             solved = {"tolerance": _TOLERANCE.value, "update": bar.update}
-            values, calls = bits.measure_exact(pipeline.base, images, **solved, **how)
-        note = f"probability-flow ODE, tolerance {_TOLERANCE.value:g}, {len(values)} images, {calls:.0f} network calls"
+            values, calls = bits.measure_exact(model, images, **solved, **how)
+        words = (f"tolerance {_TOLERANCE.value:g}", counted(len(values), "image"), f"{calls:.0f} network calls")
+        note = f"probability-flow ODE, {', '.join(words)}"
         spread["least"] = -math.inf
         measures.append(Measure.of_means("bits per dimension (exact)", values, note=note, **spread))
     if {"bits", "exact"} <= set(metrics):

@@ -16,7 +16,7 @@ from ddpm_jax.evaluation import bits
 from ddpm_jax.evaluation.accuracy import match_classes
 from ddpm_jax.evaluation.archives import RowReader, read_array, write_rows
 from ddpm_jax.evaluation.captions import clip_scores, r_precision
-from ddpm_jax.evaluation.compare import Measure, compare
+from ddpm_jax.evaluation.compare import Measure, compare, describe
 from ddpm_jax.evaluation.features import POOL, Identity, random_extractor
 from ddpm_jax.evaluation.images import SampledImages, SourceImages, class_labels, open_images
 from ddpm_jax.evaluation.summary import read_statistics, summarize, write_statistics
@@ -79,7 +79,7 @@ def test_samples_of_a_workdir(call, sets, tmp_path):
     given = ["--workdir", tmp_path / "run", "--reference", sets / "others.npz", *flags]
     status, printed, err = call("evaluate", *given)
     assert status == 0, err
-    assert "samples: 4 images of samples of a Cascade (as sampled, seed 1)" in printed
+    assert "samples: 4 images of 8 x 8 pixels of samples of a Cascade (as sampled, seed 1)" in printed
     assert (tmp_path / "run" / "measured_samples.png").exists()
     assert "| t | rate (bits/dim) |" in printed and "bits per dimension (bound)" in printed
     stored = json.loads((tmp_path / "run" / "elbo.json").read_text())
@@ -101,7 +101,14 @@ def test_what_is_refused(call, sets, tmp_path):
     objects = np.array([{}, {}], object)
     np.savez(tmp_path / "objects.npz", arr_0=objects)
     reference = ["--reference", sets / "others.npz"]
+    save(tiny_pipelines.cascade("guided"), tmp_path / "run")
+    workdir, folder = ["--workdir", tmp_path / "run"], ["--samples", sets / "folder"]
     for flags, parts in (
+        ([*workdir, "--metrics", "fid,bits", "--layers", "0", *reference], ["--layers='0' must have at least 1 step"]),
+        (
+            [*workdir, "--metrics", "cas", "--test", sets / "folder", *reference],
+            ["--reference is not used by --metrics=cas"],
+        ),
         (["--samples", tmp_path, *reference], ["image 1 of", "(b.png) has 5 x 8 pixels", "8 x 8; --size=N"]),
         (["--samples", tmp_path / "nan.npz", *reference], ["image 3 of", "values that are not finite (NaN"]),
         (["--samples", tmp_path / "mixed.npz", *reference], ["arr_0 must be images [N, H, W, C]"]),
@@ -114,6 +121,14 @@ def test_what_is_refused(call, sets, tmp_path):
         (["--samples", sets / "folder", *reference, "--features", "vgg"], ["features=vgg must be inception:FILE"]),
         (["--samples", sets / "folder", *reference, "--metrics", "clip"], ["--clip is needed for clip"]),
         (["--metrics", "bits", *reference], ["bits per dimension need --workdir"]),
+        ([*folder, "--metrics", "is"], ["is cannot be measured: the features random have no classes"]),
+        ([*folder, *reference, "--metrics", "sfid"], ["sfid cannot be measured: the features random"]),
+        ([*folder, "--metrics", "is", "--reference", "nope"], ["--reference is not used by --metrics=is"]),
+        ([*folder, *reference, "--steps", "3"], ["--steps is not used where images are not sampled"]),
+        ([*folder, *reference, "--layers", "3"], ["--layers is not used by --metrics=fid,", "only by bits"]),
+        (["--metrics", "bits", *folder, *workdir, *reference], ["--samples is not used by bits per"]),
+        ([*reference, "--write_statistics", tmp_path / "stats"], ["stats must end in .npz"]),
+        ([*folder, *reference, "--metrics", "fid,cas", "--test", "nope", "--out", tmp_path], ["nope does not exist"]),
     ):
         status, _, err = call("evaluate", *flags, "--bootstrap", "0", "--batch_size", "64")
         last = err.splitlines()[-1]
@@ -125,7 +140,7 @@ def test_statistics_of_other_features_are_refused(sets, tmp_path):
     write_statistics(tmp_path / "means.npz", means)
     back = read_statistics(tmp_path / "means.npz", Means())
     np.testing.assert_array_equal(back.features[POOL], means.features[POOL])
-    assert (back.count, back.identity) == (COUNT, Means.identity)
+    assert (back.count, back.identity, back.size) == (COUNT, Means.identity, (SIZE, SIZE))
     with pytest.raises(RuntimeError, match=r"holds statistics of the features means 0123456789ab \(none\), and"):
         read_statistics(tmp_path / "means.npz", random_extractor())
     other = Means()
@@ -266,3 +281,25 @@ def test_the_bound_is_of_the_class_with_the_same_name(tmp_path):
     images = open_images(tmp_path)
     _, inputs = bits._inputs(model, images.read(0, 2), images, 0)
     np.testing.assert_array_equal(inputs["y"], [1, 2])
+
+
+def test_sizes_of_sets_are_reported():
+    large = np.repeat(np.repeat(OTHERS, 2, 1), 2, 2)
+    samples, reference = (
+        summarize(SourceImages([{"image": image} for image in images]), Means()) for images in (ONES, large)
+    )
+    measures, notes = compare(samples, reference, ("fid", "fid"))
+    assert [measure.name for measure in measures] == ["FID"]
+    assert any("the samples have 8 x 8 pixels and the reference 16 x 16 pixels" in note for note in notes)
+    assert describe("samples", samples).startswith("samples: 40 images of 8 x 8 pixels of the source (as stored)")
+    assert not any("pixels and" in note for note in compare(samples, samples, ("fid",))[1])
+    with pytest.raises(ValueError, match="the source has 1 image, and statistics need"):
+        summarize(SourceImages([{"image": ONES[0]}]), Means())
+
+
+def test_statistics_of_some_images(call, sets, tmp_path):
+    flags = ["--reference", sets / "others.npz", "--write_statistics", tmp_path / "some.npz", "--num_images", "10"]
+    status, printed, err = call("evaluate", *flags)
+    assert status == 0, err
+    assert "some.npz, statistics of the reference: 10 images of 8 x 8 pixels of" in printed
+    assert read_statistics(tmp_path / "some.npz", random_extractor()).size == (8, 8)

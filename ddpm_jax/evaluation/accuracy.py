@@ -16,6 +16,7 @@ import numpy as np
 
 from ddpm_jax.data.arrays import ArraySource
 from ddpm_jax.diffusion.diffusion import Diffusion
+from ddpm_jax.errors import counted
 from ddpm_jax.evaluation.compare import Measure
 from ddpm_jax.evaluation.images import ImageSet, class_labels, share_of
 from ddpm_jax.evaluation.summary import gather_arrays
@@ -155,7 +156,7 @@ def accuracy_score(
     train(Stage(name="classifier", task=task, source=ArraySource(images, labels=labels), training=training), directory)
     params, _ = restore_params(directory / "classifier", step=num_steps)
     right = _right(network, params, *test_on)
-    note = f"{num_steps} steps on {len(images)} images, tested on {len(right)}"
+    note = f"{num_steps} steps on {counted(len(images), 'image')}, tested on {len(right)}"
     return Measure.of_means(name, right, replicates=replicates, seed=seed, note=note, most=1.0)
 
 

@@ -19,6 +19,8 @@ from ddpm_jax.diffusion.diffusion import Diffusion
 from ddpm_jax.diffusion.guidance import static_threshold
 from ddpm_jax.diffusion.likelihood import bits_per_dimension, dequantize, ode_log_likelihood, variational_bound
 from ddpm_jax.diffusion.process import GaussianProcess
+from ddpm_jax.diffusion.schedules import respaced_timesteps
+from ddpm_jax.errors import counted
 from ddpm_jax.evaluation.compare import Measure
 from ddpm_jax.evaluation.images import ImageSet, class_labels, share_of
 from ddpm_jax.evaluation.summary import gather_arrays
@@ -55,7 +57,7 @@ class Bound:
 
     def measure(self, *, replicates: int, seed: int) -> Measure:
         """Return the mean over images with its interval."""
-        note = f"variational bound of {len(self.timesteps)} layers, {len(self.totals)} images"
+        note = f"variational bound of {len(self.timesteps)} layers, {counted(len(self.totals), 'image')}"
         how = {"replicates": replicates, "seed": seed, "note": note}
         return Measure.of_means("bits per dimension (bound)", self.totals, **how)
 
@@ -85,10 +87,11 @@ def measure_bound(
         update: called with the number of images each time some are done.
 
     Raises:
-        ValueError: if the images do not fit the model.
+        ValueError: if the images do not fit the model, or it has no such layers.
         FloatingPointError: if the network returns NaN or infinity.
     """
     diffusion = model.diffusion
+    check_layers(diffusion, layers)
     process = diffusion.process if layers is None else diffusion.respaced(layers)
     how = {"prediction": diffusion.prediction, "variance": diffusion.variance, "x0_transform": static_threshold(1.0)}
 
@@ -102,6 +105,15 @@ def measure_bound(
     above = np.concatenate([np.cumsum(terms[::-1])[::-1][1:], [0.0]])
     distortion = _LEVELS * noise * np.sqrt(found["mse"].mean(0))
     return Bound(np.asarray(process.timestep_map), found["total"], prior, terms, prior + above, distortion)
+
+
+def check_layers(diffusion: Diffusion, layers: str | int | Sequence[int] | None, *, name: str = "layers") -> None:
+    """Raise ValueError, with the name of the argument, if a process has no such timesteps; None is all of them."""
+    try:
+        if layers is not None:
+            respaced_timesteps(diffusion.num_steps, layers)
+    except ValueError as error:
+        raise ValueError(str(error).replace("spec=", f"{name}=", 1)) from None
 
 
 def measure_exact(

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from ddpm_jax.errors import counted
 from ddpm_jax.evaluation.bootstrap import Interval, bootstrap_means, interval
 from ddpm_jax.evaluation.features import LOGITS, POOL, SPATIAL, Identity
 from ddpm_jax.evaluation.neighbours import bootstrap_kernel, kernel_distances, precision_recall
@@ -89,7 +90,7 @@ def compare(
         The measures, and sentences about those that could not be computed or mean less than usual.
     """
     measures, notes, options = [], warnings_about(samples, reference, metrics), options or Options()
-    for metric in metrics:
+    for metric in dict.fromkeys(metrics):
         missing = why_missing(metric, samples, reference)
         if missing is not None:
             notes.append(f"{metric} is not measured: {missing}")
@@ -108,10 +109,15 @@ def warnings_about(samples: Summary, reference: Summary | None, metrics: Sequenc
             size = len(each.moments[name].mean)
             if each.count <= size:
                 found.append(
-                    f"{each.name} has {each.count} images, no more than the {size} dimensions of the features: the "
-                    f"covariance is singular, and {metric.upper()} comes out too large; compare it only with that of "
-                    f"as many images"
+                    f"{each.name} has {counted(each.count, 'image')}, no more than the {size} dimensions of the "
+                    f"features: the covariance is singular, and {metric.upper()} comes out too large; compare it "
+                    f"only with that of as many images"
                 )
+    if reference is not None and None not in (samples.size, reference.size) and samples.size != reference.size:
+        found.append(
+            f"the samples have {_pixels(samples)} and the reference {_pixels(reference)}, which the features see; "
+            "--size=N brings images of files to N x N pixels, and images that a workdir samples keep their size"
+        )
     if reference is not None and reference.identity is None:
         found.append(
             f"{reference.name} does not name its features; they are taken to be those of the same weights and resize"
@@ -203,8 +209,13 @@ def as_json(measures: Sequence[Measure]) -> dict[str, Any]:
     }
 
 
+def _pixels(summary: Summary) -> str:
+    return f"{summary.size[0]} x {summary.size[1]} pixels"
+
+
 def describe(role: str, summary: Summary) -> str:
     """Return a line on a set of images and what was done to them."""
-    count = "an unknown number of" if summary.count is None else str(summary.count)
+    count = "an unknown number of images" if summary.count is None else counted(summary.count, "image")
+    count += "" if summary.size is None else f" of {_pixels(summary)}"
     features = "features not named in the file" if summary.identity is None else f"features {summary.identity}"
-    return f"{role}: {count} images of {summary.name} ({summary.preprocessing}); {features}"
+    return f"{role}: {count} of {summary.name} ({summary.preprocessing}); {features}"

@@ -15,9 +15,10 @@ from ddpm_jax.data.open_source import open_source
 from ddpm_jax.data.source import read_record
 from ddpm_jax.evaluation.archives import read_headers
 from ddpm_jax.evaluation.captions import CaptionScores
-from ddpm_jax.evaluation.compare import METRICS, Measure, Options, as_json, compare, describe, table
-from ddpm_jax.evaluation.features import POOL, Extractor
+from ddpm_jax.evaluation.compare import METRICS, Measure, Options, as_json, compare, describe, table, why_missing
+from ddpm_jax.evaluation.features import POOL, SPATIAL, Extractor
 from ddpm_jax.evaluation.images import IMAGES, ImageSet, NpzImages, open_images
+from ddpm_jax.evaluation.statistics import Moments
 from ddpm_jax.evaluation.summary import KEPT, Summary, has_statistics, read_statistics, summarize
 from ddpm_jax.progress import progress_bar
 from ddpm_jax.storage.json_file import write_json
@@ -77,8 +78,27 @@ def open_reference(
     found = read_statistics(spec, extractor)
     if needs_features and POOL not in found.features and IMAGES in read_headers(spec):
         images = NpzImages(spec, size=reading.size, at_most=reading.at_most)
-        found.features = reading.summarize(images, extractor, "reference").features
+        summary = reading.summarize(images, extractor, "reference")
+        found.features = summary.features
+        found.size = summary.size if found.size is None and reading.size is None else found.size
     return found
+
+
+def check_possible(metrics: Sequence[str], extractor: Extractor, reference: Summary | None = None) -> None:
+    """Raise ValueError for the first metric that these features, or a reference, do not allow.
+
+    Args:
+        metrics: of `compare.METRICS`.
+        extractor: of the features.
+        reference: None checks the features alone.
+    """
+    moments = {name: Moments(size) for name, size in extractor.dimensions.items() if name in (POOL, SPATIAL)}
+    some = {name: np.zeros((0, size), np.float32) for name, size in extractor.dimensions.items()}
+    samples = Summary("samples", extractor.identity, "", None, moments, some)
+    for metric in metrics:
+        why = why_missing(metric, samples, samples if reference is None else reference)
+        if why is not None:
+            raise ValueError(f"{metric} cannot be measured: {why}")
 
 
 def captions_of(spec: str | os.PathLike, count: int) -> list[str]:

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from ddpm_jax.errors import LoadError, ReadError
+from ddpm_jax.errors import LoadError, ReadError, counted
 from ddpm_jax.evaluation.archives import read_array, read_headers, write_arrays
 from ddpm_jax.evaluation.features import LOGITS, POOL, SPATIAL, Extractor, Identity
 from ddpm_jax.evaluation.images import ImageSet, share_of
@@ -39,6 +39,7 @@ class Summary:
         moments: "pool" and "spatial", as far as the features have them.
         features: "pool", "spatial" and "logits" of the images that are kept, float32[n, D].
         scores: parts of the Inception Score, or None.
+        size: height and width of the images; None of a file that does not say it.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Summary:
     moments: dict[str, Moments]
     features: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
     scores: ClassScores | None = None
+    size: tuple[int, int] | None = None
 
 
 def summarize(
@@ -77,15 +79,15 @@ def summarize(
         ValueError: if there are fewer than two images, or one cannot be used; the message names it.
     """
     if len(images) < 2:
-        raise ValueError(f"{images.name} has {len(images)} images, and statistics need at least two")
+        raise ValueError(f"{images.name} has {counted(len(images), 'image')}, and statistics need at least two")
     own, size = share_of(len(images)), batch_size or images.batch_size
-    parts = _Parts(len(images), extractor, keep, splits, seed)
+    parts, shape = _Parts(len(images), extractor, keep, splits, seed), None
     for begin in range(own.start, own.stop, size):
         end = min(begin + size, own.stop)
         hosts.current().busy(f"image {begin} of {images.name}")
         batch = images.read(begin, end)
         show(begin, batch)
-        found = extractor(batch["image"])
+        found, shape = extractor(batch["image"]), batch["image"].shape[1:3]
         for name, features in found.items():
             bad = np.flatnonzero(~np.isfinite(features).all(1))
             if len(bad):
@@ -94,7 +96,7 @@ def summarize(
         update(end - begin)
     features = {name: np.concatenate(each) for name, each in parts.kept.items()}
     summary = Summary(images.name, extractor.identity, images.preprocessing, len(images), parts.moments, features)
-    summary.scores = parts.scores
+    summary.scores, summary.size = parts.scores, shape
     return _of_all_hosts(summary)
 
 
@@ -132,7 +134,8 @@ def _of_all_hosts(own: Summary) -> Summary:
         arrays |= {f"{name}/count": np.array(each.count), f"{name}/mean": each.mean, f"{name}/scatter": each.scatter}
     names = () if own.scores is None else ("counts", "probabilities", "negative_entropies")
     arrays |= {f"scores/{name}": getattr(own.scores, name) for name in names}
-    parts = gather_arrays(arrays)
+    parts = gather_arrays(arrays | {"size": np.array(own.size or (0, 0), np.int64)})
+    own.size = max(tuple(part["size"].tolist()) for part in parts)  # a host may have no image
     for name, each in own.moments.items():
         total = Moments(len(each.mean))
         for part in parts:
@@ -172,8 +175,11 @@ def write_statistics(path: str | os.PathLike, summary: Summary) -> None:
     features that are kept, and "about", a JSON text that names them.
 
     Raises:
+        ValueError: if the path does not end in .npz, by which `has_statistics` knows such files.
         OSError: if it cannot be written.
     """
+    if not os.fspath(path).endswith(".npz"):
+        raise ValueError(f"{path} must end in .npz, a file of statistics")
     if jax.process_index() != 0:
         return
     arrays: dict[str, Any] = {}
@@ -184,6 +190,7 @@ def write_statistics(path: str | os.PathLike, summary: Summary) -> None:
         "format": FORMAT,
         "name": summary.name,
         "count": summary.count,
+        "size": None if summary.size is None else list(summary.size),
         "preprocessing": summary.preprocessing,
         "identity": None if summary.identity is None else list(summary.identity),
     }
@@ -243,7 +250,8 @@ def read_statistics(path: str | os.PathLike, extractor: Extractor) -> Summary:
         if features[POOL].ndim != 2 or features[POOL].shape[1] != extractor.dimensions[POOL]:
             raise LoadError(f"{path}: features_{POOL} has the shape {features[POOL].shape}, which does not fit sigma")
     preprocessing = about.get("preprocessing", "not said by the file")
-    return Summary(os.fspath(path), identity, preprocessing, about.get("count"), moments, features)
+    size = None if about.get("size") is None else tuple(about["size"])
+    return Summary(os.fspath(path), identity, preprocessing, about.get("count"), moments, features, size=size)
 
 
 def _moments(path: str | os.PathLike, mean: str, covariance: str, count: int | None) -> Moments:
@@ -264,6 +272,8 @@ def _read_about(path: str | os.PathLike) -> dict[str, Any]:
         is_right &= identity is None or (len(identity) == 3 and all(isinstance(part, str) for part in identity))
         count = about.get("count") if is_right else None
         is_right &= count is None or (type(count) is int and count >= 2)
+        size = about.get("size") if is_right else None
+        is_right &= size is None or (len(size) == 2 and all(type(side) is int and side >= 1 for side in size))
     except (ValueError, TypeError, AttributeError) as error:
         raise ReadError(f"{path}: about is not the description of statistics: {error}") from None
     if not is_right:
