@@ -81,32 +81,33 @@ def test_the_published_networks(name):
     assert count == REFERENCE[f"published/{name}/count"]
 
 
-def test_smoke_of_score_sde_is_sampled_by_every_sampler(tmp_path):
-    config = RECIPES["score_sde"].get_config("smoke")
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A run of one step of score_sde's smoke."""
+    recipe, workdir = RECIPES["score_sde"], tmp_path_factory.mktemp("score_sde") / "run"
+    config = recipe.get_config("smoke")
     config.training.update(progress=False, num_steps=1, preview_every=0, eval_every=0)
-    recipe = RECIPES["score_sde"]
-    train(recipe.stages(config), tmp_path / "run", pipeline=recipe.pipeline(config), mesh=one_device())
-    pipeline = ddpm_jax.load(tmp_path / "run")
+    train(recipe.stages(config), workdir, pipeline=recipe.pipeline(config), mesh=one_device())
+    return ddpm_jax.load(workdir)
+
+
+def test_smoke_of_score_sde_is_sampled_by_every_sampler(base):
     for sampler in ("predictor_corrector", "reverse_diffusion", "euler_maruyama", "ancestral", "ddim", "heun", "unipc"):
-        images = pipeline.generate(1, sampler=sampler, steps=3)
+        images = base.generate(1, sampler=sampler, steps=3)
         assert images.shape == (1, 16, 16, 3) and images.std() > 1
     with pytest.raises(ValueError, match="base_steps=1001|steps=1001|has 1000 steps"):
-        pipeline.generate(1, steps=1001)
+        base.generate(1, steps=1001)
 
 
-def test_smoke_of_sr3_enlarges_the_images_of_a_cascade(tmp_path):
+def test_smoke_of_sr3_enlarges_the_images_of_a_cascade(base, tmp_path):
     recipe = RECIPES["sr3"]
     config = recipe.get_config("smoke")
     config.training.update(progress=False, num_steps=1, preview_every=0, eval_every=0)
     config.image_size, config.low_size, config.attention_resolutions = 32, 16, (16,)
     train(recipe.stages(config), tmp_path / "sr3", mesh=one_device())
-    base = RECIPES["score_sde"]
-    config = base.get_config("smoke")
-    config.training.update(progress=False, num_steps=1, preview_every=0, eval_every=0)
-    train(base.stages(config), tmp_path / "base", pipeline=base.pipeline(config), mesh=one_device())
     model = ddpm_jax.load(tmp_path / "sr3" / "upsampler")
     assert model.diffusion.continuous is not None and model.diffusion.time == "alpha_bar"
-    cascade = Cascade(ddpm_jax.load(tmp_path / "base" / "base"), upsamplers=(model,))
+    cascade = Cascade(base.base, upsamplers=(model,))
     kwargs = {"steps": 2, "sampler": "ddim", "upsampler_steps": 2}
     images = cascade.generate(2, **kwargs)
     assert images.shape == (2, 32, 32, 3) and images.std() > 1

@@ -1,0 +1,12 @@
+"""Recipes of images: :smoke trains, resumes bit for bit, samples and is evaluated.
+
+Left out of the default run, and run by its path in CI: pytest tests/recipes.
+"""
+
+from smoke_runs import IMAGES as NAMES  # noqa: F401
+from smoke_runs import (  # noqa: F401
+    test_a_run_is_evaluated,
+    test_a_run_is_sampled,
+    test_a_run_that_was_stopped_after_a_step_ends_as_one_that_was_not,
+    test_images_of_a_run_are_measured,
+)
