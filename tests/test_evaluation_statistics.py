@@ -1,4 +1,4 @@
-"""Statistics of features against closed forms, numpy in float64 and reference tools (evaluation.npz)."""
+"""Statistics of features against closed forms, numpy in float64 and reference tools (evaluation*.npz)."""
 
 from pathlib import Path
 
@@ -17,7 +17,8 @@ from ddpm_jax.evaluation.statistics import (
     root,
 )
 
-REFERENCE = np.load(Path(__file__).parent / "data" / "evaluation.npz")
+DATA = Path(__file__).parent / "data"
+REFERENCE = {**np.load(DATA / "evaluation.npz"), **np.load(DATA / "evaluation_guided.npz")}
 RNG = np.random.RandomState(0)
 
 

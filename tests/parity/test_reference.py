@@ -6,7 +6,8 @@
 The tests beside this directory compare with files, so that they need no torch; here the files are regenerated. Each
 reference network gets its weights from a file that `export_*` wrote (strictly: names, shapes, nothing over), runs, and
 has to return what it returned with the weights that were imported. Nothing is skipped: without a library this fails.
-GLIDE and Karlo's original code are on no package registry; their files are made from a copy of their repositories.
+GLIDE, Karlo's original code, score_sde_pytorch and guided-diffusion's evaluator are on no package registry; their files
+are made from a copy of their repositories.
 """
 
 import json
@@ -132,6 +133,7 @@ MAKERS = {
     "make_stable_diffusion_files": (exported_stable_diffusion, ["stable_diffusion.npz"]),
     "make_clip_resnet_files": (None, ["clip_resnet.npz"]),  # loads its exports itself
     "make_published_diffusion": (None, ["published_diffusion.npz"]),  # no networks
+    "make_evaluation_files": (None, ["evaluation.npz"]),  # no networks
 }
 
 
