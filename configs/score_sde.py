@@ -45,7 +45,7 @@ from ddpm_jax.data.shapes.scenes import ShapesSource
 from ddpm_jax.data.split import split_source
 from ddpm_jax.data.transforms import CenterCrop, RandomFlip, Select
 from ddpm_jax.diffusion.diffusion import Diffusion
-from ddpm_jax.diffusion.losses import inverse_snr
+from ddpm_jax.diffusion.losses import inverse_snr, sub_vp_variance, vp_variance
 from ddpm_jax.diffusion.sampling import sampling_from
 from ddpm_jax.evaluation import report
 from ddpm_jax.evaluation.during_training import evaluate_fields, measured
@@ -57,6 +57,7 @@ from ddpm_jax.types import network_dtype
 
 PUBLISHED = ("", "ve_deep", "vp", "vp_deep", "vp_ncsnpp", "sub_vp", "sub_vp_deep", "sub_vp_ncsnpp")
 SMALL = ("small", "small_vp", "small_sub_vp", "digits", "digits_vp", "digits_sub_vp")
+SIGMA_SQUARED = {"ve": inverse_snr, "sub_vp": sub_vp_variance}  # by the SDE; lambda of eq. 7
 VARIANTS = (*PUBLISHED, *SMALL, "smoke")
 
 
@@ -155,6 +156,12 @@ def preserving(config: ConfigDict, variant: str) -> None:
 
 def stages(config: ConfigDict) -> tuple[Stage, ...]:
     """Return the one stage."""
+    schedule, time = config.diffusion.schedule, config.diffusion.time
+    if (schedule == "ve") != (time == "sigma"):
+        raise ValueError(
+            f"diffusion.schedule={schedule!r} with diffusion.time={time!r}: time='sigma', and the span and network of "
+            "the VE-SDE, go with schedule='ve' alone; for another SDE use its variant, such as configs/score_sde.py:vp"
+        )
     train, held_out = sources(config)
     diffusion, levels = Diffusion(**config.diffusion), len(config.network.channel_mult)
     network = NCSNpp(
@@ -171,7 +178,7 @@ def stages(config: ConfigDict) -> tuple[Stage, ...]:
             diffusion=diffusion,
             x0=Images(config.image_size),
             objective=config.objective,
-            weighting=inverse_snr if score else None,
+            weighting=SIGMA_SQUARED.get(diffusion.schedule, vp_variance) if score else None,
             timesteps=config.timesteps,
             sampling=sampling_from(config.preview, name="preview"),
         ),

@@ -12,7 +12,15 @@ import pytest
 from ddpm_jax import example_keys, make_process, sample
 from ddpm_jax.diffusion import continuous
 from ddpm_jax.diffusion.diffusion import Diffusion
-from ddpm_jax.diffusion.losses import continuous_loss, edm_weighting, inverse_snr, log_normal_times, stratified_times
+from ddpm_jax.diffusion.losses import (
+    continuous_loss,
+    edm_weighting,
+    inverse_snr,
+    log_normal_times,
+    stratified_times,
+    sub_vp_variance,
+    vp_variance,
+)
 from ddpm_jax.diffusion.samplers import heun_step
 from ddpm_jax.diffusion.sampling import Sampling, sample_with
 from ddpm_jax.storage.metadata import diffusion_from
@@ -290,6 +298,23 @@ def test_every_process_is_sampled_exactly(name):
     np.testing.assert_array_equal([whole.sigma[0], whole.sigma[-1]], [short.sigma[0], short.sigma[-1]])
     with pytest.raises(ValueError, match="cannot start from pure noise"):
         sample_with(Sampling("ddim", (0, 100)).checked(), diffusion, exact(diffusion), keys, (1,))
+
+
+@pytest.mark.parametrize("name,weighting", [("ve", inverse_snr), ("vp", vp_variance), ("sub_vp", sub_vp_variance)])
+def test_weights_that_make_the_error_of_a_score_that_of_the_noise(name, weighting):
+    """sigma^2 in float64 by the SDEs' formulas, with the published spans."""
+    t = np.array([1e-3, 0.02, 0.5, 1.0])
+    b = 0.1 * t + 0.5 * 19.9 * t**2
+    sigma = {"ve": 0.01 * 5000.0**t, "vp": np.sqrt(-np.expm1(-b)), "sub_vp": -np.expm1(-b)}[name]
+    alpha = np.ones(4) if name == "ve" else np.exp(-b / 2)
+    log_snr = 2 * np.log(alpha / sigma)
+    np.testing.assert_allclose(weighting(jnp.asarray(log_snr, jnp.float32)), sigma**2, rtol=2e-5)
+    np.testing.assert_allclose(Diffusion(name).continuous.log_snr(t), log_snr, atol=1e-3)
+
+
+def test_the_published_span_is_the_default():
+    assert Diffusion("vp", span=(0.1, 20)) == Diffusion("vp") != Diffusion("vp", span=(0.1, 10.0))
+    assert Diffusion("ve", span=[0.01, 50.0]).replace(schedule="cosine_log_snr") == Diffusion("cosine_log_snr")
 
 
 @pytest.mark.parametrize("name", DIFFUSIONS)

@@ -71,7 +71,7 @@ class Diffusion:
             has twice the channels; not in continuous time.
         span: of continuous time: (beta_min, beta_max) of "vp" and "sub_vp", (sigma_min, sigma_max) of "ve", and the
             least and largest log-SNR of "cosine_log_snr". None takes the published one, (0.1, 20), (0.01, 50) and
-            (-20, 20).
+            (-20, 20), which is kept as None too.
         time: what the network receives as t: "t", the timestep or the time in [0, 1]; or the noise level: "sigma",
             "alpha_bar" (alpha^2, the gamma of SR3) or "log_snr". With a noise level a process of betas is trained in
             continuous time too, 1 - alpha_bar being linear between its steps (SR3, section 2.4; WaveGrad).
@@ -120,7 +120,8 @@ class Diffusion:
         ends = tuple(self.span) if isinstance(self.span, Sequence) and not isinstance(self.span, str) else ()
         if len(ends) != 2 or not all(map(is_finite, ends)):
             raise ValueError(f"span={self.span!r} must be two numbers")
-        object.__setattr__(self, "span", tuple(map(float, ends)))
+        ends = tuple(map(float, ends))
+        object.__setattr__(self, "span", None if ends == CONTINUOUS[self.schedule][1] else ends)
 
     @property
     def continuous(self) -> Schedule | None:

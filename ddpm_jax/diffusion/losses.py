@@ -353,6 +353,16 @@ def inverse_snr(log_snr: jax.Array) -> jax.Array:
     return jnp.exp(-log_snr)
 
 
+def vp_variance(log_snr: jax.Array) -> jax.Array:
+    """Return sigma^2 where alpha^2 + sigma^2 = 1: `inverse_snr` for the VP-SDE. float32[B] -> float32[B]."""
+    return jax.nn.sigmoid(-log_snr)
+
+
+def sub_vp_variance(log_snr: jax.Array) -> jax.Array:
+    """Return sigma^2 of the sub-VP-SDE, alpha^2 + sigma = 1: `inverse_snr` for it. float32[B] -> float32[B]."""
+    return jnp.square(2.0 / (1.0 + jnp.sqrt(1.0 + 4.0 * jnp.exp(log_snr))))
+
+
 def contrastive_loss(
     z_image: jax.Array, z_text: jax.Array, log_scale: jax.Array, *, chunk_size: int | None = None
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
