@@ -1,5 +1,6 @@
 """Cascades with random parameters: what an image depends on, labels and guidance, programs, errors, directories."""
 
+import dataclasses
 import json
 
 import jax
@@ -10,12 +11,13 @@ from PIL import Image
 from random_networks import fast_jit
 from tiny_pipelines import CLASSES, HIGH, LOW, base, cascade, classifier, noised_clip, other, upsampler
 
+from ddpm_jax.diffusion.diffusion import Diffusion
 from ddpm_jax.diffusion.samplers import example_keys
 from ddpm_jax.diffusion.sampling import Sampling
 from ddpm_jax.evaluation import report
 from ddpm_jax.pipelines import Cascade, LoadError, load, save
 from ddpm_jax.pipelines import cascade as module
-from ddpm_jax.pipelines.captions import similarity, tokenized
+from ddpm_jax.pipelines.captions import check_same_process, similarity, tokenized
 from ddpm_jax.pipelines.request import NotFiniteError
 from ddpm_jax.storage.metadata import freeze, thaw
 
@@ -124,12 +126,17 @@ def test_captions_are_a_condition_with_a_null():
         (
             "classifier",
             {"diffusion": {"schedule": "linear", "num_steps": 1000}},
-            "base and classifier were trained with different noise processes: cosine in 1000 steps and linear in 1000",
+            "base and classifier were trained with different noise processes: schedule is cosine and linear; train the",
         ),
         (
             "noised_clip",
             {"diffusion": {"schedule": "cosine", "num_steps": 500}},
-            "base and noised_clip were trained with different noise processes: cosine in 1000 steps and cosine in 500",
+            "base and noised_clip were trained with different noise processes: num_steps is 1000 and 500; train the",
+        ),
+        (
+            "classifier",
+            {"diffusion": {"schedule": "cosine", "num_steps": 1000, "time": "log_snr"}},
+            "different noise processes: time is t and log_snr; train the classifier",
         ),
         ("noised_clip", {"image_size": 64}, "base has images of size 8, and noised_clip is for those of size 64"),
     ],
@@ -138,6 +145,22 @@ def test_what_cannot_guide_a_base(role, metadata, message):
     model = with_metadata({"classifier": classifier, "noised_clip": noised_clip}[role](), **metadata)
     with pytest.raises(ValueError, match=message):
         cascade().replace(**{role: model}).checked()
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "message"),
+    [
+        (([0.1, 0.2], 2), ([0.1, 0.3], 2), "processes: beta 1 is 0.2 and 0.3; train"),
+        (([0.1, 0.2], 2), ([0.1], 1), "processes: number of betas is 2 and 1, num_steps is 2 and 1; train"),
+        (([0.1, 0.2], 2), ("cosine", 2), "processes: schedule is own betas and cosine; train"),
+        (("vp", 2, "eps", "fixed_small", (0.1, 9)), ("vp", 2), r"span is \(0.1, 9.0\) and the published one; train"),
+    ],
+)
+def test_how_noise_processes_differ(one, other, message):
+    models = [with_metadata(base(), diffusion=dataclasses.asdict(Diffusion(*fields))) for fields in (one, other)]
+    with pytest.raises(ValueError, match=message):
+        check_same_process("classifier", models[1], models[0])
+    check_same_process("classifier", models[0], models[0])
 
 
 def test_a_classifier_of_clean_images_does_not_guide():

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 
 from ddpm_jax.data.tokenizer import tokenizer_from_config
+from ddpm_jax.diffusion.diffusion import Diffusion
 from ddpm_jax.models.clip import normalize
 from ddpm_jax.models.noised_clip import NoisedCLIP
 from ddpm_jax.pipelines.request import as_prompts, tokenize
@@ -62,12 +63,28 @@ def check_same_process(role: str, model: Model, base: Model) -> None:
     of_both = {"prediction": "eps", "variance": "fixed_small"}  # which do not belong to the process
     processes = [m.diffusion.replace(**of_both) for m in (base, model)]
     if processes[0] != processes[1]:
-        names = [p.schedule if isinstance(p.schedule, str) else "own betas" for p in processes]
-        shown = [f"{name} in {p.num_steps} steps" for name, p in zip(names, processes)]
         raise ValueError(
-            f"base and {role} were trained with different noise processes: {shown[0]} and {shown[1]}; train the {role} "
+            f"base and {role} were trained with different noise processes: {_difference(*processes)}; train the {role} "
             "with the diffusion of the base"
         )
+
+
+def _difference(one: Diffusion, other: Diffusion) -> str:
+    """Return the fields in which two processes differ, with both values."""
+    found = []
+    for name in ("schedule", "num_steps", "span", "time"):
+        values = getattr(one, name), getattr(other, name)
+        if values[0] == values[1]:
+            continue
+        if name == "schedule" and all(isinstance(value, tuple) for value in values):
+            pairs = enumerate(zip(*values))
+            different = ((f"beta {step}", pair) for step, pair in pairs if pair[0] != pair[1])
+            name, values = next(different, ("number of betas", tuple(map(len, values))))
+        elif name == "schedule":
+            values = ["own betas" if isinstance(value, tuple) else value for value in values]
+        shown = ["the published one" if value is None else str(value) for value in values]
+        found.append(f"{name} is {shown[0]} and {shown[1]}")
+    return ", ".join(found)
 
 
 def tokenized(
