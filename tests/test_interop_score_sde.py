@@ -232,7 +232,22 @@ def test_fields_that_contradict_each_other_are_named():
         ({"output_pyramid": "skip", "out_channels": 6}, "out_channels=6 must be those of the image, 3"),
         ({"attention_levels": (2,)}, r"attention_levels=\(2,\) must lie in \[0, 2\)"),
         ({"sigma_range": (2.0, 1.0)}, r"sigma_range=\(2.0, 1.0\) must be two positive numbers, the smaller one first"),
+        ({"dropout": 1.5}, r"dropout=1.5 must be in \[0, 1\)"),
+        ({"dropout": 1.0}, r"dropout=1.0 must be in \[0, 1\)"),
+        ({"num_res_blocks": 0}, "num_res_blocks=0 must be at least 1"),
+        ({"sigma_unit": 0.0}, "sigma_unit=0.0 must be a positive number"),
+        ({"out_channels": 0}, "out_channels=0 must be at least 1"),
+        ({"channel_mult": (0.01, 1)}, r"channel_mult=\(0.01, 1\) gives a level of channels=\d+ no channel"),
+        ({"sigma_range": (1.0, 2.0), "embedding": "fourier"}, "sigma_range=.* is of embedding='positional'"),
         ({"channel_mult": (1,) * 5, "attention_levels": ()}, "image size 8 cannot be halved"),
     ):
         with pytest.raises(ValueError, match=message):
             jax.eval_shape(NCSNpp(**(TINY | changes)).init, jax.random.key(0), x, t)
+
+
+def test_widths_of_levels_are_rounded_down():
+    """As those of ADM, whose multipliers include 0.5."""
+    network = NCSNpp(**(TINY | {"channels": 8, "channel_mult": (0.6, 1)}))
+    shapes = jax.eval_shape(network.init, jax.random.key(0), jnp.zeros((1, 8, 8, 3)), jnp.ones(1))["params"]
+    assert shapes["down_0_0"]["conv_1"]["kernel"].shape == (3, 3, 8, 4)
+    assert shapes["down_1_0"]["conv_1"]["kernel"].shape == (3, 3, 4, 8)

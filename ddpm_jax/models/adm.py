@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from ddpm_jax.models.attention import attention
 from ddpm_jax.models.layers import Embed, GroupNorm, TimeEmbedding
-from ddpm_jax.models.unet import Blocks, UNet, check_image_size, encode
+from ddpm_jax.models.unet import Blocks, UNet, check_blocks, check_image_size, encode
 
 POOLS = ("attention", "adaptive", "spatial", "spatial_v2")
 
@@ -157,6 +157,7 @@ class Classifier(nn.Module):
             raise ValueError(f"pool={self.pool!r} must be one of {', '.join(POOLS)}")
         if self.pool == "attention" and x.shape[1:3] != (self.image_size,) * 2:
             raise ValueError(f"x has shape {x.shape}; this classifier was built for images of {self.image_size}")
+        check_blocks(self)
         for size in x.shape[1:3]:
             check_image_size(size, 1, len(self.channel_mult))
         time = TimeEmbedding(self.channels, 4 * self.channels, self.dtype, name="time")(t)

@@ -12,6 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from ddpm_jax.checks import check_count, is_finite, shown
 from ddpm_jax.models.layers import (
     AttentionBlock,
     GroupNorm,
@@ -23,7 +24,7 @@ from ddpm_jax.models.layers import (
     upsample2,
 )
 from ddpm_jax.models.resampling import FirConv, fir_downsample2, fir_upsample2
-from ddpm_jax.models.unet import check_image_size
+from ddpm_jax.models.unet import check_blocks, check_image_size
 
 EMBEDDINGS = ("fourier", "positional")
 PYRAMIDS = ("none", "skip", "residual")
@@ -35,7 +36,7 @@ class NCSNpp(nn.Module):
     """NCSN++ and DDPM++ (`models/ncsnpp.py` of the published code); what is given as t is a field's choice.
 
     Attributes:
-        channels: width of the first level, > 0; level i has channels * channel_mult[i] channels.
+        channels: width of the first level, > 0; level i has int(channels * channel_mult[i]) channels.
         out_channels: channels of the output, > 0.
         channel_mult: multipliers of the width, one for each level, the finest first.
         num_res_blocks: residual blocks of each level in the encoder, >= 1; the decoder has one more.
@@ -53,12 +54,12 @@ class NCSNpp(nn.Module):
         combine: how input_pyramid="skip" joins: "sum" or "cat".
         embedding: "fourier" embeds log(t / sigma_unit), t being the noise level sigma, and "positional" time_scale * t,
             or with sigma_range the place of sigma between its ends.
-        fourier_scale: standard deviation of the frequencies, which are not trained.
-        time_scale: of embedding="positional"; published networks of continuous time in [0, 1] have 999.
+        fourier_scale: > 0, standard deviation of the frequencies, which are not trained.
+        time_scale: > 0, of embedding="positional"; published networks of continuous time in [0, 1] have 999.
         sigma_range: (smallest, largest) sigma of embedding="positional", in units of sigma_unit: the sinusoids are of
             time_scale log(largest / sigma) / log(largest / smallest), as published for N = time_scale + 1 noise levels.
-        sigma_unit: unit of sigma in the embedding; 2 for networks that were trained on images in [0, 1], whose noise is
-            half of that of images in [-1, 1].
+        sigma_unit: > 0, unit of sigma in the embedding; 2 for networks that were trained on images in [0, 1], whose
+            noise is half of that of images in [-1, 1].
         scale_by_sigma: the output is divided by sigma, for networks that predict the score.
         remat: what each block computes again in the backward pass, see `layers.rematerialized`.
         dtype: in which blocks compute; parameters and the output convolution are float32.
@@ -66,7 +67,7 @@ class NCSNpp(nn.Module):
 
     channels: int
     out_channels: int = 3
-    channel_mult: tuple[int, ...] = (1, 2, 2, 2)
+    channel_mult: tuple[float, ...] = (1, 2, 2, 2)
     num_res_blocks: int = 4
     attention_levels: tuple[int, ...] = (1,)
     dropout: float = 0.1
@@ -109,7 +110,7 @@ class NCSNpp(nn.Module):
         for level, mult in reversed(list(enumerate(self.channel_mult))):
             for i in range(self.num_res_blocks + 1):
                 h = jnp.concatenate([h, skips.pop()], axis=-1)
-                h = blocks.res(h, self.channels * mult, f"up_{level}_{i}")
+                h = blocks.res(h, int(self.channels * mult), f"up_{level}_{i}")
             if level in self.attention_levels:
                 h = blocks.attention(h, f"up_{level}_attn")
             if self.output_pyramid != "none":
@@ -120,6 +121,7 @@ class NCSNpp(nn.Module):
         return out / t[:, None, None, None] if self.scale_by_sigma else out
 
     def _check(self, x: jax.Array) -> None:
+        check_blocks(self)
         for size in x.shape[1:3]:
             check_image_size(size, 1, len(self.channel_mult))
         choices = {"embedding": EMBEDDINGS, "output_pyramid": PYRAMIDS, "input_pyramid": PYRAMIDS, "combine": COMBINERS}
@@ -133,6 +135,12 @@ class NCSNpp(nn.Module):
             )
         if self.sigma_range is not None and not 0.0 < self.sigma_range[0] < self.sigma_range[1]:
             raise ValueError(f"sigma_range={self.sigma_range} must be two positive numbers, the smaller one first")
+        if self.sigma_range is not None and self.embedding != "positional":
+            raise ValueError(f"sigma_range={self.sigma_range} is of embedding='positional', not of {self.embedding!r}")
+        for name in ("sigma_unit", "time_scale", "fourier_scale"):
+            if not is_finite(getattr(self, name)) or getattr(self, name) <= 0.0:
+                raise ValueError(f"{name}={shown(getattr(self, name))} must be a positive number")
+        check_count("out_channels", self.out_channels)
         if any(not 0 <= level < len(self.channel_mult) for level in self.attention_levels):
             raise ValueError(f"attention_levels={self.attention_levels} must lie in [0, {len(self.channel_mult)})")
 
@@ -154,7 +162,7 @@ class NCSNpp(nn.Module):
         skips, last = [h], len(self.channel_mult) - 1
         for level, mult in enumerate(self.channel_mult):
             for i in range(self.num_res_blocks):
-                h = blocks.res(h, self.channels * mult, f"down_{level}_{i}")
+                h = blocks.res(h, int(self.channels * mult), f"down_{level}_{i}")
                 if level in self.attention_levels:
                     h = blocks.attention(h, f"down_{level}_{i}_attn")
                 skips.append(h)

@@ -7,6 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from ddpm_jax.checks import check_count, is_finite, shown
 from ddpm_jax.models.layers import (
     AttentionBlock,
     GroupNorm,
@@ -112,6 +113,7 @@ class UNet(nn.Module):
         Raises:
             ValueError: if H or W is no such multiple, or fields contradict each other.
         """
+        check_blocks(self)
         check_image_size(x.shape[1], self.patch, len(self.channel_mult))
         check_image_size(x.shape[2], self.patch, len(self.channel_mult))
         time = TimeEmbedding(self.channels, 4 * self.channels, self.dtype, self.frequency_shift, name="time")(t)
@@ -251,6 +253,17 @@ def attention_levels(resolutions: Sequence[int], size: int, levels: int) -> tupl
                 f"{', '.join(map(str, heights))}"
             )
     return levels_of_resolutions(resolutions, size, levels)
+
+
+def check_blocks(net: Any) -> None:
+    """Raise ValueError if the fields of a U-Net's levels and residual blocks are out of their ranges."""
+    check_count("num_res_blocks", net.num_res_blocks)
+    if not is_finite(net.dropout) or not 0.0 <= net.dropout < 1.0:
+        raise ValueError(f"dropout={shown(net.dropout)} must be in [0, 1)")
+    check_count("channels", net.channels)
+    for mult in net.channel_mult:
+        if not is_finite(mult) or int(net.channels * mult) < 1:
+            raise ValueError(f"channel_mult={net.channel_mult} gives a level of channels={net.channels} no channel")
 
 
 def check_image_size(size: int, patch: int, levels: int) -> None:

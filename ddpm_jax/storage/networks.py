@@ -81,7 +81,7 @@ _INTEGERS = {
 }
 # Fields of model.json that had another name.
 _RENAMED = {"layout_channels": "cond_map_channels", "layout_heads": "cond_map_heads"}
-_NUMBERS = {"channel_mult": (1e-3, 1024.0), "dropout": (0.0, 1.0), "norm_eps": (1e-12, 1.0), "scale": (1e-6, 1e6)}
+_NUMBERS = {"channel_mult": (1e-3, 1024.0), "dropout": (0.0, 0.999), "norm_eps": (1e-12, 1.0), "scale": (1e-6, 1e6)}
 _NUMBERS |= {"sigma_range": (1e-9, 1e9), "sigma_unit": (1e-6, 1e6)}
 
 
