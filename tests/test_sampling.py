@@ -112,7 +112,7 @@ def test_a_process_made_while_a_function_is_traced_stays_numbers():
 NUMBERS = {
     "eta": ("ddim", -0.1, 1.1),
     "churn": ("heun", -0.1, 0.5),
-    "snr": ("predictor_corrector", 0.0, 1.1),
+    "snr": ("predictor_corrector", 0.0, 1.0),
     "scale": ("ddim", -1.0, 1e5),
     "rescale": ("ddim", -0.1, 1.1),
     "classifier_scale": ("ddim", -1.0, 1e5),

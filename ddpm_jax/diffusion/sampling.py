@@ -43,6 +43,7 @@ NO_MOMENTS = (
 )
 NO_NORM = "l2_clamp=True is for a diffusion prior, whose data are embeddings of one norm"
 _POSITIVE = ("snr", "threshold")
+_BELOW = ("snr",)  # the end of the range, which is not in it
 _COUNTS = {"order": (1, 3), "corrector_steps": (0, 100)}
 _FLAGS = ("sde", "l2_clamp", "variance_weighted")
 # A number at which an option does nothing. There it is left out of the compiled program, which has one form without
@@ -71,7 +72,7 @@ class Sampling:
         corrector_steps: of "predictor_corrector"; 1 by default.
         eta: noise of "ddim", in [0, 1]; None and 0 are deterministic, 1 is the distribution of ancestral sampling.
         churn: gamma of "heun" (EDM, algorithm 2), in [0, sqrt(2) - 1].
-        snr: of the corrector of "predictor_corrector", in (0, 1]; 0.16 by default.
+        snr: of the corrector of "predictor_corrector", in (0, 1); 0.16 by default.
         variance_share: of "ancestral" with a variance that is not learned: v in [0, 1] of Ho and Salimans 2022, by
             which the logarithm of the variance lies between those of "fixed_small" and "fixed_large"; None takes the
             variance of the `Diffusion`.
@@ -384,8 +385,11 @@ def _checked_option(option: str, name: str, value: Any) -> Any:
         return math.inf
     if not is_finite(value):
         raise ValueError(f"{option}={shown(given)} must be a finite number")
-    if not least <= value <= most or (name in _POSITIVE and value == 0):
-        raise ValueError(f"{option}={value} must be in {'(' if name in _POSITIVE else '['}{least:g}, {most:g}]")
+    below, above = name in _BELOW, name in _POSITIVE
+    if not least <= value <= most or (above and value == least) or (below and value == most):
+        raise ValueError(
+            f"{option}={value} must be in {'(' if above else '['}{least:g}, {most:g}{')' if below else ']'}"
+        )
     return float(value)
 
 
