@@ -12,7 +12,8 @@ augmentation: its low-resolution images get noise of a random level, which the n
     --scale=1.5 --up_128_scale=1.5                 classifier-free guidance; labels are dropped at the rate drop_label
 
 The levels are found after training, by the quality of samples: `evaluate` writes a grid for each of
-`sweep.noise_levels` of the first upsampler; `sample.noise_levels` and `sample.truncated` are the pipeline's defaults.
+`sweep.noise_levels` of the first upsampler that is at most `augmentation.noise`; `sample.noise_levels`, in the same
+range, and `sample.truncated` are the pipeline's defaults.
 
 Variants, with the parameters of their networks (held to them by tests/recipes/test_sizes.py):
 
@@ -210,6 +211,11 @@ def pipeline(config: ConfigDict) -> PipelineDescription:
     names, levels = config.upsamplers, config.sample.noise_levels
     if len(levels) != len(names):
         raise ValueError(f"sample.noise_levels={levels} must have a level for each of {', '.join(names)}")
+    most = config.augmentation.noise
+    if not all(0.0 <= level <= most for level in levels):
+        raise ValueError(f"sample.noise_levels={levels} must be in [0, {most}], up to augmentation.noise")
+    if config.sample.truncated and not all(levels):
+        raise ValueError(f"sample.truncated=True needs sample.noise_levels above 0, got {levels}")
     options = {"noise_levels": dict(zip(names, levels))}
     if config.sample.truncated:
         options["enlarging"] = {name: {"truncated": True} for name in names}
@@ -225,7 +231,7 @@ def evaluate(config: ConfigDict, pipeline, workdir, show) -> None:
     """Write grids of samples: with the pipeline's noise levels, and one for each level of the first upsampler."""
     report.write_samples(pipeline, workdir, show=show, progress=config.progress)
     first = config.upsamplers[0]
-    for level in config.sweep.noise_levels:
+    for level in [level for level in config.sweep.noise_levels if level <= config.augmentation.noise]:
         place = workdir / "sweep" / f"{first}_noise_level={level:g}"
         place.mkdir(parents=True, exist_ok=True)
         own = {first: {"truncated": config.sample.truncated and level > 0}}

@@ -404,6 +404,20 @@ def _check_pipeline(pipeline: Any, run: _Run) -> None:
                 sampling.checked().process(stage.task.diffusion)
             except ValueError as error:
                 raise ValueError(f"the pipeline cannot sample {name}: {error}") from None
+    _check_noise_levels(pipeline, run)
+
+
+def _check_noise_levels(pipeline: Any, run: _Run) -> None:
+    """Raise ValueError for a noise level of the pipeline that an upsampler is not trained with."""
+    for name, level in getattr(pipeline, "options", {}).get("noise_levels", {}).items():
+        task = getattr(run.stages.get(str(pipeline.models.get(name, name))), "task", None)
+        metadata = task.metadata() if hasattr(task, "metadata") else {}
+        trained = metadata.get("low_resolution", {}).get("noise")
+        if trained is not None and level > trained:
+            raise ValueError(
+                f"the pipeline cannot sample {name}: its noise level {level} must be at most {trained}, the largest "
+                "that the stage is trained with"
+            )
 
 
 def _description(stage: Stage, needs: Mapping[str, str]) -> dict[str, Any]:
