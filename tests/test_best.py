@@ -1,5 +1,6 @@
 """Measures of samples during training, and the best parameters, which stay as a model directory."""
 
+import math
 import types
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from ddpm_jax.evaluation.features import random_extractor
 from ddpm_jax.evaluation.statistics import Moments
 from ddpm_jax.evaluation.summary import Summary, write_statistics
 from ddpm_jax.training.best import measure_and_keep, read_best, with_measures
+from ddpm_jax.training.run import train
 from ddpm_jax.training.stage import Training
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -45,11 +47,12 @@ def test_when_samples_are_measured():
 
 @pytest.mark.parametrize("higher,best", [(False, 2), (True, 4)])
 def test_the_best_model_stays(tmp_path, higher, best):
-    model, evaluation = tiny_pipelines.base(), Scripted(3.0, 1.0, 2.0, 4.0, higher_is_better=higher)
-    for step in (1, 2, 3, 4):
+    model, evaluation = tiny_pipelines.base(), Scripted(math.nan, 3.0, 1.0, 2.0, 4.0, math.nan, higher_is_better=higher)
+    for step in range(6):
         params = tiny_pipelines.other(model.params) if step == best else model.params
         found = measure_and_keep(evaluation, model.network, model.metadata, tmp_path, params, step)
-    assert found == {"eval_fid": 4.0, "eval_recall": 0.5}
+        assert (step == 0) == (read_best(tmp_path) is None)
+    assert math.isnan(found["eval_fid"]) and found["eval_recall"] == 0.5
     assert read_best(tmp_path)["step"] == best
     assert sorted(path.name for path in (tmp_path / "best").iterdir()) == [str(best), "best.json"]
     loaded = ddpm_jax.load(tmp_path / "best" / str(best))
@@ -131,3 +134,21 @@ def test_the_command_line_of_a_recipe_sets_the_measurement(name):
 def test_what_evaluate_every_needs():
     with pytest.raises(ValueError, match="evaluate_every=3 must be a multiple of eval_every=2"):
         Training(batch_size=1, num_steps=1, learning_rate=1.0, eval_every=2, evaluate_every=3).check()
+
+
+def test_noise_levels_that_are_not_trained_are_refused_before_training(tmp_path):
+    """The ablation without noise, --config.augmentation.noise=0, needs the levels without noise too."""
+    recipe = cli.load_recipe(f"{CONFIGS}/cascade.py")
+    config = recipe.get_config("smoke")
+    description = recipe.pipeline(config)
+    config.augmentation.noise = 0.05
+    with pytest.raises(ValueError, match=r"sample.noise_levels=\(0.1,\) must be in \[0, 0.05\]"):
+        recipe.pipeline(config)
+    with pytest.raises(ValueError, match="cannot sample up_32: its noise level 0.1 must be at most 0.05, the largest"):
+        train(recipe.stages(config), tmp_path, pipeline=description)
+    config.augmentation.noise = 0.0
+    config.sample.noise_levels = (0.0,)
+    assert recipe.pipeline(config).options == {"noise_levels": {"up_32": 0.0}}
+    config.sample.truncated = True
+    with pytest.raises(ValueError, match="sample.truncated=True needs sample.noise_levels above 0"):
+        recipe.pipeline(config)

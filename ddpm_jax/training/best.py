@@ -4,6 +4,7 @@
 <stage>/best/<step>/     its averaged parameters; `ddpm_jax.load` opens it
 """
 
+import math
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -102,8 +103,10 @@ def read_best(directory: Path) -> dict[str, Any] | None:
 
 
 def _keep(place: Path, model: Model, step: int, evaluation: Evaluation, found: Mapping[str, float]) -> None:
-    """Write a model and best.json if it is better than the last best one, which is then removed."""
+    """Write a model and best.json if it is better than the last best one, which is then removed; never for NaN."""
     before, value = read_best(place.parent), found[evaluation.metric]
+    if math.isnan(value):
+        return
     is_same = before is not None and before.get("metric") == evaluation.metric and before["step"] != step
     if is_same and (before["value"] >= value if evaluation.higher_is_better else before["value"] <= value):
         return
