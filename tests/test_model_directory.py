@@ -347,7 +347,7 @@ def test_a_unet_is_found_to_fit_whatever_the_size_of_its_images(tmp_path):
         ({"channel_mult": []}, "must be a list with at most 16 entries, and not empty"),
         ({"groups": 3}, "groups=3 must divide the number of channels"),
         ({"attention_levels": [7]}, r"attention_levels=\(7,\) must lie between 0 and 1"),
-        ({"dropout": float("nan")}, r"dropout=nan must be a number in \[0, 1\]"),
+        ({"dropout": float("nan")}, r"dropout=nan must be a number in \[0, 0.999\]"),
     ):
         wrong = described | {"networks": {"model": described["networks"]["model"] | changes}}
         file.write_text(json.dumps(wrong))
