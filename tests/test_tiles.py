@@ -10,10 +10,11 @@ from tiny_pipelines import FLAT, diffusion, image_metadata, model, zeros
 from ddpm_jax.diffusion.samplers import example_keys
 from ddpm_jax.diffusion.sampling import Sampling
 from ddpm_jax.diffusion.tiles import _axis, tiled_denoiser
+from ddpm_jax.models.ncsnpp import NCSNpp
 from ddpm_jax.models.unet import UNet
 from ddpm_jax.models.upsampler import Upsampler
 from ddpm_jax.parallel.mesh import data_sharding, make_local_mesh, replicated
-from ddpm_jax.pipelines.enlarging import Enlarging, in_context
+from ddpm_jax.pipelines.enlarging import Enlarging, check_tile, in_context, tile_unit
 from ddpm_jax.pipelines.upsampling import upsample
 
 SIZE, LOW = 128, 32
@@ -134,3 +135,11 @@ def test_a_mesh_for_rows():
     assert dict(make_local_mesh(space=4).shape) == {"data": 2, "space": 4}
     with pytest.raises(ValueError, match=r"space=9 must be a number of devices in \[1, 8\]"):
         make_local_mesh(space=9)
+
+
+def test_tiles_of_an_upsampler_with_the_network_of_sr3():
+    network = Upsampler(NCSNpp(channels=16, channel_mult=(1, 2, 4), num_res_blocks=1))
+    assert tile_unit(network, 4) == 4 and tile_unit(network, 3) == 12
+    check_tile("--", Enlarging(), network, 4)
+    with pytest.raises(ValueError, match="--tile=6 must be a multiple of 4 pixels"):
+        check_tile("--", Enlarging(tile=6), network, 4)

@@ -66,7 +66,7 @@ def tile_unit(network: Any, factor: int) -> int:
     network: its U-Net downsamples the pixels that it sees; one without a U-Net does not. factor: of enlarging.
     """
     unet = getattr(network, "unet", None)
-    return int(np.lcm(1 if unet is None else unet.patch * 2 ** (len(unet.channel_mult) - 1), factor))
+    return int(np.lcm(1 if unet is None else getattr(unet, "patch", 1) * 2 ** (len(unet.channel_mult) - 1), factor))
 
 
 def check_tile(prefix: str, own: Enlarging, network: Any, factor: int) -> None:
