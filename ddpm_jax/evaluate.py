@@ -136,6 +136,7 @@ def _measure() -> None:
     default = [] if _WRITE.value and not (_SAMPLES.value or _WORKDIR.value) else _OF_SETS[:5]
     metrics = list(dict.fromkeys(_METRICS.value or default))
     _check_flags(metrics)
+    _check_effects(metrics)
     out = _checked_out("measures.json") if _OUT.value or _WORKDIR.value else None
     if _WRITE.value:
         cli.check_can_write(_WRITE.value, what="--write_statistics")
@@ -173,15 +174,32 @@ def _check_flags(metrics: list[str]) -> None:
         raise cli.UsageError("--samples and --workdir are both given; measure one of them")
     if of_sets and not (_SAMPLES.value or _WORKDIR.value):
         raise cli.UsageError("--samples or --workdir is needed, the images to measure")
-    if not of_sets and metrics:
-        _refuse(["samples"], "by bits per dimension, which are of --reference")
     if set(metrics) & set(_OF_MODELS) and not (_WORKDIR.value and _REFERENCE.value):
         raise cli.UsageError("bits per dimension need --workdir, a model, and --reference, the images to measure it on")
-    if of_sets and not _REFERENCE.value and set(of_sets) & _COMPARISONS:
-        raise cli.UsageError(f"--reference is needed for {of_sets[0]}")
+    compared = [name for name in metrics if name in _COMPARISONS]
+    if compared and not _REFERENCE.value:
+        raise cli.UsageError(f"--reference is needed for {compared[0]}")
     for name, flag, what in (("clip", _CLIP, "a model directory with a CLIP"), ("cas", _TEST, "images with labels")):
         if name in metrics and not flag.value:
             raise cli.UsageError(f"--{flag.name} is needed for {name}, {what}")
+    if "cas" in metrics and not (_OUT.value or _WORKDIR.value):
+        raise cli.UsageError("--out is needed for cas, where its classifier is trained")
+    if _WRITE.value and not _REFERENCE.value:
+        raise cli.UsageError("--reference is needed, of which --write_statistics writes the statistics")
+    if _WRITE.value and not _WRITE.value.endswith(".npz"):
+        raise cli.UsageError(f"--write_statistics={_WRITE.value} must end in .npz")
+
+
+def _check_effects(metrics: list[str]) -> None:
+    """Raise UsageError for a flag that none of the measures uses."""
+    of_sets = [name for name in metrics if name in _OF_SETS]
+    if metrics and not of_sets:
+        unused = ["samples"] if _WRITE.value else ["samples", "features", "keep_features"]
+        _refuse(unused, "by bits per dimension, which are of --reference")
+    if not _FEATURES.value.startswith("inception:"):
+        _refuse(["inception_resize"], f"by --features={_FEATURES.value}")
+    if not (_SAMPLES.value or _REFERENCE.value or _TEST.value):
+        _refuse(["size"], "where no images are read")
     for name, metric in _OF_METRIC.items():
         if metric not in metrics:
             _refuse([name], f"by --metrics={','.join(metrics)}, only by {metric}" if metrics else f"without {metric}")
@@ -192,12 +210,6 @@ def _check_flags(metrics: list[str]) -> None:
         _refuse(() if _WORKDIR.value else ["raw_weights"], where)
     if _SAMPLES.value and not (_WRITE.value or set(metrics) & _COMPARISONS):
         _refuse(["reference"], f"by --metrics={','.join(metrics)}")
-    if "cas" in metrics and not (_OUT.value or _WORKDIR.value):
-        raise cli.UsageError("--out is needed for cas, where its classifier is trained")
-    if _WRITE.value and not _REFERENCE.value:
-        raise cli.UsageError("--reference is needed, of which --write_statistics writes the statistics")
-    if _WRITE.value and not _WRITE.value.endswith(".npz"):
-        raise cli.UsageError(f"--write_statistics={_WRITE.value} must end in .npz")
 
 
 def _measure_sets(metrics: list[str], pipeline: Any, out: Path | None) -> None:
@@ -312,7 +324,7 @@ def _open_test(images: Any) -> tuple[Any, Any]:
     tested = read_labelled(test)
     if images.classes is not None:
         match_classes(tested[1][:0], images.classes, tested[1], test.classes, test.name)
-    return Labelled(images.name), (*tested, test)
+    return Labelled(images.name, tested[0].shape[1:]), (*tested, test)
 
 
 def _accuracy(samples: Any, images: Any, tested: Any, out: Path) -> Any:

@@ -13,7 +13,7 @@ from ddpm_jax.diffusion.diffusion import Diffusion
 from ddpm_jax.diffusion.likelihood import variational_bound
 from ddpm_jax.diffusion.samplers import example_keys
 from ddpm_jax.evaluation import bits
-from ddpm_jax.evaluation.accuracy import match_classes
+from ddpm_jax.evaluation.accuracy import Labelled, match_classes
 from ddpm_jax.evaluation.archives import RowReader, read_array, write_rows
 from ddpm_jax.evaluation.captions import clip_scores, r_precision
 from ddpm_jax.evaluation.compare import Measure, compare, describe
@@ -123,6 +123,11 @@ def test_what_is_refused(call, sets, tmp_path):
         (["--metrics", "bits", *reference], ["bits per dimension need --workdir"]),
         ([*folder, "--metrics", "is"], ["is cannot be measured: the features random have no classes"]),
         ([*folder, *reference, "--metrics", "sfid"], ["sfid cannot be measured: the features random"]),
+        ([*folder, "--metrics", "is,fid"], ["--reference is needed for fid"]),
+        (
+            [*folder, *reference, "--inception_resize", "half_pixel"],
+            ["--inception_resize is not used by --features=random"],
+        ),
         ([*folder, "--metrics", "is", "--reference", "nope"], ["--reference is not used by --metrics=is"]),
         ([*folder, *reference, "--steps", "3"], ["--steps is not used where images are not sampled"]),
         ([*folder, *reference, "--layers", "3"], ["--layers is not used by --metrics=fid,", "only by bits"]),
@@ -269,6 +274,10 @@ def test_classes_are_matched_by_name():
     assert labels.tolist() == [0, 2] and count == 3  # of samples without names of classes, the last one without any
     with pytest.raises(ValueError, match="T has 2 classes with names, and the samples 3"):
         match_classes(np.array([0, 2]), None, np.array([0, 1]), own, "T")
+    with pytest.raises(
+        ValueError, match="samples of 8 x 8 pixels and test images of 16 x 16 must be square and of one"
+    ):
+        Labelled("D", (16, 16, 3)).add({"image": ONES[:2], "label": [0, 1]})  # the first batch, not after the last
 
 
 def test_the_bound_is_of_the_class_with_the_same_name(tmp_path):

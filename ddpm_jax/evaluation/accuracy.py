@@ -35,17 +35,20 @@ class Labelled:
 
     Args:
         name: of the set, for messages.
+        test_shape: (H, W, C) that its images must have, that of the test images; None takes any.
     """
 
-    def __init__(self, name: str):
-        self._name = name
+    def __init__(self, name: str, test_shape: tuple[int, ...] | None = None):
+        self._name, self._test_shape = name, test_shape
         self._images: list[np.ndarray] = []
         self._labels: list[int] = []
 
     def add(self, batch: dict[str, Any]) -> None:
-        """Add a batch of an `ImageSet`; raise ValueError if it has no labels."""
+        """Add a batch of an `ImageSet`; raise ValueError if it has no labels, or images of another size."""
         if "label" not in batch:
             raise ValueError(f"{self._name} has no labels, which classification accuracy needs")
+        if self._test_shape is not None:
+            _check_sizes(batch["image"].shape[1:], self._test_shape)
         self._images.append(batch["image"])
         self._labels += [int(label) for label in batch["label"]]
 
@@ -99,6 +102,14 @@ def check_labels(labels: Any, num_classes: int | None, name: str) -> None:
             raise ValueError(f"label {label} of image {number} of {name} must be {classes}")
 
 
+def _check_sizes(samples: tuple[int, ...], test: tuple[int, ...]) -> None:
+    if samples != test or samples[0] != samples[1]:
+        raise ValueError(
+            f"samples of {samples[0]} x {samples[1]} pixels and test images of {test[0]} x {test[1]} must be square "
+            "and of one size; --size=N brings images of files to N x N pixels"
+        )
+
+
 def accuracy_score(
     train_on: tuple[np.ndarray, np.ndarray],
     test_on: tuple[np.ndarray, np.ndarray],
@@ -129,11 +140,7 @@ def accuracy_score(
     """
     images, labels = train_on
     classes, size = num_classes or int(labels.max()) + 1, images.shape[1]
-    if images.shape[1:] != test_on[0].shape[1:] or images.shape[1] != images.shape[2]:
-        raise ValueError(
-            f"samples of {images.shape[1]} x {images.shape[2]} pixels and test images of {test_on[0].shape[1]} x "
-            f"{test_on[0].shape[2]} must be square and of one size; --size=N brings all to N x N pixels"
-        )
+    _check_sizes(images.shape[1:], test_on[0].shape[1:])
     check_labels(labels, classes, "the samples")
     check_labels(test_on[1], classes, "the test images")
     network = Classifier(CHANNELS, classes, size, _levels(size), 1, pool="adaptive", attention_levels=(), groups=8)
