@@ -23,16 +23,7 @@ from ddpm_jax.parallel.mesh import make_mesh
 from ddpm_jax.storage.checkpoint import CheckpointError, Checkpoints, restore_params
 from ddpm_jax.storage.lock import WorkdirInUse, lock_workdir
 from ddpm_jax.storage.model_directory import open_model
-from ddpm_jax.training import (
-    ClassifierTask,
-    ContrastiveTask,
-    DiffusionTask,
-    Images,
-    Labels,
-    Stage,
-    Training,
-    train,
-)
+from ddpm_jax.training import ClassifierTask, ContrastiveTask, DiffusionTask, Images, Labels, Stage, Training, train
 from ddpm_jax.training.metrics import read_metrics
 from ddpm_jax.training.run import is_trained
 
