@@ -74,8 +74,9 @@ def main() -> None:
             _check_described(pipeline)
         kwargs = {"count": _NUM.value, "seed": _SEED.value}
         low, high = upsampling.read_pairs(_source(size), size, low_size, degradation=_DEGRADATION.value, **kwargs)
+        labels = _labels(model.metadata.get("labels"), _source(size))
         with progress_bar(len(levels) * _NUM.value, description="restore", unit="image", shown=True) as bar:
-            kwargs = {"seed": _SEED.value, "batch_size": _BATCH.value, "report": bar.update}
+            kwargs = {"labels": labels, "seed": _SEED.value, "batch_size": _BATCH.value, "report": bar.update}
             kwargs["enlarging"] = Enlarging(tile=_TILE.value)
             found = upsampling.sweep_restored(model, sampling, low, high, levels, **kwargs)
         found["generated"] = _generated(pipeline, name, sampling, levels) if _GENERATED.value else {}
@@ -122,6 +123,13 @@ def _source(size: int, split: str = "train") -> Any:
     from ddpm_jax.data.shapes.scenes import ShapesSource
 
     return ShapesSource(_SEED.value, size, split) if _DATA.value == "shapes" else open_source(_DATA.value)
+
+
+def _labels(known: Any, source: Any) -> np.ndarray | None:
+    """Return the classes of the held-out images as a network numbers them, None if it or they have none."""
+    from ddpm_jax.evaluation.upsampling import read_labels
+
+    return None if known is None else read_labels(known, source, _NUM.value, f"--data={_DATA.value}")
 
 
 def _check_described(pipeline: Any) -> None:
@@ -174,7 +182,7 @@ def _scores(pipeline: Any, options: dict[str, Any]) -> dict[str, float]:
     source, found = _source(size, "single" if of_shapes else "train"), {}
     _, references = read_pairs(source, size, size // 2, count=count, seed=_SEED.value)
     if isinstance(pipeline, Cascade):
-        labels = [source[i]["label"] for i in range(count)] if pipeline.labels else None
+        labels = _labels(pipeline.labels, source)
         images = pipeline.generate(count, labels=labels, seed=_SEED.value, batch_size=_BATCH.value, **options)
     elif of_shapes:
         kwargs = {"num_captions": count, "seed": _SEED.value, "progress": False, "batch_size": _BATCH.value}

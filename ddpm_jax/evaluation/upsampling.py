@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from ddpm_jax.checks import check_count
@@ -12,6 +13,7 @@ from ddpm_jax.data.degradation import DegradeBSR
 from ddpm_jax.data.transforms import AverageDown, CenterCrop
 from ddpm_jax.diffusion.samplers import example_keys
 from ddpm_jax.diffusion.sampling import Sampling
+from ddpm_jax.evaluation.images import SourceImages, class_labels
 from ddpm_jax.extras import needs_extra
 from ddpm_jax.pipelines.enlarging import Enlarging
 from ddpm_jax.pipelines.request import batches
@@ -139,12 +141,49 @@ def _blurred(images: np.ndarray) -> np.ndarray:
     return np.rint(x).astype(np.uint8)
 
 
+def read_labels(known: Mapping[str, Any], source: Source, count: int, name: str) -> np.ndarray | None:
+    """Return the classes of the first images of a source as a model numbers them.
+
+    Args:
+        known: "labels" of the model's metadata.
+        source: records with "label".
+        count: N.
+        name: of the source, for messages.
+
+    Returns:
+        int32[N], or None if a record has no label.
+
+    Raises:
+        ValueError: as `images.class_labels`.
+    """
+    labels = [source[number].get("label") for number in range(count)]
+    if None in labels:
+        return None
+    return class_labels(labels, SourceImages(source, name).classes, known, name)
+
+
 @functools.partial(jax.jit, static_argnames="enlarging")
 def _restore(
-    model: Model, sampling: Sampling, images: jax.Array, keys: jax.Array, level: jax.Array, enlarging: Enlarging
+    model: Model,
+    sampling: Sampling,
+    images: jax.Array,
+    labels: jax.Array | None,
+    keys: jax.Array,
+    level: jax.Array,
+    enlarging: Enlarging,
 ) -> jax.Array:
-    images = to_float(images)
-    return to_uint8(upsample(model, sampling, images, keys, noise_level=level, enlarging=enlarging))
+    null = None if labels is None else model.metadata["labels"].get("null")
+    found = upsample(
+        model,
+        sampling,
+        to_float(images),
+        keys,
+        noise_level=level,
+        conditions=None if labels is None else {"y": labels},
+        null=None if null is None else {"y": jnp.full_like(labels, null)},
+        enlarging=enlarging,
+    )
+    return to_uint8(found)
 
 
 def restore(
@@ -152,6 +191,7 @@ def restore(
     sampling: Sampling,
     images: np.ndarray,
     *,
+    labels: np.ndarray | None = None,
     level: float = 0.0,
     seed: int = 0,
     batch_size: int = 16,
@@ -164,6 +204,7 @@ def restore(
         model: an upsampler.
         sampling: how.
         images: uint8[N, h, w, 3].
+        labels: int32[N] in the model's numbering, of a model with classes; by default the null class, if it has one.
         level: of the noise that is added to them.
         seed: of the noise; image i depends on it, i and image i.
         batch_size: images at a time.
@@ -172,14 +213,32 @@ def restore(
 
     Returns:
         uint8[N, H, W, 3].
+
+    Raises:
+        ValueError: if the model is conditioned on captions, or on classes without labels here and without a null class.
     """
+    labels = _known_labels(model, labels, len(images))
     sampling, keys, done = sampling.checked(), example_keys(jax.random.key(seed), len(images)), []
     for rows, new in batches(len(images), batch_size):
-        found = _restore(model, sampling, images[rows], keys[rows], np.float32(level), enlarging)
+        own = None if labels is None else labels[rows]
+        found = _restore(model, sampling, images[rows], own, keys[rows], np.float32(level), enlarging)
         done.append(np.asarray(found)[:new])
         if report is not None:
             report(new)
     return np.concatenate(done)
+
+
+def _known_labels(model: Model, labels: np.ndarray | None, count: int) -> np.ndarray | None:
+    """Return the labels that an upsampler is given, None if it has no classes."""
+    conditions = model.metadata.get("conditions", ())
+    if "tokens" in conditions:
+        raise ValueError("the upsampler is conditioned on captions, which images to restore do not have")
+    if "labels" not in conditions:
+        return None
+    null = model.metadata["labels"].get("null")
+    if labels is None and null is None:
+        raise ValueError("the upsampler is class-conditional without a null class, and the images have no labels")
+    return np.full(count, null, np.int32) if labels is None else labels
 
 
 def sweep_restored(
@@ -189,6 +248,7 @@ def sweep_restored(
     high: np.ndarray,
     levels: Sequence[float],
     *,
+    labels: np.ndarray | None = None,
     seed: int = 0,
     batch_size: int = 16,
     enlarging: Enlarging = Enlarging(),  # noqa: B008 (it is frozen)
@@ -197,7 +257,7 @@ def sweep_restored(
     """Restore images at several noise levels.
 
     Args:
-        model, sampling, low, seed, batch_size, enlarging, report: as in `restore`.
+        model, sampling, low, labels, seed, batch_size, enlarging, report: as in `restore`.
         high: the originals, uint8[N, H, W, 3].
         levels: at most the largest of training.
 
@@ -208,7 +268,7 @@ def sweep_restored(
     plain, rows, shown = bicubic(low, image_size_of(model)), [], []
     for level in levels:
         options = {"level": level, "seed": seed, "batch_size": batch_size, "enlarging": enlarging, "report": report}
-        images = restore(model, sampling, low, **options)
+        images = restore(model, sampling, low, labels=labels, **options)
         rows.append({"level": float(level)} | scores(images, high))
         shown.append(images[:8])
     return {"bicubic": scores(plain, high), "levels": rows, "images": np.stack(shown)}

@@ -3,6 +3,7 @@
 import json
 import sys
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -24,10 +25,12 @@ from ddpm_jax.evaluation.bits import between_steps, measure_exact
 from ddpm_jax.evaluation.during_training import SampleQuality
 from ddpm_jax.evaluation.enlarged import EnlargedImages
 from ddpm_jax.evaluation.images import SourceImages
-from ddpm_jax.evaluation.upsampling import read_pairs, restore
+from ddpm_jax.evaluation.upsampling import read_labels, read_pairs, restore
 from ddpm_jax.models.unet import UNet
 from ddpm_jax.pipelines import save
 from ddpm_jax.pipelines.upsampling import default_sampling
+from ddpm_jax.storage.metadata import freeze
+from ddpm_jax.storage.model_directory import Model
 from ddpm_jax.training import DiffusionTask, Images, Stage, Training, train
 from ddpm_jax.training.best import read_best
 
@@ -104,6 +107,37 @@ def test_what_an_upsampler_alone_enlarges():
         EnlargedImages(model, SourceImages([{"image": records[0]["image"][:8, :8]}], "records"), steps=2).read(0, 1)
     with pytest.raises(ValueError, match="upsampler_tile is no option of an upsampler alone"):
         EnlargedImages(model, originals, upsampler_tile=8)
+
+
+class OfClass(nn.Module):
+    """Repeats the pixels of low_res, brighter by a tenth for each class."""
+
+    def __call__(self, xt, t, low_res, y):
+        return low_res.repeat(2, 1).repeat(2, 2) + 0.1 * y[:, None, None, None].astype(np.float32)
+
+
+def test_an_upsampler_with_classes_is_given_those_of_the_images():
+    """By their names: the source counts from "b", the network from "a"; without labels it is given the null class."""
+    labels = {"num_classes": 3, "names": ("a", "b", "c"), "null": 4}
+    metadata = {"image_size": 16, "conditions": ("low_resolution", "labels"), "labels": labels}
+    metadata |= {
+        "low_resolution": {"size": 8},
+        "diffusion": {"schedule": "cosine", "num_steps": 10, "prediction": "x0"},
+    }
+    model = Model({}, OfClass(), freeze(metadata))
+    image = RNG.randint(40, 120, (8, 8, 3)).repeat(2, 0).repeat(2, 1).astype(np.uint8)
+    source = ArraySource(np.stack([image] * 2), labels=np.array([1, 0]), class_names=("b", "c"))
+    low, _ = read_pairs(source, 16, 8, count=2)
+    own = read_labels(labels, source, 2, "the source")
+    np.testing.assert_array_equal(own, [2, 1])
+    for given, brighter in ((own, own), (None, np.array([4, 4]))):
+        found = restore(model, Sampling("ddim", 1), low, labels=given)
+        wanted = np.stack([image] * 2) + 12.75 * brighter[:, None, None, None]
+        np.testing.assert_allclose(found, wanted, atol=0.51)
+    plain = model.replace(metadata=freeze(metadata | {"labels": {"num_classes": 3}}))
+    with pytest.raises(ValueError, match="class-conditional without a null class, and the images have no labels"):
+        restore(plain, Sampling("ddim", 1), low)
+    assert read_labels(labels, ArraySource(np.stack([image])), 1, "the source") is None
 
 
 def test_two_hosts_measure_what_one_does(tmp_path):
