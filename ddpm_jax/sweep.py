@@ -36,7 +36,7 @@ _LEVELS = flags.DEFINE_list(
 _DEGRADATION = flags.DEFINE_enum(
     "degradation", "none", ["none", "blur", "bsr"], "How low-resolution images are made.", flag_values=FLAGS
 )
-_NUM = flags.DEFINE_integer("num_images", 64, "Images per level.", lower_bound=1, flag_values=FLAGS)
+_NUM = flags.DEFINE_integer("num_images", 64, "Images per level, evenly spaced.", lower_bound=1, flag_values=FLAGS)
 _SEED = flags.DEFINE_integer(
     "seed", 1, "Seed of all random numbers.", lower_bound=0, upper_bound=cli.MAX_SEED, flag_values=FLAGS
 )
@@ -121,8 +121,12 @@ def _levels(model: Any) -> list[float]:
 def _source(size: int, split: str = "train") -> Any:
     from ddpm_jax.data.open_source import open_source
     from ddpm_jax.data.shapes.scenes import ShapesSource
+    from ddpm_jax.data.split import Subset, evenly_spaced
 
-    return ShapesSource(_SEED.value, size, split) if _DATA.value == "shapes" else open_source(_DATA.value)
+    if _DATA.value == "shapes":
+        return ShapesSource(_SEED.value, size, split)
+    source = open_source(_DATA.value)
+    return source if len(source) <= _NUM.value else Subset(source, evenly_spaced(len(source), _NUM.value))
 
 
 def _labels(known: Any, source: Any) -> np.ndarray | None:

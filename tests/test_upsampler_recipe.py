@@ -173,6 +173,20 @@ def test_what_a_sweep_of_the_bundled_pipeline_lacks_is_said_before_anything_is_r
     assert not (tmp_path / "sweep").exists()
 
 
+def test_a_sweep_takes_images_of_all_classes(tmp_path):
+    """Folders are in the order of their classes."""
+    from ddpm_jax import sweep  # here, since the command must not have been imported before it is run above
+
+    for number in range(6):
+        place = tmp_path / ("cat", "dog")[number // 3] / f"{number}.png"
+        place.parent.mkdir(exist_ok=True)
+        Image.fromarray(np.full((8, 8, 3), number, np.uint8)).save(place)
+    sweep.FLAGS(["sweep", "--data", str(tmp_path), "--num_images", "4"])
+    source = sweep._source(8)
+    sweep.FLAGS.unparse_flags()
+    assert [source[i]["image"].max() for i in range(len(source))] == [0, 1, 3, 4]
+
+
 def test_a_factor_of_zero_is_refused():
     config = RECIPE.get_config("smoke")
     config.factor = 0

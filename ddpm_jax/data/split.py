@@ -52,6 +52,15 @@ class Subset:
         return f"Subset({self._source!r}, {len(self)} records)"
 
 
+def evenly_spaced(count: int, at_most: int | None) -> np.ndarray:
+    """Return the indices of up to `at_most` of `count` records, evenly spaced, int[N].
+
+    Folders are often in the order of their classes, so the first records are of one class. None takes all.
+    """
+    taken = count if at_most is None else min(count, at_most)
+    return np.arange(taken) * count // max(taken, 1)
+
+
 def split_source(source: Source, validation: int | float, *, seed: int = 0) -> tuple[Subset, Subset]:
     """Split a source into records to train on and records to measure the validation loss on.
 

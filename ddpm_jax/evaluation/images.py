@@ -10,6 +10,7 @@ import numpy as np
 
 from ddpm_jax.data.open_source import open_source
 from ddpm_jax.data.source import read_record
+from ddpm_jax.data.split import evenly_spaced
 from ddpm_jax.data.transforms import CenterCrop, as_image
 from ddpm_jax.evaluation.archives import RowReader, read_array, read_headers
 from ddpm_jax.parallel.mesh import make_local_mesh
@@ -104,7 +105,7 @@ class SourceImages(_Sized):
         self, source: Source, name: str = "the source", *, size: int | None = None, at_most: int | None = None
     ):
         super().__init__(name, size)
-        self._source, self._rows = source, _evenly_spaced(len(source), at_most)
+        self._source, self._rows = source, evenly_spaced(len(source), at_most)
         names = getattr(source, "class_names", None)
         if names is not None:
             self.classes = {"num_classes": len(names), "names": tuple(names)}
@@ -151,7 +152,7 @@ class NpzImages(_Sized):
         if labels is not None and (labels.shape != (count,) or labels.dtype.kind not in "iu"):
             raise ValueError(f"{path}: {LABELS} must be {count} integers, got {labels.dtype}{list(labels.shape)}")
         self._labels = None if labels is None else read_array(path, LABELS)
-        self._rows = _evenly_spaced(count, at_most)
+        self._rows = evenly_spaced(count, at_most)
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -216,12 +217,6 @@ class SampledImages:
         images = np.repeat(images, 3, axis=-1) if images.shape[-1] == 1 else images
         found: dict[str, Any] = {"image": images}
         return found | ({"caption": captions} if captions else {}) | ({"label": labels} if labels else {})
-
-
-def _evenly_spaced(count: int, at_most: int | None) -> np.ndarray:
-    """Return the indices of up to `at_most` of `count` images, evenly spaced, int[N]."""
-    taken = count if at_most is None else min(count, at_most)
-    return np.arange(taken) * count // max(taken, 1)
 
 
 def class_labels(
