@@ -1,10 +1,11 @@
-"""Compare the losses of the four shapes stages with those of commit c024709, before stages were built by recipes.
+"""Compare the losses of the shapes upsampler with those of commit c024709, before stages were built by recipes.
 
     python tests/same_losses.py
 
-trains the stages of configs/shapes.py for 20 steps each, on two CPU devices (about three minutes on two cores), and
-prints the largest relative difference of the loss and of the gradient's norm over the steps. The exit status is 1
-unless all differences are 0.
+trains the upsampler of configs/shapes.py for 20 steps, on two CPU devices (about a minute on two cores), and prints the
+largest relative difference of the loss and of the gradient's norm over the steps. The exit status is 1 unless all
+differences are 0. The other stages of the recipe are trained in another way since then (captions that leave more open,
+conditions dropped as in the paper), so their recorded losses hold for the recipe of commit 1a1f88c only.
 
 The numbers of tests/data/shapes_losses.json were recorded at commit c024709 with
 
@@ -33,9 +34,6 @@ ROOT = Path(__file__).parents[1]
 RECORDED = Path(__file__).parent / "data" / "shapes_losses.json"
 # What each task used the keys of `jax.random.split(key, n)` for, in this order.
 USES = {
-    "clip": (),
-    "prior": ("noise", "drop_text"),
-    "decoder": ("noise", "drop_image", "drop_text", "dropout", "timesteps"),
     "upsampler": ("noise", "blur", "dropout", "noise_level", "low_resolution_noise", "mix_colours"),
 }
 
@@ -77,7 +75,7 @@ def largest_difference(found, expected):
 def main():
     recorded, stages, same = json.loads(RECORDED.read_text()), make_stages(), True
     with tempfile.TemporaryDirectory() as workdir:
-        for stage in stages:
+        for stage in (stage for stage in stages if stage.name in USES):
             for module in (classifier, conditions, data, diffusion):
                 module.named_keys = keys_by_position(USES[stage.name])
             train(stages, workdir, names=[stage.name])
