@@ -153,7 +153,7 @@ def _measure() -> None:
     if of_sets or _WRITE.value:
         _measure_sets(of_sets, pipeline, out)
     if of_models:
-        _measure_bits(of_models, pipeline.base, out)
+        _measure_bits(of_models, _of_bits(pipeline), out)
 
 
 def _refuse(names: Iterable[str], where: str) -> None:
@@ -273,7 +273,8 @@ def _samples(pipeline: Any, metrics: list[str]) -> Any:
 
     if _SAMPLES.value:
         return open_images(_SAMPLES.value, size=_SIZE.value, at_most=_NUM_IMAGES.value)
-    from ddpm_jax.evaluation.enlarged import EnlargedImages, is_upsampler
+    from ddpm_jax.evaluation.conditions import is_upsampler
+    from ddpm_jax.evaluation.enlarged import EnlargedImages
     from ddpm_jax.pipelines import Cascade
 
     kwargs = cli_sampling.sampling_options(FLAGS) | {"seed": _SEED.value, "batch_size": _BATCH.value}
@@ -296,7 +297,7 @@ def _samples(pipeline: Any, metrics: list[str]) -> Any:
 def _pipeline(*, bits: bool) -> Any:
     """Return the pipeline of the workdir, or the upsampler that it holds alone; bits: whether these are measured."""
     from ddpm_jax.evaluation.bits import check_layers
-    from ddpm_jax.evaluation.enlarged import is_upsampler
+    from ddpm_jax.evaluation.conditions import is_upsampler
     from ddpm_jax.pipelines import Cascade, load
     from ddpm_jax.storage.model_directory import Model
 
@@ -306,13 +307,19 @@ def _pipeline(*, bits: bool) -> Any:
         pipeline = Cascade(base=pipeline).checked()
     if not (hasattr(pipeline, "generate") or is_upsampler(pipeline)):
         raise cli.UsageError(f"--workdir={_WORKDIR.value} holds no pipeline that generates images")
-    if bits and not isinstance(pipeline, Cascade):
+    if bits and not (isinstance(pipeline, Cascade) or is_upsampler(pipeline)):
         raise cli.UsageError(
-            f"--workdir={_WORKDIR.value} holds a {type(pipeline).__name__}; bits are of a base of images"
+            f"--workdir={_WORKDIR.value} holds a {type(pipeline).__name__}; bits are of a base of images, or of an "
+            "upsampler alone"
         )
     if bits:
-        check_layers(pipeline.base.diffusion, _LAYERS.value, name="--layers")
+        check_layers(_of_bits(pipeline).diffusion, _LAYERS.value, name="--layers")
     return pipeline
+
+
+def _of_bits(pipeline: Any) -> Any:
+    """Return the model whose bits are measured: the base, or the upsampler alone."""
+    return getattr(pipeline, "base", pipeline)
 
 
 def _open_test(images: Any) -> tuple[Any, Any]:
@@ -341,6 +348,7 @@ def _measure_bits(metrics: list[str], model: Any, out: Path) -> None:
     """Measure bits per dimension of the reference."""
     from ddpm_jax.evaluation import bits, sets
     from ddpm_jax.evaluation.compare import Measure
+    from ddpm_jax.evaluation.conditions import is_upsampler
     from ddpm_jax.evaluation.images import open_images
     from ddpm_jax.progress import progress_bar
     from ddpm_jax.storage.json_file import write_json
@@ -368,6 +376,8 @@ def _measure_bits(metrics: list[str], model: Any, out: Path) -> None:
         spread["note"] = "mean over the same images"
         measures.append(Measure.of_means("bound less exact", bound.totals - values, **spread))
     about = [f"images: {images.name} ({images.preprocessing})"]
+    if is_upsampler(model):
+        about.append(f"given their averages of {model.metadata['low_resolution']['size']} pixels a side")
     sets.report(None, None, measures, about, out, cli.show, name="bits.json")
 
 

@@ -22,13 +22,14 @@ from ddpm_jax.diffusion.process import GaussianProcess
 from ddpm_jax.diffusion.schedules import respaced_timesteps
 from ddpm_jax.errors import counted
 from ddpm_jax.evaluation.compare import Measure
-from ddpm_jax.evaluation.images import ImageSet, class_labels, share_of
+from ddpm_jax.evaluation.conditions import averages, check_size, is_upsampler, labels_of
+from ddpm_jax.evaluation.images import ImageSet, share_of
 from ddpm_jax.evaluation.summary import gather_arrays
 from ddpm_jax.extras import needs_extra
 from ddpm_jax.parallel import hosts
 from ddpm_jax.parallel.mesh import data_sharding, make_local_mesh, replicated
 from ddpm_jax.pipelines.request import image_keys
-from ddpm_jax.pipelines.upsampling import denoiser, image_size_of
+from ddpm_jax.pipelines.upsampling import denoiser
 from ddpm_jax.storage.model_directory import Model
 from ddpm_jax.types import to_float
 
@@ -79,7 +80,8 @@ def measure_bound(
     """Measure the variational bound of images; all devices and hosts share them.
 
     Args:
-        model: a diffusion model of images; x0 is clipped, as in the published numbers.
+        model: a diffusion model of images; x0 is clipped, as in the published numbers. Of an upsampler the bits are
+            those of an image whose averages are known, log p(x | low resolution), without noise on them.
         images: of the model's size, with labels if it is class-conditional and has no null class.
         layers: timesteps of a shorter model (`schedules.respaced_timesteps`); None takes all.
         seed: of the noise; image i depends on it and i alone.
@@ -227,24 +229,22 @@ def _inputs(
     model: Model, batch: dict[str, Any], images: ImageSet, begin: int
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """Return the images and the conditions of a batch, as the network takes them."""
-    size, channels = image_size_of(model), model.metadata.get("channels", 3)
-    image, conditions, name = batch["image"], tuple(model.metadata.get("conditions", ())), images.name
-    if image.shape[1:3] != (size, size):
-        raise ValueError(
-            f"the model is of images of {size} x {size} pixels, and {name} has {image.shape[1]} x {image.shape[2]}; "
-            f"--size={size} brings them there"
-        )
-    odd = [condition for condition in conditions if condition != "labels"]
+    image, inputs = batch["image"][..., : model.metadata.get("channels", 3)], {}
+    check_size(model, batch, images)
+    known = {"labels", "low_resolution"} if is_upsampler(model) else {"labels"}
+    odd = set(model.metadata.get("conditions", ())) - known
     if odd:
-        raise ValueError(f"the model is conditioned on {odd[0]}; bits per dimension are of images, or of their labels")
-    if not conditions:
-        return image[..., :channels], {}
-    known = model.metadata["labels"]
-    if "label" not in batch and known.get("null") is None:
-        raise ValueError(f"the model is class-conditional without a null class, and {name} has no labels")
-    if "label" not in batch:
-        return image[..., :channels], {"y": np.full(len(image), known["null"], np.int32)}
-    return image[..., :channels], {"y": class_labels(batch["label"], images.classes, known, name, begin=begin)}
+        raise ValueError(
+            f"the model is conditioned on {min(odd)}; bits per dimension are of images, given their labels or averages"
+        )
+    labels = labels_of(model, batch, images, begin)
+    if labels is not None:
+        inputs["y"] = labels
+    if is_upsampler(model):
+        inputs["low_res"] = np.asarray(to_float(averages(model, image)))
+        if model.metadata["low_resolution"].get("noise_level_input", False):
+            inputs["noise_level"] = np.zeros(len(image), np.float32)
+    return image, inputs
 
 
 def _check_finite(values: np.ndarray) -> None:

@@ -8,22 +8,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ddpm_jax.data.transforms import AverageDown
 from ddpm_jax.diffusion.sampling import Sampling
-from ddpm_jax.evaluation.images import ImageSet, class_labels
+from ddpm_jax.evaluation.conditions import averages, check_size, labels_of
+from ddpm_jax.evaluation.images import ImageSet
 from ddpm_jax.parallel.mesh import make_local_mesh
 from ddpm_jax.pipelines.request import check_steps, image_keys, in_batches, on_mesh
 from ddpm_jax.pipelines.stages import finite
-from ddpm_jax.pipelines.upsampling import default_sampling, image_size_of, noise_levels, upsample
+from ddpm_jax.pipelines.upsampling import default_sampling, noise_levels, upsample
 from ddpm_jax.storage.model_directory import Model
 from ddpm_jax.types import to_float, to_uint8
 
 NAME = "upsampler"
-
-
-def is_upsampler(model: Any) -> bool:
-    """Return whether this is one model that enlarges images of a size that its metadata has."""
-    return isinstance(model, Model) and "size" in model.metadata.get("low_resolution", {})
 
 
 @functools.partial(jax.jit, static_argnames=("level", "null"))
@@ -76,11 +71,9 @@ class EnlargedImages:
         self._level = levels.get(NAME)
         self._sampling = default_sampling(model).with_options(**options)
         check_steps("steps", self._sampling, model.diffusion)
-        self._originals, self._seed, self._size = originals, seed, image_size_of(model)
+        self._originals, self._seed, self._alone = originals, seed, model
         low = model.metadata["low_resolution"]["size"]
-        self._known = model.metadata["labels"] if "labels" in model.metadata.get("conditions", ()) else None
-        self._null = None if self._known is None else self._known.get("null")
-        self._shrink = AverageDown(self._size // low)
+        self._null = model.metadata["labels"].get("null") if "labels" in model.metadata.get("conditions", ()) else None
         self.batch_size = min(max(len(originals), 1), batch_size or 16)
         self._model, self._place, self._unit = on_mesh(make_local_mesh(self.batch_size), model)
         self.classes = originals.classes
@@ -93,17 +86,13 @@ class EnlargedImages:
     def read(self, begin: int, end: int) -> dict[str, Any]:
         """Enlarge images [begin, end); see `images.ImageSet`."""
         batch = self._originals.read(begin, end)
-        height, width = batch["image"].shape[1:3]
-        if (height, width) != (self._size, self._size):
-            raise ValueError(
-                f"the upsampler returns images of {self._size} x {self._size} pixels, and {self._originals.name} has "
-                f"{height} x {width}; --size={self._size} brings them there"
-            )
-        low = np.stack([self._shrink({"image": image})["image"] for image in batch["image"]])
+        check_size(self._alone, batch, self._originals)
+        low = averages(self._alone, batch["image"])
+        labels = labels_of(self._alone, batch, self._originals, begin)
         how = (self._sampling, np.uint32(self._seed), self._level, self._null)
         images = in_batches(
             functools.partial(_enlarge, self._model, *how),
-            (np.arange(begin, end, dtype=np.int32), low, self._labels(batch, begin)),
+            (np.arange(begin, end, dtype=np.int32), low, labels),
             batch_size=self.batch_size,
             stages=(NAME,),
             name="images",
@@ -111,16 +100,3 @@ class EnlargedImages:
             unit=self._unit,
         )
         return batch | {"image": images}
-
-    def _labels(self, batch: dict[str, Any], begin: int) -> np.ndarray | None:
-        """Return the class of each image of a batch, the null class where there are no labels."""
-        if self._known is None:
-            return None
-        if "label" in batch:
-            how = {"name": self._originals.name, "begin": begin}
-            return class_labels(batch["label"], self._originals.classes, self._known, **how)
-        if self._null is None:
-            raise ValueError(
-                f"the upsampler is class-conditional without a null class, and {self._originals.name} has no labels"
-            )
-        return np.full(len(batch["image"]), self._null, np.int32)

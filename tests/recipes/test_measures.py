@@ -1,6 +1,7 @@
 """Measures that train or solve an ODE, and an evaluation that two hosts share; too slow for the default run."""
 
 import json
+import math
 import sys
 
 import flax.linen as nn
@@ -20,6 +21,7 @@ from ddpm_jax.diffusion.diffusion import Diffusion
 from ddpm_jax.diffusion.likelihood import ode_log_likelihood
 from ddpm_jax.diffusion.samplers import example_keys
 from ddpm_jax.diffusion.sampling import Sampling
+from ddpm_jax.evaluation import bits
 from ddpm_jax.evaluation.accuracy import accuracy_score
 from ddpm_jax.evaluation.bits import between_steps, measure_exact
 from ddpm_jax.evaluation.during_training import SampleQuality
@@ -103,7 +105,7 @@ def test_what_an_upsampler_alone_enlarges():
     for batch_size in (3, 1):
         found = EnlargedImages(model, originals, seed=3, batch_size=batch_size, steps=2).read(0, 3)["image"]
         assert np.abs(found.astype(int) - wanted).max() <= 1  # rounding
-    with pytest.raises(ValueError, match="returns images of 16 x 16 pixels, and records has 8 x 8; --size=16"):
+    with pytest.raises(ValueError, match="of images of 16 x 16 pixels, and records has 8 x 8; --size=16"):
         EnlargedImages(model, SourceImages([{"image": records[0]["image"][:8, :8]}], "records"), steps=2).read(0, 1)
     with pytest.raises(ValueError, match="upsampler_tile is no option of an upsampler alone"):
         EnlargedImages(model, originals, upsampler_tile=8)
@@ -138,6 +140,36 @@ def test_an_upsampler_with_classes_is_given_those_of_the_images():
     with pytest.raises(ValueError, match="class-conditional without a null class, and the images have no labels"):
         restore(plain, Sampling("ddim", 1), low)
     assert read_labels(labels, ArraySource(np.stack([image])), 1, "the source") is None
+
+
+def test_bits_of_an_upsampler_are_given_the_averages():
+    """What the averages say costs the last layer alone; to be off by d = 0.1 costs the KL of the posterior's means.
+
+    With x0_hat = x0 + d the term of step t > 0 is d^2 (SNR_{t-1} - SNR_t) / 2 nats a pixel, so that those above t = 0
+    add up to d^2 (SNR_0 - SNR_{T-1}) / 2.
+    """
+    labels = {"num_classes": 3, "null": 0}
+    metadata = {"image_size": 16, "conditions": ("low_resolution", "labels"), "labels": labels}
+    metadata |= {
+        "low_resolution": {"size": 8},
+        "diffusion": {"schedule": "linear", "num_steps": 50, "prediction": "x0"},
+    }
+    model = Model({}, OfClass(), freeze(metadata))
+    image = RNG.randint(40, 120, (8, 8, 3)).repeat(2, 0).repeat(2, 1).astype(np.uint8)
+    same, off = (SourceImages(ArraySource(image[None], labels=np.array([label])), "images") for label in (0, 1))
+    process = model.diffusion.process
+    snr = np.square(np.asarray(process.alpha, np.float64) / np.asarray(process.sigma, np.float64))
+    found = bits.measure_bound(model, same)
+    np.testing.assert_allclose(found.terms[1:], 0.0, atol=1e-9)
+    # The last layer is a normal distribution around the image, of which half a level on each side counts.
+    sigma = np.asarray(process.sigma, np.float64)
+    std = np.sqrt(float(process.betas[1])) * sigma[0] / sigma[1]
+    np.testing.assert_allclose(found.terms[0], -np.log2(math.erf(1 / 255 / std / math.sqrt(2))), rtol=1e-4)
+    terms = bits.measure_bound(model, off).terms
+    np.testing.assert_allclose(terms[1:].sum(), 0.01 * (snr[0] - snr[-1]) / 2 / np.log(2), rtol=1e-3)
+    tokens = model.replace(metadata=freeze(metadata | {"conditions": ("low_resolution", "tokens")}))
+    with pytest.raises(ValueError, match="conditioned on tokens; bits per dimension are of images, given their labels"):
+        bits.measure_bound(tokens, same)
 
 
 def test_two_hosts_measure_what_one_does(tmp_path):
