@@ -197,7 +197,7 @@ def test_few_steps_from_almost_pure_noise_extrapolate_little(steps):
     """alpha is 5e-5 at the end of the cosine schedule: differences of eps over alpha were up to 140 000."""
     process = make_process(cosine_betas(1000))
     short, keys = respace(process, steps), example_keys(jax.random.key(0), 512)
-    solvers = {name: ODE[name][0] for name in ("plms", "heun", "dpm_2", "unipc_2", "deis_2", "deis_3")}
+    solvers = {name: ODE[name][0] for name in ("ddim", "plms", "heun", "dpm_2", "unipc_2", "deis_2", "deis_3")}
     run = jax.jit(
         lambda keys: {
             name: sample(short, gaussian_denoiser(process), keys, (1,), step=step, prediction="x0")
@@ -209,7 +209,8 @@ def test_few_steps_from_almost_pure_noise_extrapolate_little(steps):
         assert float(x0.mean()) == pytest.approx(MEAN, abs=0.15 * STD), name
 
 
-def test_samples_of_discrete_points_end_in_them():
+@pytest.mark.parametrize("prediction", ["x0", "eps"])
+def test_samples_of_discrete_points_end_in_them(prediction):
     """100 points, 50 steps: at the last step the network's x0 is one of them, unless a sample lies in between."""
     process = make_process(cosine_betas(1000))
     points = jnp.stack(jnp.meshgrid(jnp.linspace(-1.0, 1.0, 10), jnp.linspace(-1.0, 1.0, 10)), -1).reshape(100, 2)
@@ -217,13 +218,14 @@ def test_samples_of_discrete_points_end_in_them():
     def denoise(xt, t):
         alpha, sigma = process.alpha[t], process.sigma[t]
         distances = jnp.sum((xt[:, None] - alpha[:, None, None] * points[None]) ** 2, axis=-1)
-        return jax.nn.softmax(-0.5 * distances / sigma[:, None] ** 2, axis=-1) @ points
+        x0 = jax.nn.softmax(-0.5 * distances / sigma[:, None] ** 2, axis=-1) @ points
+        return x0 if prediction == "x0" else (xt - alpha[:, None] * x0) / sigma[:, None]
 
     short, keys = respace(process, "50"), example_keys(jax.random.key(0), 1000)
-    solvers = {name: ODE[name][0] for name in ("plms", "heun", "dpm_2", "unipc_2", "deis_2", "deis_3")}
+    solvers = {name: ODE[name][0] for name in ("ddim", "plms", "heun", "dpm_2", "unipc_2", "deis_2", "deis_3")}
     run = jax.jit(
         lambda keys: {
-            name: sample(short, denoise, keys, (2,), step=step, prediction="x0") for name, step in solvers.items()
+            name: sample(short, denoise, keys, (2,), step=step, prediction=prediction) for name, step in solvers.items()
         }
     )
     for name, x0 in run(keys).items():
