@@ -22,9 +22,9 @@ training are the paper's, 400K and 2.7M steps. Published FID and Inception Score
     64 x 64      w = 0: 1.80, 53.71; w = 0.1: 1.55, 66.11; w = 4: Inception Score 260.2
     128 x 128    w = 0.3: 2.43, 158.47 in 256 steps; w = 4: Inception Score 421
 
-Hardware and time: 64 x 64 on a TPU v5p-128 is planned for 0.079 s a step, 0.4 days, 560 chip-hours by `python -m
-ddpm_jax.plan --config configs/cfg.py --topology v5p:4x4x4 --method blocks --fast` (docs/performance.md says what these
-seconds are). `small` takes most of an hour on two cores.
+Hardware and time: 64 x 64 on a TPU v5p-128 is planned for 0.079 s a step, 0.4 days, 560 chip-hours for 400K steps by
+`python -m ddpm_jax.plan --config configs/cfg.py --topology v5p:4x4x4 --method blocks --fast` (docs/performance.md says
+what these seconds are). `small` takes most of an hour on two cores.
 """
 
 import numpy as np

@@ -33,8 +33,8 @@ Bits per dimension and FID of the paper, after 500K steps on CIFAR-10 and 200K o
 After 1.5M steps ImageNet has 3.57 and 19.2 (hybrid), 3.53 and 40.1 (vlb). imagenet64_cond has an FID of 2.92. The first
 row is `--config.diffusion.num_steps=1000`. Batch sizes, learning rates and dropout are those of the published flags.
 
-Hardware and time: imagenet64 on a TPU v5e-8 is planned for 0.065 s a step, 1.1 days, 216 chip-hours by `python -m
-ddpm_jax.plan --config configs/iddpm.py:imagenet64 --stage base --topology v5e:2x4 --method blocks --fast`
+Hardware and time: imagenet64 on a TPU v5e-8 is planned for 0.065 s a step, 1.1 days, 216 chip-hours for 1.5M steps by
+`python -m ddpm_jax.plan --config configs/iddpm.py:imagenet64 --stage base --topology v5e:2x4 --method blocks --fast`
 (docs/performance.md says what these seconds are). `small` takes 6000 steps of 32 images, most of an hour on two cores.
 """
 

@@ -34,8 +34,9 @@ learning rate 2e-4 after 5,000 steps of warm-up, gradients clipped to 1 (of the 
 all numbers, here it is their mean), dropout 0.1, averages of decay 0.999 (VE) or 0.9999, 1.3M steps, of the deep
 networks 950,000. They train images of the VE-SDE in [0, 1], here they are in [-1, 1]: sigma in [0.02, 100] is theirs in
 [0.01, 50]. The authors measured 0.2 to 0.56 s a step of NCSN++ on 4 V100, which is 3 to 8.4 days for 1.3M steps.
-Planned for a TPU v5e-8, 0.020 s a step, 0.3 days, 57 chip-hours: `python -m ddpm_jax.plan --config configs/score_sde.py
---stage base --topology v5e:2x4 --method blocks --fast` (docs/performance.md says what these seconds are).
+Planned for a TPU v5e-8, 0.020 s a step, 0.3 days, 57 chip-hours for 1.3M steps: `python -m ddpm_jax.plan --config
+configs/score_sde.py --stage base --topology v5e:2x4 --method blocks --fast` (docs/performance.md says what
+these seconds are).
 """
 
 from ml_collections import ConfigDict

@@ -3,7 +3,7 @@
     python -m ddpm_jax.train --config configs/sr3.py:small --config.data.path=my_images --workdir runs/sr3
     python -m ddpm_jax.sweep --workdir runs/sr3/upsampler --data my_images --sampler ddim --steps 20 --out sweep
     python -m ddpm_jax.evaluate --workdir runs/sr3 --reference my_images --size 64 --sampler ddim --steps 20
-    python -m ddpm_jax.evaluate --workdir runs/sr3 --reference my_images --size 64 --num_images 100 --metrics bits
+    python -m ddpm_jax.evaluate --workdir runs/sr3 --reference my_images --size 64 --metrics bits --layers 200
 
 `data.path` is images in any of the forms of docs/data.md; the low-resolution images are averages, half of them blurred
 with --config.blur_rate=0.5. The network is a U-Net of BigGAN's residual blocks with skip connections over sqrt(2); its

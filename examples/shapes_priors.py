@@ -6,11 +6,11 @@ DIR is a run of
 
 For each prior and each way to sample it, prints how many images have all attributes of their captions right: with the
 prior's embedding alone, where the images show what the prior says, and with the caption beside it. Results are kept in
-DIR/priors.json, so that an interrupted measurement goes on.
+DIR/priors.json, so that an interrupted measurement of this first table goes on.
 
 Then, for each way that draws one candidate, how much the embeddings of one caption vary: E |z - E z|^2 over 8 draws for
-each of 256 captions, beside E |z_true - E z|^2, what the caption leaves open of the true embedding and the prior does
-not know. A prior that draws from the right distribution has both alike.
+each of 256 captions (whatever --num_captions is), beside E |z_true - E z|^2, what the caption leaves open of the true
+embedding and the prior does not know. A prior that draws from the right distribution has both alike.
 """
 
 import argparse
@@ -98,6 +98,10 @@ def main() -> None:
             low, high = wilson_interval(round(rate * arguments.num_captions), arguments.num_captions)
             cells += [f"{100 * rate:.1f} %", f"{100 * low:.1f}-{100 * high:.1f} %"]
         print("| " + " | ".join(cells) + " |", flush=True)
+    moments = load(arguments.workdir).prior.moments
+    if moments is not None:
+        shown = ", ".join(f"{moments[t]:.3g} (t = {t})" for t in (0, 50, 100, 200, 400, 800) if t < len(moments))
+        print(f"\nE |eps_hat|^2 / D of the diffusion prior: {shown}")
     print(f"\n{CAPTIONS} captions, {DRAWS} embeddings of each\n")
     print("| prior | varies | open | cosine to the true embedding |\n" + "| --- " * 4 + "|")
     for name, pipeline in cases(arguments.workdir).items():

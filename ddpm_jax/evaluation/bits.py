@@ -261,7 +261,8 @@ def _check_finite(values: np.ndarray) -> None:
 def table(bound: Bound, rows: int = 12) -> str:
     """Return rate and distortion of some layers as a Markdown table, the noisiest first; the rest is in the JSON."""
     count = len(bound.timesteps)
-    chosen = sorted({round(i) for i in np.geomspace(1, count, min(rows, count))}, reverse=True)
+    numbers = range(1, count + 1) if count <= rows else (round(i) for i in np.geomspace(1, count, rows))
+    chosen = sorted(set(numbers), reverse=True)
     lines = ["| t | rate (bits/dim) | L_t (bits/dim) | distortion (RMSE of 255) |", "| ---: | ---: | ---: | ---: |"]
     for i in (number - 1 for number in chosen):
         numbers = (f"{bound.rate[i]:.5f}", f"{bound.terms[i]:.6f}", f"{bound.distortion[i]:.3f}")
@@ -281,9 +282,9 @@ def save_plot(path: Path, bound: Bound) -> None:
     figure = Figure(figsize=(12, 3.5), layout="constrained")
     left, middle, right = figure.subplots(1, 3)
     left.plot(bound.timesteps, bound.distortion)
-    left.set(xlabel="timestep", ylabel="distortion (RMSE of 255)")
+    left.set(xlabel="t, as the network is given it", ylabel="distortion (RMSE of 255)")
     middle.plot(bound.timesteps, bound.rate)
-    middle.set(xlabel="timestep", ylabel="rate (bits/dim)")
+    middle.set(xlabel="t, as the network is given it", ylabel="rate (bits/dim)")
     right.plot(bound.rate, bound.distortion)
     right.set(xlabel="rate (bits/dim)", ylabel="distortion (RMSE of 255)")
     figure.savefig(path, dpi=120)

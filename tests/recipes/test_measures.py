@@ -18,7 +18,7 @@ import ddpm_jax
 from ddpm_jax.data.arrays import ArraySource
 from ddpm_jax.data.shapes.scenes import ShapesSource
 from ddpm_jax.diffusion.diffusion import Diffusion
-from ddpm_jax.diffusion.likelihood import ode_log_likelihood
+from ddpm_jax.diffusion.likelihood import ode_log_likelihood, variational_bound
 from ddpm_jax.diffusion.samplers import example_keys
 from ddpm_jax.diffusion.sampling import Sampling
 from ddpm_jax.evaluation import bits
@@ -170,6 +170,28 @@ def test_bits_of_an_upsampler_are_given_the_averages():
     tokens = model.replace(metadata=freeze(metadata | {"conditions": ("low_resolution", "tokens")}))
     with pytest.raises(ValueError, match="conditioned on tokens; bits per dimension are of images, given their labels"):
         bits.measure_bound(tokens, same)
+
+
+def test_each_image_of_an_upsampler_has_its_own_averages_and_level_0():
+    """In a batch that is filled up, against the bound of all at once with level 0; the likelihood in other batches."""
+    images = RNG.randint(0, 256, (3, 16, 16, 3), dtype=np.uint8)
+    model, records = (
+        tiny_pipelines.upsampler(noise_level_input=True, noise=0.5),
+        SourceImages([{"image": i} for i in images]),
+    )
+    process, low = model.diffusion.respaced(3), images.reshape(3, 8, 2, 8, 2, 3).mean((2, 4))
+    inputs = {"low_res": jnp.asarray(np.rint(low), jnp.float32) / 127.5 - 1.0}
+    x0, keys = jnp.asarray(images, jnp.float32) / 127.5 - 1.0, example_keys(jax.random.key(5), 3)
+
+    def bound(level):
+        denoise = lambda xt, t: model.apply(xt, t, noise_level=jnp.full(3, level), **inputs)  # noqa: E731
+        return variational_bound(process, denoise, keys, x0, x0_transform=lambda x0: jnp.clip(x0, -1.0, 1.0))["total"]
+
+    found = bits.measure_bound(model, records, layers=3, seed=5, batch_size=2).totals
+    np.testing.assert_allclose(found, bound(0.0), rtol=1e-4)
+    assert np.abs(found / bound(0.5) - 1).max() > 5e-3
+    exact = [measure_exact(model, records, seed=3, batch_size=size, tolerance=1e-4)[0] for size in (2, 1)]
+    np.testing.assert_allclose(*exact, rtol=0.03)
 
 
 def test_two_hosts_measure_what_one_does(tmp_path):
