@@ -31,8 +31,9 @@ accuracy score 63.02 %. What differs from the paper:
 - Half of the examples of both upsamplers are blurred by a kernel of 3 pixels with sigma 0.6, in the paper sigma is
   uniform in [0.4, 0.6] and both augmentations are separate models.
 
-Hardware and time: `python -m ddpm_jax.plan --config configs/cascade.py --topology v5p:4x4x4` prints what a run takes.
-`small` takes about an hour on two cores.
+Hardware and time: on a TPU v5p-64 the stages are planned for 0.154, 0.034 and 0.121 s a step, 1.0, 0.2 and 0.7 days,
+1,430 chip-hours in all by `python -m ddpm_jax.plan --config configs/cascade.py --topology v5p:2x4x4 --method blocks
+--fast` (docs/performance.md says what these seconds are). `small` takes about an hour on two cores.
 """
 
 import numpy as np

@@ -29,8 +29,9 @@ it give the betas: they are DDPM's, from 5e-5 to 0.01 for 2000 steps. Batch 256,
 10,000 steps of warm-up and dropout of 0.2 for 16 -> 128 alone are the paper's (section 4). Here the error is squared;
 in the paper that had FID 11.8 in a cascade, and the absolute error 11.3. Published results: ImageNet 64 -> 256 FID 5.2,
 IS 180.1, PSNR 26.4, SSIM 0.762; faces 16 -> 128 PSNR 23.04, SSIM 0.65. The paper does not report its hardware.
-On a TPU v5p-128 64 -> 256 is planned for 0.169 s a step, 2.0 days, 3,000 chip-hours by `python -m ddpm_jax.plan
---config configs/sr3.py --topology v5p:4x4x4 --method blocks --fast` (docs/performance.md says what these seconds are).
+On a TPU v5p-64 64 -> 256 is planned for 0.156 s a step, 1.8 days, 1,390 chip-hours for 1M steps by `python -m
+ddpm_jax.plan --config configs/sr3.py --topology v5p:2x4x4 --method blocks --fast` (docs/performance.md says what these
+seconds are).
 """
 
 from ml_collections import ConfigDict
