@@ -14,7 +14,8 @@ Variants, with the parameters of the network (held to them by tests/recipes/test
     configs/diffusion2015.py:smoke              two steps of the swiss roll
     configs/diffusion2015.py:heartbeat_smoke    two steps of the heartbeat
 
-Here `:heartbeat` reached a bound of -2.335 +- 0.007 bits a sequence, and all of 4096 samples are true sequences.
+Here `:heartbeat` reached a bound of -2.335 +- 0.007 bits a sequence, and all of 4096 samples are true sequences;
+samples of the swiss roll lie at a mean distance of 0.053 from the curve, data at 0.056.
 
 Published (table 1): heartbeat, a bound of the log-likelihood of -2.414 bits a sequence, and -log2 5 = -2.322 for a
 perfect model; swiss roll, 2.35 bits of log-likelihood. The published networks are smaller, and return the rates of
