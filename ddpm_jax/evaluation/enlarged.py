@@ -71,7 +71,7 @@ class EnlargedImages:
         self._level = levels.get(NAME)
         self._sampling = default_sampling(model).with_options(**options)
         check_steps("steps", self._sampling, model.diffusion)
-        self._originals, self._seed, self._alone = originals, seed, model
+        self._originals, self._seed = originals, seed
         low = model.metadata["low_resolution"]["size"]
         self._null = model.metadata["labels"].get("null") if "labels" in model.metadata.get("conditions", ()) else None
         self.batch_size = min(max(len(originals), 1), batch_size or 16)
@@ -86,9 +86,9 @@ class EnlargedImages:
     def read(self, begin: int, end: int) -> dict[str, Any]:
         """Enlarge images [begin, end); see `images.ImageSet`."""
         batch = self._originals.read(begin, end)
-        check_size(self._alone, batch, self._originals)
-        low = averages(self._alone, batch["image"])
-        labels = labels_of(self._alone, batch, self._originals, begin)
+        check_size(self._model, batch, self._originals)
+        low = averages(self._model, batch["image"])
+        labels = labels_of(self._model, batch, self._originals, begin)
         how = (self._sampling, np.uint32(self._seed), self._level, self._null)
         images = in_batches(
             functools.partial(_enlarge, self._model, *how),
