@@ -31,7 +31,7 @@ from ddpm_jax.evaluation.upsampling import read_labels, read_pairs, restore
 from ddpm_jax.models.unet import UNet
 from ddpm_jax.pipelines import save
 from ddpm_jax.pipelines.upsampling import default_sampling
-from ddpm_jax.storage.metadata import freeze
+from ddpm_jax.storage.metadata import freeze, thaw
 from ddpm_jax.storage.model_directory import Model
 from ddpm_jax.training import DiffusionTask, Images, Stage, Training, train
 from ddpm_jax.training.best import read_best
@@ -118,16 +118,22 @@ class OfClass(nn.Module):
         return low_res.repeat(2, 1).repeat(2, 2) + 0.1 * y[:, None, None, None].astype(np.float32)
 
 
+def of_class(labels, schedule, num_steps):
+    """An upsampler from 8 to 16 pixels that returns x0."""
+    metadata = {"image_size": 16, "conditions": ("low_resolution", "labels"), "labels": labels}
+    diffusion = {"schedule": schedule, "num_steps": num_steps, "prediction": "x0"}
+    return Model({}, OfClass(), freeze(metadata | {"low_resolution": {"size": 8}, "diffusion": diffusion}))
+
+
+def of_pairs():
+    """A random image of 2 x 2 equal pixels each, which its averages determine."""
+    return RNG.randint(40, 120, (8, 8, 3)).repeat(2, 0).repeat(2, 1).astype(np.uint8)
+
+
 def test_an_upsampler_with_classes_is_given_those_of_the_images():
     """By their names: the source counts from "b", the network from "a"; without labels it is given the null class."""
     labels = {"num_classes": 3, "names": ("a", "b", "c"), "null": 4}
-    metadata = {"image_size": 16, "conditions": ("low_resolution", "labels"), "labels": labels}
-    metadata |= {
-        "low_resolution": {"size": 8},
-        "diffusion": {"schedule": "cosine", "num_steps": 10, "prediction": "x0"},
-    }
-    model = Model({}, OfClass(), freeze(metadata))
-    image = RNG.randint(40, 120, (8, 8, 3)).repeat(2, 0).repeat(2, 1).astype(np.uint8)
+    model, image = of_class(labels, "cosine", 10), of_pairs()
     source = ArraySource(np.stack([image] * 2), labels=np.array([1, 0]), class_names=("b", "c"))
     low, _ = read_pairs(source, 16, 8, count=2)
     own = read_labels(labels, source, 2, "the source")
@@ -136,7 +142,7 @@ def test_an_upsampler_with_classes_is_given_those_of_the_images():
         found = restore(model, Sampling("ddim", 1), low, labels=given)
         wanted = np.stack([image] * 2) + 12.75 * brighter[:, None, None, None]
         np.testing.assert_allclose(found, wanted, atol=0.51)
-    plain = model.replace(metadata=freeze(metadata | {"labels": {"num_classes": 3}}))
+    plain = of_class({"num_classes": 3}, "cosine", 10)
     with pytest.raises(ValueError, match="class-conditional without a null class, and the images have no labels"):
         restore(plain, Sampling("ddim", 1), low)
     assert read_labels(labels, ArraySource(np.stack([image])), 1, "the source") is None
@@ -148,14 +154,7 @@ def test_bits_of_an_upsampler_are_given_the_averages():
     With x0_hat = x0 + d the term of step t > 0 is d^2 (SNR_{t-1} - SNR_t) / 2 nats a pixel, so that those above t = 0
     add up to d^2 (SNR_0 - SNR_{T-1}) / 2.
     """
-    labels = {"num_classes": 3, "null": 0}
-    metadata = {"image_size": 16, "conditions": ("low_resolution", "labels"), "labels": labels}
-    metadata |= {
-        "low_resolution": {"size": 8},
-        "diffusion": {"schedule": "linear", "num_steps": 50, "prediction": "x0"},
-    }
-    model = Model({}, OfClass(), freeze(metadata))
-    image = RNG.randint(40, 120, (8, 8, 3)).repeat(2, 0).repeat(2, 1).astype(np.uint8)
+    model, image = of_class({"num_classes": 3, "null": 0}, "linear", 50), of_pairs()
     same, off = (SourceImages(ArraySource(image[None], labels=np.array([label])), "images") for label in (0, 1))
     process = model.diffusion.process
     snr = np.square(np.asarray(process.alpha, np.float64) / np.asarray(process.sigma, np.float64))
@@ -167,7 +166,7 @@ def test_bits_of_an_upsampler_are_given_the_averages():
     np.testing.assert_allclose(found.terms[0], -np.log2(math.erf(1 / 255 / std / math.sqrt(2))), rtol=1e-4)
     terms = bits.measure_bound(model, off).terms
     np.testing.assert_allclose(terms[1:].sum(), 0.01 * (snr[0] - snr[-1]) / 2 / np.log(2), rtol=1e-3)
-    tokens = model.replace(metadata=freeze(metadata | {"conditions": ("low_resolution", "tokens")}))
+    tokens = model.replace(metadata=freeze(thaw(model.metadata) | {"conditions": ("low_resolution", "tokens")}))
     with pytest.raises(ValueError, match="conditioned on tokens; bits per dimension are of images, given their labels"):
         bits.measure_bound(tokens, same)
 
