@@ -10,7 +10,7 @@ Variants, whose parameters are in docs/unclip.md with their sources (held to the
 
     configs/unclip.py           the paper's, for a TPU pod: the state of the decoder's training alone is 57 GB, and the
                                 batches are the paper's; docs/performance.md has planned days
-    configs/unclip.py:l14       the same with OpenAI's CLIP ViT-L/14 (Radford et al. 2021) in place of ViT-H/16, which is
+    configs/unclip.py:l14       the same with OpenAI's CLIP ViT-L/14 (Radford et al. 2021) in place of ViT-H/16,
                                 planned for 8.8 days on a v5p-64
     configs/unclip.py:karlo     Karlo v1-alpha (Lee et al. 2022): ViT-L/14, a prior of 20 layers on standardized
                                 embeddings, a decoder that reads CLIP's text tower, one upsampler; planned for 19 days
