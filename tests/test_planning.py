@@ -311,6 +311,20 @@ def test_results_of_another_topology_are_not_taken(monkeypatch):
     assert len(keys) == 3
 
 
+def test_results_of_other_flags_of_the_compiler_are_not_taken(monkeypatch):
+    monkeypatch.setitem(sys.modules, "libtpu", types.ModuleType("libtpu"))
+    program, chip = jax.jit(lambda x: x + 1).lower(1.0), find_chip("TPU v5")
+    keys = set()
+    for libtpu, xla in (("", ""), ("--a=false", ""), ("--a=true", ""), ("", "--a=false")):
+        monkeypatch.setenv("LIBTPU_INIT_ARGS", libtpu)
+        monkeypatch.setenv("XLA_FLAGS", xla)
+        keys.add(_fingerprint(program, chip, False))
+    assert len(keys) == 4
+    monkeypatch.delenv("LIBTPU_INIT_ARGS")
+    monkeypatch.setenv("XLA_FLAGS", "")
+    assert _fingerprint(program, chip, False) in keys  # as without flags
+
+
 def a_plan(**changes):
     chip = find_chip("TPU v5")
     fields = {"stage": "base", "topology": "v5p:4x4x4", "accelerator_type": "v5p-128", "chips": 64}

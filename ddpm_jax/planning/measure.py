@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import os
 import re
 import time
 from collections.abc import Mapping
@@ -16,6 +17,8 @@ from ddpm_jax.parallel.chips import Chip
 from ddpm_jax.planning.program import COLLECTIVES, Program, total_bytes
 
 _FAST = {"exec_time_optimization_effort": -1.0}
+_COMPILER_FLAGS = ("LIBTPU_INIT_ARGS", "XLA_FLAGS")
+"""Environment variables in which the compiler finds flags, with which the same program costs something else."""
 _UNITS = {"": 1, "B": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
@@ -69,7 +72,6 @@ def measure(
         cache: a directory for results; a program that was measured before is not compiled again.
         keep: a file for the text of the compiled program.
         fast: compile with little effort: the same operations, but no prefetches to VMEM and no search for tile sizes.
-
         topology: name of the topology, on which the exchanges of a program for several chips depend; "" for one chip.
 
     Raises:
@@ -141,4 +143,5 @@ def _fingerprint(lowered: jax.stages.Lowered, chip: Chip, fast: bool, topology: 
     parts: tuple[Any, ...] = (text, chip.name, getattr(libtpu, "__version__", ""), jax.__version__, read)
     parts += ("fast",) if fast else ()
     parts += (topology,) if topology else ()
+    parts += tuple((name, os.environ[name]) for name in _COMPILER_FLAGS if os.environ.get(name))
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:24]
