@@ -95,6 +95,9 @@ def main() -> None:
     if _DETAILS.value:
         for plan in plans:
             cli.show(report.details(plan))
+    notes = report.notes(plans)
+    if notes:
+        cli.show(notes)
     cli.show(report.suggestions(plans))
 
 

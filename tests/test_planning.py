@@ -293,9 +293,12 @@ def test_micro_batches_in_the_sum_of_blocks(lowered, monkeypatch, accumulate):
 
     monkeypatch.setattr(planning, "measure_blocks", measured)
     monkeypatch.setattr(LoweredStage, "lower_prepare", lambda self: None)
+    monkeypatch.setenv("LIBTPU_INIT_ARGS", "--a=1")
     found = planning.plan_training(lowered, topology, method="blocks")
     least = _least_exchange(lowered)
     assert seen == [(lowered.stage.training.batch_size, 8 * accumulate)]
+    assert found.examples == lowered.stage.training.batch_size // (8 * accumulate)
+    assert not found.convolves and found.compiler_flags == "--a=1"
     assert found.flops == 10.0 * accumulate and found.compiler_seconds >= accumulate
     assert found.collectives == {kind: (accumulate * n, accumulate * size) for kind, (n, size) in least.items()}
     state = found.arguments - 4000
@@ -329,6 +332,7 @@ def a_plan(**changes):
     chip = find_chip("TPU v5")
     fields = {"stage": "base", "topology": "v5p:4x4x4", "accelerator_type": "v5p-128", "chips": 64}
     fields |= {"mesh": {"data": 4, "fsdp": 16}, "batch_size": 2048, "num_steps": 864_000, "method": "whole"}
+    fields |= {"examples": 32, "convolves": True, "compiler_flags": ""}
     fields |= {"parameters": 10**9, "arguments": 1e10, "temporaries": 2e10, "peak": 3e10, "hbm": chip.hbm_bytes}
     fields |= {"fits": True, "flops": 2e14, "model_flops": 1.5e14, "compiler_seconds": 0.8, "link_seconds": 0.2}
     fields |= {"frozen_seconds": 0.0, "roofline_utilization": 0.5, "model_utilization": 0.4, "collectives": {}}
@@ -340,6 +344,27 @@ def test_days_and_chip_hours():
     found = a_plan()
     assert (found.step_seconds, found.days, found.chip_hours) == (1.0, 10.0, 10 * 24 * 64)
     assert json.loads(json.dumps(found.to_json()))["days"] == 10.0
+
+
+def test_few_examples_of_a_chip_are_noted():
+    plans = [a_plan(), a_plan(examples=4), a_plan(examples=4, mesh={"data": 64}), a_plan(stage="up", examples=7)]
+    lines = report.notes([*plans, a_plan(examples=8), a_plan(examples=1, convolves=False)]).splitlines()
+    assert [line.partition(" at a time")[0] for line in lines] == [
+        "note: base on v5p:4x4x4: a batch of 4 on each chip",
+        "note: up on v5p:4x4x4: a batch of 7 on each chip",
+    ]
+    off = [f"--xla_tpu_run_space_to_batch{end}=false" for end in ("", "_on_new_platforms")]
+    assert f'LIBTPU_INIT_ARGS="{" ".join(off)}"' in lines[0]
+    noted = lambda flags: report.notes([a_plan(examples=4, compiler_flags=flags)]) != ""  # noqa: E731
+    assert not noted(f"{off[1]} --a=1 {off[0]}")
+    assert noted(off[0]) and noted(off[1])  # one of them alone changes nothing
+    assert noted(" ".join(off).replace("false", "true"))
+
+
+def test_flags_of_the_compiler_are_a_part_of_the_suggestion():
+    (line,) = report.suggestions([a_plan(compiler_flags="--a=1")]).splitlines()
+    assert line.endswith(', with LIBTPU_INIT_ARGS="--a=1"')
+    assert "LIBTPU" not in report.suggestions([a_plan()])
 
 
 def test_the_cheapest_plan_that_fits_is_suggested():

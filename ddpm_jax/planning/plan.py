@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import math
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -35,6 +36,9 @@ class Plan:
         stage, topology, accelerator_type, chips: what runs where.
         mesh: devices along each axis.
         batch_size, num_steps: of the stage.
+        examples: of the batch that a chip computes at a time: the batch over the data and fsdp axes and `accumulate`.
+        convolves: whether a parameter is the kernel of a convolution of 3 x 3.
+        compiler_flags: the value of LIBTPU_INIT_ARGS, with which this was planned.
         method: "whole" if the step was compiled as it is run, "blocks" if its blocks were and their costs added up.
         parameters: numbers that are trained.
         arguments, temporaries, peak, hbm: bytes of HBM of a chip; hbm is what it has.
@@ -59,6 +63,9 @@ class Plan:
     mesh: Mapping[str, int]
     batch_size: int
     num_steps: int
+    examples: int
+    convolves: bool
+    compiler_flags: str
     method: str
     parameters: int
     arguments: float
@@ -247,6 +254,7 @@ def _as_plan(
     least: Mapping[str, tuple[int, float]],
 ) -> Plan:
     chip, training = topology.chip, lowered.stage.training
+    accumulate = 1 if method == "sampler" else training.accumulate
     if method != "sampler":  # frozen networks stay on every chip while the step runs
         held = lowered.frozen_bytes()
         cost = dataclasses.replace(cost, arguments=cost.arguments + held, peak=cost.peak + held)
@@ -259,6 +267,9 @@ def _as_plan(
         mesh=dict(lowered.mesh.shape),
         batch_size=training.batch_size,
         num_steps=1 if method == "sampler" else training.num_steps,
+        examples=training.batch_size // (accumulate * batch_shards(lowered.mesh)),
+        convolves=any(leaf.shape[-4:-2] == (3, 3) for leaf in jax.tree.leaves(lowered.state.params)),
+        compiler_flags=os.environ.get("LIBTPU_INIT_ARGS", ""),
         method=method,
         parameters=count_parameters(lowered.state.params),
         arguments=cost.arguments,

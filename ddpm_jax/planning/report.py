@@ -6,6 +6,13 @@ from ddpm_jax.planning.plan import Plan
 
 _COLUMNS = ("stage", "topology", "chips", "mesh", "batch", "HBM a chip, GB", "fits", "roofline", "model")
 _COLUMNS += ("step, s", "steps/s", "days", "chip-hours", "sent / least, GB", "by")
+FEW_EXAMPLES = 8
+"""Below this batch on a chip the TPU's compiler cuts images into parts, and convolves them as if they were examples."""
+SPACE_TO_BATCH_OFF = (
+    "--xla_tpu_run_space_to_batch=false",
+    "--xla_tpu_run_space_to_batch_on_new_platforms=false",
+)
+"""The flags that keep it from doing so; one alone does not."""
 
 
 def table(plans: Sequence[Plan]) -> str:
@@ -54,7 +61,7 @@ def suggestions(plans: Sequence[Plan]) -> str:
             lines.append(
                 f"{stage}: cheapest that fits is {plan.topology} ({plan.accelerator_type}) at batch size "
                 f"{plan.batch_size}: {plan.batch_size / plan.step_seconds:,.3g} samples/s, "
-                f"{1e6 * plan.chip_hours_of_an_image:,.3g} chip-hours for a million"
+                f"{1e6 * plan.chip_hours_of_an_image:,.3g} chip-hours for a million{_flags(plan)}"
             )
             continue
         mesh = " ".join(f"--config.mesh.{axis}={size}" for axis, size in plan.mesh.items())
@@ -62,9 +69,23 @@ def suggestions(plans: Sequence[Plan]) -> str:
         images = f" for {plan.num_steps * plan.batch_size:,} images, the fewest an image" if several else ""
         lines.append(
             f"{stage}: cheapest that fits is {plan.topology} ({plan.accelerator_type}) with {mesh} at batch size "
-            f"{plan.batch_size}: {plan.days:.1f} days, {plan.chip_hours:,.0f} chip-hours{images}"
+            f"{plan.batch_size}: {plan.days:.1f} days, {plan.chip_hours:,.0f} chip-hours{images}{_flags(plan)}"
         )
     return "\n".join(lines)
+
+
+def notes(plans: Sequence[Plan]) -> str:
+    """Return a line for each stage, slice and batch on a chip that is so small that the compiler cuts images up."""
+    off = " ".join(SPACE_TO_BATCH_OFF)
+    lines = [
+        f"note: {plan.stage} on {plan.topology}: a batch of {plan.examples} on each chip at a time. Below "
+        f"{FEW_EXAMPLES} the compiler cuts images into parts before it convolves (space to batch), which slows U-Nets "
+        f'down. LIBTPU_INIT_ARGS="{off}" turns it off, here and for the run (docs/performance.md, "Few images a chip")'
+        for plan in plans
+        if plan.convolves and plan.examples < FEW_EXAMPLES
+        if not set(SPACE_TO_BATCH_OFF) <= set(plan.compiler_flags.split())
+    ]
+    return "\n".join(dict.fromkeys(lines))
 
 
 def details(plan: Plan) -> str:
@@ -79,6 +100,10 @@ def details(plan: Plan) -> str:
         f"{plan.frozen_seconds:.4f} s of frozen networks; exchanges: {exchanges or 'none'}; time by part: "
         f"{parts or 'unknown'}"
     )
+
+
+def _flags(plan: Plan) -> str:
+    return f', with LIBTPU_INIT_ARGS="{plan.compiler_flags}"' if plan.compiler_flags else ""
 
 
 def _row(plan: Plan) -> tuple[str, ...]:
