@@ -332,7 +332,7 @@ def a_plan(**changes):
     chip = find_chip("TPU v5")
     fields = {"stage": "base", "topology": "v5p:4x4x4", "accelerator_type": "v5p-128", "chips": 64}
     fields |= {"mesh": {"data": 4, "fsdp": 16}, "batch_size": 2048, "num_steps": 864_000, "method": "whole"}
-    fields |= {"examples": 32, "convolves": True, "compiler_flags": ""}
+    fields |= {"examples": 32, "convolves": True, "compiler_flags": "", "cycles": math.nan}
     fields |= {"parameters": 10**9, "arguments": 1e10, "temporaries": 2e10, "peak": 3e10, "hbm": chip.hbm_bytes}
     fields |= {"fits": True, "flops": 2e14, "model_flops": 1.5e14, "compiler_seconds": 0.8, "link_seconds": 0.2}
     fields |= {"frozen_seconds": 0.0, "roofline_utilization": 0.5, "model_utilization": 0.4, "collectives": {}}
@@ -401,6 +401,8 @@ def test_the_table_has_a_line_for_each_plan():
     assert len(lines) == 4 and len({len(line) for line in lines}) == 1
     assert "data 4 x fsdp 16" in lines[2] and " 10.0 " in lines[2] and " no " in lines[3]
     assert "unet/up_0_0 25%" in report.details(dataclasses.replace(a_plan()))
+    assert "0.8000 s by the compiler" in report.details(a_plan())
+    assert "0.8000 s and 66.2M cycles by the compiler" in report.details(a_plan(cycles=66_155_288.0))
 
 
 def test_meshes():

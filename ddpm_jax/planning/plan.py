@@ -46,6 +46,7 @@ class Plan:
         flops: of a chip in a step, recomputed ones included.
         model_flops: of a chip in a step: three times those of the loss; once those of a sampler.
         compiler_seconds: of a step, as the compiler expects them: arithmetic and HBM.
+        cycles: that the compiler expects of the operations of a step, see `measure.Cost`; NaN of a sum of blocks.
         link_seconds: bytes sent over the bandwidth of the chip's links, as if nothing else ran meanwhile.
         frozen_seconds: of what frozen networks compute before the step.
         roofline_utilization: flops over the chip's peak and the compiler's seconds.
@@ -76,6 +77,7 @@ class Plan:
     flops: float
     model_flops: float
     compiler_seconds: float
+    cycles: float
     link_seconds: float
     frozen_seconds: float
     roofline_utilization: float
@@ -280,6 +282,7 @@ def _as_plan(
         flops=cost.flops,
         model_flops=model_flops,
         compiler_seconds=cost.seconds,
+        cycles=cost.cycles,
         link_seconds=link_seconds,
         frozen_seconds=frozen.seconds,
         roofline_utilization=cost.flops / cost.seconds / chip.peak_flops,

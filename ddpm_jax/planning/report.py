@@ -1,5 +1,6 @@
 """The planner's table, and which sharding it suggests."""
 
+import math
 from collections.abc import Sequence
 
 from ddpm_jax.planning.plan import Plan
@@ -92,11 +93,12 @@ def details(plan: Plan) -> str:
     """Return what the table has no room for: operations, exchanges, and the parts that take longest."""
     exchanges = ", ".join(f"{count} {kind} ({size / 1e9:.3f} GB)" for kind, (count, size) in plan.collectives.items())
     parts = ", ".join(f"{part} {share:.0%}" for part, share in list(plan.parts.items())[:8])
+    cycles = "" if math.isnan(plan.cycles) else f" and {plan.cycles / 1e6:.1f}M cycles"
     return (
         f"{plan.stage} on {plan.topology}, {_mesh(plan)}, batch size {plan.batch_size}, {plan.parameters / 1e6:.1f}M "
         f"parameters: {plan.arguments / 1e9:.2f} GB of arguments and {plan.temporaries / 1e9:.2f} GB of temporaries; "
         f"{plan.flops / 1e12:.2f} TFLOP a chip and step ({plan.model_flops / 1e12:.2f} without recomputation); "
-        f"{plan.compiler_seconds:.4f} s by the compiler, {plan.link_seconds:.4f} s of links, "
+        f"{plan.compiler_seconds:.4f} s{cycles} by the compiler, {plan.link_seconds:.4f} s of links, "
         f"{plan.frozen_seconds:.4f} s of frozen networks; exchanges: {exchanges or 'none'}; time by part: "
         f"{parts or 'unknown'}"
     )
